@@ -1,0 +1,199 @@
+"""Problems, answers and grading: what the method is trained on and how its results are judged.
+
+A problem comes from a JSONL file, from the Hugging Face hub (optional package `datasets`), or from the embedded
+world: sums of one-digit numbers, solved step by step in any order, so that the model that ships with the project
+has something to learn without a download.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """A mistake of the user's: the scripts print it as one line and exit with status 1."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem. `solution` is the reference that only the teacher sees; `answer` is what grading compares with."""
+
+    problem: str
+    solution: str
+    answer: str
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_problems(source: str, need_solution: bool = True) -> list[Problem]:
+    """Read problems from `source`: `tiny:train`, `tiny:heldout`, a `.jsonl` path, or a hub name `owner/name[:split]`.
+
+    Raises InputError, with file and line, for a missing file, a malformed line or an empty field.
+    """
+    if source in ("tiny:train", "tiny:heldout"):
+        return tiny_problems(source.removeprefix("tiny:"), count=2000 if source == "tiny:train" else 400)
+    if Path(source).is_file() or source.endswith((".jsonl", ".json")):
+        rows = _read_jsonl(Path(source))
+    else:
+        rows = _read_hub(source)
+    problems = [_to_problem(row, where, need_solution) for where, row in rows]
+    if not problems:
+        raise InputError(f"{source}: no problems in it")
+    return problems
+
+
+def _read_jsonl(path: Path) -> list[tuple[str, dict]]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such data file")
+    rows = []
+    with path.open(encoding="utf-8", errors="strict") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    rows.append((f"{path}, line {number}", json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: not UTF-8 text") from None
+    return rows
+
+
+def _read_hub(source: str) -> list[tuple[str, dict]]:
+    name, _, split = source.partition(":")
+    if name.count("/") != 1:
+        raise InputError(f"{source}: neither a data file, nor 'tiny:train', nor a hub name like 'owner/name:split'")
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            f"{source}: reading from the hub needs `pip install datasets`, or pass a .jsonl path"
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # the hub's errors have no common base class
+        raise InputError(f"{source}: the hub gave no data ({type(error).__name__}); pass a .jsonl path") from None
+    return [(f"{source}, row {number}", row) for number, row in enumerate(rows)]
+
+
+def _to_problem(row: object, where: str, need_solution: bool) -> Problem:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object with problem, solution, answer")
+    fields = {}
+    for name in ("problem", "solution", "answer"):
+        value = row.get(name)
+        fields[name] = "" if value is None else str(value)
+    if not fields["problem"].strip():
+        raise InputError(f"{where}: the problem is empty or missing")
+    if need_solution and not fields["solution"].strip():
+        raise InputError(f"{where}: the solution is empty or missing")
+    if not fields["answer"].strip():
+        fields["answer"] = extract_boxed(fields["solution"]) or ""
+    if not need_solution and not fields["answer"].strip():
+        raise InputError(f"{where}: the answer is empty or missing")
+    return Problem(**fields)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The embedded world
+
+
+TINY_ADDENDS = 5
+HELDOUT_TENTHS = 2  # two tenths of all multisets of addends are held out
+
+
+def tiny_problems(split: str, count: int, seed: int = 0) -> list[Problem]:
+    """`count` distinct sums of five one-digit numbers, from the `train` or the `heldout` split.
+
+    The split is a hash of the sorted addends, so no held-out sum occurs in training in any order.
+    """
+    draw = random.Random(f"{split}-{seed}")
+    problems: dict[str, Problem] = {}
+    while len(problems) < count:
+        addends = [draw.randint(1, 9) for _ in range(TINY_ADDENDS)]
+        if tiny_split(addends) == split:
+            text = "+".join(map(str, addends))
+            problems.setdefault(text, Problem(text, tiny_solution(addends, draw), str(sum(addends))))
+    return list(problems.values())
+
+
+def tiny_split(addends: list[int]) -> str:
+    digest = hashlib.sha256(repr(sorted(addends)).encode()).digest()
+    return "heldout" if digest[0] % 10 < HELDOUT_TENTHS else "train"
+
+
+def tiny_solution(addends: list[int], draw: random.Random) -> str:
+    """A clean solution that adds in a random order: `3+8=11;11+5=16;...\\boxed{26}`."""
+    left = draw.sample(addends, len(addends))
+    total, steps = left[0], []
+    for addend in left[1:]:
+        steps.append(f"{total}+{addend}={total + addend};")
+        total += addend
+    return "".join(steps) + f"\\boxed{{{total}}}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def extract_boxed(text: str) -> str | None:
+    """The content of the LAST `\\boxed{...}` with balanced braces (paper Section 4.1), or None.
+
+    None also where the last box is never closed (a solution cut at the length limit) or holds nothing.
+    """
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 0, start + len("\\boxed")
+    for end in range(begin, len(text)):
+        if text[end] in "{}" and (text[end - 1] != "\\"):
+            depth += 1 if text[end] == "{" else -1
+            if depth == 0:
+                return text[begin + 1 : end].strip() or None
+    return None
+
+
+_NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d{0,400})?|\.\d{1,400})")
+_FRACTION = re.compile(r"([+-]?)\\?[dt]?frac\{([+-]?\d{1,400})\}\{([+-]?\d{1,400})\}|([+-]?\d{1,400})/(\d{1,400})")
+
+
+def normalise_answer(answer: str) -> str:
+    """Strip what carries no meaning: spaces, dollar signs, `\\left`, `\\text{}`, a final full stop, units of percent."""
+    text = answer.strip().rstrip(".").replace("$", "").replace("\\!", "").replace("\\,", "").replace("\\ ", " ")
+    text = text.replace("\\left", "").replace("\\right", "").replace("\\%", "").replace("%", "")
+    text = text.replace("dfrac", "frac").replace("tfrac", "frac").replace("^\\circ", "").replace("^{\\circ}", "")
+    text = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text)
+    return re.sub(r"\s+", "", text)
+
+
+def parse_number(answer: str) -> Fraction | None:
+    """The exact value of an integer, a decimal or a fraction in normalised text; None for anything else."""
+    if _NUMBER.fullmatch(answer):
+        return Fraction(answer.rstrip(".") if answer.endswith(".") else answer)
+    match = _FRACTION.fullmatch(answer)
+    if match is None:
+        return None
+    sign, top, bottom, plain_top, plain_bottom = match.groups()
+    numerator, denominator = int(top or plain_top), int(bottom or plain_bottom)
+    if denominator == 0:
+        return None
+    return Fraction(-numerator if sign == "-" else numerator, denominator)
+
+
+def answers_match(given: str | None, gold: str) -> bool:
+    """Whether two answers are the same string, or the same number, after normalisation. Symmetric; None never matches."""
+    if given is None:
+        return False
+    left, right = normalise_answer(given), normalise_answer(gold)
+    if left == right:
+        return left != ""
+    a, b = parse_number(left), parse_number(right)
+    return a is not None and a == b

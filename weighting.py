@@ -1,0 +1,98 @@
+"""Where in a solution a token counts: Eq. (5), its named schedules, and the controls it is compared with.
+
+A schedule is a function of the relative position r in (0, 1) alone. To add one, add a line to SCHEDULES: every
+script then knows it by name. Pure functions of tensors; axes: M valid tokens of a batch, row after row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from problems import InputError
+
+Schedule = Callable[[Tensor], Tensor]
+
+
+def relative_position(lengths: list[int]) -> Tensor:
+    """Eq. (5): r_{i,t} = (t - 0.5) / L_i, t = 1..L_i, over the row's own valid length (EOS counts); [M] float32."""
+    return torch.cat([(torch.arange(1, length + 1) - 0.5) / length for length in lengths])
+
+
+def position_weight(r: Tensor, w_min: float, tau: float, s: float) -> Tensor:
+    """Eq. (5): w = w_min + (1 - w_min) * sigmoid((r - tau) / s). Not normalised: Moderate averages 0.77."""
+    return w_min + (1.0 - w_min) * torch.sigmoid((r - tau) / s)
+
+
+def step_weight(r: Tensor, w_min: float, tau: float) -> Tensor:
+    """The limit s -> 0 of Eq. (5): w_min before tau, 1 from tau on."""
+    return torch.where(r < tau, w_min, 1.0)
+
+
+# Paper Section 3.3 and Table 2: (w_min, tau, s). Moderate is the default, chosen before any result.
+SIGMOIDS: dict[str, tuple[float, float, float]] = {
+    "mild": (0.50, 0.20, 0.20),
+    "moderate": (0.25, 0.30, 0.10),
+    "sharp": (0.10, 0.40, 0.05),
+    "aggressive": (0.05, 0.50, 0.05),
+}
+SCHEDULES: dict[str, Schedule] = {
+    "uniform": torch.ones_like,
+    **{name: partial(position_weight, w_min=w_min, tau=tau, s=s) for name, (w_min, tau, s) in SIGMOIDS.items()},
+    # Controls, not in the paper; each has Moderate's range of weights.
+    "reversed": lambda r: position_weight(1.0 - r, *SIGMOIDS["moderate"]),
+    "linear_up": lambda r: 0.25 + 0.75 * r,
+    "linear_down": lambda r: 1.0 - 0.75 * r,
+    "step": partial(step_weight, w_min=0.25, tau=0.30),
+}
+MEAN1 = "_mean1"  # a suffix that any schedule's name may carry
+
+
+def get_schedule(
+    name: str, w_min: float | None = None, tau: float | None = None, s: float | None = None
+) -> tuple[Schedule, bool]:
+    """A schedule by name or by a JSON file {"w_min", "tau", "s"}; w_min, tau and s override single values of Eq. (5).
+
+    Returns the function and whether each row's weights are to be rescaled to mean 1 (the suffix `_mean1`), which
+    gives a schedule the average learning rate of uniform weights. Raises InputError for an unknown name, a bad file,
+    or values out of range (0 <= w_min <= 1, s > 0).
+    """
+    rescale = name.endswith(MEAN1)
+    base = name.removesuffix(MEAN1)
+    if base.endswith(".json"):
+        values = _read_schedule_file(Path(base))
+    elif base not in SCHEDULES:
+        known = ", ".join(SCHEDULES)
+        raise InputError(f"--schedule {name}: choose one of {known}, optionally with {MEAN1}, or a .json file")
+    elif base in SIGMOIDS:
+        values = SIGMOIDS[base]
+    elif (w_min, tau, s) == (None, None, None):
+        return SCHEDULES[base], rescale
+    else:
+        raise InputError(f"--schedule {name}: w_min, tau and s apply to {', '.join(SIGMOIDS)} only")
+    given = [own if override is None else override for own, override in zip(values, (w_min, tau, s), strict=True)]
+    if not 0.0 <= given[0] <= 1.0:
+        raise InputError(f"--w_min {given[0]}: must lie in [0, 1]")
+    if not -10.0 <= given[1] <= 10.0:
+        raise InputError(f"--tau {given[1]}: must lie in [-10, 10] (the relative position runs from 0 to 1)")
+    if not 0.0 < given[2] < float("inf"):
+        raise InputError(f"--s {given[2]}: must be positive")
+    return partial(position_weight, w_min=given[0], tau=given[1], s=given[2]), rescale
+
+
+def _read_schedule_file(path: Path) -> tuple[float, float, float]:
+    try:
+        content = json.loads(path.read_text())
+        return float(content["w_min"]), float(content["tau"]), float(content["s"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--schedule {path}: needs numbers w_min, tau, s ({type(error).__name__}: {error})") from None
+
+
+def rescale_to_mean_one(weight_M: Tensor, lengths: list[int]) -> Tensor:
+    """Divide each row's weights by their mean over the row."""
+    return torch.cat([row / row.mean() for row in weight_M.split(lengths)])
