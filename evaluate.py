@@ -8,13 +8,11 @@ goes on where a killed one stopped. Axes: N samples of one problem, P problems, 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -32,7 +30,7 @@ from transformers import (
 
 from checkpoint import write_atomically
 from grading import make_grader
-from model import find_checkpoint, load_adapter, load_model, load_tokenizer
+from model import find_checkpoint, load_adapter, load_model, load_tokenizer, pick_device
 from problems import (
     InputError,
     Problem,
@@ -43,6 +41,7 @@ from problems import (
     parse_number,
 )
 from rollout import StreamKey, check_sampling, sample, sample_continuous
+from samples import Sample, check_regime, open_samples, weights_digest
 from server import complete_all, prompt_text
 from teacher import EVALUATION_PROMPT, encode_prompt
 
@@ -121,18 +120,6 @@ def maj_at_n(answers: Sequence[str | None], correct: Sequence[bool], match: Call
 
 # ---------------------------------------------------------------------------------------------------------------
 # Sampling
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sampled solution, as it is written to samples.jsonl."""
-
-    problem: int  # index in the benchmark
-    sample: int  # 0..N-1
-    seed: int
-    text: str
-    tokens: int
-    finish_reason: str  # "eos" or "length"
 
 
 def sample_solutions(
@@ -250,17 +237,14 @@ def _eos_ids(config: EvaluationConfig, tokenizer) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# samples.jsonl: one line that pins the regime, then one line a sample
-
-
 def regime(config: EvaluationConfig, problems: list[Problem], prompts: list[list[int]], limit: int) -> dict:
     """Everything that a sample depends on besides its seed and number."""
     checkpoint = Path(find_checkpoint(config.model))
     return {
         "model": config.model,
-        "model_sha256": _files_digest(checkpoint) if checkpoint.is_dir() else None,
+        "model_sha256": weights_digest(checkpoint) if checkpoint.is_dir() else None,
         "adapter": config.adapter,
-        "adapter_sha256": _files_digest(Path(config.adapter)) if config.adapter else None,
+        "adapter_sha256": weights_digest(Path(config.adapter)) if config.adapter else None,
         "benchmark": config.benchmark,
         "benchmark_sha256": benchmark_digest(problems),
         "prompt": EVALUATION_PROMPT,
@@ -271,62 +255,17 @@ def regime(config: EvaluationConfig, problems: list[Problem], prompts: list[list
         "top_k": config.top_k,
         "max_new_tokens": limit,
         "engine": "server" if config.server else config.engine,
-        "dtype": config.dtype,
+        "dtype": _dtype_name(config),
     }
 
 
-def _files_digest(directory: Path) -> str:
-    """SHA-256 of a directory's weights; for an adapter also of its settings (rank, alpha)."""
-    total = hashlib.sha256()
-    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("adapter_config.json")]):
-        with path.open("rb") as file:
-            total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
-def check_regime(found: dict, wanted: dict, path: Path) -> None:
-    """Raise InputError, naming the field, where a file's samples come from another regime than the one asked for."""
-    for name, value in wanted.items():
-        hashed = wanted.get(f"{name}_sha256") is not None  # a hash says more than the name of a path
-        if not hashed and found.get(name) != value:
-            raise InputError(
-                f"{path}: its samples have {name} {found.get(name)!r}, not {value!r}; use another --output_dir"
-            )
-
-
-@contextmanager
-def open_samples(path: Path) -> Iterator[tuple[dict | None, list[Sample], Callable[[dict], None]]]:
-    """Yield the regime (None in a new file), the samples, and a function that appends a line.
-
-    A last line without its end was torn by a crash: it is cut off, and its sample is missing. Raises InputError for a
-    damaged line elsewhere and for a file that another process is writing.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{path}: another evaluation is writing to it") from None
-        file.seek(0)
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        file.truncate(whole)
-        header, samples = None, []
-        for number, line in enumerate(content[:whole].splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                if number == 1:
-                    header = row["regime"]
-                else:
-                    samples.append(Sample(**row))
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{path}, line {number}: not a line of a sample file") from None
-
-        def append(row: dict) -> None:
-            file.write(json.dumps(row).encode() + b"\n")
-            file.flush()
-
-        yield header, samples, append
+def _dtype_name(config: EvaluationConfig) -> str | None:
+    """What `auto` stands for on this machine (model.load_model); None where the server decides."""
+    if config.server:
+        return None
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if pick_device(config.device).type == "cuda" else "float32"
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -70,7 +70,9 @@ class MathVerifyGrader:
         return self._known[pair]
 
     def _ask(self, pair: tuple[str, str]) -> bool:
-        worker = self._worker or self._start()
+        if self._worker is None or self._worker.poll() is not None:
+            self._start()
+        worker = self._worker
         worker.stdin.write(json.dumps(pair) + "\n")
         worker.stdin.flush()
         reply = worker.stdout.readline()
@@ -79,7 +81,7 @@ class MathVerifyGrader:
             self.close()
         return reply == "true\n"
 
-    def _start(self) -> subprocess.Popen:
+    def _start(self) -> None:
         command = [sys.executable, str(Path(__file__).resolve()), *map(str, self.limits)]
         quiet = {"PATH": os.defpath, "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         self._worker = subprocess.Popen(
@@ -89,7 +91,6 @@ class MathVerifyGrader:
             raise InputError(
                 "--grader math-verify: its worker does not start; run `python grading.py 10 2e9` to see why"
             )
-        return self._worker
 
     def close(self) -> None:
         if self._worker is not None:
