@@ -3,10 +3,10 @@
     python train.py                                             the embedded model, about a minute on a laptop
     torchrun --nproc_per_node 4 train.py --preset qwen3-4b      the paper's run
 
-Each step: sample one solution per prompt from the student, score every token of it in both contexts, weight the tokens'
-losses by position, update. Ranks share the step's prompts. A loss is a fraction (loss.LossTerms): every micro-batch adds
-the gradient of its numerator; gradients and denominators are summed over micro-batches and ranks, and divided once, which
-is the exact mean over the whole step whatever the split.
+Each step: sample one solution per prompt from the student, score every token of it in both contexts, weight the
+tokens' losses by position, update. Ranks share the step's prompts. A loss is a fraction (loss.LossTerms): every
+micro-batch adds the gradient of its numerator; gradients and denominators are summed over micro-batches and ranks, and
+divided once, which is the exact mean over the whole step whatever the split.
 """
 
 from __future__ import annotations
@@ -473,9 +473,8 @@ def main() -> None:
         log.evaluate("before", held_out_accuracy(model, tokenizer, held_out, config))
         say(f"held-out accuracy before training: {log.evaluation['before']:.3f} ({len(held_out)} problems)")
 
-    for step in tqdm(
-        range(start, config.num_steps), initial=start, total=config.num_steps, disable=quiet(), unit="step"
-    ):
+    steps = range(start, config.num_steps)
+    for step in tqdm(steps, initial=start, total=config.num_steps, disable=quiet(), unit="step"):
         metrics, samples = train_step(step, model, tokenizer, teacher, fitting, optimizer, scheduler, config)
         log.append(metrics, [row for part in gather_objects(samples) for row in part])
         say(step_line(metrics, config.num_steps))
@@ -491,9 +490,8 @@ def main() -> None:
     if held_out:
         log.evaluate("after", held_out_accuracy(model, tokenizer, held_out, config))
         before, after = log.evaluation["before"], log.evaluation["after"]
-        say(
-            f"held-out accuracy: {before:.3f} -> {after:.3f} ({100 * (after - before):+.1f} points, {len(held_out)} problems)"
-        )
+        gain = f"{100 * (after - before):+.1f} points"
+        say(f"held-out accuracy: {before:.3f} -> {after:.3f} ({gain}, {len(held_out)} problems)")
     say(f"weights: {run}/checkpoint-{config.num_steps}")
 
 
