@@ -18,20 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    HfArgumentParser,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoint import write_atomically
+from checkpoint import versions, write_atomically
 from grading import make_grader
 from model import find_checkpoint, load_adapter, load_model, load_tokenizer, pick_device
 from problems import (
+    FlagParser,
     InputError,
     Problem,
     answers_match,
@@ -361,7 +355,7 @@ def print_table(summary: dict) -> None:
 
 
 def main() -> None:
-    (config,) = HfArgumentParser(EvaluationConfig, description=__doc__).parse_args_into_dataclasses()
+    (config,) = FlagParser(EvaluationConfig, description=__doc__).parse_args_into_dataclasses()
     check_config(config)
     problems = load_problems(config.benchmark, need_solution=False)
     grader = make_grader(config.grader, needs_latex(problems))
@@ -403,7 +397,7 @@ def main() -> None:
     summary = {
         "benchmark": config.benchmark, "num_samples": config.num_samples, "regime": header,
         "answers_sha256": benchmark_digest(problems, "answer"),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
         **summarise([present[key] for key in every], problems, grader.match),
         "grader": {"name": grader.name, "version": grader.version, "stopped": grader.stopped},
     }  # fmt: skip

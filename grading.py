@@ -1,10 +1,8 @@
 """Graders: whether two answers are the same, decided without trusting what a model wrote.
 
 `exact` compares strings and numbers (problems.answers_match). `math-verify` (optional package) also knows LaTeX: sets,
-intervals, matrices, algebra. It runs in a process of its own, this file started as a script: a clean interpreter that
-speaks JSON lines, with a limit on time and memory for every comparison, killed by the kernel where it passes one and
-replaced. math-verify reads numbers through sympy's parser, which compiles them as Python; so the worker refuses to
-compile anything that is not a plain number, and to start processes, open sockets or write files.
+intervals, matrices, algebra. It runs in a process of its own (grading_worker.py), with a limit on time and memory for
+every comparison, killed where it passes one and replaced.
 """
 
 from __future__ import annotations
@@ -13,9 +11,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import re
-import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +19,7 @@ from problems import InputError, answers_match
 
 SECONDS_PER_COMPARISON = 10.0  # math-verify's own default is 5 for the parsing and 5 for the comparison
 MEMORY_BYTES = 2 * 2**30
+WORKER = Path(__file__).resolve().with_name("grading_worker.py")
 
 
 class ExactGrader:
@@ -71,31 +67,40 @@ class MathVerifyGrader:
 
     def _ask(self, pair: tuple[str, str]) -> bool:
         if self._worker is None or self._worker.poll() is not None:
+            self.close()
             self._start()
-        worker = self._worker
-        worker.stdin.write(json.dumps(pair) + "\n")
-        worker.stdin.flush()
-        reply = worker.stdout.readline()
+        try:
+            self._worker.stdin.write(json.dumps(pair) + "\n")
+            self._worker.stdin.flush()
+            reply = self._worker.stdout.readline()
+        except BrokenPipeError:
+            reply = ""
         if reply not in ("true\n", "false\n"):
             self.stopped += 1
             self.close()
         return reply == "true\n"
 
     def _start(self) -> None:
-        command = [sys.executable, str(Path(__file__).resolve()), *map(str, self.limits)]
-        quiet = {"PATH": os.defpath, "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(WORKER), *map(str, self.limits)]
+        fixed = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         self._worker = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=quiet
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | fixed,
         )
         if self._worker.stdout.readline() != "ready\n":
             raise InputError(
-                "--grader math-verify: its worker does not start; run `python grading.py 10 2e9` to see why"
+                "--grader math-verify: its worker does not start; run `python grading_worker.py 10 2e9` to see why"
             )
 
     def close(self) -> None:
         if self._worker is not None:
             self._worker.kill()
-            self._worker.communicate()
+            self._worker.stdout.close()
+            self._worker.wait()
             self._worker = None
 
 
@@ -106,65 +111,3 @@ def make_grader(name: str, latex: bool = False) -> ExactGrader | MathVerifyGrade
     if name == "exact" or (name == "auto" and not latex):
         return ExactGrader()
     return MathVerifyGrader()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The worker
-
-
-# What sympy's parser may compile: its own namespace and a number. Everything else would be the model's text as code.
-NUMBER_SOURCE = re.compile(r"\s*(from sympy import \*|(Integer|Float|Rational) ?\( ?'?[\d.eE+-]{0,5000}'? ?\))\s*")
-REFUSED = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "tempfile.", "urllib.", "webbrowser.")
-HARMLESS = ("os.listdir", "os.scandir")  # the import system's
-
-
-def _refuse(event: str, arguments: tuple) -> None:
-    """Audit hook: raises for what no comparison of two answers needs."""
-    if event == "compile":
-        source, filename = arguments
-        text = source.decode("utf-8", "replace") if isinstance(source, bytes) else str(source)
-        if str(filename).startswith("<") and not NUMBER_SOURCE.fullmatch(text):
-            raise PermissionError(f"refused to compile {text[:80]!r}")
-    elif event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-        raise PermissionError(f"refused to write {arguments[0]!r}")
-    elif event.startswith(REFUSED) and event not in HARMLESS:
-        raise PermissionError(f"refused {event}")
-
-
-def _serve(seconds: float, memory_bytes: int) -> None:
-    """Answer JSON pairs from stdin with true or false until it closes. SIGALRM's default action ends a comparison."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nothing that a library prints may look like a reply
-    import logging
-
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    logging.disable()  # math-verify warns that its own time limits are off; this process has its own
-
-    def parsed(answer: str) -> list:
-        return parse(f"\\boxed{{{answer}}}", extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
-
-    def same(a: str, b: str) -> bool:
-        x, y = parsed(a), parsed(b)
-        return verify(x, y, timeout_seconds=None) or verify(y, x, timeout_seconds=None)
-
-    same("\\frac{1}{2}", "\\sqrt{x} + 0.5")  # loads what sympy imports late, before the hook forbids it
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    sys.addaudithook(_refuse)
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            verdict = same(*json.loads(line))
-        except MemoryError:
-            sys.exit(1)  # the interpreter may be damaged: leave it to a fresh one
-        except Exception:  # whatever hostile text does to the parser: not equal
-            verdict = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print("true" if verdict else "false", file=replies, flush=True)
-
-
-if __name__ == "__main__":
-    _serve(float(sys.argv[1]), int(float(sys.argv[2])))
