@@ -125,8 +125,8 @@ def test_everything_else_is_refused(event, arguments):
 def hostile_answers(count: int, seed: int, canary: str):
     """Seeded answers that try to break a grader; those with code would create the file `canary`."""
     draw = random.Random(seed)
-    pieces = ["\\frac{", "\\sqrt{", "\\left(", "\\right)", "\\text{", "\\begin{pmatrix}", "\\boxed{", "\\infty", "\\int",
-              "\\sum", "\\cup", "\\pi", "\\\\", *"{}^_x1+&=,%$ei!/."]  # fmt: skip
+    pieces = ["\\frac{", "\\sqrt{", "\\left(", "\\right)", "\\text{", "\\begin{pmatrix}", "\\boxed{", "\\infty"]
+    pieces += ["\\int", "\\sum", "\\cup", "\\pi", "\\\\", *"{}^_x1+&=,%$ei!/."]
     code = [
         "__import__('os').system('touch CANARY')",
         "open('CANARY','w').write('1')",
