@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -393,7 +394,11 @@ def main() -> None:
                 append(asdict(item))
                 present[item.seed, item.problem, item.sample] = item
 
+            start = time.perf_counter()
             generate_missing(config, problems, tokenizer, limit, missing, write)
+            seconds = time.perf_counter() - start
+            tokens = sum(present[s, *job].tokens for s, jobs in missing.items() for job in jobs)
+            print(f"sampled {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second (loading included)")
 
     summary = {
         "benchmark": config.benchmark, "num_samples": config.num_samples, "regime": header,
