@@ -24,7 +24,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 
 from checkpoint import versions, write_atomically
 from grading import make_grader
-from model import find_checkpoint, load_adapter, load_model, load_tokenizer, pick_device
+from model import ADAPTER_CONFIG, find_checkpoint, load_adapter, load_model, load_tokenizer, pick_device
 from problems import (
     FlagParser,
     InputError,
@@ -330,6 +330,8 @@ def check_config(config: EvaluationConfig) -> None:
         raise InputError(f"--engine {config.engine}: choose generate or continuous")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
         raise InputError(f"--seeds {config.seeds}: must be different and not negative")
+    if config.adapter and not (Path(config.adapter) / ADAPTER_CONFIG).is_file():
+        raise InputError(f"--adapter {config.adapter}: no {ADAPTER_CONFIG} there")
     if config.server and config.adapter:
         raise InputError("--server takes no --adapter: merge it (python model.py export) and serve the result")
 

@@ -46,7 +46,7 @@ class MathVerifyGrader:
     def __init__(self, seconds: float = SECONDS_PER_COMPARISON, memory_bytes: int = MEMORY_BYTES) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise InputError(
-                "--grader math-verify: grading LaTeX needs `pip install 'math-verify[antlr4_13_2]'`; "
+                "--grader math-verify: grading LaTeX needs `pip install math-verify`; "
                 "--grader exact does without it and undercounts LaTeX answers"
             )
         self.version = importlib.metadata.version("math-verify")

@@ -28,6 +28,10 @@ class FlagParser(HfArgumentParser):
     def error(self, message: str) -> None:
         raise InputError(f"{message} (--help lists the flags)")
 
+    def parse_args_into_dataclasses(self, args: list[str] | None = None, **options) -> tuple:
+        self.parse_args(args)  # calls error() for a flag that does not exist, where the parent raises a ValueError
+        return super().parse_args_into_dataclasses(args, **options)
+
 
 @dataclass(frozen=True)
 class Problem:

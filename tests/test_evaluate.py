@@ -267,12 +267,26 @@ def test_a_response_stays_within_the_context(tiny):
     [
         ({"num_samples": 0}, "--num_samples"), ({"batch_size": 0}, "--batch_size"), ({"engine": "vllm"}, "--engine"),
         ({"seeds": [0, 0]}, "--seeds"), ({"seeds": []}, "--seeds"), ({"seeds": [-1]}, "--seeds"),
-        ({"top_p": 0.0}, "--top_p"), ({"server": "http://x", "adapter": "y"}, "--server"),
+        ({"top_p": 0.0}, "--top_p"), ({"adapter": "nowhere"}, "--adapter"),
     ],
 )  # fmt: skip
 def test_wrong_flags_are_named(changes, flag):
     with pytest.raises(InputError, match=flag):
         check_config(EvaluationConfig(**changes))
+
+
+def test_a_flag_or_an_adapter_that_does_not_exist_writes_nothing(run):
+    with pytest.raises(InputError, match="--bogus"):
+        run("nothing", "--bogus", 1)
+    with pytest.raises(InputError, match=r"--adapter .*adapter_config.json"):
+        run("nothing", "--adapter", run.folder)
+    assert not (run.folder / "nothing").exists()
+
+
+def test_a_server_takes_no_adapter(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="--server takes no --adapter"):
+        check_config(EvaluationConfig(server="http://x", adapter=str(tmp_path)))
 
 
 def test_the_server_is_asked_for_exactly_what_is_missing(run, monkeypatch):
