@@ -11,10 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
+import subprocess
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -147,3 +150,42 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_run(run: Path, config: dict, free: set[str], resume: bool, facts: dict) -> None:
+    """Claim a run folder: write config.json, or check that the run in it is the one that `config` continues.
+
+    Fields in `free` may change on resuming. Raises InputError if the folder holds another run.
+    """
+    record = run / "config.json"
+    if record.exists() and not resume:
+        raise InputError(f"--output_dir {run}: holds another run; continue it with --resume or choose another folder")
+    if record.exists():
+        before = json.loads(record.read_text())["config"]
+        for key, value in json.loads(json.dumps(config)).items():
+            if key not in free and before.get(key) != value:
+                raise InputError(f"--resume: {run} was started with --{key} {before.get(key)}, not {value}")
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    facts = {"versions": versions(), "git_commit": git_commit(), **facts}
+    write_atomically(record, json.dumps({"config": config, **facts}, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, or None outside of one."""
+    here = Path(__file__).resolve().parent
+    if not (here / ".git").exists():
+        return None
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -4,9 +4,10 @@
 
 Both distributions are softmax(float32 logits / T_distill) over the full vocabulary; the teacher carries no gradient.
 The loss of a token depends on that token's two hidden states only. `loss_terms_from_hidden` uses that: it meets the
-vocabulary a chunk of tokens at a time and keeps, instead of logits, each token's gradient with respect to its hidden state.
+vocabulary a chunk of tokens at a time and keeps, instead of logits, each token's gradient at its hidden state.
 
-Axes: B sequences, T response tokens, V vocabulary, D hidden, K alternatives, M valid tokens (the paper's set M), row after row.
+Axes: B sequences, T response tokens, V vocabulary, D hidden, K alternatives, M valid tokens (the paper's set M) row
+after row.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class LossTerms:
 
 
 def divergence_entries(student_logp_MV: Tensor, teacher_logp_MV: Tensor, beta: float) -> Tensor:
-    """JSD_beta entry by entry, [M, V]: beta p_T log(p_T / m) + (1 - beta) p_S log(p_S / m), m = beta p_T + (1 - beta) p_S.
+    """JSD_beta by entry, [M, V]: beta p_T log(p_T / m) + (1 - beta) p_S log(p_S / m), m = beta p_T + (1 - beta) p_S.
 
     By definition beta = 0 is the forward p_T log(p_T / p_S) of Eq. (1) and beta = 1 the reverse p_S log(p_S / p_T).
     """
@@ -132,7 +133,10 @@ def reward_floor(options: LossOptions) -> float:
 
 
 def policy_gradient(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
-    """REOPOLD (arXiv 2603.11137): l = -R^ log p_S(y), R^ = max(sg(log p_T(y) - log p_S(y)), log(lambda) / (1 - lambda))."""
+    """REOPOLD (arXiv 2603.11137): l = -R^ log p_S(y), R^ = max(R, log(lambda) / (1 - lambda)).
+
+    R = sg(log p_T(y) - log p_S(y)).
+    """
     student_M = _at(student_logp_MV, ids_M)
     R = (_at(teacher_logp_MV, ids_M) - student_M).detach()
     return -R.clamp(min=reward_floor(options)) * student_M
@@ -328,7 +332,8 @@ def method_loss_from_hidden(
     """
     return loss_terms_from_hidden(
         name, student_hidden_BTD, teacher_hidden_BTD, lm_head_weight_VD, response_ids_BT, mask_BT,
-        options=_options(overrides), chunk_tokens=chunk_tokens, step=step, teacher_head_weight_VD=teacher_head_weight_VD,
+        options=_options(overrides), chunk_tokens=chunk_tokens, step=step,
+        teacher_head_weight_VD=teacher_head_weight_VD,
     ).loss  # fmt: skip
 
 

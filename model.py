@@ -73,7 +73,7 @@ def load_model(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer beside a checkpoint. Without a pad token, EOS is used: masks come from lengths, never from ids."""
+    """Load the tokenizer of a checkpoint. Without a pad token EOS is used: masks come from lengths, not from ids."""
     name = find_checkpoint(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -201,7 +201,7 @@ def save_adapter(model: PreTrainedModel, directory: Path, base_model: str) -> No
 
 
 def load_adapter(model: PreTrainedModel, directory: Path | str) -> None:
-    """Read an adapter in PEFT's format, adding LoRA to the model where it has none yet. Raises InputError on a misfit."""
+    """Read an adapter in PEFT's format, adding LoRA where the model has none. Raises InputError on a misfit."""
     directory = Path(directory)
     try:
         config = json.loads((directory / ADAPTER_CONFIG).read_text())
@@ -264,7 +264,7 @@ def response_mask(lengths: list[int], device: torch.device | str = "cpu") -> Ten
 
 @torch.no_grad()
 def merge_adapter(model: PreTrainedModel) -> None:
-    """Fold the adapter into plain linear layers, in place: W + (alpha / r) B A, computed in float32. For export only."""
+    """Fold the adapter into plain linear layers, in place and for export only: W + (alpha / r) B A in float32."""
     for name, layer in lora_layers(model).items():
         update = (layer.lora_B.float() @ layer.lora_A.float()) * (layer.alpha / layer.rank)
         layer.base.weight.copy_(layer.base.weight.float() + update)

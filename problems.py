@@ -165,7 +165,7 @@ _FRACTION = re.compile(r"([+-]?)\\?[dt]?frac\{([+-]?\d{1,400})\}\{([+-]?\d{1,400
 
 
 def normalise_answer(answer: str) -> str:
-    """Strip what carries no meaning: spaces, dollar signs, `\\left`, `\\text{}`, a final full stop, units of percent."""
+    """Strip what carries no meaning: spaces, dollar signs, `\\left`, `\\text{}`, a final full stop, percent signs."""
     text = answer.strip().rstrip(".").replace("$", "").replace("\\!", "").replace("\\,", "").replace("\\ ", " ")
     text = text.replace("\\left", "").replace("\\right", "").replace("\\%", "").replace("%", "")
     text = text.replace("dfrac", "frac").replace("tfrac", "frac").replace("^\\circ", "").replace("^{\\circ}", "")
@@ -189,7 +189,7 @@ def parse_number(answer: str) -> Fraction | None:
 
 
 def answers_match(given: str | None, gold: str) -> bool:
-    """Whether two answers are the same string, or the same number, after normalisation. Symmetric; None never matches."""
+    """Whether two answers are the same string or number after normalisation. Symmetric; None never matches."""
     if given is None:
         return False
     left, right = normalise_answer(given), normalise_answer(gold)

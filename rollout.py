@@ -1,7 +1,7 @@
-"""On-policy sampling: all prompts of a step in one batched call, on token ids, each row with a random stream of its own.
+"""On-policy sampling: all prompts of a step in one batched call, on token ids, each row with its own random stream.
 
-A row's stream depends on its key alone, (seed, step, slot) in training and (seed, problem, sample) in evaluation: not on
-the batch it is sampled in, nor on the number of processes. Axes: B sequences, T response tokens, V vocabulary.
+A row's stream depends on its key alone, (seed, step, slot) in training and (seed, problem, sample) in evaluation: not
+on the batch it is sampled in, nor on the number of processes. Axes: B sequences, T response tokens, V vocabulary.
 """
 
 from __future__ import annotations

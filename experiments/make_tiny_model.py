@@ -2,10 +2,10 @@
 
     python -m experiments.make_tiny_model --output tiny
 
-What makes its teacher context worth listening to is that it has seen student-like mistakes. Without a reference a
-trace slips (a wrong partial sum) on 15 % of its steps and takes back 30 % of the slips with a `!`; with a reference in the
-prompt it slips on 25 % of the steps, always takes it back, and the slip itself carries no loss. The result is saved
-in the ordinary Hugging Face layout.
+What makes its teacher context worth listening to is that it has seen student-like mistakes. Without a
+reference a trace slips (a wrong partial sum) on 25 % of its steps and takes back 30 % of the slips with a `!`; with a
+reference in the prompt it slips as often, always takes it back, and the slip itself carries no loss. The result is
+saved in the ordinary Hugging Face layout.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ IGNORED = -100
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable character; each phrase of the prompt templates is one token, so that prompts stay short."""
+    """One token per printable character and one per phrase of the prompt templates, so that prompts stay short."""
     characters = ["<unk>", *(chr(code) for code in range(32, 127)), "\n"]
     model = models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[], unk_token="<unk>")
     tokenizer = Tokenizer(model)
@@ -101,11 +101,11 @@ def batch_tensors(examples: list[tuple[list[int], list[int]]], pad: int) -> tupl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="tiny", help="directory to write")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--student_slip", type=float, default=0.15)
+    parser.add_argument("--student_slip", type=float, default=0.25, help="share of steps with a wrong sum")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
