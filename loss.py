@@ -263,7 +263,7 @@ def score_tokens(
         clipped_mass_M = torch.zeros_like(ids_M, dtype=torch.float32)
         if method.token_loss is clipped_divergence and options.clip < float("inf"):
             is_clipped_MV = divergence_entries(student_logp_MV, teacher_logp_MV, options.beta) > options.clip
-            clipped_mass_M = teacher_logp_MV.exp().mul_(is_clipped_MV).sum(dim=-1)
+            clipped_mass_M = teacher_logp_MV.where(is_clipped_MV, -torch.inf).exp_().sum(dim=-1)
             del is_clipped_MV
         statistics = {
             "student_logprob": _at(student_logp_MV, ids_M),
