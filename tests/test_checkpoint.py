@@ -224,7 +224,7 @@ def test_sigterm_to_the_process_writes_a_checkpoint_and_exits_with_0(tmp_path):
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_numbers(tmp_path):
-    """Two steps on two ranks, two more on one: the same rollouts and, up to rounding, the same losses as on one rank."""
+    """Two steps on two ranks, two more on one: the same rollouts and, up to rounding, the losses of one rank."""
     common = ["--num_steps=4", "--learning_rate=1e-4"]
     two = start(tmp_path / "changed", *common, ranks=2)
     one = start(tmp_path / "same", *common)

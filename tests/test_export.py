@@ -88,7 +88,7 @@ def test_a_merge_that_changes_the_logits_writes_nothing(adapted, tmp_path, monke
         model.get_decoder().layers[0].mlp.up_proj.weight[0] += 1.0
 
     monkeypatch.setattr(model_module, "merge_adapter", wrong)
-    with pytest.raises(InputError, match="differ by .*nothing written"):
+    with pytest.raises(InputError, match=r"differ by .*nothing written"):
         export(str(adapted[1]), str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
 
