@@ -40,7 +40,7 @@ TITLES = ("teacher's mass clipped", "entries with the sign reversed", "gradient 
 
 
 def logit_gradients(student_logp_MV: Tensor, teacher_logp_MV: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """d l_t / d z_i * T_distill of Eq. (1), [M, V]: P_A p_S(i) - p_T(i) 1[i in A]; and without a clip: p_S(i) - p_T(i)."""
+    """d l_t / d z_i * T_distill of Eq. (1), [M, V]: P_A p_S(i) - p_T(i) 1[i in A]; unclipped: p_S(i) - p_T(i)."""
     student_MV, teacher_MV = student_logp_MV.exp(), teacher_logp_MV.exp()
     kept_MV = divergence_entries(student_logp_MV, teacher_logp_MV, beta=0.0) <= clip
     clipped_mass_M = (teacher_MV * ~kept_MV).sum(dim=-1)

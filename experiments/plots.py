@@ -97,7 +97,7 @@ def schedule_weights() -> Figure:
     r = torch.linspace(0, 1, 501)
     for name, schedule in SCHEDULES.items():
         style = {"linewidth": 2} if name in paper else {"linewidth": 1, "linestyle": "--"}
-        axis.plot(r, schedule(r), label=name, **style)
+        axis.plot(r.numpy(), schedule(r).numpy(), label=name, **style)
     axis.set(xlabel="relative position r = (t - 0.5) / L", ylabel="weight w(r)", xlim=(0, 1), ylim=(0, 1.05))
     axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return drawn
@@ -107,7 +107,7 @@ def divergence_by_position(metrics: list[dict], label: str) -> Figure:
     """Token loss by tenth of the solution (upwards) and step (to the right)."""
     drawn, (axis,) = figure(7, 3.6)
     tenths = [step["by_decile"]["divergence"] for step in metrics]
-    values = torch.tensor([[float("nan") if v is None else v for v in row] for row in tenths]).T
+    values = torch.tensor([[float("nan") if v is None else v for v in row] for row in tenths]).T.numpy()
     axis.grid(visible=False)
     image = axis.imshow(
         values, origin="lower", aspect="auto", cmap="viridis", extent=(0.5, len(metrics) + 0.5, 0, 1), vmin=0

@@ -147,8 +147,8 @@ function show(button) {
   if (chosen) chosen.classList.remove('on');
   (chosen = button).classList.add('on');
   const line = document.createElement('div'), table = document.createElement('table');
-  const place = `token ${+button.dataset.t + 1} of ${rollouts[button.dataset.r].length}`;
-  line.textContent = `${place}: ${visible(token.text)}   divergence ${token.divergence.toFixed(4)} \u00d7 weight ` +
+  const place = `token ${+button.dataset.t + 1} of ${rollouts[button.dataset.r].length}: ${visible(token.text)}`;
+  line.textContent = `${place} \\u00b7 divergence ${token.divergence.toFixed(4)} \\u00d7 weight ` +
     `${token.weight.toFixed(3)} = ${(token.divergence * token.weight).toFixed(4)}`;
   table.innerHTML = '<tr><th>student<th><th>teacher<th></tr>';
   token.student.forEach((alternative, k) => {
