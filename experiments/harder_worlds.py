@@ -90,12 +90,13 @@ def trace(problem: Problem, draw: random.Random, world: World, teacher: bool) ->
     The teacher takes all slips back and never learns to slip. In a world with a leak it learns to go on with the first
     addend of the reference that is left, from wherever the student's order has led.
     """
-    left = reference_order(problem.solution)
+    left, leaks = reference_order(problem.solution), teacher and world.leak
 
     def take() -> tuple[int, bool]:
-        follows = not (teacher and world.leak) or draw.random() < 0.5
-        at = 0 if follows and teacher and world.leak else draw.randrange(len(left))
-        return left.pop(at), follows
+        follows = not leaks or draw.random() < 0.5
+        addend = left[0] if leaks and follows else draw.choice(left)
+        left.remove(addend)  # of two equal addends the reference's first: a reader cannot tell which was meant
+        return addend, follows
 
     total, learned = take()
     pieces = [(str(total), learned)]
