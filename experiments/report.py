@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from itertools import pairwise
-from math import atan, cos, isclose, pi, sqrt
+from math import atan, cos, isclose, isnan, pi, sqrt
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import TYPE_CHECKING
@@ -135,6 +135,12 @@ def _row(name: str, cells: list[dict]) -> Row:
     )
 
 
+def untrained(rows: list[Row]) -> Row:
+    """The model before training, as a row of its own: the same problems and random numbers at each seed."""
+    before = {seed: value for row in rows for seed, value in row.before.items()}
+    return Row("before training", {}, before, {}, [], float("nan"), [])
+
+
 def segments(values: list[float]) -> list[float]:
     """Means over SEGMENTS parts of about equal length (over each value where there are fewer)."""
     parts = min(SEGMENTS, len(values))
@@ -149,25 +155,25 @@ def segments(values: list[float]) -> list[float]:
 def write_report(grid: Grid, records: list[dict], output: Path) -> str:
     """Write OUTPUT/report.md and return its text."""
     rows = [row for row in collect(grid, records) if row.after or row.errors]
+    rows.insert(0, untrained(rows))
     text = "\n\n".join(part for part in (_header(grid, records, rows), *_answer(grid, rows)) if part) + "\n"
     (output / "report.md").write_text(text, encoding="utf-8")
     return text
 
 
 def _header(grid: Grid, records: list[dict], rows: list[Row]) -> str:
-    cells = sum(len(row.after) + len(row.errors) for row in rows)
+    cells = sum(len(row.after) + len(row.errors) for row in rows[1:])
     first, seeds = records[0], ", ".join(map(str, grid.seeds))
     commits = ", ".join(sorted({str(record["git_commit"])[:10] for record in records}))
     common = " ".join(f"--{name} {value}" for name, value in grid.common.items())
-    before = [value for row in rows for value in row.before.values()]
     facts = [
-        f"{cells} of {len(grid.rows) * len(grid.seeds)} cells: {len(rows)} rows, seeds {seeds}, `train.py {common}`.",
-        f"Before training the model scores {mean(before):.1f} %." if before else "",
+        f"{cells} of {len(grid.rows) * len(grid.seeds)} cells: {len(grid.rows)} rows, seeds {seeds}.",
+        f"`train.py {common}`.",
         f"Model {first['model_id']}, commit {commits}, torch {first['versions']['torch']},",
         f"transformers {first['versions']['transformers']}, {first['machine']};",
         f"{sum(record['seconds'] for record in records) / 60:.0f} minutes summed over the cells.",
     ]
-    return "# The controlled study\n\n" + " ".join(fact for fact in facts if fact)
+    return "# The controlled study\n\n" + " ".join(facts)
 
 
 def _answer(grid: Grid, rows: list[Row]) -> list[str]:
@@ -220,7 +226,7 @@ def _table(grid: Grid, rows: list[Row], after: dict, training: dict, settled: tu
         cells = [row.name]
         for values, differences, sure in ((row.after, after, settled[0]), (row.training, training, settled[1])):
             cells += [_mean_std(values), _interval(differences.get(row.name), row.name in sure)]
-        lines.append("| " + " | ".join([*cells, f"{100 * row.ends:.0f}"]) + " |")
+        lines.append("| " + " | ".join([*cells, "-" if isnan(row.ends) else f"{100 * row.ends:.0f}"]) + " |")
     note = (
         "Mean ± standard deviation over training seeds; difference [95 % interval] paired by seed; ** settled after "
         "Holm's correction. `% over training` is the mean accuracy of all rollouts of training, at its temperature."

@@ -52,13 +52,13 @@ def _schedule(name: str) -> dict[str, object]:
 
 
 GRID = Grid(
-    common={"num_steps": 25, "eval_samples": 2},
+    common={"num_steps": 20, "eval_samples": 2},
     seeds=[0, 1, 2, 3, 4, 5],
     rows={
         "OPSD": {"method": "opsd"},
         "EOPD": {"method": "eopd"},
         # That paper switches its mask at step 50 of 150.
-        "REOPOLD": {"method": "reopold", "switch_step": 8},
+        "REOPOLD": {"method": "reopold", "switch_step": 7},
         "PW-OPSD Moderate": {"method": "pwopsd"},
         # Table 6: weights (uniform, Moderate) x reduction (over tokens, per sequence); the other two cells stand above.
         "uniform, per sequence": {"method": "opsd", "reduction": "sequence_mean"},

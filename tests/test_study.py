@@ -214,6 +214,7 @@ def test_report_tells_effect_from_noise(tmp_path):
     line = next(line for line in text.splitlines() if line.startswith("| noise |"))
     after = [82, 79, 84, 81, 86, 83]
     assert f"| {mean(after):.1f} ± {stdev(after):.1f} | +0.0 [-2.3, +2.3] |" in line  # t(5) 2.571 * 2.19 / sqrt(6)
+    assert "| before training | 50.0 ± 0.0 | **-32.5 [" in text
     assert "step 3: the loss is nan" in text
     assert "seeds 0, 1, 2, 3, 4, 5" in text
 
