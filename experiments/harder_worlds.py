@@ -34,6 +34,7 @@ ADDENDS, STEPS = 7, 6
 IGNORED = -100
 RETRACTED = 0.3  # share of its slips that the student takes back, as in the embedded world
 TEACHER_SLIP = 0.25
+BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def train(world: World, steps: int, output: Path) -> None:
     schedule = get_cosine_schedule_with_warmup(optimizer, 20, steps)
     start = time.time()
     for step in range(steps):
-        rows = [example(tokenizer, draw.choice(problems), draw, world) for _ in range(64)]
+        rows = [example(tokenizer, draw.choice(problems), draw, world) for _ in range(BATCH)]
         width = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])
         labels = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
@@ -178,7 +179,7 @@ def write_world(name: str, steps: int, output: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", required=True, choices=WORLDS)
-    parser.add_argument("--steps", type=int, default=600, help="supervised steps of 64 solutions")
+    parser.add_argument("--steps", type=int, default=500, help=f"supervised steps of {BATCH} solutions")
     parser.add_argument("--output_dir", type=Path, help="default: runs/worlds/WORLD")
     args = parser.parse_args()
     print(f"wrote {write_world(args.world, args.steps, args.output_dir or Path('runs/worlds') / args.world)}")
