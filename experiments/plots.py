@@ -2,7 +2,7 @@
 
     python -m experiments.plots RUN...           learning curves, weights of the schedules, divergence by position
     python -m experiments.plots RUN --html       a page of some rollouts, token by token (needs no matplotlib)
-    python -m experiments.plots --study DIR      the study's differences to its baseline, with intervals
+    python -m experiments.plots --study DIR      the study's differences with intervals, and its learning curves
 
 Runs that differ only in their seed share a colour; their mean is drawn.
 """
@@ -122,6 +122,7 @@ def study_figure(grid: Grid, records: list[dict]) -> Figure:
     """Each row's paired difference to the baseline with its 95 % interval, after training and averaged over it."""
     rows = {row.name: row for row in collect(grid, records)}
     baseline = rows.pop(grid.baseline)
+    rows = {name: row for name, row in rows.items() if row.after}
     drawn, axes = figure(11, 1.2 + 0.27 * len(rows), columns=2)
     titles = ("held-out accuracy after training", "rollout accuracy over training")
     for axis, title, column in zip(axes, titles, ("after", "training"), strict=True):
@@ -135,6 +136,20 @@ def study_figure(grid: Grid, records: list[dict]) -> Figure:
         axis.set_xticks([-50, -20, -10, -5, 0, 5, 10], labels=["-50", "-20", "-10", "-5", "0", "5", "10"])
         axis.title.set_size(10)
         axis.set_yticks(range(len(rows)), labels=list(rows) if axis is axes[0] else [""] * len(rows), fontsize=8)
+    return drawn
+
+
+def study_curves(grid: Grid, records: list[dict]) -> Figure:
+    """Rollout accuracy over the steps, mean over seeds: the first rows and the first contrast by name, the rest grey."""
+    drawn, (axis,) = figure(7, 4)
+    named = {*list(grid.rows)[:4], *(grid.contrasts[0] if grid.contrasts else ())}
+    for name in sorted(grid.rows, key=lambda name: name in named):
+        cells = [r["accuracy"] for r in records if r["options"] == grid.options(name) and r["error"] is None]
+        means = smooth([sum(values) / len(values) for values in zip(*cells, strict=False)])
+        style = {"label": name} if name in named else {"color": "0.8", "linewidth": 0.8}
+        axis.plot(range(1, len(means) + 1), means, **style)
+    axis.set(xlabel="step", ylabel="accuracy of the rollouts", ylim=(0, 1))
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
     return drawn
 
 
@@ -183,7 +198,9 @@ def main() -> None:
     paths = []
     if args.study:
         records = read_cells(args.study / "cells.jsonl")
-        paths += save({"study": study_figure(read_grid(args.grid) if args.grid else GRID, records)}, args.output_dir)
+        grid = read_grid(args.grid) if args.grid else GRID
+        pictures = {"study": study_figure(grid, records), "study_curves": study_curves(grid, records)}
+        paths += save(pictures, args.output_dir)
     if args.html:
         paths += [write_page(run, args.output_dir) for run in args.runs]
     elif args.runs:

@@ -78,6 +78,14 @@ def test_study_picture_shows_the_paired_difference():
     assert container.lines[0].get_xdata()[0] == pytest.approx(10.0)  # mean of 0, 10, 20 points
 
 
+def test_study_curves_are_means_over_seeds():
+    pytest.importorskip("matplotlib")
+    grid = Grid({}, [0, 1], {"OPSD": {"a": 0}})
+    records = [{"options": {"a": 0}, "accuracy": [value, value], "error": None} for value in (0.2, 0.6)]
+    (line,) = plots.study_curves(grid, records).axes[0].lines
+    assert list(line.get_ydata()) == [pytest.approx(0.4)] * 2
+
+
 def test_missing_matplotlib_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="pip install matplotlib"):
