@@ -140,7 +140,7 @@ def study_figure(grid: Grid, records: list[dict]) -> Figure:
 
 
 def study_curves(grid: Grid, records: list[dict]) -> Figure:
-    """Rollout accuracy over the steps, mean over seeds: the first rows and the first contrast by name, the rest grey."""
+    """Rollout accuracy over the steps, mean over seeds: the first rows and the first contrast in colour."""
     drawn, (axis,) = figure(7, 4)
     named = {*list(grid.rows)[:4], *(grid.contrasts[0] if grid.contrasts else ())}
     for name in sorted(grid.rows, key=lambda name: name in named):
