@@ -239,9 +239,9 @@ def run_cells(cells: list[Cell], output: Path, workers: int) -> Iterator[dict]:
         yield from (run_cell(cell, output) for cell in cells)
         return
     context = multiprocessing.get_context("spawn")  # a forked child cannot use the GPU
-    slots = context.Queue()
+    slots, gpus = context.Queue(), visible_gpus() or [""]
     for slot in range(workers):
-        slots.put(slot)
+        slots.put(gpus[slot % len(gpus)])
     with ProcessPoolExecutor(workers, context, initializer=_take_slot, initargs=(slots,)) as pool:
         futures = [pool.submit(run_cell, cell, output) for cell in cells]
         try:
@@ -252,14 +252,15 @@ def run_cells(cells: list[Cell], output: Path, workers: int) -> Iterator[dict]:
 
 
 def _take_slot(slots: multiprocessing.Queue) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(slots.get())
+    os.environ["CUDA_VISIBLE_DEVICES"] = slots.get()
 
 
-def count_workers() -> int:
-    """One worker per GPU, or per core where there is none."""
+def visible_gpus() -> list[str]:
+    """The names that CUDA_VISIBLE_DEVICES takes, of the GPUs that this process may use."""
     import torch
 
-    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return allowed.split(",") if allowed else [str(gpu) for gpu in range(torch.cuda.device_count())]
 
 
 def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
@@ -291,7 +292,7 @@ def main() -> None:
     if args.report_only:
         records = read_cells(args.output_dir / "cells.jsonl")
     else:
-        records = run_grid(grid, args.output_dir, args.workers or count_workers())
+        records = run_grid(grid, args.output_dir, args.workers or len(visible_gpus() or os.sched_getaffinity(0)))
     if not records:
         raise InputError(f"--output_dir {args.output_dir}: no cells have been measured there")
     print(write_report(grid, records, args.output_dir))

@@ -225,6 +225,14 @@ def test_report_of_an_unfinished_grid(tmp_path):
     assert "no row has two seeds" in write_report(TINY, [*records, record(TINY.options("OPSD"), 0, 0.8)], tmp_path)
 
 
+def test_workers_stay_on_the_gpus_they_may_use(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert study.visible_gpus() == ["2", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert study.visible_gpus() == ["0", "1"]
+
+
 def test_a_cell_is_a_run_of_train(tmp_path):
     """One real cell of one step: its line holds what the run's own files hold; a second call adds nothing."""
     data = tmp_path / "two.jsonl"
