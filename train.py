@@ -278,6 +278,22 @@ def rollout_metrics(samples: list[dict]) -> dict:
     return {"accuracy": correct / count if count else None, "mean_length": tokens / rows, "eos_rate": eos / rows}
 
 
+COLLAPSE_WINDOW = 5  # steps; a single step's accuracy is a mean over few rollouts
+
+
+def collapse_warning(history: list[dict], limit: int) -> str | None:
+    """One line if, over the last steps, every rollout was cut at `limit` tokens or a rate fell to half its best."""
+    ends = range(COLLAPSE_WINDOW, len(history) + 1)
+    windows = [history[end - COLLAPSE_WINDOW : end] for end in ends]
+    if windows and all(step["mean_length"] >= limit for step in windows[-1]):
+        return f"every rollout of the last {COLLAPSE_WINDOW} steps was cut at --max_new_tokens {limit}"
+    for name in ("accuracy", "eos_rate"):
+        means = [sum(step[name] or 0.0 for step in window) / COLLAPSE_WINDOW for window in windows]
+        if means and means[-1] <= max(means) / 2 > 0.0:
+            return f"{name} fell from {max(means):.2f} to {means[-1]:.2f} (means over {COLLAPSE_WINDOW} steps)"
+    return None
+
+
 class Clock:
     """Seconds spent in the named parts of a step; waits for the GPU at both ends."""
 
@@ -473,11 +489,15 @@ def main() -> None:
         log.evaluate("before", held_out_accuracy(model, tokenizer, held_out, config))
         say(f"held-out accuracy before training: {log.evaluation['before']:.3f} ({len(held_out)} problems)")
 
+    history, warned = [], None
     steps = range(start, config.num_steps)
     for step in tqdm(steps, initial=start, total=config.num_steps, disable=quiet(), unit="step"):
         metrics, samples = train_step(step, model, tokenizer, teacher, fitting, optimizer, scheduler, config)
         log.append(metrics, [row for part in gather_objects(samples) for row in part])
         say(step_line(metrics, config.num_steps))
+        history.append(metrics)
+        if not warned and (warned := collapse_warning(history, config.max_new_tokens)):
+            say(f"warning: after step {step + 1} the run looks collapsed: {warned}")
         stopping = any(gather_objects(bool(stop_asked)))
         if stopping or (step + 1) % config.save_steps == 0 or step + 1 == config.num_steps:
             if rank() == 0:
