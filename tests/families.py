@@ -1,0 +1,86 @@
+"""Tiny random checkpoints that behave like the three model families of the paper: templates, BOS, pad and EOS ids."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+TURNS = (
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+)
+TEMPLATES = {
+    # Honours enable_thinking.
+    "qwen3": TURNS + "{%- if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}",
+    # Brings its own BOS and opens <think> whatever the flag says.
+    "llama": "{{ bos_token }}{%- for m in messages %}{{ '<｜User｜>' + m.content }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{%- endif %}",
+    # A system turn of its own, and always ends in <think>.
+    "olmo3": "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+    + TURNS
+    + "{{ '<think>' }}{%- endif %}",
+}
+SPECIAL = {
+    "qwen3": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    "llama": {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"},
+    "olmo3": {"eos_token": "<|im_end|>", "pad_token": "<|pad|>"},
+}
+SPECIAL["llama"]["pad_token"] = SPECIAL["llama"]["eos_token"]
+CORPUS = (
+    "Natalia sold 48 clips in April and half as many in May. How many clips did she sell altogether?",
+    "Problem: a train runs 60 miles an hour for 3 hours; the answer is \\boxed{180}.",
+    "Please reason step by step, and put your final answer within \\boxed{}.",
+)
+SHAPE = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 2048, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+def make_tokenizer(family: str, corpus=CORPUS) -> PreTrainedTokenizerFast:
+    """A byte-level BPE; the llama one adds a BOS of its own to whatever it encodes, as DeepSeek's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = sorted(set(SPECIAL[family].values()))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(vocab_size=600, special_tokens=names, initial_alphabet=alphabet, show_progress=False),
+    )
+    if family == "llama":
+        bos = SPECIAL["llama"]["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL[family])
+    wrapped.add_tokens(["<think>", "</think>", "<|im_start|>", "<｜User｜>", "<｜Assistant｜>"])
+    wrapped.chat_template = TEMPLATES[family]
+    return wrapped
+
+
+def make_checkpoint(family: str, directory: Path, corpus=CORPUS) -> Path:
+    """Save a random model of a family with its tokenizer; weights are large enough for rows to differ clearly."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(family, corpus)
+    shared = {**SHAPE, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    shared |= {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    if family == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**shared, head_dim=8, tie_word_embeddings=True))
+    elif family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**shared))
+    else:
+        layers = ["sliding_attention", "full_attention"]
+        model = Olmo3ForCausalLM(Olmo3Config(**shared, sliding_window=16, layer_types=layers))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

@@ -1,0 +1,276 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from loss import METHODS, REDUCTIONS, LossOptions, entropy, method_loss, method_loss_from_hidden
+from problems import InputError
+
+GOLDEN = json.loads(Path(__file__).with_name("golden_losses.json").read_text())
+CALLS = {
+    "opsd": ("opsd", {}),
+    "opsd_noclip": ("opsd", {"clip": None}),
+    "opsd_reverse_kl": ("opsd", {"clip": None, "beta": 1.0}),
+    "opsd_jsd": ("opsd", {"clip": None, "beta": 0.5}),
+    "pwopsd_moderate": ("pwopsd", {}),
+    "pwopsd_aggressive": ("pwopsd", {"schedule": "aggressive"}),
+    "pwopsd_global": ("pwopsd", {"reduction": "token_mean"}),
+    "uniform_per_sequence": ("opsd", {"reduction": "sequence_mean"}),
+    "pwopsd_noclip": ("pwopsd", {"clip": None}),
+    "eopd": ("eopd", {}),
+    "reopold_phase1": ("reopold", {"step": 0}),
+    "reopold_phase2": ("reopold", {"step": 60}),
+}
+EVERY_LOSS = [
+    *CALLS.values(),
+    ("pwopsd", {"beta": 0.3, "clip": 0.2}),
+    ("opsd", {"beta": 1.0}),
+    ("reopold", {"reduction": "sequence_mean", "step": 60}),
+    ("eopd", {"schedule": "sharp_mean1", "reduction": "weighted_mean"}),
+]
+
+
+def random_case(seed=0, lengths=(6, 3, 1), V=11, D=None):
+    """Student and teacher values [B, T, D or V], response ids and mask; what lies behind a row's end is garbage."""
+    draw = torch.Generator().manual_seed(seed)
+    B, T = len(lengths), max(lengths)
+    student = 2 * torch.randn(B, T, D or V, generator=draw)
+    teacher = 2 * torch.randn(B, T, D or V, generator=draw)
+    ids = torch.randint(V, (B, T), generator=draw)
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    return student, teacher, ids, mask
+
+
+def value_and_gradient(name, student, teacher, ids, mask, **options):
+    student = student.detach().clone().requires_grad_()
+    loss = method_loss(name, student, teacher, ids, mask, **options)
+    loss.backward()
+    return loss.item(), student.grad
+
+
+@pytest.mark.parametrize("case", range(len(GOLDEN)))
+@pytest.mark.parametrize("key", CALLS)
+def test_golden(case, key):
+    golden, (name, options) = GOLDEN[case], CALLS[key]
+    ids = torch.tensor(golden["response_ids"])
+    student, teacher = torch.tensor(golden["student_logits"]), torch.tensor(golden["teacher_logits"])
+    loss, gradient = value_and_gradient(name, student, teacher, ids, ids != -100, **options)
+    assert loss == pytest.approx(golden["expected"][key]["loss"], abs=1e-5)
+    torch.testing.assert_close(gradient, torch.tensor(golden["expected"][key]["grad"]), atol=1e-6, rtol=0)
+
+
+def test_goldens_are_all_used():
+    assert {key for golden in GOLDEN for key in golden["expected"]} == set(CALLS)
+
+
+def test_eq1_by_hand():
+    """p_T = (3/4, 1/4), p_S = (1/2, 1/2): entries .75 log 1.5 = .30410 and .25 log .5 = -.17329."""
+    student = torch.zeros(1, 1, 2)
+    teacher = torch.tensor([[[math.log(3.0), 0.0]]])
+    ids, mask = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+    plain = method_loss("opsd", student, teacher, ids, mask, temperature=1.0, clip=None)
+    clipped = method_loss("opsd", student, teacher, ids, mask, temperature=1.0, clip=0.05)
+    assert plain.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-6)
+    assert clipped.item() == pytest.approx(0.05 + 0.25 * math.log(0.5), abs=1e-6)  # negative, and rightly so
+
+
+def slow_divergence(student, teacher, temperature, clip):
+    """Eq. (1) for one token with Python's numbers."""
+    s = [math.exp(x / temperature) for x in student.tolist()]
+    t = [math.exp(x / temperature) for x in teacher.tolist()]
+    p, q = [x / sum(s) for x in s], [x / sum(t) for x in t]
+    return sum(min(b * math.log(b / a), clip) for a, b in zip(p, q, strict=True))
+
+
+def test_eq1_and_eq6_against_a_slow_twin():
+    student, teacher, ids, mask = random_case()
+    lengths = mask.sum(1).tolist()
+    token_total, sequence_total = 0.0, 0.0
+    for i, L in enumerate(lengths):
+        row = 0.0
+        for t in range(1, L + 1):
+            d = slow_divergence(student[i, t - 1], teacher[i, t - 1], 1.1, 0.05)
+            w = 0.25 + 0.75 / (1 + math.exp(-((t - 0.5) / L - 0.30) / 0.10))
+            token_total += d
+            row += w * d
+        sequence_total += row / L
+    opsd = method_loss("opsd", student, teacher, ids, mask)
+    pwopsd = method_loss("pwopsd", student, teacher, ids, mask)
+    assert opsd.item() == pytest.approx(token_total / sum(lengths), abs=1e-5)
+    assert pwopsd.item() == pytest.approx(sequence_total / len(lengths), abs=1e-5)
+
+
+def test_clipped_gradient_in_closed_form():
+    """With A the unclipped entries: T dL/dlogit_i = P_A p_S(i) - p_T(i) 1[i in A]: a clipped entry is pushed DOWN."""
+    student, teacher, ids, mask = random_case(lengths=(1,), V=9)
+    _, gradient = value_and_gradient("opsd", student, teacher, ids, mask)
+    p_S, p_T = (student[0, 0] / 1.1).softmax(-1), (teacher[0, 0] / 1.1).softmax(-1)
+    in_A = p_T * (p_T / p_S).log() <= 0.05
+    assert 0 < in_A.sum() < 9
+    expected = (p_T[in_A].sum() * p_S - p_T * in_A) / 1.1
+    torch.testing.assert_close(gradient[0, 0], expected, atol=1e-6, rtol=0)
+    assert (gradient[0, 0][~in_A] > 0).all()
+
+
+def test_limits():
+    student, teacher, ids, mask = random_case()
+    per_sequence = method_loss("opsd", student, teacher, ids, mask, reduction="sequence_mean")
+    torch.testing.assert_close(method_loss("pwopsd", student, teacher, ids, mask, w_min=1.0), per_sequence)
+    kl = method_loss("opsd", student, teacher, ids, mask, clip=None, temperature=1.0)
+    expected = torch.nn.functional.kl_div(
+        student[mask].log_softmax(-1), teacher[mask].log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    torch.testing.assert_close(kl, expected)
+    # JSD tends to neither KL at its ends; by definition the ends are the two KLs themselves.
+    reverse = method_loss("opsd", student, teacher, ids, mask, clip=None, beta=1.0)
+    forward_swapped = method_loss("opsd", teacher, student, ids, mask, clip=None, beta=0.0)
+    torch.testing.assert_close(reverse, forward_swapped)
+    halves = [
+        method_loss("opsd", a, b, ids, mask, clip=None, beta=0.5) for a, b in ((student, teacher), (teacher, student))
+    ]
+    torch.testing.assert_close(*halves)
+
+
+@pytest.mark.parametrize("name, options", [("opsd", {}), ("pwopsd", {}), ("opsd", {"beta": 0.5}), ("reopold", {})])
+def test_equal_contexts_give_exactly_zero(name, options):
+    student, _, ids, mask = random_case()
+    loss, gradient = value_and_gradient(name, student, student, ids, mask, **options)
+    assert loss == 0.0 if options == {} else abs(loss) < 1e-7  # JSD rounds where it forms the mixture
+    assert gradient.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("name, options", EVERY_LOSS)
+def test_padding_has_no_value_and_no_gradient(name, options):
+    student, teacher, ids, mask = random_case()
+    loss, gradient = value_and_gradient(name, student, teacher, ids, mask, **options)
+    assert gradient[~mask].abs().max() == 0 and gradient[mask].abs().max() > 0
+    other, changed = student.clone(), teacher.clone()
+    other[~mask], changed[~mask] = 1e4, -1e4
+    assert value_and_gradient(name, other, changed, ids, mask, **options)[0] == loss
+    wider = [torch.nn.functional.pad(x, (0, 0, 0, 2)) for x in (student, teacher)]
+    loss_wider, _ = value_and_gradient(
+        name, *wider, torch.nn.functional.pad(ids, (0, 2)), torch.nn.functional.pad(mask, (0, 2)), **options
+    )
+    assert loss_wider == pytest.approx(loss, abs=1e-7)
+
+
+@pytest.mark.parametrize("name, options", EVERY_LOSS)
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
+@pytest.mark.parametrize("train_head", [False, True])
+def test_chunks_of_hidden_states_equal_whole_logits(name, options, chunk_tokens, train_head):
+    student, teacher, ids, mask = random_case(D=5)
+    draw = torch.Generator().manual_seed(1)
+    head = torch.randn(11, 5, generator=draw)
+    results = []
+    for chunked in (False, True):
+        hidden, weight = student.clone().requires_grad_(), head.clone().requires_grad_(train_head)
+        if chunked:
+            loss = method_loss_from_hidden(
+                name,
+                hidden,
+                teacher,
+                weight,
+                ids,
+                mask,
+                chunk_tokens=chunk_tokens,
+                teacher_head_weight_VD=head,
+                **options,
+            )
+        else:
+            loss = method_loss(name, hidden @ weight.T, teacher @ head.T, ids, mask, **options)
+        (3.0 * loss).backward()
+        results.append([loss.detach(), hidden.grad, *([weight.grad] if train_head else [])])
+        assert train_head or weight.grad is None
+    for whole, in_chunks in zip(*results, strict=True):
+        torch.testing.assert_close(in_chunks, whole, atol=2e-6, rtol=1e-5)
+
+
+def test_eopd_by_hand():
+    """On-policy the ratio is 1, so l_opd = -A; the gate opens on the teacher's entropy alone."""
+    student, teacher, ids, mask = random_case(lengths=(4, 2), V=30)
+    log_s, log_t = (student[mask] / 1.1).log_softmax(-1), (teacher[mask] / 1.1).log_softmax(-1)
+    expected = 0.0
+    for m, y in enumerate(ids[mask].tolist()):
+        expected += -(log_t[m, y] - log_s[m, y]).item()
+        if entropy(log_t)[m] > 0.8:
+            top = sorted(range(30), key=lambda j: -log_t[m, j].item())[:16]
+            mass = sum(math.exp(log_t[m, j]) for j in top)
+            q = {j: math.exp(log_t[m, j]) / mass for j in top}
+            expected += sum(q[j] * (math.log(q[j]) - log_s[m, j].item()) for j in top)
+    loss = method_loss("eopd", student, teacher, ids, mask)
+    assert loss.item() == pytest.approx(expected / 6, abs=1e-5)
+
+
+def test_reopold_by_hand():
+    student, teacher, ids, mask = random_case()
+    log_s, log_t = (student[mask] / 1.1).log_softmax(-1), (teacher[mask] / 1.1).log_softmax(-1)
+    floor = math.log(0.1) / 0.9
+    assert floor == pytest.approx(-2.5584, abs=1e-4)
+    y = ids[mask]
+    R = [(log_t[m, y[m]] - log_s[m, y[m]]).item() for m in range(len(y))]
+    early = [m for m in range(len(y)) if R[m] >= floor]
+    assert 0 < len(early) < len(y)
+    expected = -sum(R[m] * log_s[m, y[m]].item() for m in early) / len(early)
+    assert method_loss("reopold", student, teacher, ids, mask, step=49).item() == pytest.approx(expected, abs=1e-5)
+    H = entropy(log_s)
+    late = [m for m in range(len(y)) if H[m] >= torch.quantile(H, 0.8)]
+    expected = -sum(max(R[m], floor) * log_s[m, y[m]].item() for m in late) / len(late)
+    assert method_loss("reopold", student, teacher, ids, mask, step=50).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_no_gradient_reaches_the_teacher():
+    student, teacher, ids, mask = random_case()
+    teacher.requires_grad_()
+    for name in METHODS:
+        method_loss(name, student.requires_grad_(), teacher, ids, mask).backward()
+        assert teacher.grad is None
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_table_6_changes_one_cell(reduction):
+    """pwopsd with uniform weights is opsd with pwopsd's reduction, and the other way round."""
+    student, teacher, ids, mask = random_case()
+    uniform = method_loss("pwopsd", student, teacher, ids, mask, schedule="uniform", reduction=reduction)
+    torch.testing.assert_close(uniform, method_loss("opsd", student, teacher, ids, mask, reduction=reduction))
+    weighted = method_loss("opsd", student, teacher, ids, mask, schedule="moderate", reduction=reduction)
+    torch.testing.assert_close(weighted, method_loss("pwopsd", student, teacher, ids, mask, reduction=reduction))
+
+
+@pytest.mark.parametrize(
+    "name, options, word",
+    [
+        ("dpo", {}, "pwopsd"),
+        ("opsd", {"reduction": "sum"}, "token_mean"),
+        ("opsd", {"temperature": 0.0}, "temperature"),
+        ("opsd", {"clip": -1.0}, "clip"),
+        ("opsd", {"beta": 1.5}, "beta"),
+        ("pwopsd", {"schedule": "steep"}, "schedule"),
+        ("reopold", {"reward_lambda": 1.0}, "reward_lambda"),
+        ("opsd", {"no_such_option": 1}, "no_such_option"),
+    ],
+)
+def test_mistakes_are_named(name, options, word):
+    with pytest.raises(InputError, match=word):
+        method_loss(name, *random_case(), **options)
+
+
+def test_masks_that_make_no_sense_are_refused():
+    student, teacher, ids, mask = random_case()
+    holes = mask.clone()
+    holes[0, 1] = False
+    empty = mask.clone()
+    empty[2] = False
+    for wrong in (holes, empty, mask.long(), mask[:, :2]):
+        with pytest.raises(InputError, match="mask"):
+            method_loss("opsd", student, teacher, ids, wrong)
+    with pytest.raises(InputError, match="shape"):
+        method_loss("opsd", student, teacher[..., :5], ids, mask)
+
+
+def test_defaults_are_the_papers():
+    options = LossOptions()
+    assert (options.temperature, options.clip, options.beta) == (1.1, 0.05, 0.0)
+    assert (options.entropy_gate, options.gate_top_k, options.ratio_clip) == (0.8, 16, 0.2)
+    assert (options.reward_lambda, options.switch_step, options.entropy_quantile) == (0.1, 50, 0.2)

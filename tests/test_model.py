@@ -1,0 +1,156 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import (
+    LORA_TARGETS,
+    adapter_disabled,
+    add_lora,
+    eos_ids,
+    find_checkpoint,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    lora_layers,
+    lora_parameters,
+    pick_device,
+    response_hidden,
+    response_mask,
+    save_adapter,
+)
+from problems import InputError
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], list(range(20, 45))]
+RESPONSES = [[30, 31, 32], [33, 34, 35, 36, 37], [38]]
+
+
+def randomise(model):
+    torch.manual_seed(1)
+    for parameter in lora_parameters(model):
+        parameter.data.normal_(std=0.1)
+
+
+@pytest.fixture
+def model(checkpoint):
+    return load_model(checkpoint, device="cpu").eval()
+
+
+def test_a_row_alone_equals_the_same_row_in_a_padded_batch(model):
+    """Prompts and responses of different lengths; entry t is the state that predicts response token t."""
+    batch = response_hidden(model, PROMPTS, RESPONSES)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        alone = response_hidden(model, [prompt], [response])
+        torch.testing.assert_close(batch[row, : len(response)], alone[0], atol=1e-5, rtol=0)
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        ours = model.get_output_embeddings()(alone[0])
+        torch.testing.assert_close(ours, logits, atol=1e-5, rtol=0)
+
+
+def test_a_sequence_longer_than_the_sliding_window_sees_what_generation_sees(model):
+    """Olmo3's window is 16 here: the forward without a mask must still apply it."""
+    prompt, response = list(range(10, 50)), list(range(60, 90))
+    ids = torch.tensor([prompt + response])
+    masked = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(prompt) - 1 : -1]
+    ours = model.get_output_embeddings()(response_hidden(model, [prompt], [response])[0])
+    torch.testing.assert_close(ours, masked, atol=1e-5, rtol=0)
+
+
+def test_mask_comes_from_lengths():
+    assert response_mask([2, 4, 1]).tolist() == [[True] * n + [False] * (4 - n) for n in (2, 4, 1)]
+
+
+def test_lora_starts_at_the_base_and_switches_off_exactly(model):
+    base = response_hidden(model, PROMPTS, RESPONSES)
+    add_lora(model, rank=4, alpha=8.0)
+    assert len(lora_layers(model)) == 2 * len(LORA_TARGETS)
+    assert torch.equal(response_hidden(model, PROMPTS, RESPONSES), base)
+    randomise(model)
+    changed = response_hidden(model, PROMPTS, RESPONSES)
+    assert (changed - base).abs().max() > 1e-2
+    with adapter_disabled(model):
+        assert torch.equal(response_hidden(model, PROMPTS, RESPONSES), base)
+    assert torch.equal(response_hidden(model, PROMPTS, RESPONSES), changed)
+
+
+def test_only_the_adapter_is_trained(model):
+    add_lora(model, rank=4, alpha=8.0)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in lora_parameters(model)} and trained
+
+
+def test_lora_by_hand():
+    linear = torch.nn.Linear(3, 2, bias=False)
+    parent = torch.nn.ModuleDict({target: torch.nn.Linear(3, 2, bias=False) for target in LORA_TARGETS[1:]})
+    parent["q_proj"] = linear
+    add_lora(parent, rank=1, alpha=6.0)
+    layer = parent["q_proj"]
+    layer.lora_A.data = torch.tensor([[1.0, 2.0, 3.0]])
+    layer.lora_B.data = torch.tensor([[1.0], [-1.0]])
+    x = torch.tensor([1.0, 1.0, 1.0])
+    torch.testing.assert_close(layer(x), linear(x) + torch.tensor([36.0, -36.0]))
+
+
+def test_adapter_round_trip(model, checkpoint, tmp_path):
+    add_lora(model, rank=4, alpha=8.0)
+    randomise(model)
+    save_adapter(model, tmp_path, str(checkpoint))
+    again = load_model(checkpoint, device="cpu").eval()
+    load_adapter(again, tmp_path)
+    assert torch.equal(response_hidden(again, PROMPTS, RESPONSES), response_hidden(model, PROMPTS, RESPONSES))
+
+
+def test_adapter_loads_in_peft_with_identical_logits(model, checkpoint, tmp_path):
+    peft = pytest.importorskip("peft")
+    add_lora(model, rank=4, alpha=8.0)
+    randomise(model)
+    save_adapter(model, tmp_path, str(checkpoint))
+    theirs = peft.PeftModel.from_pretrained(load_model(checkpoint, device="cpu"), tmp_path).eval()
+    ids = torch.tensor([PROMPTS[2]])
+    assert torch.equal(theirs(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_adapter_of_another_shape_is_refused(model, checkpoint, tmp_path):
+    add_lora(model, rank=4, alpha=8.0)
+    save_adapter(model, tmp_path, str(checkpoint))
+    other = load_model(checkpoint, device="cpu")
+    add_lora(other, rank=2, alpha=8.0)
+    with pytest.raises(InputError, match="lora_A"):
+        load_adapter(other, tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(name.startswith("base_model.model.model.layers.") for name in weights)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_dora": True}))
+    with pytest.raises(InputError, match="DoRA"):
+        load_adapter(load_model(checkpoint, device="cpu"), tmp_path)
+
+
+def test_a_model_without_the_projections_is_refused():
+    with pytest.raises(InputError, match="gate_proj"):
+        add_lora(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 2)}), rank=2, alpha=2.0)
+
+
+def test_eos_ids_join_the_checkpoints_and_the_tokenizers(model, checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    model.generation_config.eos_token_id = [3, 1]
+    assert eos_ids(model, tokenizer) == sorted({1, 3, tokenizer.eos_token_id})
+
+
+@pytest.mark.parametrize("name", ["/no/such/dir", "./nothing", "just-a-name"])
+def test_what_is_no_checkpoint_is_said(name):
+    with pytest.raises(InputError, match=name):
+        find_checkpoint(name)
+
+
+def test_a_directory_without_config_and_an_unknown_device_are_said(tmp_path):
+    with pytest.raises(InputError, match=r"config\.json"):
+        load_model(tmp_path)
+    with pytest.raises(InputError, match="device"):
+        pick_device("no-such-device")
+
+
+def test_damaged_weights_are_said(checkpoint, tmp_path):
+    for path in checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[: 500 if path.suffix == ".safetensors" else None])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(tmp_path)

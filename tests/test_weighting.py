@@ -1,0 +1,84 @@
+import json
+import math
+
+import pytest
+import torch
+
+from problems import InputError
+from weighting import MEAN1, SCHEDULES, SIGMOIDS, get_schedule, position_weight, relative_position, rescale_to_mean_one
+
+
+def test_relative_position_by_hand():
+    expected = [0.1, 0.3, 0.5, 0.7, 0.9, 0.5, 0.25, 0.75]
+    torch.testing.assert_close(relative_position([5, 1, 2]), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("r, w", [(0, 0.28557), (0.1, 0.33940), (0.3, 0.62500), (0.5, 0.91060), (1, 0.99932)])
+def test_moderate_has_the_papers_values(r, w):
+    assert position_weight(torch.tensor([float(r)]), *SIGMOIDS["moderate"]).item() == pytest.approx(w, abs=5e-6)
+
+
+def test_a_single_token_gets_the_middle():
+    assert get_schedule("moderate")[0](relative_position([1])).item() == pytest.approx(0.91060, abs=5e-6)
+
+
+@pytest.mark.parametrize("name", SIGMOIDS)
+def test_eq5_against_a_slow_twin(name):
+    w_min, tau, s = SIGMOIDS[name]
+    lengths = [7, 3]
+    slow = [
+        w_min + (1 - w_min) / (1 + math.exp(-((t - 0.5) / length - tau) / s))
+        for length in lengths
+        for t in range(1, length + 1)
+    ]
+    torch.testing.assert_close(get_schedule(name)[0](relative_position(lengths)), torch.tensor(slow))
+
+
+def test_moderate_averages_077():
+    r = relative_position([10_000])
+    assert get_schedule("moderate")[0](r).mean().item() == pytest.approx(0.771, abs=5e-4)
+
+
+def test_w_min_one_is_uniform_and_s_to_zero_is_the_step():
+    r = relative_position([50])
+    torch.testing.assert_close(get_schedule("moderate", w_min=1.0)[0](r), SCHEDULES["uniform"](r))
+    torch.testing.assert_close(get_schedule("moderate", s=1e-6)[0](r), SCHEDULES["step"](r))
+
+
+def test_reversed_mirrors_moderate():
+    r = relative_position([9])
+    torch.testing.assert_close(SCHEDULES["reversed"](r), SCHEDULES["moderate"](r).flip(0))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_lies_in_0_1_and_rescales_to_mean_one(name):
+    lengths = [40, 3, 1]
+    schedule, rescale = get_schedule(name + MEAN1)
+    weights = schedule(relative_position(lengths))
+    assert rescale and not get_schedule(name)[1]
+    assert weights.min() > 0 and weights.max() <= 1
+    for row in rescale_to_mean_one(weights, lengths).split(lengths):
+        assert row.mean().item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_schedule_from_a_file(tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_text(json.dumps({"w_min": 0.1, "tau": 0.4, "s": 0.05}))
+    r = relative_position([20])
+    torch.testing.assert_close(get_schedule(str(path))[0](r), SCHEDULES["sharp"](r))
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ({"name": "steep"}, "moderate"),
+        ({"name": "moderate", "w_min": 1.5}, "w_min"),
+        ({"name": "moderate", "s": 0.0}, "--s"),
+        ({"name": "moderate", "tau": float("nan")}, "tau"),
+        ({"name": "linear_up", "tau": 0.2}, "linear_up"),
+        ({"name": "/no/such/file.json"}, "file.json"),
+    ],
+)
+def test_mistakes_are_named(arguments, word):
+    with pytest.raises(InputError, match=word):
+        get_schedule(**arguments)
