@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from checkpoint import open_run, write_atomically
 from experiments.diagnose_report import report
@@ -498,6 +499,7 @@ def draw_problems(config: DiagnoseConfig) -> list[Problem]:
 
 
 def main() -> None:
+    disable_progress_bar()  # of loading weights
     config = parse_config()
     problems = draw_problems(config)
     model, tokenizer = load_model(config.model, config.dtype, device=config.device), load_tokenizer(config.model)

@@ -254,10 +254,14 @@ def verdict(result: dict) -> str:
         if gap is None:
             sentences.append(f"Where {what}, one class has no candidate, so position cannot be compared.")
         elif gap["interval"][0] <= 0.0 <= gap["interval"][1]:
-            sentences.append(f"Where {what}, position separates no worse (difference {cell(gap, 'difference', True)}).")
+            sentences.append(
+                f"Where {what}, position separates as well, as far as can be told ({cell(gap, 'difference', True)})."
+            )
         else:
             word = "worse" if gap["difference"] > 0.0 else "better"
-            sentences.append(f"Where {what}, position separates {word} (difference {cell(gap, 'difference', True)}).")
+            sentences.append(
+                f"Where {what}, position separates {word} (AUROC difference {cell(gap, 'difference', True)})."
+            )
     for arm, what in (("unforced", "going on unforced"), ("student", "forcing the student's own tokens")):
         parts = arms[arm]["teacher_minus_arm"]
         effects = [f"{part} {_effect(parts[part])}" for part in ("early", "late")]
@@ -275,7 +279,7 @@ def _effect(paired: dict | None) -> str:
     if paired is None:
         return "no candidate"
     low, high = paired["interval"]
-    word = "hurt" if high < 0.0 else "help" if low > 0.0 else "show no effect on viability"
+    word = "hurt" if high < 0.0 else "help" if low > 0.0 else "have no effect that can be shown"
     return f"{word} ({cell(paired, signed=True)})"
 
 
@@ -308,9 +312,9 @@ def draw_ranks(axes, data: Candidates) -> None:
         fifth_C = np.minimum((rank_C * 5).astype(int), 4)
         held = [i for i in range(5) if (fifth_C == i).any()]
         rates = [wrong_C[fifth_C == i].mean() for i in held]
-        style = {"linewidth": 2.4, "zorder": 3} if name == POSITION else {"linewidth": 1.2, "alpha": 0.8}
-        dashes = "--" if name in (REMAINING, INDEX) else "-"
-        axes.plot([20 * i + 10 for i in held], rates, dashes, marker="o", markersize=4, label=name, **style)
+        dashes = {REMAINING: "--", INDEX: ":"}.get(name, "-")  # on top: they may coincide with position
+        width = 3.0 if name == POSITION else 1.4
+        axes.plot([20 * i + 10 for i in held], rates, dashes, marker="o", markersize=4, label=name, linewidth=width)
     axes.set(
         xlabel="percentile of the score (right: more suspect)",
         ylabel="wrong-answer rate",
@@ -324,7 +328,7 @@ def draw_ranks(axes, data: Candidates) -> None:
 def draw_reliability(axes, data: Candidates, result: dict) -> None:
     """(B) Viability against r by tenths, teacher's children and unforced, with the fitted and the default weight."""
     tenth_C = np.minimum((data.r * 10).astype(int), 9)
-    for arm, colour, shift in (("teacher", "C0", -0.004), ("unforced", "C1", 0.004)):
+    for arm, colour, shift in (("teacher", "C0", -0.006), ("unforced", "C1", 0.006)):
         value_C = data.viability[arm].mean(axis=1)
         for i in np.unique(tenth_C):
             where_C = tenth_C == i
