@@ -255,16 +255,34 @@ def test_wrong_spines_stay_out_unless_asked_for(tiny, tmp_path):
         assert [row["problem"] for row in found] == expected
 
 
+def test_continuations_have_streams_of_their_own_and_end_at_the_context(small_run, tiny, tmp_path, monkeypatch):
+    """Each row is cut at its own last position of the context, not at its batch's."""
+    _, config, (A, _, C, _, E) = small_run
+    keys, seven = [], tiny[1].convert_tokens_to_ids("7")
+
+    def fake(model, tokenizer, prompts, stream_keys, *, max_new_tokens, **settings):
+        keys.extend(stream_keys)
+        assert max_new_tokens == config.context - min(map(len, prompts))
+        return Rollout(prompts, [[seven] * max_new_tokens for _ in prompts], [False] * len(prompts))
+
+    monkeypatch.setattr(diagnose, "sample", fake)
+    rows = continuations(*tiny, A, C, config, tmp_path / "E.jsonl")
+    assert len(set(keys)) == len(keys) == len(E)
+    for row in rows:
+        prefix = len(student_prompt(tiny[1], tiny[2][row["problem"]])) + row["position"] + (row["token"] is not None)
+        assert prefix + row["tokens"] == config.context
+
+
 def test_labels_of_every_arm_by_hand():
     config = DiagnoseConfig(children=2, rollouts=2, diversity_children=2)
     found = {"position": 3, "teacher": [7, 8], "student": [8, 9], "length": 10, "spine_correct": True}
-    right = {7: [1, 1], 8: [1, 1], 9: [0, 1], None: [0, 0, 0, 0]}
+    right = {7: [1, 1], 8: [1, 1], 9: [0, 1], None: [0, 1, 0, 0]}
     E = [{"problem": 0, "position": 3, "token": v, "sample": n, "correct": bool(x)}
          for v, xs in right.items() for n, x in enumerate(xs)]  # fmt: skip
     D = [{"problem": 0, "positions": [3], "entropy": [0.5], "mutual_information": [0.1], "log_kappa": [2.0]}]
     (row,) = labels([{"problem": 0, "candidates": [found]}], D, E[::-1], config)
-    assert row["viability"] == {"teacher": [1.0, 1.0], "student": [1.0, 0.5], "unforced": [0.0, 0.0]}
-    assert row["label"] == {"teacher": "diversity", "student": "gray", "unforced": "real-uncertain"}
+    assert row["viability"] == {"teacher": [1.0, 1.0], "student": [1.0, 0.5], "unforced": [0.5, 0.0]}
+    assert row["label"] == {"teacher": "diversity", "student": "gray", "unforced": "gray"}
     assert (row["entropy"], row["log_kappa"]) == (0.5, 2.0)
 
 

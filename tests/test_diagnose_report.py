@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.diagnose_report import POSITION, analyse, difference, report, to_columns, verdict
+from experiments.diagnose_report import INDEX, POSITION, REMAINING, analyse, difference, report, to_columns, verdict
 from experiments.diagnose_statistics import LABELS, LabelRule, auroc, centre, label_children
 from weighting import SCHEDULES, get_schedule, relative_position
 
@@ -65,6 +65,16 @@ def test_log_kappa_is_oriented_to_suspect_low_precision():
     assert analyse(data, RULE, 0)["table1"]["log kappa"]["auroc"] > 0.9
 
 
+def test_scores_of_position_by_hand():
+    """Position 3 of 10 tokens: 1 - 3.5 / 10, seven tokens remain; all three rate an earlier candidate higher."""
+    rows = a_world(problems=1)
+    for row, position in zip(rows, (3, 4, 5, 6, 7), strict=True):
+        row.update(position=position, length=10)
+    score = to_columns(rows, 10, 0).score
+    assert score[POSITION][0] == pytest.approx(0.65) and score[REMAINING][0] == 7.0 and score[INDEX][0] == -3.0
+    assert all((np.diff(score[name]) < 0).all() for name in (POSITION, REMAINING, INDEX))
+
+
 def test_point_estimate_is_the_centred_auroc_of_labelled_candidates():
     rows = a_world()
     labelled = [row for row in rows if row["label"]["teacher"] != "gray"]
@@ -81,6 +91,9 @@ def test_paired_difference_of_a_score_with_itself_is_zero():
     row = ({"auroc": 0.7}, np.array([0.6, 0.8, np.nan]))
     assert difference(row, row) == {"difference": 0.0, "interval": [0.0, 0.0]}
     assert difference(row, None) is None
+    better = ({"auroc": 0.9}, np.array([0.9, 0.9, 0.9]))
+    one = difference(better, row)
+    assert one["difference"] == pytest.approx(0.2) and 0.1 < one["interval"][0] < one["interval"][1] < 0.3
 
 
 def test_one_class_gives_no_number_but_a_report(tmp_path):
