@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model import context_length, load_adapter, load_model, load_tokenizer
-from problems import InputError, Problem, answers_match, extract_boxed, load_problems
+from problems import FlagParser, InputError, Problem, answers_match, extract_boxed, load_problems
 from rollout import check_sampling, sample
 from teacher import EVALUATION_PROMPT, encode_prompt
 
@@ -146,7 +146,7 @@ def summarise(samples: list[Sample], problems: list[Problem]) -> dict[str, float
 
 
 def main() -> None:
-    (config,) = HfArgumentParser(EvaluationConfig).parse_args_into_dataclasses()
+    (config,) = FlagParser(EvaluationConfig).parse_args_into_dataclasses()
     if config.num_samples < 1 or config.batch_size < 1:
         raise InputError("--num_samples and --batch_size must be at least 1")
     check_sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)

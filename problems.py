@@ -15,9 +15,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from transformers import HfArgumentParser
+
 
 class InputError(ValueError):
     """A mistake of the user's: the scripts print it as one line and exit with status 1."""
+
+
+class FlagParser(HfArgumentParser):
+    """Flags from a dataclass; a wrong one is an InputError instead of a page of usage."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (--help lists the flags)")
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def choose_tokens(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_
     kept = probabilities.masked_fill(before >= top_p, 0.0)
     cumulative = kept.cumsum(dim=-1)
     rank = (cumulative <= uniform_B[:, None] * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
-    last = (kept > 0).sum(dim=-1, keepdim=True) - 1
+    last = (kept > 0).sum(dim=-1, keepdim=True).clamp(min=1) - 1
     return ids.gather(-1, torch.minimum(rank, last)).squeeze(-1)
 
 

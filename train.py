@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
 from checkpoint import keep_lines, load_checkpoint, newest_checkpoint, open_run, save_checkpoint, write_atomically
@@ -43,7 +43,7 @@ from model import (
     response_hidden,
     response_mask,
 )
-from problems import InputError, Problem, answers_match, extract_boxed, load_problems
+from problems import FlagParser, InputError, Problem, answers_match, extract_boxed, load_problems
 from rollout import check_sampling, sample
 from teacher import Teacher, student_prompt, teacher_prompt
 
@@ -359,7 +359,7 @@ def gather_objects(value: object) -> list:
 
 def parse_config(arguments: list[str] | None = None) -> TrainConfig:
     """Flags over the preset over the paper's defaults; without --model and --preset the preset is `tiny`."""
-    parser = HfArgumentParser(TrainConfig, description=__doc__)
+    parser = FlagParser(TrainConfig, description=__doc__)
     given = parser.parse_args(arguments)
     preset = given.preset or ("tiny" if given.model == "tiny" else None)
     if preset is not None:

@@ -26,7 +26,7 @@ def test_prompts_to_the_letter():
     teacher = fill(TEACHER_PROMPT, PROBLEM)
     assert teacher.startswith(
         "Problem: What is {1+1}, given <think>?\n\nHere is a reference solution to this problem:\n"
-        "=== Reference Solution Begin ===\nIt is {solution} \\boxed{2}.\n=== Reference Solution End ===\n\n\nAfter reading"
+        "=== Reference Solution Begin ===\nIt is {solution} \\boxed{2}.\n=== Reference Solution End ===\n\n\nAfter"
     )
     assert teacher.endswith(
         "each step — do not copy or paraphrase it. Now, using your own words and independent reasoning, derive the "

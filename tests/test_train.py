@@ -1,0 +1,314 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from problems import InputError, Problem
+from train import PRESETS, TrainConfig, micro_batches, parse_config, step_problems
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBLEMS = [
+    {
+        "problem": f"How many clips are {a} and {b}{' and nothing more' * (a % 3)}?",
+        "solution": f"{a}+{b}=\\boxed{{{a + b}}}",
+    }
+    for a in range(1, 6)
+    for b in range(1, 4)
+]
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    return families.make_checkpoint("qwen3", tmp_path_factory.mktemp("models") / "qwen3")
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps({**row, "answer": ""}) + "\n" for row in PROBLEMS))
+    return path
+
+
+def flags(checkpoint, data, run, *more) -> list[str]:
+    """A run of two steps of four short rollouts; later flags win."""
+    flat = {
+        "model": checkpoint, "data": data, "output_dir": run, "num_steps": 2, "batch_size": 4, "micro_batch_size": 3,
+        "max_new_tokens": 10, "lora_rank": 4, "lora_alpha": 8.0, "learning_rate": 1e-3, "device": "cpu",
+    }  # fmt: skip
+    return [word for name, value in flat.items() for word in (f"--{name}", str(value))] + [str(word) for word in more]
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    def run(arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            train.main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return capsys.readouterr().out
+
+    return run
+
+
+def metrics(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def adapter(run: Path, step: int) -> dict:
+    return load_file(run / f"checkpoint-{step}" / "adapter_model.safetensors")
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+# Data order and micro-batches
+
+
+def test_each_epoch_visits_every_problem_once_in_a_new_order():
+    picked = [problem for step in range(6) for problem in step_problems(9, 3, seed=1, step=step)]
+    assert sorted(picked[:9]) == sorted(picked[9:]) == list(range(9))
+    assert picked[:9] != picked[9:]
+    assert step_problems(9, 3, seed=1, step=4) == picked[12:15]
+    assert step_problems(9, 3, seed=2, step=0) != picked[:3]
+    assert len(step_problems(2, 7, seed=0, step=0)) == 7  # more prompts than problems: epochs within a step
+
+
+def test_micro_batches_hold_every_row_once_longest_first():
+    groups = micro_batches([3, 9, 1, 7, 5], 2)
+    assert groups == [[1, 3], [4, 0], [2]]
+
+
+# Options
+
+
+def test_defaults_are_the_papers():
+    c = TrainConfig()
+    assert (c.method, c.lora_rank, c.lora_alpha, c.learning_rate, c.num_steps) == ("pwopsd", 64, 128.0, 5e-6, 150)
+    assert (c.batch_size, c.max_grad_norm, c.seed, c.save_steps, c.max_length) == (32, 0.1, 42, 25, 20000)
+    assert (c.max_new_tokens, c.rollout_temperature, c.top_p, c.top_k) == (1024, 1.1, 0.95, 20)
+    assert (c.temperature, c.clip, c.teacher) == (1.1, 0.05, "fixed")
+    assert [PRESETS[name]["model"] for name in ("qwen3-4b", "dsr1-llama-8b", "olmo3-7b")] == [
+        "Qwen/Qwen3-4B", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "allenai/Olmo-3-7B-Think",
+    ]  # fmt: skip
+
+
+def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
+    assert parse_config([]).preset == "tiny" and parse_config([]).clip == 1.0
+    assert parse_config(["--clip", "0.05"]).clip == 0.05
+    assert parse_config(["--preset", "dsr1-llama-8b"]).micro_batch_size == 2
+    plain = parse_config(["--model", "some/where"])
+    assert plain.preset is None and plain.max_new_tokens == 1024
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["--preset", "qwen"], "qwen3-4b"),
+        (["--method", "dpo"], "reopold"),
+        (["--schedule", "steep"], "aggressive"),
+        (["--w_min", "2"], "w_min"),
+        (["--num_steps", "0"], "num_steps"),
+        (["--num_steps", "many"], "num_steps"),
+        (["--learning_rate", "nan"], "learning_rate"),
+        (["--no_such_flag", "1"], "no_such_flag"),
+        (["--long_prompts", "cut"], "drop"),
+        (["--resume"], "output_dir"),
+    ],
+)
+def test_wrong_flags_are_named_in_one_line(arguments, word):
+    with pytest.raises(InputError, match=word) as caught:
+        parse_config(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_script_prints_one_line_and_exits_with_1(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "train.py", "--data", str(tmp_path / "missing.jsonl"), "--output_dir", str(tmp_path / "run")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == f"error: {tmp_path}/missing.jsonl: no such data file"
+    assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+
+
+# Runs
+
+
+def test_gsm8k_like_data_runs_with_every_family(checkpoint, data, tmp_path, run_main):
+    run = tmp_path / "run"
+    output = run_main(flags(checkpoint, data, run))
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [0, 1]
+    assert rows[0]["learning_rate"] == 1e-3 and rows[1]["learning_rate"] == pytest.approx(5e-4)
+    assert all(row["student_entropy"] > 0 and row["grad_norm"] > 0 for row in rows)
+    assert len((run / "samples.jsonl").read_text().splitlines()) == 8
+    assert any(tensor.abs().max() > 0 for name, tensor in adapter(run, 2).items() if "lora_B" in name)
+    config = json.loads((run / "config.json").read_text())
+    assert config["config"]["seed"] == 42 and config["versions"]["torch"] == torch.__version__
+    assert "step   2/2" in output
+
+
+@pytest.mark.parametrize("method", ["opsd", "pwopsd", "eopd", "reopold"])
+def test_micro_batches_do_not_change_the_step(qwen3, data, tmp_path, run_main, method):
+    """Accumulation is exact: rows of different lengths, one by one or all at once, give the same parameters."""
+    for size in (1, 4):
+        run_main(
+            flags(
+                qwen3, data, tmp_path / f"run{size}", "--method", method, "--micro_batch_size", size, "--num_steps", 1
+            )
+        )
+    one, four = metrics(tmp_path / "run1")[0], metrics(tmp_path / "run4")[0]
+    assert one["loss"] == pytest.approx(four["loss"], abs=1e-6)
+    assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-5)
+    assert largest_difference(adapter(tmp_path / "run1", 1), adapter(tmp_path / "run4", 1)) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["opsd", "pwopsd"])
+def test_two_ranks_equal_one(qwen3, data, tmp_path, run_main, method):
+    run_main(flags(qwen3, data, tmp_path / "one", "--method", method, "--num_steps", 1))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    arguments = flags(qwen3, data, tmp_path / "two", "--method", method, "--num_steps", 1)
+    subprocess.run(
+        [*command, *arguments], cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    one, two = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
+    assert one["loss"] == pytest.approx(two["loss"], abs=1e-6)
+    assert one["mean_length"] == two["mean_length"]
+    assert largest_difference(adapter(tmp_path / "one", 1), adapter(tmp_path / "two", 1)) < 1e-5
+    assert (tmp_path / "one/samples.jsonl").read_text() == (tmp_path / "two/samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize("more", [(), ("--teacher", "ema", "--lora_dropout", "0.1"), ("--lora_rank", "0")])
+def test_a_resumed_run_equals_an_unbroken_one(qwen3, data, tmp_path, run_main, more):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_main(flags(qwen3, data, whole, "--num_steps", 4, "--save_steps", 2, *more))
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoint-4")  # as if killed while step 4 was being saved, with a torn line
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    output = run_main(flags(qwen3, data, broken, "--num_steps", 4, "--save_steps", 2, "--resume", *more))
+    assert f"going on from {broken}/checkpoint-2" in output
+    assert metrics(broken) == metrics(whole)
+    assert (broken / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    for path in (whole / "checkpoint-4").glob("*.safetensors"):
+        ours, theirs = load_file(broken / "checkpoint-4" / path.name), load_file(path)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
+
+
+def test_resume_with_another_option_is_refused(qwen3, data, tmp_path, run_main):
+    run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
+    with pytest.raises(InputError, match="holds another run"):
+        run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
+    with pytest.raises(InputError, match="--clip 0.05, not 0.2"):
+        run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1, "--clip", 0.2, "--resume"))
+    assert len(metrics(tmp_path / "run")) == 1
+
+
+def test_sigterm_saves_and_ends_well(qwen3, data, tmp_path, run_main, monkeypatch):
+    original = train.sample
+
+    def preempted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(train, "sample", preempted)
+    output = run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3))
+    assert "SIGTERM: saved after step 1" in output
+    assert (tmp_path / "run/checkpoint-1/manifest.json").exists() and len(metrics(tmp_path / "run")) == 1
+
+
+def test_equal_prompts_and_a_fresh_adapter_give_loss_zero(qwen3, data, tmp_path, run_main, monkeypatch):
+    monkeypatch.setattr(train, "teacher_prompt", train.student_prompt)
+    run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
+    assert metrics(tmp_path / "run")[0]["loss"] == 0.0
+
+
+def test_a_loss_that_is_not_a_number_stops_with_step_and_problems(qwen3, data, tmp_path, run_main, monkeypatch):
+    original = train.response_hidden
+
+    def broken(model, prompts, responses):
+        hidden = original(model, prompts, responses)
+        return hidden * float("nan") if hidden.requires_grad and broken.steps > 1 else hidden
+
+    broken.steps = 0
+    seed = train.seed_step
+
+    def count(*args):
+        broken.steps += 1
+        seed(*args)
+
+    monkeypatch.setattr(train, "response_hidden", broken)
+    monkeypatch.setattr(train, "seed_step", count)
+    expected = sorted(step_problems(len(PROBLEMS), 4, 42, 1))
+    with pytest.raises(FloatingPointError) as caught:
+        run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3, "--save_steps", 1))
+    assert "step 1: loss nan" in str(caught.value) and str(expected) in str(caught.value)
+    assert len(metrics(tmp_path / "run")) == 1 and (tmp_path / "run/checkpoint-1").is_dir()
+
+
+def test_prompts_that_are_too_long_are_named_or_dropped_with_a_count(qwen3, data, tmp_path, run_main):
+    with data.open("a") as file:
+        file.write(json.dumps({"problem": "Long?", "solution": "word " * 3000, "answer": "1"}) + "\n")
+    with pytest.raises(InputError, match=rf"problem {len(PROBLEMS)}: a prompt of \d+ tokens .* context of 2048"):
+        run_main(flags(qwen3, data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    output = run_main(flags(qwen3, data, tmp_path / "run", "--long_prompts", "drop"))
+    assert f"{len(PROBLEMS)} problems (1 dropped as too long)" in output
+
+
+def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, tmp_path, run_main):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"problem": "1+1?", "answer": "2"}) + "\n")
+    output = run_main(flags(qwen3, data, tmp_path / "run", "--eval_data", held_out, "--eval_samples", 2))
+    assert json.loads((tmp_path / "run/evaluation.json").read_text()).keys() == {"before", "after"}
+    assert "held-out accuracy: 0.000 -> 0.000" in output
+
+
+def test_metrics_by_tenth_of_the_solution():
+    sums = train.StepSums(torch.device("cpu"))
+    M = torch.arange(4.0)
+    scores = train_scores(loss=M, clipped_mass=M / 10)
+    r = torch.tensor([0.05, 0.09, 0.55, 0.999])
+    terms = train.LossTerms(torch.tensor(6.0), torch.tensor(2.0), torch.ones(4), r, scores)
+    sums.add(terms, [0])
+    sums.add(terms, [1])
+    assert sums.over_ranks().item() == 3.0
+    row = sums.token_metrics()
+    assert row["divergence"] == 1.5 and row["weight"] == 1.0
+    assert row["by_decile"]["divergence"] == [0.5, None, None, None, None, 2.0, None, None, None, 3.0]
+
+
+def train_scores(**values):
+    from loss import TokenScores
+
+    zeros = {name: torch.zeros(4) for name in TokenScores.__dataclass_fields__}
+    return TokenScores(**{**zeros, **values})
+
+
+def test_problems_of_the_embedded_world_are_split_cleanly():
+    from problems import tiny_problems
+
+    as_set = {
+        split: {tuple(sorted(p.problem.split("+"))) for p in tiny_problems(split, 400)}
+        for split in ("train", "heldout")
+    }
+    assert not as_set["train"] & as_set["heldout"]
+    assert all(isinstance(p, Problem) and eval_sum(p) == int(p.answer) for p in tiny_problems("train", 50))
+
+
+def eval_sum(problem: Problem) -> int:
+    return sum(map(int, problem.problem.split("+")))
