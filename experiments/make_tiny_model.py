@@ -101,8 +101,9 @@ def batch_tensors(examples: list[tuple[list[int], list[int]]], pad: int) -> tupl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="tiny", help="directory to write")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--start", default=None, help="an earlier result to go on from")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--student_slip", type=float, default=0.25, help="share of steps with a wrong sum")
@@ -116,7 +117,8 @@ def main() -> None:
         num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, rope_theta=10000.0,
     )  # fmt: skip
-    model = Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM.from_pretrained(args.start) if args.start else Qwen3ForCausalLM(config)
+    model.train()
     problems = tiny_problems("train", count=20_000, seed=1)
     student = (STUDENT_PROMPT, False, args.student_slip, 0.30)
     evaluation = (EVALUATION_PROMPT, True, args.student_slip, 0.30)

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from problems import InputError, Problem
+from loss import TokenScores
+from problems import InputError, tiny_problems
 from train import PRESETS, TrainConfig, micro_batches, parse_config, step_problems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -213,7 +214,7 @@ def test_resume_with_another_option_is_refused(qwen3, data, tmp_path, run_main):
     run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
     with pytest.raises(InputError, match="holds another run"):
         run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
-    with pytest.raises(InputError, match="--clip 0.05, not 0.2"):
+    with pytest.raises(InputError, match=r"--clip 0\.05, not 0\.2"):
         run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1, "--clip", 0.2, "--resume"))
     assert len(metrics(tmp_path / "run")) == 1
 
@@ -293,22 +294,14 @@ def test_metrics_by_tenth_of_the_solution():
 
 
 def train_scores(**values):
-    from loss import TokenScores
-
     zeros = {name: torch.zeros(4) for name in TokenScores.__dataclass_fields__}
     return TokenScores(**{**zeros, **values})
 
 
 def test_problems_of_the_embedded_world_are_split_cleanly():
-    from problems import tiny_problems
-
-    as_set = {
-        split: {tuple(sorted(p.problem.split("+"))) for p in tiny_problems(split, 400)}
+    train_sums, heldout_sums = (
+        {tuple(sorted(problem.problem.split("+"))) for problem in tiny_problems(split, 400)}
         for split in ("train", "heldout")
-    }
-    assert not as_set["train"] & as_set["heldout"]
-    assert all(isinstance(p, Problem) and eval_sum(p) == int(p.answer) for p in tiny_problems("train", 50))
-
-
-def eval_sum(problem: Problem) -> int:
-    return sum(map(int, problem.problem.split("+")))
+    )
+    assert not train_sums & heldout_sums
+    assert all(sum(map(int, p.problem.split("+"))) == int(p.answer) for p in tiny_problems("train", 50))
