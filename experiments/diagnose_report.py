@@ -18,6 +18,8 @@ from experiments.diagnose_statistics import (
     DIVERSITY,
     GRAY,
     LABELS,
+    S_GRID,
+    TAU_GRID,
     UNCERTAIN,
     LabelRule,
     auprc,
@@ -144,8 +146,10 @@ def analyse_fit(data: Candidates, arm: str) -> dict:
     once = np.ones((1, data.counts.shape[1]))
     fits = fit_schedule(data.r, data.viability[arm].mean(axis=1), data.problem, np.vstack([once, data.counts]))
     columns = dict(zip(("w_min", "tau", "s"), fits.T, strict=True))
+    edges = {"w_min": (0.0, 1.0), "tau": (TAU_GRID[0], TAU_GRID[-1]), "s": (S_GRID[0], S_GRID[-1])}
     return {
         **{name: float(column[0]) for name, column in columns.items()},
+        "at_the_edge": [name for name, column in columns.items() if column[0] in edges[name]],
         "intervals": {name: interval(column[1:]) for name, column in columns.items()},
     }
 
@@ -224,7 +228,8 @@ def null_lines(result: dict) -> list[str]:
     ]
     for arm, fit in result["schedule"].items():
         parts = [f"{name} {number(fit[name], fit['intervals'][name])}" for name in ("w_min", "tau", "s")]
-        lines.append(f"Eq. (5) fitted to the viability of the {arm} arm: {', '.join(parts)}")
+        edge = f" (at the edge of what was tried: {', '.join(fit['at_the_edge'])})" if fit["at_the_edge"] else ""
+        lines.append(f"Eq. (5) fitted to the viability of the {arm} arm: {', '.join(parts)}{edge}")
     return lines
 
 

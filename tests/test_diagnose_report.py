@@ -4,11 +4,17 @@ import sys
 import numpy as np
 import pytest
 
+from experiments import diagnose_report
 from experiments.diagnose_report import INDEX, POSITION, REMAINING, analyse, difference, report, to_columns, verdict
 from experiments.diagnose_statistics import LABELS, LabelRule, auroc, centre, label_children
 from weighting import SCHEDULES, get_schedule, relative_position
 
 RULE = LabelRule()
+
+
+@pytest.fixture(autouse=True)
+def few_simulations(monkeypatch):
+    monkeypatch.setattr(diagnose_report, "SIMULATIONS", 50)
 
 
 def a_world(teacher_factor=lambda r: 1.0, problems=60, seed=0, base=lambda r: 0.25 + 0.7 * r):
@@ -126,6 +132,9 @@ def test_schedule_file_is_what_training_reads(tmp_path):
     w = content["w_min"] + (1 - content["w_min"]) / (1 + np.exp(-(r.numpy() - content["tau"]) / content["s"]))
     assert not rescale and schedule(r).numpy() == pytest.approx(w, abs=1e-6)
     assert not np.allclose(w, SCHEDULES["moderate"](r).numpy(), atol=0.05)
+    assert content["at_the_edge"] == []
+    flat = analysed(a_world(base=lambda r: 0.6))["schedule"]["teacher"]  # no rise up to 1 within [0, 1]
+    assert "tau" in flat["at_the_edge"]
     for name, (low, high) in content["intervals"].items():
         assert low <= high and np.isfinite([content[name], low, high]).all()
 
