@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint import versions, write_atomically
-from grading import make_grader
+from experiments.server import complete_all, prompt_text
 from model import ADAPTER_CONFIG, find_checkpoint, load_adapter, load_model, load_tokenizer, pick_device
 from problems import (
     FlagParser,
@@ -32,12 +32,12 @@ from problems import (
     answers_match,
     extract_boxed,
     load_problems,
+    make_grader,
     normalise_answer,
     parse_number,
 )
 from rollout import StreamKey, check_sampling, sample, sample_continuous
 from samples import Sample, check_regime, open_samples, weights_digest
-from server import complete_all, prompt_text
 from teacher import EVALUATION_PROMPT, encode_prompt
 
 

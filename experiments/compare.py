@@ -20,8 +20,7 @@ from statistics import NormalDist
 import numpy as np
 
 from evaluate import benchmark_digest, bootstrap_interval, needs_latex, summarise
-from grading import make_grader
-from problems import InputError, load_problems
+from problems import InputError, load_problems, make_grader
 from samples import open_samples
 
 # Avg@12 in % with the sample std over 3 evaluation seeds, Qwen3-4B (paper Table 2). The paper has no base row; the one

@@ -299,7 +299,7 @@ def test_the_server_is_asked_for_exactly_what_is_missing(run, monkeypatch):
             yield evaluate_completion(row, prompts[row])
 
     def evaluate_completion(row, prompt):
-        from server import Completion
+        from experiments.server import Completion
 
         numbers = prompt.split("user\n")[1].split("\n")[0]
         return Completion(row, f"\\boxed{{{sum(map(int, numbers.split('+')))}}}", 9, "eos")

@@ -10,9 +10,8 @@ import time
 
 import pytest
 
-import grading_worker
-from grading import ExactGrader, MathVerifyGrader, make_grader
-from problems import InputError
+from experiments import grading_worker
+from problems import ExactGrader, InputError, MathVerifyGrader, make_grader
 
 needs_math_verify = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="the optional package math-verify is not installed"

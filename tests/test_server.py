@@ -14,10 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-import server
+from experiments import server
+from experiments.server import complete_all, prompt_text
 from model import TINY_MODEL, load_tokenizer
 from problems import InputError, tiny_problems
-from server import complete_all, prompt_text
 from teacher import EVALUATION_PROMPT, encode_prompt
 
 SETTINGS = {"temperature": 1.0, "top_p": 0.95, "top_k": 0, "max_tokens": 64}
