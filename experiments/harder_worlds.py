@@ -179,7 +179,7 @@ def write_world(name: str, steps: int, output: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", required=True, choices=WORLDS)
-    parser.add_argument("--steps", type=int, default=500, help=f"supervised steps of {BATCH} solutions")
+    parser.add_argument("--steps", type=int, default=300, help=f"supervised steps of {BATCH} solutions")
     parser.add_argument("--output_dir", type=Path, help="default: runs/worlds/WORLD")
     args = parser.parse_args()
     print(f"wrote {write_world(args.world, args.steps, args.output_dir or Path('runs/worlds') / args.world)}")
