@@ -169,7 +169,8 @@ def write_world(name: str, steps: int, output: Path) -> Path:
     train(WORLDS[name], steps, output / "model")
     common = {
         "preset": "tiny", "model": str(output / "model"), "data": str(output / "train.jsonl"),
-        "eval_data": str(output / "heldout.jsonl"), "num_steps": 20, "eval_samples": 2, "max_new_tokens": 128,
+        "eval_data": str(output / "heldout.jsonl"), "num_steps": 12, "learning_rate": 5e-4, "eval_samples": 2,
+        "max_new_tokens": 128,
     }  # fmt: skip
     grid = {"common": common, "seeds": [0, 1, 2, 3, 4, 5], "rows": GRID_ROWS, "contrasts": CONTRASTS}
     (output / "grid.json").write_text(json.dumps(grid, indent=2) + "\n")
