@@ -49,6 +49,10 @@ class LossOptions:
     entropy_quantile: float = field(default=0.2, metadata={"help": "REOPOLD: share of tokens kept by the entropy mask"})
 
 
+# Logits of this many tokens exist at a time. README, "Memory": 64 takes six times 37 MiB at Qwen3's vocabulary.
+CHUNK_TOKENS = 64
+
+
 @dataclass(frozen=True)
 class TokenScores:
     """What the valid tokens of a batch bring; each [M] float32. Only `loss` carries a gradient. Entropies in nats."""
@@ -139,8 +143,9 @@ def policy_gradient(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Ten
 
 
 def entropy(logp_MV: Tensor) -> Tensor:
-    """H = -sum_j p(j) log p(j) in nats, [M]."""
-    return -(logp_MV.exp() * logp_MV).sum(dim=-1)
+    """H = -sum_j p(j) log p(j) in nats, [M]. For gates and logs: carries no gradient."""
+    logp_MV = logp_MV.detach()
+    return -logp_MV.exp().mul_(logp_MV).sum(dim=-1)
 
 
 def _at(logp_MV: Tensor, ids_M: Tensor) -> Tensor:
@@ -242,26 +247,32 @@ def get_method(name: str, options: LossOptions) -> tuple[Method, Callable]:
     return METHODS[name], REDUCTIONS[reduction]
 
 
+def log_probabilities(logits_MV: Tensor, temperature: float) -> Tensor:
+    """log softmax(float32 logits / T_distill), the log of p_t or p^opsd_t."""
+    return (logits_MV.float() / temperature).log_softmax(dim=-1)
+
+
 def score_tokens(
-    method: Method, student_logits_MV: Tensor, teacher_logits_MV: Tensor, ids_M: Tensor, options: LossOptions
+    method: Method, student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions
 ) -> TokenScores:
-    """Both contexts at T_distill in float32, the token loss, and the statistics that weights and logs need."""
-    student_logp_MV = (student_logits_MV.float() / options.temperature).log_softmax(dim=-1)
-    teacher_logp_MV = (teacher_logits_MV.detach().float() / options.temperature).log_softmax(dim=-1)
-    loss_M = method.token_loss(student_logp_MV, teacher_logp_MV, ids_M, options)
+    """The statistics that weights and logs need, and the token loss.
+
+    The loss comes last: what it keeps for its gradient is then not yet there while the statistics take their memory.
+    """
     with torch.no_grad():
-        clipped_M = torch.zeros_like(loss_M)
+        clipped_mass_M = torch.zeros_like(ids_M, dtype=torch.float32)
         if method.token_loss is clipped_divergence and options.clip < float("inf"):
             is_clipped_MV = divergence_entries(student_logp_MV, teacher_logp_MV, options.beta) > options.clip
-            clipped_M = (teacher_logp_MV.exp() * is_clipped_MV).sum(dim=-1)
-        return TokenScores(
-            loss=loss_M,
-            student_logprob=_at(student_logp_MV, ids_M),
-            teacher_logprob=_at(teacher_logp_MV, ids_M),
-            student_entropy=entropy(student_logp_MV),
-            teacher_entropy=entropy(teacher_logp_MV),
-            clipped_mass=clipped_M,
-        )
+            clipped_mass_M = teacher_logp_MV.where(is_clipped_MV, -torch.inf).exp_().sum(dim=-1)
+            del is_clipped_MV
+        statistics = {
+            "student_logprob": _at(student_logp_MV, ids_M),
+            "teacher_logprob": _at(teacher_logp_MV, ids_M),
+            "student_entropy": entropy(student_logp_MV),
+            "teacher_entropy": entropy(teacher_logp_MV),
+            "clipped_mass": clipped_mass_M,
+        }
+    return TokenScores(loss=method.token_loss(student_logp_MV, teacher_logp_MV, ids_M, options), **statistics)
 
 
 def combine(method: Method, reduce: Callable, scores: TokenScores, lengths: list[int], step: int, options: LossOptions):
@@ -296,9 +307,9 @@ def method_loss(
             f"logits differ in shape: {tuple(student_logits_BTV.shape)}, {tuple(teacher_logits_BTV.shape)}"
         )
     lengths = _lengths(mask_BT, response_ids_BT, student_logits_BTV)
-    scores = score_tokens(
-        method, student_logits_BTV[mask_BT], teacher_logits_BTV[mask_BT], response_ids_BT[mask_BT], options
-    )
+    student_logp_MV = log_probabilities(student_logits_BTV[mask_BT], options.temperature)
+    teacher_logp_MV = log_probabilities(teacher_logits_BTV[mask_BT].detach(), options.temperature)
+    scores = score_tokens(method, student_logp_MV, teacher_logp_MV, response_ids_BT[mask_BT], options)
     return combine(method, reduce, scores, lengths, step, options).loss
 
 
@@ -310,7 +321,7 @@ def method_loss_from_hidden(
     response_ids_BT: Tensor,
     mask_BT: Tensor,
     *,
-    chunk_tokens: int = 64,
+    chunk_tokens: int = CHUNK_TOKENS,
     step: int = 0,
     teacher_head_weight_VD: Tensor | None = None,
     **overrides,
@@ -335,7 +346,7 @@ def loss_terms_from_hidden(
     mask_BT: Tensor,
     *,
     options: LossOptions,
-    chunk_tokens: int = 64,
+    chunk_tokens: int = CHUNK_TOKENS,
     step: int = 0,
     teacher_head_weight_VD: Tensor | None = None,
 ) -> LossTerms:
@@ -344,64 +355,69 @@ def loss_terms_from_hidden(
     lengths = _lengths(mask_BT, response_ids_BT, student_hidden_BTD)
     teacher_head = lm_head_weight_VD if teacher_head_weight_VD is None else teacher_head_weight_VD
     values = _ChunkedScores.apply(
-        student_hidden_BTD[mask_BT], teacher_hidden_BTD[mask_BT].detach(), lm_head_weight_VD, teacher_head.detach(),
-        response_ids_BT[mask_BT], method, options, chunk_tokens,
+        student_hidden_BTD.flatten(0, 1), teacher_hidden_BTD.detach().flatten(0, 1), lm_head_weight_VD,
+        teacher_head.detach(), mask_BT.flatten().nonzero().squeeze(1), response_ids_BT[mask_BT], method, options,
+        chunk_tokens,
     )  # fmt: skip
     return combine(method, reduce, TokenScores(*values), lengths, step, options)
 
 
 class _ChunkedScores(torch.autograd.Function):
-    """`score_tokens` of hidden states, a chunk of tokens at a time.
+    """`score_tokens` of hidden states, a chunk of tokens at a time. N = B x T rows, of which `rows_M` are valid tokens.
 
-    Forward keeps d loss_m / d hidden_m, [M, D], so that backward is a product with the incoming [M] and no logits are
+    Forward keeps d loss_m / d hidden_m, [N, D], so that backward is a product with the incoming [M] and no logits are
     computed twice. Only where the head itself is trained does backward go through the chunks again.
     """
 
     @staticmethod
-    def forward(ctx, student_MD, teacher_MD, head_VD, teacher_head_VD, ids_M, method, options, chunk_tokens):
-        ctx.arguments = (teacher_head_VD, ids_M, method, options, chunk_tokens)
-        trains_head, trains_states = ctx.needs_input_grad[2], ctx.needs_input_grad[0]
+    def forward(ctx, student_ND, teacher_ND, head_VD, teacher_head_VD, rows_M, ids_M, method, options, chunk_tokens):
+        trains_states, trains_head = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         keep_gradient = trains_states and not trains_head
-        gradient_MD = torch.empty_like(student_MD) if keep_gradient else None
+        gradient_ND = torch.zeros_like(student_ND) if keep_gradient else None
+        ctx.settings = (method, options, chunk_tokens)
         parts = []
-        for chunk in _chunks(len(ids_M), chunk_tokens):
+        for rows, ids in zip(rows_M.split(chunk_tokens), ids_M.split(chunk_tokens), strict=True):
             with torch.set_grad_enabled(keep_gradient):
-                states = student_MD[chunk].detach().requires_grad_(keep_gradient)
-                student_logits, teacher_logits = (
-                    F.linear(states, head_VD.detach()),
-                    F.linear(teacher_MD[chunk], teacher_head_VD),
-                )
-                scores = score_tokens(method, student_logits, teacher_logits, ids_M[chunk], options)
+                states = student_ND[rows].requires_grad_(keep_gradient)
+                scores = _score_chunk(states, head_VD, teacher_ND[rows], teacher_head_VD, ids, method, options)
                 if keep_gradient:
-                    (gradient_MD[chunk],) = torch.autograd.grad(scores.loss.sum(), states)
+                    (gradient_ND[rows],) = torch.autograd.grad(scores.loss.sum(), states)
             parts.append(torch.stack([value.detach() for value in vars(scores).values()]))
-            del scores, student_logits, teacher_logits, states
+            del scores  # with it goes the chunk's graph, before the next one is built
         values = torch.cat(parts, dim=1).unbind(0)
         ctx.mark_non_differentiable(*values[1:])
-        ctx.save_for_backward(gradient_MD, *((student_MD, teacher_MD, head_VD) if trains_head else ()))
+        recomputed = (student_ND, teacher_ND, head_VD, teacher_head_VD, ids_M) if trains_head else ()
+        ctx.save_for_backward(rows_M, gradient_ND, *recomputed)
         return values
 
     @staticmethod
     def backward(ctx, upstream_M, *_):
-        gradient_MD, *inputs = ctx.saved_tensors
-        if not inputs:
-            return (gradient_MD * upstream_M[:, None].to(gradient_MD.dtype), *[None] * 7)
-        student_MD, teacher_MD, head_VD = inputs
-        teacher_head_VD, ids_M, method, options, chunk_tokens = ctx.arguments
-        gradient_MD, gradient_VD = torch.zeros_like(student_MD), torch.zeros_like(head_VD, dtype=torch.float32)
-        for chunk in _chunks(len(ids_M), chunk_tokens):
+        rows_M, gradient_ND, *recomputed = ctx.saved_tensors
+        if not recomputed:
+            upstream_N = gradient_ND.new_zeros(len(gradient_ND))
+            upstream_N[rows_M] = upstream_M.to(gradient_ND.dtype)
+            return (gradient_ND * upstream_N[:, None], *[None] * 8)
+        student_ND, teacher_ND, head_VD, teacher_head_VD, ids_M = recomputed
+        method, options, chunk_tokens = ctx.settings
+        gradient_ND, gradient_VD = torch.zeros_like(student_ND), torch.zeros_like(head_VD, dtype=torch.float32)
+        chunks = (x.split(chunk_tokens) for x in (rows_M, ids_M, upstream_M))
+        for rows, ids, upstream in zip(*chunks, strict=True):
             with torch.enable_grad():
-                states, head = student_MD[chunk].detach().requires_grad_(), head_VD.detach().requires_grad_()
-                student_logits, teacher_logits = F.linear(states, head), F.linear(teacher_MD[chunk], teacher_head_VD)
-                scores = score_tokens(method, student_logits, teacher_logits, ids_M[chunk], options)
-            gradients = torch.autograd.grad(scores.loss, (states, head), grad_outputs=upstream_M[chunk])
-            gradient_MD[chunk] = gradients[0]
+                states, head = student_ND[rows].requires_grad_(), head_VD.detach().requires_grad_()
+                scores = _score_chunk(states, head, teacher_ND[rows], teacher_head_VD, ids, method, options)
+            gradients = torch.autograd.grad(scores.loss, (states, head), grad_outputs=upstream)
+            gradient_ND[rows] = gradients[0]
             gradient_VD += gradients[1]
-        return (gradient_MD, None, gradient_VD.to(head_VD.dtype), *[None] * 5)
+            del scores, gradients
+        return (gradient_ND, None, gradient_VD.to(head_VD.dtype), *[None] * 6)
 
 
-def _chunks(tokens: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, tokens, size)]
+def _score_chunk(states, head, teacher_states, teacher_head, ids, method: Method, options: LossOptions) -> TokenScores:
+    # The logits have no name here on purpose: each is freed as soon as its logarithms are there.
+    student_logp = log_probabilities(F.linear(states, head), options.temperature)
+    with torch.no_grad():
+        teacher_logp = log_probabilities(F.linear(teacher_states, teacher_head), options.temperature)
+    return score_tokens(method, student_logp, teacher_logp, ids, options)
 
 
 def _options(overrides: dict) -> LossOptions:

@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -272,8 +273,15 @@ def merge_adapter(model: PreTrainedModel) -> None:
         setattr(model.get_submodule(parent), child, layer.base)
 
 
+MERGE_TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order, nothing more
+
+
 def export(adapter: str, output: str, base: str | None = None, dtype: str = "auto") -> float:
-    """Write base + adapter as one ordinary checkpoint; returns the largest logit difference to the unmerged model."""
+    """Write base + adapter as one ordinary checkpoint; returns the largest logit difference to the unmerged model.
+
+    Merging and checking are done in float32, on the CPU. `dtype` is that of the file: auto (the base checkpoint's) or
+    its name; rounding to it comes last. Raises InputError, with nothing written, for a bad adapter or output.
+    """
     directory = Path(adapter)
     if base is None:
         try:
@@ -282,19 +290,26 @@ def export(adapter: str, output: str, base: str | None = None, dtype: str = "aut
             raise InputError(
                 f"--adapter {adapter}: no {ADAPTER_CONFIG} that names the base model; pass --model"
             ) from None
-    if Path(output).exists() and any(Path(output).iterdir()):
-        raise InputError(f"--output {output}: is not empty")
-    model, tokenizer = load_model(base, dtype), load_tokenizer(base)
-    model.eval()
+    if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
+        raise InputError(f"--output {output}: is not a new or empty directory")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise InputError(f"--dtype {dtype}: choose one of auto, float32, bfloat16, float16")
+    model, tokenizer = load_model(base, "float32", device="cpu").eval(), load_tokenizer(base)
     load_adapter(model, directory)
     ids = torch.tensor([tokenizer.encode("Problem: 1+2+3\n\nPlease reason step by step.", add_special_tokens=False)])
     with torch.no_grad():
-        before = model(input_ids=ids).logits.float()
+        before = model(input_ids=ids).logits
         merge_adapter(model)
-        after = model(input_ids=ids).logits.float()
+        difference = (model(input_ids=ids).logits - before).abs().max().item()
+    if not difference <= MERGE_TOLERANCE * before.abs().max().item():
+        raise InputError(f"--adapter {adapter}: merged and unmerged logits differ by {difference:.2e}; nothing written")
+    stored = AutoConfig.from_pretrained(find_checkpoint(base), trust_remote_code=False).dtype or torch.float32
+    model.to(stored if dtype == "auto" else getattr(torch, dtype))
+    with suppress(OSError):  # a base may bring no sampling defaults
+        model.generation_config = GenerationConfig.from_pretrained(find_checkpoint(base))
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    return (before - after).abs().max().item()
+    return difference
 
 
 def main() -> None:
@@ -303,7 +318,7 @@ def main() -> None:
     command.add_argument("--adapter", required=True, help="directory with adapter_config.json")
     command.add_argument("--output", required=True, help="new directory for the merged checkpoint")
     command.add_argument("--model", default=None, help="base model; default: the one that the adapter names")
-    command.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    command.add_argument("--dtype", default="auto", help="auto (the base's own), float32, bfloat16 or float16")
     args = parser.parse_args()
     difference = export(args.adapter, args.output, args.model, args.dtype)
     print(f"wrote {args.output}; largest logit difference to base + adapter: {difference:.2e}")

@@ -8,9 +8,14 @@ has something to learn without a download.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -28,6 +33,10 @@ class FlagParser(HfArgumentParser):
     def error(self, message: str) -> None:
         raise InputError(f"{message} (--help lists the flags)")
 
+    def parse_args_into_dataclasses(self, args: list[str] | None = None, **options) -> tuple:
+        self.parse_args(args)  # calls error() for a flag that does not exist, where the parent raises a ValueError
+        return super().parse_args_into_dataclasses(args, **options)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -42,11 +51,22 @@ class Problem:
 # Loading
 
 
+# The benchmarks of the paper (Section 4.1) by short name; fields `problem` and `answer`.
+BENCHMARKS = {
+    "math500": "HuggingFaceH4/MATH-500:test",
+    "aime24": "HuggingFaceH4/aime_2024:train",
+    "aime25": "yentinglin/aime_2025:train",
+    "hmmt25": "MathArena/hmmt_feb_2025:train",
+    "tiny": "tiny:heldout",
+}
+
+
 def load_problems(source: str, need_solution: bool = True) -> list[Problem]:
-    """Read problems from `source`: `tiny:train`, `tiny:heldout`, a `.jsonl` path, or a hub name `owner/name[:split]`.
+    """Read problems from a name in BENCHMARKS, `tiny:train`, `tiny:heldout`, a `.jsonl` path, or `owner/name[:split]`.
 
     Raises InputError, with file and line, for a missing file, a malformed line or an empty field.
     """
+    source = BENCHMARKS.get(source, source)
     if source in ("tiny:train", "tiny:heldout"):
         return tiny_problems(source.removeprefix("tiny:"), count=2000 if source == "tiny:train" else 400)
     if Path(source).is_file() or source.endswith((".jsonl", ".json")):
@@ -78,17 +98,19 @@ def _read_jsonl(path: Path) -> list[tuple[str, dict]]:
 def _read_hub(source: str) -> list[tuple[str, dict]]:
     name, _, split = source.partition(":")
     if name.count("/") != 1:
-        raise InputError(f"{source}: neither a data file, nor 'tiny:train', nor a hub name like 'owner/name:split'")
+        raise InputError(f"{source}: neither a data file, nor one of {', '.join(BENCHMARKS)}, nor 'owner/name:split'")
     try:
         import datasets
     except ImportError:
         raise InputError(
-            f"{source}: reading from the hub needs `pip install datasets`, or pass a .jsonl path"
+            f"{source}: reading from the hub needs `pip install datasets`; or pass a file (--benchmark path.jsonl)"
         ) from None
     try:
         rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the hub's errors have no common base class
-        raise InputError(f"{source}: the hub gave no data ({type(error).__name__}); pass a .jsonl path") from None
+        raise InputError(
+            f"{source}: the hub gave no data ({type(error).__name__}); pass a file instead (--benchmark path.jsonl)"
+        ) from None
     return [(f"{source}, row {number}", row) for number, row in enumerate(rows)]
 
 
@@ -155,18 +177,21 @@ def tiny_solution(addends: list[int], draw: random.Random) -> str:
 def extract_boxed(text: str) -> str | None:
     """The content of the LAST `\\boxed{...}` with balanced braces (paper Section 4.1), or None.
 
-    None also where the last box is never closed (a solution cut at the length limit) or holds nothing.
+    None also where the last box is never closed (a solution cut at the length limit) or holds nothing. A brace behind
+    a backslash is a character; the backslash of a line break (two of them) escapes nothing.
     """
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
     depth, begin = 0, start + len("\\boxed")
-    for end in range(begin, len(text)):
-        if text[end] in "{}" and (text[end - 1] != "\\"):
-            depth += 1 if text[end] == "{" else -1
-            if depth == 0:
-                return text[begin + 1 : end].strip() or None
+    for brace in _BRACE.finditer(text, begin):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[begin + 1 : brace.start()].strip() or None
     return None
+
+
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash takes the next character with it
 
 
 _NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d{0,400})?|\.\d{1,400})")
@@ -206,3 +231,106 @@ def answers_match(given: str | None, gold: str) -> bool:
         return left != ""
     a, b = parse_number(left), parse_number(right)
     return a is not None and a == b
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Graders decide whether two answers are the same, without trusting what a model wrote. `exact` compares strings and
+# numbers. `math-verify` (optional package) also knows LaTeX: sets, intervals, matrices, algebra. It runs in a process
+# of its own (experiments/grading_worker.py) with a limit on time and memory, killed where it passes one and replaced.
+
+
+SECONDS_PER_COMPARISON = 10.0  # math-verify's own default is 5 for the parsing and 5 for the comparison
+MEMORY_BYTES = 2 * 2**30
+WORKER = Path(__file__).resolve().parent / "experiments" / "grading_worker.py"
+
+
+class ExactGrader:
+    """Strings and numbers only. On LaTeX answers it undercounts."""
+
+    name, version = "exact", "1"
+    stopped = 0  # comparisons that were killed at a limit
+
+    def match(self, a: str | None, b: str | None) -> bool:
+        return a is not None and b is not None and answers_match(a, b)
+
+    def close(self) -> None:
+        pass
+
+
+class MathVerifyGrader:
+    """Exact grader first, then math-verify in both directions in the worker. Symmetric; None matches nothing.
+
+    A comparison that is killed at its limit counts as not equal and adds to `stopped`.
+    """
+
+    name = "math-verify"
+
+    def __init__(self, seconds: float = SECONDS_PER_COMPARISON, memory_bytes: int = MEMORY_BYTES) -> None:
+        if importlib.util.find_spec("math_verify") is None:
+            raise InputError(
+                "--grader math-verify: grading LaTeX needs `pip install math-verify`; "
+                "--grader exact does without it and undercounts LaTeX answers"
+            )
+        self.version = importlib.metadata.version("math-verify")
+        self.limits = (seconds, memory_bytes)
+        self.stopped = 0
+        self._known: dict[tuple[str, str], bool] = {}
+        self._worker: subprocess.Popen | None = None
+
+    def match(self, a: str | None, b: str | None) -> bool:
+        if a is None or b is None:
+            return False
+        if answers_match(a, b):
+            return True
+        pair = (min(a, b), max(a, b))
+        if pair not in self._known:
+            self._known[pair] = self._ask(pair)
+        return self._known[pair]
+
+    def _ask(self, pair: tuple[str, str]) -> bool:
+        if self._worker is None or self._worker.poll() is not None:
+            self.close()
+            self._start()
+        try:
+            self._worker.stdin.write(json.dumps(pair) + "\n")
+            self._worker.stdin.flush()
+            reply = self._worker.stdout.readline()
+        except BrokenPipeError:
+            reply = ""
+        if reply not in ("true\n", "false\n"):
+            self.stopped += 1
+            self.close()
+        return reply == "true\n"
+
+    def _start(self) -> None:
+        command = [sys.executable, str(WORKER), *map(str, self.limits)]
+        fixed = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        self._worker = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | fixed,
+        )
+        if self._worker.stdout.readline() != "ready\n":
+            raise InputError(
+                "--grader math-verify: its worker does not start; "
+                "`python experiments/grading_worker.py 10 2e9` shows why"
+            )
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.stdout.close()
+            self._worker.wait()
+            self._worker = None
+
+
+def make_grader(name: str, latex: bool = False) -> ExactGrader | MathVerifyGrader:
+    """`auto` is math-verify for benchmarks whose answers are LaTeX, where its absence is an error, else exact."""
+    if name not in ("auto", "exact", "math-verify"):
+        raise InputError(f"--grader {name}: choose one of auto, exact, math-verify")
+    if name == "exact" or (name == "auto" and not latex):
+        return ExactGrader()
+    return MathVerifyGrader()
