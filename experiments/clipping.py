@@ -116,7 +116,9 @@ def markdown(rows: list[dict]) -> str:
     lines = [
         "# What the clip does to the gradient",
         "",
-        f"OPSD, embedded model, seed {SEED}; {ROLLOUTS} rollouts of training problems at each checkpoint; percent.",
+        f"OPSD, embedded model, seed {SEED}; {ROLLOUTS} rollouts of training problems at each checkpoint; percent, "
+        "means over tokens. A reversed entry is pushed the other way than without the clip; the gradient with the sign "
+        "reversed is its share of a token's sum of |p_S - p_T|. By tenth of the solution: means over the checkpoints.",
     ]
     for column, title in zip(COLUMNS, TITLES, strict=True):
         lines += ["", f"## {title[0].upper()}{title[1:]}", ""]

@@ -169,7 +169,8 @@ def write_world(name: str, steps: int, output: Path) -> Path:
     train(WORLDS[name], steps, output / "model")
     common = {
         "preset": "tiny", "model": str(output / "model"), "data": str(output / "train.jsonl"),
-        "eval_data": str(output / "heldout.jsonl"), "num_steps": 20, "eval_samples": 2, "max_new_tokens": 128,
+        "eval_data": str(output / "heldout.jsonl"), "num_steps": 12, "learning_rate": 5e-4, "eval_samples": 2,
+        "max_new_tokens": 128,
     }  # fmt: skip
     grid = {"common": common, "seeds": [0, 1, 2, 3, 4, 5], "rows": GRID_ROWS, "contrasts": CONTRASTS}
     (output / "grid.json").write_text(json.dumps(grid, indent=2) + "\n")
@@ -179,7 +180,7 @@ def write_world(name: str, steps: int, output: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", required=True, choices=WORLDS)
-    parser.add_argument("--steps", type=int, default=500, help=f"supervised steps of {BATCH} solutions")
+    parser.add_argument("--steps", type=int, default=300, help=f"supervised steps of {BATCH} solutions")
     parser.add_argument("--output_dir", type=Path, help="default: runs/worlds/WORLD")
     args = parser.parse_args()
     print(f"wrote {write_world(args.world, args.steps, args.output_dir or Path('runs/worlds') / args.world)}")

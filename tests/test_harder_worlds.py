@@ -99,7 +99,7 @@ def test_a_world_can_be_studied(tmp_path, monkeypatch):
     grid = read_grid(harder_worlds.write_world("leak", 0, tmp_path))
     for row in grid.rows:
         config = parse_config([f"--{name}={value}" for name, value in grid.options(row).items()])
-        assert config.num_steps == 20
+        assert config.num_steps == 12
         assert config.lora_rank == 16
     assert len(load_problems(config.data)) == 2000
     assert len(load_problems(config.eval_data)) == 400
