@@ -3,8 +3,8 @@
     python -m experiments.benchmark --device cpu --quick      about two minutes
     python -m experiments.benchmark --device cuda             the presets' shapes with random weights
 
-Memory is the peak of PyTorch's own allocations beyond what is there before, forward and backward; time is the smallest
-of several turns taken in alternation. The naive twin of the loss is the same formula on whole float32 logits, that of
+Memory is the peak of PyTorch's own allocations beyond what is there before, forward and backward; the loss's time is the
+smallest of several turns taken in alternation, on a CPU the seconds that this process computed. The naive twin of the loss is the same formula on whole float32 logits, that of
 sampling one call per micro-batch, that of a step both together.
 
 Axes: B sequences, T response tokens, V vocabulary, D hidden.
@@ -35,7 +35,7 @@ import rollout
 import train
 from checkpoint import git_commit, versions, write_atomically
 from loss import CHUNK_TOKENS, method_loss_from_hidden
-from model import load_model, load_tokenizer
+from model import load_tokenizer
 from problems import InputError, load_problems
 from teacher import student_prompt
 
@@ -88,11 +88,13 @@ class Table:
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call; on a CPU those that this process computed, which other processes disturb least."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     wait(device)
-    start = time.perf_counter()
+    start = clock()
     function()
     wait(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def alternate(functions: list[Callable[[], object]], device: torch.device, turns: int) -> list[float]:
@@ -214,11 +216,8 @@ def build(preset: str | None, device: torch.device, folder: Path, quick: bool):
     if quick:
         config = replace(config, max_new_tokens=128)
     with mock.patch.object(train, "load_model", lambda *_: model):
-        return (
-            config,
-            problems,
-            (parts := train.build(replace(config, model="tiny"), device))[:1] + (tokenizer, *parts[2:]),
-        )
+        _, _, *rest = train.build(replace(config, model="tiny"), device)
+    return config, problems, (model, tokenizer, *rest)
 
 
 def per_micro_batch(sampler: Callable, size: int) -> Callable:
@@ -313,7 +312,7 @@ def benchmark_floors(table: Table, preset: str, built: dict, device: torch.devic
         f"{preset}, decoding: floor / ours", floor / taken, None, "ratio", "bar: at least 0.5; time per step of a batch"
     )
     tokens = config.batch_size * step["mean_length"]
-    # Teacher forward 2, student forward 2, its recomputation 2, backward through frozen weights 2, per weight and token.
+    # Per weight and token: teacher 2, student 2, its recomputation 2, backward through frozen weights 2.
     flops = 8 * body * tokens
     scoring = sum(step[f"seconds_{part}"] for part in ("teacher", "student", "update"))
     table.add(
