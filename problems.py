@@ -28,6 +28,10 @@ class FlagParser(HfArgumentParser):
     def error(self, message: str) -> None:
         raise InputError(f"{message} (--help lists the flags)")
 
+    def parse_args_into_dataclasses(self, args: list[str] | None = None, **options) -> tuple:
+        self.parse_args(args)  # calls error() for a flag that does not exist, where the parent raises a ValueError
+        return super().parse_args_into_dataclasses(args, **options)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -42,11 +46,22 @@ class Problem:
 # Loading
 
 
+# The benchmarks of the paper (Section 4.1) by short name; fields `problem` and `answer`.
+BENCHMARKS = {
+    "math500": "HuggingFaceH4/MATH-500:test",
+    "aime24": "HuggingFaceH4/aime_2024:train",
+    "aime25": "yentinglin/aime_2025:train",
+    "hmmt25": "MathArena/hmmt_feb_2025:train",
+    "tiny": "tiny:heldout",
+}
+
+
 def load_problems(source: str, need_solution: bool = True) -> list[Problem]:
-    """Read problems from `source`: `tiny:train`, `tiny:heldout`, a `.jsonl` path, or a hub name `owner/name[:split]`.
+    """Read problems from a name in BENCHMARKS, `tiny:train`, `tiny:heldout`, a `.jsonl` path, or `owner/name[:split]`.
 
     Raises InputError, with file and line, for a missing file, a malformed line or an empty field.
     """
+    source = BENCHMARKS.get(source, source)
     if source in ("tiny:train", "tiny:heldout"):
         return tiny_problems(source.removeprefix("tiny:"), count=2000 if source == "tiny:train" else 400)
     if Path(source).is_file() or source.endswith((".jsonl", ".json")):
@@ -78,17 +93,19 @@ def _read_jsonl(path: Path) -> list[tuple[str, dict]]:
 def _read_hub(source: str) -> list[tuple[str, dict]]:
     name, _, split = source.partition(":")
     if name.count("/") != 1:
-        raise InputError(f"{source}: neither a data file, nor 'tiny:train', nor a hub name like 'owner/name:split'")
+        raise InputError(f"{source}: neither a data file, nor one of {', '.join(BENCHMARKS)}, nor 'owner/name:split'")
     try:
         import datasets
     except ImportError:
         raise InputError(
-            f"{source}: reading from the hub needs `pip install datasets`, or pass a .jsonl path"
+            f"{source}: reading from the hub needs `pip install datasets`; or pass a file (--benchmark path.jsonl)"
         ) from None
     try:
         rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the hub's errors have no common base class
-        raise InputError(f"{source}: the hub gave no data ({type(error).__name__}); pass a .jsonl path") from None
+        raise InputError(
+            f"{source}: the hub gave no data ({type(error).__name__}); pass a file instead (--benchmark path.jsonl)"
+        ) from None
     return [(f"{source}, row {number}", row) for number, row in enumerate(rows)]
 
 
@@ -155,18 +172,21 @@ def tiny_solution(addends: list[int], draw: random.Random) -> str:
 def extract_boxed(text: str) -> str | None:
     """The content of the LAST `\\boxed{...}` with balanced braces (paper Section 4.1), or None.
 
-    None also where the last box is never closed (a solution cut at the length limit) or holds nothing.
+    None also where the last box is never closed (a solution cut at the length limit) or holds nothing. A brace behind
+    a backslash is a character; the backslash of a line break (two of them) escapes nothing.
     """
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
     depth, begin = 0, start + len("\\boxed")
-    for end in range(begin, len(text)):
-        if text[end] in "{}" and (text[end - 1] != "\\"):
-            depth += 1 if text[end] == "{" else -1
-            if depth == 0:
-                return text[begin + 1 : end].strip() or None
+    for brace in _BRACE.finditer(text, begin):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[begin + 1 : brace.start()].strip() or None
     return None
+
+
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash takes the next character with it
 
 
 _NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d{0,400})?|\.\d{1,400})")

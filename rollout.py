@@ -1,18 +1,30 @@
 """On-policy sampling: all prompts of a step in one batched call, on token ids, each row with its own random stream.
 
-A row's stream depends on its key alone, (seed, step, slot) in training and (seed, problem, sample) in evaluation: not
-on the batch it is sampled in, nor on the number of processes. Axes: B sequences, T response tokens, V vocabulary.
+A row's stream depends on its key alone (train.py and evaluate.py say what is in it): not on the batch it is sampled in,
+nor on the number of processes, nor on the engine. Axes: B sequences, T response tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+)
 
 from model import eos_ids
 from problems import InputError
@@ -75,6 +87,65 @@ def sample(
     return Rollout(prompts, responses, finished)
 
 
+@torch.no_grad()
+def sample_continuous(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    keys: Sequence[StreamKey],
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    max_new_tokens: int,
+    on_finished: Callable[[int, list[int], bool], None] | None = None,
+) -> Rollout:
+    """`sample` by transformers' continuous batching: a finished row makes room for the next, nothing is padded.
+
+    The one for long responses on a GPU. `on_finished(row, response, finished)` is called as soon as a row is done.
+
+    Determinism: a row draws the same uniform numbers as under `sample`, whatever rows run beside it. Its logits depend
+    on the attention kernel and on the batch the scheduler puts together, in their last bits; so a row repeats exactly
+    in float32 on a CPU, and on a GPU only until a draw falls within that rounding error of a boundary.
+    """
+    check_sampling(temperature, top_p, top_k, max_new_tokens)
+    was_training = model.training
+    ends = eos_ids(model, tokenizer)
+    sampler = _ContinuousSampler(prompts, keys, max_new_tokens, temperature, top_p, top_k, model.device)
+    processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([sampler]))
+    processors.tensors_required = 1  # one number per row; the list counts only what it converted itself
+    settings = GenerationConfig(do_sample=False, eos_token_id=ends, max_new_tokens=max_new_tokens)
+    manager = model.init_continuous_batching(settings, _cache_size(model, prompts, max_new_tokens))
+    manager.logit_processor = processors
+    done: dict[int, list[int]] = {}
+    try:
+        manager.warmup()
+        manager.start()
+        for row, prompt in enumerate(prompts):
+            manager.add_request(prompt, f"row {row}", max_new_tokens=max_new_tokens, eos_token_id=ends, row=row)
+        while len(done) < len(prompts):
+            output = manager.get_result(timeout=1.0)
+            if output is None and not manager.is_running():
+                raise RuntimeError("continuous batching stopped before all rows were done (its log says why)")
+            if output is None or not output.is_finished():
+                continue
+            if output.error is not None:
+                raise RuntimeError(f"continuous batching failed: {output.error}")
+            if not bool(sampler.finite):
+                raise FloatingPointError("sampling: the model's logits are not finite")
+            row = int(output.request_id.removeprefix("row "))
+            done[row] = output.generated_tokens
+            sampler.forget(row)
+            if on_finished is not None:
+                on_finished(row, done[row], done[row][-1] in ends)
+    finally:
+        manager.stop(block=True, hard_stop=len(done) < len(prompts))
+        manager.destroy()
+        model.train(was_training)
+    responses = [done[row] for row in range(len(prompts))]
+    return Rollout(prompts, responses, [response[-1] in ends for response in responses])
+
+
 def check_sampling(temperature: float, top_p: float, top_k: int, max_new_tokens: int) -> None:
     """Raise InputError, naming the flag, for a sampling setting out of range."""
     if not 0.0 <= temperature < float("inf"):
@@ -128,4 +199,63 @@ class _StreamSampler(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.finite &= scores.isfinite().any(dim=-1).all() & ~scores.isnan().any()
         chosen_B = choose_tokens(scores, self.uniform_BT[:, input_ids.shape[1] - self.prompt_width], *self.settings)
+        return torch.full_like(scores, float("-inf")).scatter_(1, chosen_B[:, None], 0.0)
+
+
+def _cache_size(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> ContinuousBatchingConfig:
+    """On a GPU, transformers' choice where logits are processed (0.8), which it cannot see before our sampler is in.
+
+    On a CPU that would be most of the machine's memory: room for 32 rows at a time does.
+    """
+    if model.device.type != "cpu":
+        return ContinuousBatchingConfig(max_memory_percent=0.8)
+    pages_per_row = (max(map(len, prompts)) + max_new_tokens) // 256 + 1  # 256 tokens a page by default
+    return ContinuousBatchingConfig(num_blocks=pages_per_row * min(len(prompts), 32) + 1, max_batch_tokens=256)
+
+
+class _ContinuousSampler(ContinuousBatchingLogitsProcessor):
+    """The same for continuous batching, where row and position come with each request instead of the batch's layout."""
+
+    supported_kwargs: ClassVar = {"row": int}
+    ignored_kwargs: ClassVar = ()
+
+    def __init__(
+        self,
+        prompts: list[list[int]],
+        keys: Sequence[StreamKey],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        device: torch.device,
+    ) -> None:
+        self.prompt_lengths, self.keys, self.count = [len(prompt) for prompt in prompts], keys, max_new_tokens
+        self.settings = (temperature, top_p, top_k)
+        self.uniforms: dict[int, Tensor] = {}  # of the rows under way
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.copy_(torch.full_like(int32_tensor, -1.0, dtype=torch.float32).view(torch.int32))
+
+    def prepare_tensor_args(self, requests_with_new_token: list) -> Tensor:
+        """One uniform number a row, as the bits of an int32; -1 for the engine's own warm-up rows."""
+        return torch.tensor([self._uniform(request.state) for request in requests_with_new_token]).view(torch.int32)
+
+    def _uniform(self, state) -> float:
+        row = state.logit_processor_kwargs.get("row")
+        if row is None:
+            return -1.0
+        if row not in self.uniforms:
+            self.uniforms[row] = _uniforms([self.keys[row]], self.count)[0]
+        t = state.position_offset - self.prompt_lengths[row]  # holds also for a row that was evicted and prefilled anew
+        return float(self.uniforms[row][min(t, self.count - 1)])
+
+    def forget(self, row: int) -> None:
+        self.uniforms.pop(row, None)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        uniform_B = tensor_arg[: scores.shape[0]].view(torch.float32)
+        broken_B = ~scores.isfinite().any(dim=-1) | scores.isnan().any(dim=-1)
+        self.finite &= ~(broken_B & (uniform_B >= 0.0)).any()
+        chosen_B = choose_tokens(scores, uniform_B, *self.settings)
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen_B[:, None], 0.0)

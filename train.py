@@ -29,7 +29,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
-from checkpoint import keep_lines, load_checkpoint, newest_checkpoint, open_run, save_checkpoint, write_atomically
+from checkpoint import (
+    MemoryPlan,
+    available_memory,
+    keep_lines,
+    load_checkpoint,
+    newest_checkpoint,
+    open_run,
+    plan_memory,
+    save_checkpoint,
+    write_atomically,
+)
 from evaluate import is_correct, sample_solutions
 from loss import LossOptions, LossTerms, get_method, loss_terms_from_hidden
 from model import (
@@ -44,7 +54,7 @@ from model import (
     response_mask,
 )
 from problems import FlagParser, InputError, Problem, answers_match, extract_boxed, load_problems
-from rollout import check_sampling, sample
+from rollout import check_sampling, sample, sample_continuous
 from teacher import Teacher, student_prompt, teacher_prompt
 
 # Independent streams of random numbers of one seed: the second entry of a stream's key (rollout.py).
@@ -68,7 +78,7 @@ class TrainConfig(LossOptions):
     seed: int = option(42, "of every random draw: adapter, data order, rollouts, evaluation")
     num_steps: int = option(150, "optimizer steps; the learning rate falls linearly to 0 over them")
     batch_size: int = option(32, "prompts per step over all ranks, one rollout each")
-    micro_batch_size: int = option(4, "sequences per forward pass on each rank")
+    micro_batch_size: str = option("4", "sequences per forward pass on each rank, or auto: what the memory allows")
     learning_rate: float = option(5e-6, "at the first step")
     max_grad_norm: float = option(0.1, "gradients are clipped to this norm")
     lora_rank: int = option(64, "r; 0 trains all weights")
@@ -80,6 +90,7 @@ class TrainConfig(LossOptions):
     rollout_temperature: float = option(1.1, "temperature of sampling; --temperature is T_distill")
     top_p: float = option(0.95, "nucleus of sampling")
     top_k: int = option(20, "most likely tokens of sampling; 0 is off")
+    engine: str = option("generate", "sampling by generate, or by continuous batching (long rollouts on a GPU)")
     max_length: int = option(20000, "limit in tokens of the longer context with its response")
     long_prompts: str = option("error", "what happens to problems over the limit: error or drop")
     save_steps: int = option(25, "steps between checkpoints; the last step is always saved")
@@ -94,16 +105,17 @@ class TrainConfig(LossOptions):
 PRESETS: dict[str, dict] = {
     # tau_clip 0.05 collapses a model of this size (README, "Clipping"); the rest is scale.
     "tiny": {
-        "model": "tiny", "data": "tiny:train", "eval_data": "tiny:heldout", "num_steps": 40, "clip": 1.0,
-        "max_new_tokens": 96, "micro_batch_size": 32, "learning_rate": 1e-3, "max_grad_norm": 1.0,
+        "model": "tiny", "data": "tiny:train", "eval_data": "tiny:heldout", "num_steps": 25, "clip": 1.0,
+        "max_new_tokens": 96, "micro_batch_size": "32", "learning_rate": 1e-3, "max_grad_norm": 1.0,
         "lora_rank": 16, "lora_alpha": 32.0, "top_k": 0,
     },
     "qwen3-4b": {"model": "Qwen/Qwen3-4B", "long_prompts": "drop"},
     "dsr1-llama-8b": {
-        "model": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "long_prompts": "drop", "micro_batch_size": 2,
+        "model": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "long_prompts": "drop", "micro_batch_size": "2",
     },
-    "olmo3-7b": {"model": "allenai/Olmo-3-7B-Think", "long_prompts": "drop", "micro_batch_size": 2},
+    "olmo3-7b": {"model": "allenai/Olmo-3-7B-Think", "long_prompts": "drop", "micro_batch_size": "2"},
 }  # fmt: skip
+ENGINES = {"generate": sample, "continuous": sample_continuous}
 FREE_ON_RESUME = {"resume", "output_dir", "device", "micro_batch_size", "gradient_checkpointing", "save_steps"}
 
 
@@ -133,7 +145,7 @@ def train_step(
 
     # Sample y ~ pi_theta(. | x_stu), fixed data from here on.
     with clock("sampling"):
-        rollout = sample(
+        rollout = ENGINES[config.engine](
             model, tokenizer, [student_prompt(tokenizer, problem) for problem in batch],
             [(config.seed, ROLLOUT_STREAM, step, slot) for slot in slots],
             temperature=config.rollout_temperature, top_p=config.top_p, top_k=config.top_k,
@@ -145,7 +157,7 @@ def train_step(
     model.train()
     sums = StepSums(parameters[0].device)
     sizes = [len(prompt) + length for prompt, length in zip(x_tch, rollout.lengths, strict=True)]
-    for rows in micro_batches(sizes, config.micro_batch_size):
+    for rows in micro_batches(sizes, int(config.micro_batch_size)):
         responses = [rollout.responses[row] for row in rows]
         with clock("teacher"), teacher.scoring() as scorer:
             teacher_hidden_BTD = response_hidden(scorer, [x_tch[row] for row in rows], responses)
@@ -278,6 +290,22 @@ def rollout_metrics(samples: list[dict]) -> dict:
     return {"accuracy": correct / count if count else None, "mean_length": tokens / rows, "eos_rate": eos / rows}
 
 
+COLLAPSE_WINDOW = 5  # steps; a single step's accuracy is a mean over few rollouts
+
+
+def collapse_warning(history: list[dict], limit: int) -> str | None:
+    """One line if, over the last steps, every rollout was cut at `limit` tokens or a rate fell to half its best."""
+    ends = range(COLLAPSE_WINDOW, len(history) + 1)
+    windows = [history[end - COLLAPSE_WINDOW : end] for end in ends]
+    if windows and all(step["mean_length"] >= limit for step in windows[-1]):
+        return f"every rollout of the last {COLLAPSE_WINDOW} steps was cut at --max_new_tokens {limit}"
+    for name in ("accuracy", "eos_rate"):
+        means = [sum(step[name] or 0.0 for step in window) / COLLAPSE_WINDOW for window in windows]
+        if means and means[-1] <= max(means) / 2 > 0.0:
+            return f"{name} fell from {max(means):.2f} to {means[-1]:.2f} (means over {COLLAPSE_WINDOW} steps)"
+    return None
+
+
 class Clock:
     """Seconds spent in the named parts of a step; waits for the GPU at both ends."""
 
@@ -375,7 +403,12 @@ def check_config(config: TrainConfig) -> None:
     """Raise InputError, naming the flag, for values that cannot work."""
     get_method(config.method, config)
     check_sampling(config.rollout_temperature, config.top_p, config.top_k, config.max_new_tokens)
-    for name in ("num_steps", "batch_size", "micro_batch_size", "save_steps", "eval_samples", "max_length"):
+    size = config.micro_batch_size
+    if size != "auto" and not (size.isdecimal() and int(size) > 0):
+        raise InputError(f"--micro_batch_size {size}: must be at least 1, or auto")
+    if config.engine not in ENGINES:
+        raise InputError(f"--engine {config.engine}: choose one of {', '.join(ENGINES)}")
+    for name in ("num_steps", "batch_size", "save_steps", "eval_samples", "max_length"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name} {getattr(config, name)}: must be at least 1")
     for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
@@ -398,7 +431,7 @@ def fitting_problems(problems: list[Problem], tokenizer, context: int, config: T
     limit = min(config.max_length, context)
     kept = []
     for number, problem in enumerate(problems):
-        longest = max(len(student_prompt(tokenizer, problem)), len(teacher_prompt(tokenizer, problem)))
+        longest = max(prompt_lengths(tokenizer, problem))
         if longest + config.max_new_tokens <= limit:
             kept.append(problem)
         elif config.long_prompts == "error":
@@ -410,6 +443,33 @@ def fitting_problems(problems: list[Problem], tokenizer, context: int, config: T
     if not kept:
         raise InputError(f"{config.data}: no problem fits into {limit} tokens with its response")
     return kept
+
+
+def prompt_lengths(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> tuple[int, int]:
+    return len(student_prompt(tokenizer, problem)), len(teacher_prompt(tokenizer, problem))
+
+
+def plan(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: Teacher, problems: list[Problem],
+    config: TrainConfig, device: torch.device,
+) -> MemoryPlan:  # fmt: skip
+    """What a step takes on this rank; decides `--micro_batch_size auto`. Raises InputError where it cannot fit."""
+    longest = max(problems, key=lambda problem: len(problem.problem) + len(problem.solution))
+    student_tokens, teacher_tokens = prompt_lengths(tokenizer, longest)
+    sharing = 1 if device.type == "cuda" else world_size()  # ranks on a CPU share its memory
+    free = available_memory(device)
+    memory = plan_memory(
+        model, teacher, student_tokens=student_tokens, teacher_tokens=teacher_tokens,
+        max_new_tokens=config.max_new_tokens, local_batch=-(-config.batch_size // world_size()),
+        micro_batch_size=None if config.micro_batch_size == "auto" else int(config.micro_batch_size),
+        gradient_checkpointing=checkpoints_activations(config, device),
+        available=None if free is None else free // sharing,
+    )  # fmt: skip
+    return min(gather_objects(memory), key=lambda memory: memory.micro_batch_size)
+
+
+def checkpoints_activations(config: TrainConfig, device: torch.device) -> bool:
+    return device.type == "cuda" if config.gradient_checkpointing is None else config.gradient_checkpointing
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -429,7 +489,7 @@ def build(config: TrainConfig, device: torch.device):
     if config.lora_rank > 0:
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
     teacher = Teacher(model, config.teacher, config.ema_decay)
-    if config.gradient_checkpointing or (config.gradient_checkpointing is None and device.type == "cuda"):
+    if checkpoints_activations(config, device):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = lora_parameters(model) or list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -454,11 +514,14 @@ def main() -> None:
     held_out = load_problems(config.eval_data, need_solution=False) if config.eval_data else []
     model, tokenizer, teacher, optimizer, scheduler = build(config, device)
     fitting = fitting_problems(problems, tokenizer, context_length(model), config)
+    memory = plan(model, tokenizer, teacher, fitting, config, device)
     run = run_folder(config)
     if rank() == 0:
         open_run(run, asdict(config), FREE_ON_RESUME, config.resume, {"ranks": world_size()})
     say(" ".join(f"--{name} {value}" for name, value in asdict(config).items() if value is not None))
     say(f"{len(fitting)} problems ({len(problems) - len(fitting)} dropped as too long), run folder {run}")
+    say(str(memory))
+    config.micro_batch_size = str(memory.micro_batch_size)
 
     start = 0
     if config.resume:
@@ -473,11 +536,15 @@ def main() -> None:
         log.evaluate("before", held_out_accuracy(model, tokenizer, held_out, config))
         say(f"held-out accuracy before training: {log.evaluation['before']:.3f} ({len(held_out)} problems)")
 
+    history, warned = [], None
     steps = range(start, config.num_steps)
     for step in tqdm(steps, initial=start, total=config.num_steps, disable=quiet(), unit="step"):
         metrics, samples = train_step(step, model, tokenizer, teacher, fitting, optimizer, scheduler, config)
         log.append(metrics, [row for part in gather_objects(samples) for row in part])
         say(step_line(metrics, config.num_steps))
+        history.append(metrics)
+        if not warned and (warned := collapse_warning(history, config.max_new_tokens)):
+            say(f"warning: after step {step + 1} the run looks collapsed: {warned}")
         stopping = any(gather_objects(bool(stop_asked)))
         if stopping or (step + 1) % config.save_steps == 0 or step + 1 == config.num_steps:
             if rank() == 0:

@@ -110,7 +110,7 @@ def test_defaults_are_the_papers():
 def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
     assert parse_config([]).preset == "tiny" and parse_config([]).clip == 1.0
     assert parse_config(["--clip", "0.05"]).clip == 0.05
-    assert parse_config(["--preset", "dsr1-llama-8b"]).micro_batch_size == 2
+    assert parse_config(["--preset", "dsr1-llama-8b"]).micro_batch_size == "2"
     plain = parse_config(["--model", "some/where"])
     assert plain.preset is None and plain.max_new_tokens == 1024
 
@@ -123,6 +123,8 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
         (["--schedule", "steep"], "aggressive"),
         (["--w_min", "2"], "w_min"),
         (["--num_steps", "0"], "num_steps"),
+        (["--micro_batch_size", "0"], "auto"),
+        (["--engine", "vllm"], "continuous"),
         (["--num_steps", "many"], "num_steps"),
         (["--learning_rate", "nan"], "learning_rate"),
         (["--no_such_flag", "1"], "no_such_flag"),
@@ -220,13 +222,13 @@ def test_resume_with_another_option_is_refused(qwen3, data, tmp_path, run_main):
 
 
 def test_sigterm_saves_and_ends_well(qwen3, data, tmp_path, run_main, monkeypatch):
-    original = train.sample
+    original = train.ENGINES["generate"]
 
     def preempted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(train, "sample", preempted)
+    monkeypatch.setitem(train.ENGINES, "generate", preempted)
     output = run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3))
     assert "SIGTERM: saved after step 1" in output
     assert (tmp_path / "run/checkpoint-1/manifest.json").exists() and len(metrics(tmp_path / "run")) == 1
@@ -269,6 +271,23 @@ def test_prompts_that_are_too_long_are_named_or_dropped_with_a_count(qwen3, data
     assert not (tmp_path / "run").exists()
     output = run_main(flags(qwen3, data, tmp_path / "run", "--long_prompts", "drop"))
     assert f"{len(PROBLEMS)} problems (1 dropped as too long)" in output
+
+
+def test_the_memory_plan_chooses_the_micro_batch(qwen3, data, tmp_path, run_main, monkeypatch):
+    output = run_main(flags(qwen3, data, tmp_path / "auto", "--micro_batch_size", "auto", "--num_steps", 1))
+    assert "(4 sequences)" in output  # the whole local batch fits
+    monkeypatch.setattr(train, "available_memory", lambda device: 1000)
+    with pytest.raises(InputError, match=r"memory in GiB.*what helps"):
+        run_main(flags(qwen3, data, tmp_path / "small", "--num_steps", 1))
+    assert not (tmp_path / "small").exists()
+
+
+def test_the_engines_sample_the_same_rollouts(qwen3, data, tmp_path, run_main):
+    for engine in train.ENGINES:
+        run_main(flags(qwen3, data, tmp_path / engine, "--engine", engine))
+    generate, continuous = ((tmp_path / engine / "samples.jsonl").read_text() for engine in train.ENGINES)
+    assert generate == continuous
+    assert metrics(tmp_path / "generate")[1]["loss"] == pytest.approx(metrics(tmp_path / "continuous")[1]["loss"])
 
 
 def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, tmp_path, run_main):

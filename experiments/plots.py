@@ -1,0 +1,215 @@
+"""Pictures of runs, with the optional package matplotlib.
+
+    python -m experiments.plots RUN...           learning curves, weights of the schedules, divergence by position
+    python -m experiments.plots RUN --html       a page of some rollouts, token by token (needs no matplotlib)
+    python -m experiments.plots --study DIR      the study's differences with intervals, and its learning curves
+
+Runs that differ only in their seed share a colour; their mean is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from experiments.report import collect, paired_difference
+from experiments.study import GRID, Grid, read_cells, read_grid
+from problems import InputError
+from weighting import SCHEDULES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SMOOTHING = 5  # steps; a step's accuracy is a mean over few rollouts
+
+
+def figure(width: float, height: float, columns: int = 1):
+    """An empty figure and its axes, drawn without a screen. Raises InputError where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("pictures need matplotlib: pip install matplotlib") from None
+    drawn = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    axes = drawn.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="0.9")
+        axis.set_axisbelow(True)
+    return drawn, axes
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl. Raises InputError where there are none."""
+    try:
+        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{run}: no run with a readable metrics.jsonl ({type(error).__name__})") from None
+    if not steps:
+        raise InputError(f"{run}: metrics.jsonl is empty")
+    return steps
+
+
+def run_label(run: Path) -> str:
+    """What a run is, by its options; equal for runs that differ in their seed only."""
+    config = json.loads((run / "config.json").read_text())["config"]
+    parts = [config["method"], *(config[key] for key in ("schedule", "reduction") if config.get(key))]
+    return ", ".join([*map(str, parts), f"clip {config['clip']:g}", f"{config['teacher']} teacher"])
+
+
+def smooth(values: list[float], width: int = SMOOTHING) -> list[float]:
+    """Running mean over the last `width` values."""
+    return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def learning_curves(runs: dict[str, list[list[dict]]]) -> Figure:
+    """Rollout accuracy and divergence over the steps, mean over the runs of each label."""
+    drawn, (left, right) = figure(10, 4, columns=2)
+    for label, members in runs.items():
+        steps = range(1, min(map(len, members)) + 1)
+        for axis, name in ((left, "accuracy"), (right, "divergence")):
+            rows = [[step[name] if step[name] is not None else float("nan") for step in member] for member in members]
+            means = [sum(column) / len(column) for column in zip(*rows, strict=False)]
+            axis.plot(steps, smooth(means), label=f"{label} ({len(members)})" if len(members) > 1 else label)
+    left.set(xlabel="step", ylabel="accuracy of the rollouts", ylim=(0, 1))
+    right.set(xlabel="step", ylabel="token loss before weighting (nats)")
+    left.legend(fontsize=8, frameon=False)
+    drawn.suptitle(f"Learning curves, running mean over {SMOOTHING} steps", fontsize=11)
+    return drawn
+
+
+def schedule_weights() -> Figure:
+    """Figure 2 of the paper, w(r) of Eq. (5), with the controls of weighting.py drawn dashed."""
+    drawn, (axis,) = figure(7, 4)
+    paper = ("mild", "moderate", "sharp", "aggressive")
+    r = torch.linspace(0, 1, 501)
+    for name, schedule in SCHEDULES.items():
+        style = {"linewidth": 2} if name in paper else {"linewidth": 1, "linestyle": "--"}
+        axis.plot(r.numpy(), schedule(r).numpy(), label=name, **style)
+    axis.set(xlabel="relative position r = (t - 0.5) / L", ylabel="weight w(r)", xlim=(0, 1), ylim=(0, 1.05))
+    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return drawn
+
+
+def divergence_by_position(metrics: list[dict], label: str) -> Figure:
+    """Token loss by tenth of the solution (upwards) and step (to the right)."""
+    drawn, (axis,) = figure(7, 3.6)
+    tenths = [step["by_decile"]["divergence"] for step in metrics]
+    values = torch.tensor([[float("nan") if v is None else v for v in row] for row in tenths]).T.numpy()
+    axis.grid(visible=False)
+    image = axis.imshow(
+        values, origin="lower", aspect="auto", cmap="viridis", extent=(0.5, len(metrics) + 0.5, 0, 1), vmin=0
+    )
+    axis.set(xlabel="step", ylabel="relative position", title=label)
+    axis.title.set_size(10)
+    drawn.colorbar(image, label="token loss (nats)")
+    return drawn
+
+
+def study_figure(grid: Grid, records: list[dict]) -> Figure:
+    """Each row's paired difference to the baseline with its 95 % interval, after training and averaged over it."""
+    rows = {row.name: row for row in collect(grid, records)}
+    baseline = rows.pop(grid.baseline)
+    rows = {name: row for name, row in rows.items() if row.after}
+    drawn, axes = figure(11, 1.2 + 0.27 * len(rows), columns=2)
+    titles = ("held-out accuracy after training", "rollout accuracy over training")
+    for axis, title, column in zip(axes, titles, ("after", "training"), strict=True):
+        axis.axvline(0, color="0.4", linewidth=1)
+        for place, row in enumerate(rows.values()):
+            d = paired_difference(getattr(row, column), getattr(baseline, column))
+            if d is not None:
+                axis.errorbar(d.mean, place, xerr=d.half, fmt="o", color="C0", markersize=4, capsize=2)
+        axis.set(title=title, xlabel=f"points, minus {grid.baseline}", ylim=(len(rows) - 0.5, -0.5))
+        axis.set_xscale("symlog", linthresh=10)  # a collapse must not squeeze the rows that can be compared
+        axis.set_xticks([-50, -20, -10, -5, 0, 5, 10], labels=["-50", "-20", "-10", "-5", "0", "5", "10"])
+        axis.title.set_size(10)
+        axis.set_yticks(range(len(rows)), labels=list(rows) if axis is axes[0] else [""] * len(rows), fontsize=8)
+    return drawn
+
+
+def study_curves(grid: Grid, records: list[dict]) -> Figure:
+    """Rollout accuracy over the steps, mean over seeds: the first rows and the first contrast in colour."""
+    drawn, (axis,) = figure(7, 4)
+    named = {*list(grid.rows)[:4], *(grid.contrasts[0] if grid.contrasts else ())}
+    for name in sorted(grid.rows, key=lambda name: name in named):
+        cells = [r["accuracy"] for r in records if r["options"] == grid.options(name) and r["error"] is None]
+        means = smooth([sum(values) / len(values) for values in zip(*cells, strict=False)])
+        style = {"label": name} if name in named else {"color": "0.8", "linewidth": 0.8}
+        axis.plot(range(1, len(means) + 1), means, **style)
+    axis.set(xlabel="step", ylabel="accuracy of the rollouts", ylim=(0, 1))
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    return drawn
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def plot_runs(runs: list[Path], output: Path) -> list[Path]:
+    metrics = {run: read_metrics(run) for run in runs}
+    groups: dict[str, list[list[dict]]] = {}
+    for run in runs:
+        groups.setdefault(run_label(run), []).append(metrics[run])
+    pictures = {"learning_curves": learning_curves(groups), "schedules": schedule_weights()}
+    for run in runs:
+        pictures[f"divergence-{run.name}"] = divergence_by_position(metrics[run], f"{run_label(run)}, {run.name}")
+    return save(pictures, output)
+
+
+def save(pictures: dict[str, Figure], output: Path) -> list[Path]:
+    output.mkdir(parents=True, exist_ok=True)
+    paths = [output / f"{name}.png" for name in pictures]
+    for path, drawn in zip(paths, pictures.values(), strict=True):
+        drawn.savefig(path)
+    return paths
+
+
+def write_page(run: Path, output: Path) -> Path:
+    from experiments.token_page import render, view_rollouts
+
+    page = render(view_rollouts(run), f"{run.name}: {run_label(run)}")
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"tokens-{run.name}.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders of train.py")
+    parser.add_argument("--html", action="store_true", help="write a page of tokens per run instead of pictures")
+    parser.add_argument("--study", type=Path, help="a folder with the cells.jsonl of experiments.study")
+    parser.add_argument("--grid", type=Path, help="the study's grid, where it is not the one in study.py")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/plots"), help="where pictures and pages go")
+    args = parser.parse_args()
+    if not args.runs and not args.study:
+        raise InputError("name at least one run folder, or --study DIR")
+    paths = []
+    if args.study:
+        records = read_cells(args.study / "cells.jsonl")
+        grid = read_grid(args.grid) if args.grid else GRID
+        pictures = {"study": study_figure(grid, records), "study_curves": study_curves(grid, records)}
+        paths += save(pictures, args.output_dir)
+    if args.html:
+        paths += [write_page(run, args.output_dir) for run in args.runs]
+    elif args.runs:
+        paths += plot_runs(args.runs, args.output_dir)
+    print("\n".join(map(str, paths)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,281 @@
+"""The study's answer: Markdown from the cells that experiments/study.py measured, and the statistics behind it.
+
+All comparisons are paired: a row minus the baseline at the same seed, then mean and t interval over the seeds. A
+difference counts as settled only after Holm's correction over all comparisons of its table.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from math import atan, cos, isclose, isnan, pi, sqrt
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from experiments.study import Grid
+
+LEVEL, POWER = 0.05, 0.80
+SEGMENTS = 5  # points of a learning curve in the report
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def t_two_sided_p(t: float, df: int) -> float:
+    """Pr(|T| >= t) for Student's T: under t = sqrt(df) tan(a) its density is cos(a)^(df - 1) up to a factor."""
+    start = atan(abs(t) / sqrt(df))
+    return _cosine_power(start, pi / 2, df - 1) / _cosine_power(0.0, pi / 2, df - 1)
+
+
+def _cosine_power(low: float, high: float, power: int, pieces: int = 2000) -> float:
+    """The integral of cos^power by Simpson's rule."""
+    width = (high - low) / pieces
+    values = [cos(low + i * width) ** power for i in range(pieces + 1)]
+    return width / 3 * (values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2]))
+
+
+def t_quantile(two_sided_p: float, df: int) -> float:
+    """The t whose two-sided p value is the one given, by bisection."""
+    low, high = 0.0, 1e4
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_two_sided_p(middle, df) > two_sided_p else (low, middle)
+    return (low + high) / 2
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference over seeds; `half` is half the width of its 95 % t interval."""
+
+    pairs: int
+    mean: float
+    std: float
+    half: float
+    p: float
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
+
+
+def paired_difference(left: dict[int, float], right: dict[int, float]) -> Difference | None:
+    """left - right over the seeds that both have; None for fewer than two."""
+    differences = [left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())]
+    n = len(differences)
+    if n < 2:
+        return None
+    centre, spread = mean(differences), stdev(differences)
+    if isclose(spread, 0.0, abs_tol=1e-12):
+        return Difference(n, centre, 0.0, 0.0, 1.0 if isclose(centre, 0.0, abs_tol=1e-12) else 0.0)
+    error = spread / sqrt(n)
+    return Difference(n, centre, spread, t_quantile(LEVEL, n - 1) * error, t_two_sided_p(centre / error, n - 1))
+
+
+def holm(differences: dict[str, Difference | None]) -> set[str]:
+    """The differences from 0 that stand at LEVEL after Holm's step-down correction over all that could be measured."""
+    p_values = {name: d.p for name, d in differences.items() if d is not None}
+    rejected: set[str] = set()
+    for name in sorted(p_values, key=p_values.get):
+        if p_values[name] > LEVEL / (len(p_values) - len(rejected)):
+            break
+        rejected.add(name)
+    return rejected
+
+
+def detectable(std: float, pairs: int) -> float:
+    """The true difference that a paired t test at 5 % finds with 80 % chance: (t_.975 + t_.80) std / sqrt(n)."""
+    df = pairs - 1
+    return (t_quantile(LEVEL, df) + t_quantile(2 * (1 - POWER), df)) * std / sqrt(pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From cells to rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row's cells by seed. Accuracies in percent; a run whose loss was not finite has none."""
+
+    name: str
+    before: dict[int, float]
+    after: dict[int, float]
+    training: dict[int, float]  # mean rollout accuracy over all steps: how fast it learned
+    curve: list[float]  # rollout accuracy in SEGMENTS equal parts of training, mean over seeds
+    ends: float  # share of the last segment's rollouts that ended with EOS
+    errors: list[str]
+
+
+def collect(grid: Grid, records: list[dict]) -> list[Row]:
+    """The grid's rows; records of other options are left out."""
+    by_options: dict[str, list[dict]] = {}
+    for record in records:
+        if record["seed"] in grid.seeds:
+            by_options.setdefault(json.dumps(record["options"], sort_keys=True), []).append(record)
+    return [_row(name, by_options.get(json.dumps(grid.options(name), sort_keys=True), [])) for name in grid.rows]
+
+
+def _row(name: str, cells: list[dict]) -> Row:
+    whole = [cell for cell in cells if cell["error"] is None]
+    return Row(
+        name,
+        {cell["seed"]: 100 * cell["before"] for cell in whole},
+        {cell["seed"]: 100 * cell["after"] for cell in whole},
+        {cell["seed"]: 100 * mean(cell["accuracy"]) for cell in whole},
+        [100 * mean(values) for values in zip(*(segments(cell["accuracy"]) for cell in whole), strict=True)],
+        mean(segments(cell["eos_rate"])[-1] for cell in whole) if whole else float("nan"),
+        [f"seed {cell['seed']}: {cell['error']}" for cell in cells if cell["error"] is not None],
+    )
+
+
+def untrained(rows: list[Row]) -> Row:
+    """The model before training, as a row of its own: the same problems and random numbers at each seed."""
+    before = {seed: value for row in rows for seed, value in row.before.items()}
+    return Row("before training", {}, before, {}, [], float("nan"), [])
+
+
+def segments(values: list[float]) -> list[float]:
+    """Means over SEGMENTS parts of about equal length (over each value where there are fewer)."""
+    parts = min(SEGMENTS, len(values))
+    bounds = [round(i * len(values) / parts) for i in range(parts + 1)]
+    return [mean(values[start:end]) for start, end in pairwise(bounds)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Markdown
+
+
+def write_report(grid: Grid, records: list[dict], output: Path) -> str:
+    """Write OUTPUT/report.md and return its text."""
+    rows = [row for row in collect(grid, records) if row.after or row.errors]
+    rows.insert(0, untrained(rows))
+    text = "\n\n".join(part for part in (_header(grid, records, rows), *_answer(grid, rows)) if part) + "\n"
+    (output / "report.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _header(grid: Grid, records: list[dict], rows: list[Row]) -> str:
+    cells = sum(len(row.after) + len(row.errors) for row in rows[1:])
+    first, seeds = records[0], ", ".join(map(str, grid.seeds))
+    commits = ", ".join(sorted({str(record["git_commit"])[:10] for record in records}))
+    common = " ".join(f"--{name} {value}" for name, value in grid.common.items())
+    facts = [
+        f"{cells} of {len(grid.rows) * len(grid.seeds)} cells: {len(grid.rows)} rows, seeds {seeds}.",
+        f"`train.py {common}`.",
+        f"Model {first['model_id']}, commit {commits}, torch {first['versions']['torch']},",
+        f"transformers {first['versions']['transformers']}, {first['machine']};",
+        f"{sum(record['seconds'] for record in records) / 60:.0f} minutes summed over the cells.",
+    ]
+    return "# The controlled study\n\n" + " ".join(facts)
+
+
+def _answer(grid: Grid, rows: list[Row]) -> list[str]:
+    baseline = next((row for row in rows if row.name == grid.baseline), None)
+    if baseline is None:
+        return ["The baseline has not been measured yet.", _curves(rows)]
+    others = [row for row in rows if row is not baseline]
+    after = {row.name: paired_difference(row.after, baseline.after) for row in others}
+    training = {row.name: paired_difference(row.training, baseline.training) for row in others}
+    settled = holm(after), holm(training)
+    return [
+        _verdict("held-out accuracy after training", after, settled[0], grid.baseline),
+        _verdict("rollout accuracy averaged over training", training, settled[1], grid.baseline),
+        _table(grid, rows, after, training, settled),
+        _contrasts(grid, rows),
+        _curves(rows),
+        _failures(rows),
+    ]
+
+
+def _verdict(what: str, differences: dict[str, Difference | None], settled: set[str], baseline: str) -> str:
+    """What is settled, what only leans, what is noise, and what could have been seen."""
+    known = {name: d for name, d in differences.items() if d is not None}
+    if not known:
+        return f"**{what.capitalize()}**: no row has two seeds in common with {baseline} yet."
+    leaning = {name for name, d in known.items() if name not in settled and d.p < LEVEL}
+    noise = known.keys() - settled - leaning
+    typical = median(d.std for d in known.values())
+    pairs = max(d.pairs for d in known.values())
+
+    def listed(names: set[str] | dict) -> str:
+        ordered = sorted(names, key=lambda name: known[name].mean)
+        return "; ".join(f"{name} {known[name].mean:+.1f}" for name in ordered) or "none"
+
+    return (
+        f"**{what.capitalize()}, difference to {baseline} in points.** Settled (5 %, Holm over {len(known)} rows): "
+        f"{listed(settled)}. Leaning (the row's own interval leaves out 0, the correction does not): "
+        f"{listed(leaning)}. Not separable from noise: {listed(noise)}. With {pairs} seeds and a standard deviation of "
+        f"{typical:.2f} (the median row's, of the paired differences), one comparison finds a true difference of "
+        f"{detectable(typical, pairs):.1f} points with 80 % chance; smaller ones stay undecided here."
+    )
+
+
+def _table(grid: Grid, rows: list[Row], after: dict, training: dict, settled: tuple[set[str], set[str]]) -> str:
+    lines = [
+        f"| row | held-out % | to {grid.baseline} | % over training | to {grid.baseline} | EOS % at the end |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row.name]
+        for values, differences, sure in ((row.after, after, settled[0]), (row.training, training, settled[1])):
+            cells += [_mean_std(values), _interval(differences.get(row.name), row.name in sure)]
+        lines.append("| " + " | ".join([*cells, "-" if isnan(row.ends) else f"{100 * row.ends:.0f}"]) + " |")
+    note = (
+        "Mean ± standard deviation over training seeds; difference [95 % interval] paired by seed; ** settled after "
+        "Holm's correction. `% over training` is the mean accuracy of all rollouts of training, at its temperature."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _contrasts(grid: Grid, rows: list[Row]) -> str:
+    by_name = {row.name: row for row in rows}
+    pairs = [(by_name[a], by_name[b]) for a, b in grid.contrasts if a in by_name and b in by_name]
+    if not pairs:
+        return ""
+    after = {f"{a.name} - {b.name}": paired_difference(a.after, b.after) for a, b in pairs}
+    training = {f"{a.name} - {b.name}": paired_difference(a.training, b.training) for a, b in pairs}
+    sure = holm(after), holm(training)
+    lines = ["## One thing changed at a time", "", "| contrast | held-out | over training |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {_interval(after[name], name in sure[0])} | {_interval(training[name], name in sure[1])} |"
+        for name in after
+    ]
+    return "\n".join(lines)
+
+
+def _curves(rows: list[Row]) -> str:
+    width = max((len(row.curve) for row in rows), default=0)
+    if not width:
+        return ""
+    heads = [f"{100 * i // width}-{100 * (i + 1) // width} %" for i in range(width)]
+    lines = ["## Learning curves", "", "Rollout accuracy, %, by part of training, mean over seeds.", ""]
+    lines += ["| row | " + " | ".join(heads) + " |", "|---" * (width + 1) + "|"]
+    for row in rows:
+        lines += ["| " + " | ".join([row.name, *(f"{value:.1f}" for value in row.curve)]) + " |"] if row.curve else []
+    return "\n".join(lines)
+
+
+def _failures(rows: list[Row]) -> str:
+    failed = [f"- {row.name}, {error}" for row in rows for error in row.errors]
+    return "\n".join(["## Runs that stopped with a loss that was not finite", "", *failed]) if failed else ""
+
+
+def _mean_std(values: dict[int, float]) -> str:
+    numbers = list(values.values())
+    if len(numbers) < 2:
+        return f"{numbers[0]:.1f}" if numbers else "-"
+    return f"{mean(numbers):.1f} ± {stdev(numbers):.1f}"
+
+
+def _interval(difference: Difference | None, settled: bool) -> str:
+    if difference is None:
+        return "-"
+    text = f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
+    return f"**{text}**" if settled else text

@@ -1,0 +1,305 @@
+"""The controlled study: which tokens to weight, under one loss and clip, with the same problems and several seeds.
+
+    python -m experiments.study                        run what is missing of the grid below, then write the report
+    python -m experiments.study --grid mine.json       a grid of your own, {"common": {}, "seeds": [], "rows": {}}
+    python -m experiments.study --report_only          the report again, from the cells measured so far
+
+A cell is one run of train.py: one row's options and one seed. Rows share seeds, hence problems, their order and the
+random numbers of sampling, so rows are compared in pairs. OUTPUT_DIR/cells.jsonl gets one line per finished cell and is
+all that the report is made from; a cell that stands there is never run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiments.report import write_report
+from problems import InputError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Options are flags of train.py, without the dashes; a row's come on top of the common ones."""
+
+    common: dict[str, object]
+    seeds: list[int]
+    rows: dict[str, dict[str, object]]
+    baseline: str = "OPSD"
+    contrasts: list[tuple[str, str]] = field(default_factory=list)  # (row, row) pairs to compare besides the baseline
+
+    def options(self, row: str) -> dict[str, object]:
+        return {**self.common, **self.rows[row]}
+
+
+def _schedule(name: str) -> dict[str, object]:
+    return {"method": "pwopsd", "schedule": name}
+
+
+GRID = Grid(
+    common={"num_steps": 20, "eval_samples": 2},
+    seeds=[0, 1, 2, 3, 4, 5],
+    rows={
+        "OPSD": {"method": "opsd"},
+        "EOPD": {"method": "eopd"},
+        # That paper switches its mask at step 50 of 150.
+        "REOPOLD": {"method": "reopold", "switch_step": 7},
+        "PW-OPSD Moderate": {"method": "pwopsd"},
+        # Table 6: weights (uniform, Moderate) x reduction (over tokens, per sequence); the other two cells stand above.
+        "uniform, per sequence": {"method": "opsd", "reduction": "sequence_mean"},
+        "Moderate, over tokens": {"method": "pwopsd", "reduction": "token_mean"},
+        "Mild": _schedule("mild"),
+        "Sharp": _schedule("sharp"),
+        "Aggressive": _schedule("aggressive"),
+        "reversed Moderate": _schedule("reversed"),
+        "linear up": _schedule("linear_up"),
+        "linear down": _schedule("linear_down"),
+        "step": _schedule("step"),
+        "Moderate, mean 1": _schedule("moderate_mean1"),
+        "OPSD, no clip": {"method": "opsd", "clip": "inf"},
+        "OPSD, clip 0.2": {"method": "opsd", "clip": 0.2},
+        "OPSD, clip 0.05": {"method": "opsd", "clip": 0.05},
+        "Moderate, no clip": {"method": "pwopsd", "clip": "inf"},
+        "Moderate, clip 0.2": {"method": "pwopsd", "clip": 0.2},
+        "Moderate, clip 0.05": {"method": "pwopsd", "clip": 0.05},
+        # 0.99 would leave the average near its start for all of so short a run.
+        "OPSD, EMA teacher": {"method": "opsd", "teacher": "ema", "ema_decay": 0.9},
+        "OPSD, live teacher": {"method": "opsd", "teacher": "live"},
+    },
+    contrasts=[
+        ("PW-OPSD Moderate", "reversed Moderate"),
+        ("linear up", "linear down"),
+        ("PW-OPSD Moderate", "uniform, per sequence"),
+        ("reversed Moderate", "uniform, per sequence"),
+        ("Moderate, mean 1", "PW-OPSD Moderate"),
+        ("PW-OPSD Moderate", "Moderate, over tokens"),
+        ("Moderate, no clip", "OPSD, no clip"),
+        ("Moderate, clip 0.2", "OPSD, clip 0.2"),
+        ("Moderate, clip 0.05", "OPSD, clip 0.05"),
+    ],
+)
+
+
+def read_grid(path: Path) -> Grid:
+    """A grid from JSON. Raises InputError for a missing file, unknown keys, or a baseline or contrast without a row."""
+    try:
+        grid = Grid(**{"common": {}, **json.loads(path.read_text())})
+        missing = {grid.baseline, *(name for pair in grid.contrasts for name in pair)} - set(grid.rows)
+        if missing or not grid.seeds:
+            raise ValueError(f"no row named {', '.join(sorted(missing))}" if missing else "no seeds")
+        return grid
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"--grid {path}: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One cell
+
+
+@dataclass(frozen=True)
+class Cell:
+    row: str
+    options: dict[str, object]
+    seed: int
+    model_id: str
+
+    @property
+    def key(self) -> str:
+        """What makes a cell this cell; its row's name does not."""
+        return json.dumps([self.options, self.seed, self.model_id], sort_keys=True)
+
+    @property
+    def folder(self) -> str:
+        name = "".join(c if c.isalnum() else "-" for c in self.row.lower())
+        return f"{name}-seed{self.seed}-{hashlib.sha256(self.key.encode()).hexdigest()[:8]}"
+
+
+def model_id(name: str) -> str:
+    """A hub model by its name, a local one by a digest of its weights: other weights make other cells."""
+    from model import find_checkpoint
+
+    digest = hashlib.sha256()
+    files = sorted(Path(find_checkpoint(name)).glob("*.safetensors"))
+    for file in files:
+        digest.update(file.read_bytes())
+    return f"{name} {digest.hexdigest()[:12]}" if files else name
+
+
+def run_cell(cell: Cell, output: Path, keep_checkpoints: bool = False) -> dict:
+    """Train a cell, or go on with it, and return its line of cells.jsonl. A loss that is not finite is a result too."""
+    import train
+
+    run = output / "runs" / cell.folder
+    run.mkdir(parents=True, exist_ok=True)
+    before = known_before(cell, read_cells(output / "cells.jsonl"))
+    if before is not None and not (run / "evaluation.json").exists():
+        (run / "evaluation.json").write_text(json.dumps({"before": before}))
+    flags = [f"--{name}={value}" for name, value in {**cell.options, "seed": cell.seed}.items()]
+    started, error, argv, on_sigterm = time.time(), None, sys.argv, signal.getsignal(signal.SIGTERM)
+    with (run / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        sys.argv = ["train.py", *flags, f"--output_dir={run}", "--resume=true"]
+        try:
+            train.main()
+        except FloatingPointError as problem:
+            error = str(problem)
+        finally:
+            sys.argv = argv
+            signal.signal(signal.SIGTERM, on_sigterm)
+    if not keep_checkpoints:
+        for checkpoint in run.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    return {**asdict(cell), **measured(run, error), "error": error, "seconds": round(time.time() - started, 1)}
+
+
+def known_before(cell: Cell, records: list[dict]) -> float | None:
+    """Accuracy before training, if another row has measured it: rows share the model and the evaluation's samples."""
+
+    def evaluation(options: dict) -> dict:
+        return {name: value for name, value in options.items() if name.startswith(("eval_", "max_new_tokens"))}
+
+    for record in records:
+        same = (record["seed"], record["model_id"]) == (cell.seed, cell.model_id)
+        if same and evaluation(record["options"]) == evaluation(cell.options) and record["before"] is not None:
+            return record["before"]
+    return None
+
+
+def measured(run: Path, error: str | None) -> dict:
+    """What a finished run's files say, short enough to be committed."""
+    evaluation = json.loads((run / "evaluation.json").read_text()) if error is None else {"before": None, "after": None}
+    if "after" not in evaluation:
+        raise InputError(f"{run}: stopped before its end; the same command goes on with it")
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    record = json.loads((run / "config.json").read_text())
+    return {
+        "before": evaluation["before"],
+        "after": evaluation["after"],
+        "accuracy": [step["accuracy"] for step in steps],
+        "mean_length": [round(step["mean_length"], 2) for step in steps],
+        "eos_rate": [step["eos_rate"] for step in steps],
+        "divergence": [round(step["divergence"], 6) for step in steps],
+        "git_commit": record.get("git_commit"),
+        "versions": record.get("versions"),
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All cells
+
+
+def read_cells(path: Path) -> list[dict]:
+    """The finished cells. A last line that a crash cut short is left out, and its cell runs again."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    cells = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            cells.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise InputError(f"{path}, line {number}: not valid JSON") from None
+    return cells
+
+
+def missing_cells(grid: Grid, records: list[dict]) -> list[Cell]:
+    """Seed by seed, so that a grid stopped early still holds whole pairs. Rows with equal options share their cells."""
+    models = {name: model_id(name) for name in {str(grid.options(row).get("model", "tiny")) for row in grid.rows}}
+    done = {Cell("", r["options"], r["seed"], r["model_id"]).key for r in records}
+    cells: dict[str, Cell] = {}
+    for seed in grid.seeds:
+        for row in grid.rows:
+            options = grid.options(row)
+            cell = Cell(row, options, seed, models[str(options.get("model", "tiny"))])
+            if cell.key not in done:
+                cells.setdefault(cell.key, cell)
+    stale = {r["model_id"] for r in records} - set(models.values())
+    if stale and cells:
+        raise InputError(f"the results are of another model ({', '.join(stale)}): choose another --output_dir")
+    return list(cells.values())
+
+
+def run_cells(cells: list[Cell], output: Path, workers: int) -> Iterator[dict]:
+    """Records in the order in which cells finish; one worker runs them in this process."""
+    if workers == 1:
+        yield from (run_cell(cell, output) for cell in cells)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked child cannot use the GPU
+    slots, gpus = context.Queue(), visible_gpus() or [""]
+    for slot in range(workers):
+        slots.put(gpus[slot % len(gpus)])
+    with ProcessPoolExecutor(workers, context, initializer=_take_slot, initargs=(slots,)) as pool:
+        futures = [pool.submit(run_cell, cell, output) for cell in cells]
+        try:
+            yield from (future.result() for future in as_completed(futures))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _take_slot(slots: multiprocessing.Queue) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = slots.get()
+
+
+def visible_gpus() -> list[str]:
+    """The names that CUDA_VISIBLE_DEVICES takes, of the GPUs that this process may use."""
+    import torch
+
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return allowed.split(",") if allowed else [str(gpu) for gpu in range(torch.cuda.device_count())]
+
+
+def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
+    """Run the missing cells, adding each to cells.jsonl as it finishes; returns all of its records."""
+    from checkpoint import write_atomically
+
+    path = output / "cells.jsonl"
+    records = read_cells(path)
+    cells = missing_cells(grid, records)
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    total = len(cells) + len(records)
+    for record in tqdm(run_cells(cells, output, workers), "cells", total, initial=len(records), unit="cell"):
+        records.append(record)
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", type=Path, help="JSON file; default: the grid in this file")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/study"), help="cells.jsonl and report.md")
+    parser.add_argument("--workers", type=int, default=0, help="cells at a time; default: one per GPU, else per core")
+    parser.add_argument("--report_only", action="store_true", help="run nothing")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    grid = read_grid(args.grid) if args.grid else GRID
+    if args.report_only:
+        records = read_cells(args.output_dir / "cells.jsonl")
+    else:
+        records = run_grid(grid, args.output_dir, args.workers or len(visible_gpus() or os.sched_getaffinity(0)))
+    if not records:
+        raise InputError(f"--output_dir {args.output_dir}: no cells have been measured there")
+    print(write_report(grid, records, args.output_dir))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

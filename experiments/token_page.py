@@ -1,0 +1,201 @@
+"""A page that shows rollouts token by token, coloured by weighted divergence, with both contexts' top 5 at a glance.
+
+One HTML file with no references to anything outside of it; it is written by `python -m experiments.plots RUN --html`.
+Axes: M tokens of one rollout, V vocabulary, K alternatives.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoint import newest_checkpoint
+from loss import get_method, score_tokens
+from model import adapter_disabled, load_adapter, load_model, load_tokenizer, response_hidden
+from problems import InputError, Problem, answers_match, extract_boxed, load_problems
+from rollout import sample
+from teacher import student_prompt, teacher_prompt
+
+ALTERNATIVES = 5
+PAGE_STREAM = 102  # second entry of the rollouts' stream key, apart from those of train.py
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """What the page shows of one token; the alternatives are (text, probability), most likely first."""
+
+    text: str
+    divergence: float  # the token's loss before weighting
+    weight: float
+    student: list[tuple[str, float]]
+    teacher: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class RolloutView:
+    title: str
+    problem: Problem
+    correct: bool
+    tokens: list[TokenView]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+@torch.no_grad()
+def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
+    """`count` problems of a run's data, each sampled before training and from the newest checkpoint, scored as trained.
+
+    Both use the same random numbers. Raises InputError where the run has no adapter checkpoint.
+    """
+    from train import TrainConfig
+
+    try:
+        fields = json.loads((run / "config.json").read_text())["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{run}: not a run folder ({type(error).__name__})") from None
+    config = TrainConfig(**fields)
+    checkpoint, _ = newest_checkpoint(run)
+    if checkpoint is None or config.lora_rank == 0:
+        raise InputError(f"{run}: no checkpoint with an adapter to sample from")
+    model, tokenizer = load_model(config.model, config.dtype, device=config.device), load_tokenizer(config.model)
+    load_adapter(model, checkpoint)
+    views = []
+    for index, problem in enumerate(load_problems(config.data)[:count]):
+        with adapter_disabled(model):
+            views.append(_view(model, tokenizer, problem, index, f"problem {index}, before training", config))
+        views.append(_view(model, tokenizer, problem, index, f"problem {index}, {checkpoint.name}", config))
+    return views
+
+
+def _view(model, tokenizer, problem: Problem, index: int, title: str, config) -> RolloutView:
+    prompt = student_prompt(tokenizer, problem)
+    rollout = sample(
+        model, tokenizer, [prompt], [(config.seed, PAGE_STREAM, index)], temperature=config.rollout_temperature,
+        top_p=config.top_p, top_k=config.top_k, max_new_tokens=config.max_new_tokens,
+    )  # fmt: skip
+    response, head_VD = rollout.responses[0], model.get_output_embeddings().weight
+    model.eval()
+    student_MV = response_hidden(model, [prompt], [response])[0] @ head_VD.T
+    with adapter_disabled(model):
+        teacher_MV = response_hidden(model, [teacher_prompt(tokenizer, problem)], [response])[0] @ head_VD.T
+    method, _ = get_method(config.method, config)
+    ids = torch.tensor(response, device=head_VD.device)
+    scores = score_tokens(method, student_MV, teacher_MV, ids, config)
+    weights = method.token_weight(scores, [len(response)], 0, config).tolist()
+    alternatives = [_top(logits_MV, tokenizer, config.temperature) for logits_MV in (student_MV, teacher_MV)]
+    tokens = [
+        TokenView(tokenizer.decode([token]), divergence, weight, student, teacher)
+        for token, divergence, weight, student, teacher in zip(
+            response, scores.loss.tolist(), weights, *alternatives, strict=True
+        )
+    ]
+    text = tokenizer.decode(response, skip_special_tokens=True)
+    return RolloutView(title, problem, answers_match(extract_boxed(text), problem.answer), tokens)
+
+
+def _top(logits_MV: torch.Tensor, tokenizer, temperature: float) -> list[list[tuple[str, float]]]:
+    values_MK, ids_MK = (logits_MV.float() / temperature).softmax(dim=-1).topk(ALTERNATIVES, dim=-1)
+    return [
+        [(tokenizer.decode([token]), probability) for token, probability in zip(ids, values, strict=True)]
+        for ids, values in zip(ids_MK.tolist(), values_MK.tolist(), strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The page
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1c1c1e; --soft: #5f6368; --page: #ffffff; --card: #f4f4f6; --line: #c9c9ce;
+  --heat: 214, 69, 0; --accent: #0b57d0; --good: #19713a; --bad: #b3261e }
+@media (prefers-color-scheme: dark) { :root { --text: #ececf0; --soft: #a6a8ad; --page: #16171a; --card: #222429;
+  --line: #43464d; --heat: 255, 132, 48; --accent: #8ab4f8; --good: #6dd58c; --bad: #ff8a80 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1.2rem 1rem 60vh; max-width: 64rem; background: var(--page); color: var(--text);
+  font: 16px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.35rem; margin: 0 0 .3rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .2rem }
+p { margin: .2rem 0 .5rem; color: var(--soft); overflow-wrap: anywhere }
+.good { color: var(--good) } .bad { color: var(--bad) }
+.rollout { font: 1.05rem/2.1 ui-monospace, monospace; background: var(--card); padding: .5rem .7rem;
+  border-radius: .5rem; overflow-wrap: anywhere }
+.t { background: rgba(var(--heat), var(--a)); border: 0; border-radius: .2rem; padding: .12rem .06rem; margin: 0;
+  color: inherit; font: inherit; white-space: pre-wrap; cursor: pointer }
+.t:hover, .t:focus-visible, .t.on { outline: 2px solid var(--accent); outline-offset: 0 }
+#key { display: inline-block; width: 9rem; height: .8rem; border-radius: .2rem; vertical-align: middle;
+  background: linear-gradient(90deg, rgba(var(--heat), 0), rgba(var(--heat), .85)); border: 1px solid var(--line) }
+#panel { position: fixed; left: 0; right: 0; bottom: 0; background: var(--page); border-top: 1px solid var(--line);
+  padding: .6rem 1rem; max-height: 55vh; overflow: auto }
+#panel > div { max-width: 62rem; margin: 0 auto } table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; padding: .1rem .8rem .1rem 0; font-weight: 400; white-space: nowrap }
+th { color: var(--soft) }
+td.c { font-family: ui-monospace, monospace } td.n { font-variant-numeric: tabular-nums }
+.same { color: var(--accent); font-weight: 600 }
+"""
+
+SCRIPT = """
+const rollouts = JSON.parse(document.getElementById('data').textContent), panel = document.getElementById('panel');
+const visible = text => text === ' ' ? '\\u2423' : text.replaceAll('\\n', '\\u21b5') || '\\u2205';
+const cell = (row, text, kind) => { const td = row.insertCell(); td.textContent = text; td.className = kind; };
+let chosen = null;
+function show(button) {
+  const token = rollouts[button.dataset.r][button.dataset.t];
+  if (chosen) chosen.classList.remove('on');
+  (chosen = button).classList.add('on');
+  const line = document.createElement('div'), table = document.createElement('table');
+  const place = `token ${+button.dataset.t + 1} of ${rollouts[button.dataset.r].length}: ${visible(token.text)}`;
+  line.textContent = `${place} \\u00b7 divergence ${token.divergence.toFixed(4)} \\u00d7 weight ` +
+    `${token.weight.toFixed(3)} = ${(token.divergence * token.weight).toFixed(4)}`;
+  table.innerHTML = '<tr><th>student<th><th>teacher<th></tr>';
+  token.student.forEach((alternative, k) => {
+    const row = table.insertRow();
+    for (const [text, p] of [alternative, token.teacher[k]]) {
+      cell(row, visible(text), text === token.text ? 'c same' : 'c');
+      cell(row, (100 * p).toFixed(1) + ' %', 'n');
+    }
+  });
+  panel.firstElementChild.replaceChildren(line, table);
+}
+for (const kind of ['mouseover', 'focusin', 'click'])
+  document.addEventListener(kind, event => { if (event.target.classList?.contains('t')) show(event.target); });
+show(document.querySelector('.t'));
+"""
+
+
+def render(rollouts: list[RolloutView], title: str) -> str:
+    """The whole page. Model text reaches it escaped, in the markup and in the data, and is only ever shown as text."""
+    top = max(abs(t.divergence * t.weight) for view in rollouts for t in view.tokens) or 1.0
+    data = [[vars(token) for token in view.tokens] for view in rollouts]
+    as_json = json.dumps(data).replace("<", "\\u003c")  # a token `</script>` must not end the script
+    sections = "\n".join(_section(number, view, top) for number, view in enumerate(rollouts))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>\n'
+        f"<h1>{html.escape(title)}</h1>\n<p>Each token of a student's solution, coloured by its divergence from the "
+        "teacher times its weight. Point at a token, or move to it with Tab, for the five most likely tokens in both "
+        f'contexts. 0 <span id="key"></span> {top:.3f}</p>\n{sections}\n'
+        '<div id="panel" aria-live="polite"><div></div></div>\n'
+        f'<script type="application/json" id="data">{as_json}</script><script>{SCRIPT}</script></body></html>\n'
+    )
+
+
+def _section(number: int, view: RolloutView, top: float) -> str:
+    verdict = '<span class="good">right</span>' if view.correct else '<span class="bad">wrong</span>'
+    buttons = "".join(
+        f'<button class="t" data-r="{number}" data-t="{index}" style="--a:{_shade(token, top):.3f}">'
+        f"{html.escape(token.text) or '&#8709;'}</button><wbr>"
+        for index, token in enumerate(view.tokens)
+    )
+    return (
+        f"<h2>{html.escape(view.title)}: {verdict}</h2>\n<p>{html.escape(view.problem.problem)} "
+        f'&nbsp; answer {html.escape(view.problem.answer)}</p>\n<div class="rollout">{buttons}</div>'
+    )
+
+
+def _shade(token: TokenView, top: float) -> float:
+    """Opacity of the colour: a square root, so that small divergences show beside large ones."""
+    return 0.85 * (abs(token.divergence * token.weight) / top) ** 0.5

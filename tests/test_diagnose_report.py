@@ -1,0 +1,154 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import diagnose_report
+from experiments.diagnose_report import INDEX, POSITION, REMAINING, analyse, difference, report, to_columns, verdict
+from experiments.diagnose_statistics import LABELS, LabelRule, auroc, centre, label_children
+from weighting import SCHEDULES, get_schedule, relative_position
+
+RULE = LabelRule()
+
+
+@pytest.fixture(autouse=True)
+def few_simulations(monkeypatch):
+    monkeypatch.setattr(diagnose_report, "SIMULATIONS", 50)
+
+
+def a_world(teacher_factor=lambda r: 1.0, problems=60, seed=0, base=lambda r: 0.25 + 0.7 * r):
+    """Rows as phase F writes them: unforced viability base(r), and the teacher's children factor(r) of it."""
+    draw, rows = np.random.default_rng(seed), []
+    for problem in range(problems):
+        length = int(draw.integers(80, 120))
+        for position in sorted(draw.choice(length, 5, replace=False).tolist()):
+            r = (position + 0.5) / length
+            chance = {"teacher": base(r) * teacher_factor(r), "student": base(r), "unforced": base(r)}
+            viability = {arm: (draw.binomial(6, p, 3) / 6).tolist() for arm, p in chance.items()}
+            rows.append({
+                "problem": problem, "position": position, "length": length, "spine_correct": True,
+                "h_trunc": draw.random(), "entropy": draw.random(), "mutual_information": draw.random(),
+                "log_kappa": draw.normal(), "viability": viability,
+                "label": {arm: LABELS[int(label_children(np.array(v), RULE))] for arm, v in viability.items()},
+            })  # fmt: skip
+    return rows
+
+
+def analysed(rows, bootstraps=300):
+    return analyse(to_columns(rows, bootstraps, 0), RULE, 0)
+
+
+def test_a_faultless_teacher_is_told_from_a_faulty_one():
+    """Early prefixes fail in both worlds; only in the second do the teacher's tokens add to it."""
+    faultless, faulty = (
+        analysed(a_world(factor, seed=1)) for factor in (lambda r: 1.0, lambda r: 0.4 + 0.6 * (r > 0.5))
+    )
+    for result in (faultless, faulty):
+        assert result["table1"][POSITION]["interval"][0] > 0.5  # position wins in both
+    assert all(
+        abs(faultless["arms"]["unforced"]["teacher_minus_arm"][part]["mean"]) < 0.05 for part in ("early", "late")
+    )
+    paired = faulty["arms"]["unforced"]["teacher_minus_arm"]
+    assert paired["early"]["interval"][1] < -0.1 and abs(paired["late"]["mean"]) < 0.05
+    assert "hurt" not in verdict(faultless) and "early hurt" in verdict(faulty)
+
+
+def test_orientation_is_fixed_beforehand():
+    """Late candidates suspect: the fixed AUROC falls below one half, and only the re-oriented interval hides it."""
+    result = analysed(a_world(base=lambda r: 0.95 - 0.7 * r))
+    row = result["table1"][POSITION]
+    assert row["auroc"] < 0.2 and row["interval"][1] < 0.5 and row["interval_reoriented"][0] > 0.5
+    assert "Late candidates are real-uncertain more often" in verdict(result)
+
+
+def test_log_kappa_is_oriented_to_suspect_low_precision():
+    rows = a_world()
+    for row in rows:
+        row["log_kappa"] = -5.0 if row["label"]["teacher"] == "real-uncertain" else 5.0
+    data = to_columns(rows, 10, 0)
+    assert (data.score["log kappa"] == [-row["log_kappa"] for row in rows]).all()
+    assert analyse(data, RULE, 0)["table1"]["log kappa"]["auroc"] > 0.9
+
+
+def test_scores_of_position_by_hand():
+    """Position 3 of 10 tokens: 1 - 3.5 / 10, seven tokens remain; all three rate an earlier candidate higher."""
+    rows = a_world(problems=1)
+    for row, position in zip(rows, (3, 4, 5, 6, 7), strict=True):
+        row.update(position=position, length=10)
+    score = to_columns(rows, 10, 0).score
+    assert score[POSITION][0] == pytest.approx(0.65) and score[REMAINING][0] == 7.0 and score[INDEX][0] == -3.0
+    assert all((np.diff(score[name]) < 0).all() for name in (POSITION, REMAINING, INDEX))
+
+
+def test_point_estimate_is_the_centred_auroc_of_labelled_candidates():
+    rows = a_world()
+    labelled = [row for row in rows if row["label"]["teacher"] != "gray"]
+    score = np.array([1.0 - (row["position"] + 0.5) / row["length"] for row in labelled])
+    label = np.array([row["label"]["teacher"] == "real-uncertain" for row in labelled]).astype(int)
+    problem = np.array([row["problem"] for row in labelled])
+    expected = auroc(centre(score, problem), label)
+    result = analysed(rows)
+    assert result["table1"][POSITION]["auroc"] == expected
+    assert result["labels"]["gray"] == len(rows) - len(labelled)
+
+
+def test_paired_difference_of_a_score_with_itself_is_zero():
+    row = ({"auroc": 0.7}, np.array([0.6, 0.8, np.nan]))
+    assert difference(row, row) == {"difference": 0.0, "interval": [0.0, 0.0]}
+    assert difference(row, None) is None
+    better = ({"auroc": 0.9}, np.array([0.9, 0.9, 0.9]))
+    one = difference(better, row)
+    assert one["difference"] == pytest.approx(0.2) and 0.1 < one["interval"][0] < one["interval"][1] < 0.3
+
+
+def test_one_class_gives_no_number_but_a_report(tmp_path):
+    rows = a_world(base=lambda r: 0.99)
+    text = report(rows, tmp_path, RULE, 50, 0)
+    table = json.loads((tmp_path / "table1.json").read_text())["right spines"]
+    assert table["table1"][POSITION] is None and table["labels"]["real-uncertain"] == 0
+    assert "no candidate of one class: no number" in text and "says nothing about any score" in text
+    assert report([], tmp_path, RULE, 50, 0).startswith("no candidate")
+
+
+def test_wrong_spines_are_reported_apart(tmp_path):
+    rows = a_world(problems=20)
+    wrong = [{**row, "problem": row["problem"] + 100, "spine_correct": False} for row in a_world(problems=7, seed=5)]
+    text = report(rows + wrong, tmp_path, RULE, 50, 0)
+    table = json.loads((tmp_path / "table1.json").read_text())
+    assert (table["right spines"]["problems"], table["wrong spines"]["problems"]) == (20, 7)
+    assert "== right spines" in text and "== wrong spines" in text
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    report(rows, alone, RULE, 50, 0)
+    assert json.loads((alone / "table1.json").read_text())["right spines"] == table["right spines"]
+
+
+def test_schedule_file_is_what_training_reads(tmp_path):
+    report(a_world(), tmp_path, RULE, 50, 0)
+    content = json.loads((tmp_path / "schedule.json").read_text())
+    schedule, rescale = get_schedule(str(tmp_path / "schedule.json"))
+    r = relative_position([50])
+    w = content["w_min"] + (1 - content["w_min"]) / (1 + np.exp(-(r.numpy() - content["tau"]) / content["s"]))
+    assert not rescale and schedule(r).numpy() == pytest.approx(w, abs=1e-6)
+    assert not np.allclose(w, SCHEDULES["moderate"](r).numpy(), atol=0.05)
+    assert content["at_the_edge"] == []
+    flat = analysed(a_world(base=lambda r: 0.6))["schedule"]["teacher"]  # no rise up to 1 within [0, 1]
+    assert "tau" in flat["at_the_edge"]
+    for name, (low, high) in content["intervals"].items():
+        assert low <= high and np.isfinite([content[name], low, high]).all()
+
+
+def test_figure_and_its_absence(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    report(a_world(problems=20), tmp_path, RULE, 50, 0)
+    assert (tmp_path / "figure1.png").read_bytes()[:4] == b"\x89PNG"
+    svg = (tmp_path / "figure1.svg").read_text()
+    assert "<svg" in svg
+    report(a_world(problems=20), tmp_path, RULE, 50, 0)
+    assert (tmp_path / "figure1.svg").read_text() == svg  # the same picture, to the byte
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    other = tmp_path / "without"
+    other.mkdir()
+    assert "pip install matplotlib" in report(a_world(problems=20), other, RULE, 50, 0)
+    assert (other / "table1.json").exists() and not (other / "figure1.png").exists()

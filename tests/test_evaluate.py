@@ -1,0 +1,314 @@
+"""Eqs. (9)-(11) by hand, the engines, and evaluations that are killed, resumed, regraded or mixed up."""
+
+import itertools
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import evaluate
+from evaluate import (
+    EvaluationConfig,
+    Sample,
+    avg_at_n,
+    bootstrap_interval,
+    check_config,
+    is_correct,
+    maj_at_n,
+    needs_latex,
+    pass_at_k,
+    pass_at_n,
+    sample_solutions,
+    stream_keys,
+    summarise,
+    token_limit,
+)
+from model import add_lora, load_model, load_tokenizer, lora_parameters
+from problems import InputError, Problem, tiny_problems
+
+SETTINGS = {"temperature": 1.0, "top_p": 0.95, "top_k": 0, "max_new_tokens": 48}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The embedded model with an adapter that changes what it says."""
+    import torch
+
+    model, tokenizer = load_model("tiny", device="cpu"), load_tokenizer("tiny")
+    add_lora(model, 4, 8.0)
+    torch.manual_seed(0)
+    for parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model, tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def test_avg_and_pass_by_hand():
+    assert avg_at_n([True, False, True, True]) == 0.75 and avg_at_n([False]) == 0.0
+    assert pass_at_n([False, False, True]) == 1.0 and pass_at_n([False, False]) == 0.0
+
+
+def test_pass_at_k_by_hand_at_its_limits_and_by_enumeration():
+    assert pass_at_k([True, False, False, False], 2) == pytest.approx(0.5)  # 1 - C(3,2) / C(4,2)
+    correct = [True, False, True, False, False, False]
+    for k in range(1, 7):
+        draws = list(itertools.combinations(correct, k))
+        assert pass_at_k(correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+    assert pass_at_k(correct, 1) == pytest.approx(avg_at_n(correct)) and pass_at_k(correct, 6) == pass_at_n(correct)
+
+
+@pytest.mark.parametrize(
+    ("answers", "correct", "maj"),
+    [
+        (["4", "5", "4"], [1, 0, 1], 1),
+        (["5", "4", "5"], [0, 1, 0], 0),
+        (["5", "4", "4", "5"], [0, 1, 1, 0], 0),  # tie: seen first
+        (["4", "5", "5", "4"], [1, 0, 0, 1], 1),
+        (["0.5", "3", "1/2", "\\frac{1}{2}"], [1, 0, 1, 1], 1),  # clusters by equality, not by text
+        ([None, "4", None], [0, 1, 0], 0),  # INVALID wins
+        (["4", None, None, "4"], [1, 0, 0, 1], 1),  # tie with INVALID: seen first
+        ([None, "4", "4", None], [0, 1, 1, 0], 0),
+        ([None], [0], 0),
+        (["4", "5", "6"], [0, 0, 1], 0),
+    ],
+)
+def test_maj_by_hand(answers, correct, maj):
+    assert maj_at_n(answers, [bool(c) for c in correct]) == maj
+
+
+def item(problem, text, sample=0, seed=0, tokens=10, finish_reason="eos"):
+    return Sample(problem, sample, seed, text, tokens, finish_reason)
+
+
+def test_summary_by_hand():
+    """Two problems, N = 2, two seeds; the answers are 1 and 2."""
+    problems = [Problem("a", "", "1"), Problem("b", "", "2")]
+    samples = [
+        item(0, "\\boxed{1}"), item(0, "\\boxed{3}", 1, tokens=30, finish_reason="length"),  # 1/2, the tie right
+        item(1, "\\boxed{}"), item(1, "none", 1),  # 0/2, INVALID
+        item(0, "\\boxed{1}", 0, 1), item(0, "\\boxed{1}", 1, 1),
+        item(1, "\\boxed{5}", 0, 1), item(1, "\\boxed{2}", 1, 1),
+    ]  # fmt: skip
+    summary = summarise(samples[::-1], problems)  # whatever the order in the file
+    metrics = {name: value["mean"] for name, value in summary["metrics"].items()}
+    assert metrics == {
+        "avg": 4 / 8, "pass": 3 / 4, "maj": 2 / 4, "parseable": 6 / 8, "cut_at_limit": 1 / 8, "tokens": 100 / 8,
+    }  # fmt: skip
+    avg = summary["metrics"]["avg"]
+    assert avg["by_seed"] == [0.25, 0.75] and avg["std_over_seeds"] == pytest.approx(0.125**0.5)
+    assert avg["interval"] == [0.25, 0.75]  # problems at 3/4 and 1/4
+    assert summary["per_problem"]["avg"] == [[0.5, 0.0], [1.0, 0.5]] and summary["seeds"] == [0, 1]
+    alone = summarise([s for s in samples if s.seed == 0], problems)["metrics"]["avg"]
+    assert alone["std_over_seeds"] is None and alone["mean"] == 0.25
+
+
+def test_bootstrap_interval_of_many_values_is_the_normal_one():
+    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
+    low, high = bootstrap_interval(values)
+    half = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - half, abs=0.03) and high == pytest.approx(
+        values.mean() + half, abs=0.03
+    )
+    assert bootstrap_interval(values) == [low, high] and bootstrap_interval(np.ones(5)) == [1.0, 1.0]
+
+
+def test_which_answers_need_latex():
+    assert not needs_latex([Problem("", "", answer) for answer in ("5", "-1.5", "1,000", "\\frac{1}{2}")])
+    assert needs_latex([Problem("", "", "5"), Problem("", "", "\\sqrt{2}")])
+
+
+def test_is_correct_reads_the_last_box():
+    problems = [Problem("a", "", "7")]
+    assert is_correct(item(0, "\\boxed{6} no, \\boxed{7.0}"), problems) and not is_correct(item(0, "7"), problems)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def test_streams_differ_by_seed_benchmark_problem_and_sample_only():
+    problems, others = tiny_problems("heldout", 3), tiny_problems("train", 3)
+    jobs = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    keys = [key for part in (problems, others) for seed in (0, 1) for key in stream_keys(part, jobs, seed)]
+    streams = {tuple(np.random.SeedSequence(key).generate_state(4).tolist()) for key in keys}
+    assert len(streams) == 16
+    assert stream_keys(problems, [(1, 0)], 0) == stream_keys(list(problems), [(0, 0), (1, 0)], 0)[1:]
+
+
+@pytest.mark.parametrize("engine", ["generate", "continuous"])
+def test_a_sample_is_the_same_whatever_is_sampled_beside_it_and_on_either_engine(tiny, engine):
+    model, tokenizer = tiny
+    problems = tiny_problems("heldout", 6)
+    jobs = [(index, number) for index in range(6) for number in range(2)]
+    seen = []
+    model.train()
+    together = sample_solutions(model, tokenizer, problems, jobs, seed=3, **SETTINGS)
+    assert [(s.problem, s.sample, s.seed) for s in together] == [(*job, 3) for job in jobs]
+    assert len({s.text for s in together}) > 6
+    part = jobs[7:2:-2]
+    again = sample_solutions(model, tokenizer, problems, part, seed=3, engine=engine, on_sample=seen.append, **SETTINGS)
+    assert again == [together[jobs.index(job)] for job in part]
+    assert sorted(seen, key=again.index) == again and model.training
+    model.eval()
+
+
+def test_continuous_batching_honours_the_limit_greedy_and_nan(tiny):
+    model, tokenizer = tiny
+    problems, jobs = tiny_problems("heldout", 3), [(0, 0), (1, 0), (2, 0)]
+    for changes in ({"max_new_tokens": 7}, {"temperature": 0.0}, {"top_k": 1}):
+        settings = SETTINGS | changes
+        plain = sample_solutions(model, tokenizer, problems, jobs, seed=0, **settings)
+        assert sample_solutions(model, tokenizer, problems, jobs, seed=0, engine="continuous", **settings) == plain
+        if "max_new_tokens" in changes:
+            assert all(s.tokens == 7 and s.finish_reason == "length" for s in plain)
+    parameter = lora_parameters(model)[0]
+    kept = parameter.detach().clone()
+    parameter.data[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError):
+        sample_solutions(model, tokenizer, problems, jobs, seed=0, engine="continuous", **SETTINGS)
+    parameter.data.copy_(kept)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The script
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run evaluate.py with the embedded model on eight of its problems; returns (summary, lines of samples.jsonl)."""
+    benchmark = tmp_path / "eight.jsonl"
+    rows = [{"problem": p.problem, "answer": p.answer} for p in tiny_problems("heldout", 8)]
+    benchmark.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def call(name, *flags):
+        base = [
+            "--benchmark",
+            benchmark,
+            "--num_samples",
+            2,
+            "--max_new_tokens",
+            48,
+            "--batch_size",
+            5,
+            "--device",
+            "cpu",
+        ]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, [*base, "--output_dir", tmp_path / name, *flags])])
+        evaluate.main()
+        folder = tmp_path / name
+        return json.loads((folder / "summary.json").read_text()), (folder / "samples.jsonl").read_bytes().splitlines(
+            True
+        )
+
+    call.folder, call.benchmark = tmp_path, benchmark
+    return call
+
+
+def test_a_killed_evaluation_ends_like_an_unbroken_one(run):
+    summary, lines = run("whole", "--seeds", 0, 1)
+    assert len(lines) == 1 + 2 * 8 * 2 and summary["seeds"] == [0, 1] and summary["problems"] == list(range(8))
+    file = run.folder / "broken" / "samples.jsonl"
+    file.parent.mkdir()
+    for left in (b"".join(lines[:1])[:40], b"".join(lines[:4]), b"".join(lines[:20]) + lines[20][:25], b"".join(lines)):
+        file.write_bytes(left)
+        resumed, again = run("broken", "--seeds", 0, 1)
+        assert sorted(again) == sorted(lines) and resumed == summary
+        assert b"".join(again).startswith(left[: left.rfind(b"\n") + 1])  # what was there is not touched
+
+
+def test_more_seeds_and_samples_are_added_to_what_is_there(run):
+    _, one = run("growing", "--seeds", 1)
+    summary, more = run("growing", "--seeds", 0, 1, "--num_samples", 3)
+    assert more[: len(one)] == one and len(more) == 1 + 2 * 8 * 3
+    assert summary == run("at-once", "--seeds", 0, 1, "--num_samples", 3)[0]
+    assert run("growing", "--seeds", 1)[0] == run("alone", "--seeds", 1)[0]  # and the old question keeps its answer
+
+
+def test_grade_only_needs_no_model_and_misses_nothing(run, monkeypatch):
+    summary, lines = run("graded")
+    (run.folder / "graded" / "summary.json").unlink()
+    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(evaluate, "load_tokenizer", None)
+    assert run("graded", "--grade_only")[0] == summary
+    with pytest.raises(InputError, match="lacks 8 of 24 samples"):
+        run("graded", "--grade_only", "--num_samples", 3)
+    with pytest.raises(InputError, match=r"no .*none/samples.jsonl"):
+        run("none", "--grade_only")
+    assert run("graded", "--grade_only")[1] == lines
+    run.benchmark.write_text(run.benchmark.read_text().splitlines(True)[0])
+    with pytest.raises(InputError, match="benchmark_sha256"):
+        run("graded", "--grade_only")
+
+
+def test_another_regime_is_refused_and_names_its_field(run):
+    _, lines = run("pinned")
+    for flags in (("--temperature", 0.5), ("--top_p", 1.0), ("--top_k", 5), ("--max_new_tokens", 40),
+                  ("--engine", "continuous"), ("--enable_thinking", False), ("--dtype", "bfloat16")):  # fmt: skip
+        field = "prompt_tokens_sha256|enable_thinking" if "thinking" in flags[0] else flags[0].removeprefix("--")
+        with pytest.raises(InputError, match=field):
+            run("pinned", *flags)
+    assert (run.folder / "pinned" / "samples.jsonl").read_bytes() == b"".join(lines)
+
+
+def test_a_response_stays_within_the_context(tiny):
+    config = EvaluationConfig(max_new_tokens=100)
+    assert token_limit(config, [[0] * 20, [0] * 30]) == 100
+    assert token_limit(config, [[0] * 20, [0] * 500]) == 12  # the embedded model has 512 positions
+    with pytest.raises(InputError, match="prompt of 512 tokens fills the context"):
+        token_limit(config, [[0] * 512])
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"num_samples": 0}, "--num_samples"), ({"batch_size": 0}, "--batch_size"), ({"engine": "vllm"}, "--engine"),
+        ({"seeds": [0, 0]}, "--seeds"), ({"seeds": []}, "--seeds"), ({"seeds": [-1]}, "--seeds"),
+        ({"top_p": 0.0}, "--top_p"), ({"adapter": "nowhere"}, "--adapter"),
+    ],
+)  # fmt: skip
+def test_wrong_flags_are_named(changes, flag):
+    with pytest.raises(InputError, match=flag):
+        check_config(EvaluationConfig(**changes))
+
+
+def test_a_flag_or_an_adapter_that_does_not_exist_writes_nothing(run):
+    with pytest.raises(InputError, match="--bogus"):
+        run("nothing", "--bogus", 1)
+    with pytest.raises(InputError, match=r"--adapter .*adapter_config.json"):
+        run("nothing", "--adapter", run.folder)
+    assert not (run.folder / "nothing").exists()
+
+
+def test_a_server_takes_no_adapter(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="--server takes no --adapter"):
+        check_config(EvaluationConfig(server="http://x", adapter=str(tmp_path)))
+
+
+def test_the_server_is_asked_for_exactly_what_is_missing(run, monkeypatch):
+    """--server without a server: what goes out and what is kept (tests/test_server.py has the real one)."""
+    asked = []
+
+    def complete_all(url, model, prompts, seeds, settings, in_flight):
+        asked.append((url, len(prompts), len(set(seeds)), settings, in_flight))
+        for row in reversed(range(len(prompts))):
+            yield evaluate_completion(row, prompts[row])
+
+    def evaluate_completion(row, prompt):
+        from server import Completion
+
+        numbers = prompt.split("user\n")[1].split("\n")[0]
+        return Completion(row, f"\\boxed{{{sum(map(int, numbers.split('+')))}}}", 9, "eos")
+
+    monkeypatch.setattr(evaluate, "complete_all", complete_all)
+    summary, _ = run("served", "--server", "http://there", "--seeds", 0, 1)
+    assert summary["metrics"]["avg"]["mean"] == 1.0 and summary["regime"]["engine"] == "server"
+    url, count, seeds, settings, in_flight = asked[0]
+    assert (url, count, seeds, in_flight) == ("http://there", 32, 32, 5)
+    assert settings["top_k"] == 0 and settings["max_tokens"] == 48 and settings["eos_token_id"]
+    run("served", "--server", "http://elsewhere", "--seeds", 0, 1, 2)
+    assert asked[1][1] == 16

@@ -1,0 +1,175 @@
+"""The LaTeX grader: what it accepts, and what hostile answers cannot do to it."""
+
+import importlib.util
+import json
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+
+import grading_worker
+from grading import ExactGrader, MathVerifyGrader, make_grader
+from problems import InputError
+
+needs_math_verify = pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None, reason="the optional package math-verify is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def grader():
+    grader = MathVerifyGrader(seconds=5.0)
+    yield grader
+    grader.close()
+
+
+EQUAL = [
+    ("\\frac{1}{\\sqrt{3}}", "\\frac{\\sqrt{3}}{3}"),
+    ("\\left(1, 2\\right)", "(1,2)"),
+    ("\\{1,2\\}", "\\{2,1\\}"),
+    ("2x+2", "2(x+1)"),
+    ("x=5", "5"),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{bmatrix}1\\\\2\\end{bmatrix}"),
+    ("0.5", "\\frac12"),
+]
+DIFFERENT = [("(1,2)", "(2,1)"), ("\\sqrt{2}", "\\sqrt{3}"), ("[0,1)", "[0,1]"), ("x+1", "x-1"), ("12", "21")]
+
+
+@needs_math_verify
+@pytest.mark.parametrize(("a", "b"), EQUAL)
+def test_equal_answers_match_both_ways(grader, a, b):
+    grader._known.clear()
+    assert grader.match(a, b)
+    grader._known.clear()
+    assert grader.match(b, a)
+
+
+@needs_math_verify
+@pytest.mark.parametrize(("a", "b"), DIFFERENT)
+def test_different_answers_do_not(grader, a, b):
+    assert not grader.match(a, b) and not grader.match(b, a)
+
+
+def test_exact_undercounts_latex_and_none_matches_nothing():
+    exact = ExactGrader()
+    assert exact.match("0.5", "\\frac{1}{2}") and not exact.match("\\frac{1}{\\sqrt{3}}", "\\frac{\\sqrt{3}}{3}")
+    assert not exact.match(None, "1") and not exact.match("1", None) and not exact.match(None, None)
+
+
+def test_the_choice_of_grader(monkeypatch):
+    assert make_grader("auto", latex=False).name == "exact" and make_grader("exact", latex=True).name == "exact"
+    with pytest.raises(InputError, match="--grader sympy"):
+        make_grader("sympy")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install .*--grader exact") as caught:
+        make_grader("auto", latex=True)
+    assert "\n" not in str(caught.value)
+
+
+@needs_math_verify
+def test_a_comparison_past_its_time_is_killed_counted_and_the_next_one_works():
+    grader = MathVerifyGrader(seconds=1.0)
+    start = time.monotonic()
+    assert not grader.match("9^{9^{9^{9^{9}}}}", "1")
+    assert grader.stopped == 1 and time.monotonic() - start < 20
+    assert grader.match("\\frac{2}{\\sqrt{2}}", "\\sqrt{2}") and grader.stopped == 1
+    assert not grader.match("1", "9^{9^{9^{9^{9}}}}") and grader.stopped == 1  # known already, also the other way round
+    grader.close()
+
+
+@needs_math_verify
+def test_memory_has_a_limit():
+    grader = MathVerifyGrader(seconds=2.0, memory_bytes=2**29)
+    grader.match("1", "\\sqrt{2}")
+    assert resource.prlimit(grader._worker.pid, resource.RLIMIT_AS) == (2**29, 2**29)
+    assert not grader.match("2^{2^{40}}", "1")
+    assert grader.match("\\frac{2}{\\sqrt{2}}", "\\sqrt{2}")
+    grader.close()
+
+
+@needs_math_verify
+def test_a_worker_that_died_is_replaced():
+    grader = MathVerifyGrader(seconds=5.0)
+    assert not grader.match("\\sqrt{2}", "1")
+    os.kill(grader._worker.pid, signal.SIGKILL)
+    grader._worker.wait()
+    assert grader.match("\\frac{2}{\\sqrt{2}}", "\\sqrt{2}")
+    grader.close()
+
+
+@pytest.mark.parametrize("source", [b"from sympy import *", b"Integer (35 )", b"Float ('3.5' )", "Integer (1 )"])
+def test_numbers_may_be_compiled(source):
+    grading_worker.refuse("compile", (source, "<string>"))
+
+
+@pytest.mark.parametrize(
+    ("event", "arguments"),
+    [
+        ("compile", (b"__import__('os').system('id')", "<string>")),
+        ("compile", ("Integer (3 ).__class__", "<string>")),
+        ("os.system", ("id",)),
+        ("subprocess.Popen", ("id", (), None, None)),
+        ("socket.connect", (None, ("127.0.0.1", 80))),
+        ("open", ("/tmp/x", "w", os.O_WRONLY | os.O_CREAT)),
+        ("os.remove", ("/tmp/x", -1)),
+    ],
+)
+def test_everything_else_is_refused(event, arguments):
+    with pytest.raises(PermissionError):
+        grading_worker.refuse(event, arguments)
+
+
+def hostile_answers(count: int, seed: int, canary: str):
+    """Seeded answers that try to break a grader; those with code would create the file `canary`."""
+    draw = random.Random(seed)
+    pieces = ["\\frac{", "\\sqrt{", "\\left(", "\\right)", "\\text{", "\\begin{pmatrix}", "\\boxed{", "\\infty"]
+    pieces += ["\\int", "\\sum", "\\cup", "\\pi", "\\\\", *"{}^_x1+&=,%$ei!/."]
+    code = [
+        "__import__('os').system('touch CANARY')",
+        "open('CANARY','w').write('1')",
+        "\\text{exec(\"open('CANARY','w')\")}",
+        "().__class__.__base__.__subclasses__()[0]('CANARY')",
+        "\\write18{touch CANARY}",
+        "$(touch CANARY)",
+        "Integer(__import__('os').system('touch CANARY'))",
+        "lambda: open('CANARY','w')",
+        "';open('CANARY','w');'",
+        "1__import__('os').system('touch CANARY')",
+    ]
+    control = [chr(number) for number in (0, 1, 7, 8, 10, 13, 27, 127, 0x2028, 0x202E, 0xD800)]
+
+    def deep() -> str:
+        depth = draw.randint(2, 400)
+        return draw.choice(["(", "{", "\\sqrt{", "\\frac{1}{"]) * depth + "1" + draw.choice([")", "}"]) * depth
+
+    kinds = {
+        "braces": lambda: "".join(draw.choice("{}\\x1") for _ in range(draw.randint(1, 60))),
+        "latex": lambda: "".join(draw.choice(pieces) for _ in range(draw.randint(1, 30))),
+        "long": lambda: draw.choice(["1", "x", "{", "1+", "\\frac{1}{2}", " "]) * (100_000 // draw.randint(1, 6)),
+        "deep": deep,
+        "tower": lambda: "^{".join(str(draw.randint(2, 99)) for _ in range(draw.randint(2, 6))) + "}" * 5,
+        "factorial": lambda: f"{draw.randint(10, 10**9)}" + "!" * draw.randint(1, 4),
+        "unicode": lambda: "".join(chr(draw.randint(1, 0xD7FF)) for _ in range(draw.randint(1, 50))),
+        "control": lambda: "".join(draw.choice(control) for _ in range(20)),
+        "code": lambda: draw.choice(code).replace("CANARY", canary),
+    }
+    weights = {"long": 1, "deep": 2, "tower": 2, "factorial": 1}  # the slow ones
+    names = draw.choices(list(kinds), [weights.get(name, 20) for name in kinds], k=count)
+    return [(name, kinds[name]()) for name in names]
+
+
+@needs_math_verify
+def test_hostile_answers_neither_crash_nor_hang_nor_run(tmp_path):
+    canary = tmp_path / "canary"
+    grader = MathVerifyGrader(seconds=1.0)
+    for _, answer in hostile_answers(60, 5, str(canary)):
+        start = time.monotonic()
+        assert grader.match(answer, "\\frac{\\sqrt{3}}{2}") is False
+        assert time.monotonic() - start < 15
+        json.dumps(answer)
+    assert not canary.exists()
+    assert grader.match("\\frac{2}{\\sqrt{2}}", "\\sqrt{2}")
+    grader.close()

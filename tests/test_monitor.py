@@ -1,0 +1,44 @@
+"""The one-line warning of a collapsed run."""
+
+import pytest
+
+from train import COLLAPSE_WINDOW, collapse_warning
+
+HEALTHY = {"accuracy": 0.6, "eos_rate": 1.0, "mean_length": 30.0}
+
+
+def history(*changes: dict) -> list[dict]:
+    """COLLAPSE_WINDOW steps of each kind, one kind after the other."""
+    return [{**HEALTHY, **change} for change in changes for _ in range(COLLAPSE_WINDOW)]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"accuracy": 0.3}, "accuracy fell from 0.60 to 0.30"),
+        ({"accuracy": 0.0}, "accuracy fell from 0.60 to 0.00"),
+        ({"eos_rate": 0.4}, "eos_rate fell from 1.00 to 0.40"),
+        ({"mean_length": 96.0}, "cut at --max_new_tokens 96"),
+    ],
+)
+def test_a_collapse_is_told(change, words):
+    assert words in collapse_warning(history({}, change), limit=96)
+
+
+@pytest.mark.parametrize("change", [{}, {"accuracy": 0.31}, {"eos_rate": 0.51}, {"mean_length": 95.9}])
+def test_a_sound_run_is_not(change):
+    assert collapse_warning(history({}, change), limit=96) is None
+
+
+def test_the_best_so_far_is_the_measure():
+    assert collapse_warning(history({}, {"accuracy": 0.9}, {"accuracy": 0.44}), limit=96)
+    assert collapse_warning(history({"accuracy": 0.3}, {"accuracy": 0.6}), limit=96) is None
+
+
+def test_too_few_steps_say_nothing():
+    assert collapse_warning([*history({})[:-1], {**HEALTHY, "accuracy": 0.0}], limit=96) is None
+    assert collapse_warning([], limit=96) is None
+
+
+def test_problems_without_answers_have_no_accuracy():
+    assert collapse_warning(history({"accuracy": None}, {"accuracy": None}), limit=96) is None

@@ -1,0 +1,175 @@
+"""Pictures of runs, and the page of tokens."""
+
+import json
+import math
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from experiments import plots
+from experiments.study import Grid
+from experiments.token_page import RolloutView, TokenView, render, view_rollouts
+from problems import InputError, Problem
+from weighting import position_weight
+
+# --- pictures ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder as train.py leaves it, without weights."""
+    folder = tmp_path / "one"
+    folder.mkdir()
+    config = {"method": "opsd", "schedule": None, "reduction": None, "clip": math.inf, "teacher": "fixed"}
+    (folder / "config.json").write_text(json.dumps({"config": config}))
+    tenths = {"divergence": [0.1 * i for i in range(9)] + [None]}
+    steps = [{"step": i, "accuracy": 0.5, "divergence": 0.2, "by_decile": tenths} for i in range(3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    return folder
+
+
+def test_smoothing_by_hand():
+    assert plots.smooth([1.0, 3.0, 5.0, 7.0], width=2) == [1.0, 2.0, 4.0, 6.0]
+
+
+def test_pictures_of_runs(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = plots.plot_runs([run, run], tmp_path / "out")
+    assert [path.name for path in paths] == ["learning_curves.png", "schedules.png", "divergence-one.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_curves_are_means_over_the_runs_of_a_label():
+    pytest.importorskip("matplotlib")
+    members = [[{"accuracy": a, "divergence": 1.0}] for a in (0.2, 0.6)]
+    axis = plots.learning_curves({"opsd": members}).axes[0]
+    (line,) = axis.lines
+    assert list(line.get_ydata()) == [pytest.approx(0.4)]
+    assert line.get_label() == "opsd (2)"
+
+
+def test_schedules_are_those_of_equation_5():
+    pytest.importorskip("matplotlib")
+    lines = {line.get_label(): line for line in plots.schedule_weights().axes[0].lines}
+    r, w = (torch.as_tensor(values) for values in lines["moderate"].get_data())
+    torch.testing.assert_close(w, position_weight(r, 0.25, 0.30, 0.10))
+
+
+def test_divergence_picture_holds_the_metrics(run):
+    pytest.importorskip("matplotlib")
+    image = plots.divergence_by_position(plots.read_metrics(run), "x").axes[0].images[0].get_array()
+    assert image.shape == (10, 3)
+    assert image[4, 1] == pytest.approx(0.4)
+    assert image.mask[9, 0] or math.isnan(image[9, 0])
+
+
+def test_study_picture_shows_the_paired_difference():
+    pytest.importorskip("matplotlib")
+    grid = Grid({}, [0, 1, 2], {"OPSD": {"a": 0}, "other": {"a": 1}})
+    records = [
+        {"options": {"a": a}, "seed": seed, "before": 0.1, "after": 0.5 + 0.1 * a * seed, "accuracy": [0.5],
+         "eos_rate": [1.0], "error": None}
+        for a in (0, 1) for seed in grid.seeds
+    ]  # fmt: skip
+    (container,) = plots.study_figure(grid, records).axes[0].containers
+    assert container.lines[0].get_xdata()[0] == pytest.approx(10.0)  # mean of 0, 10, 20 points
+
+
+def test_study_curves_are_means_over_seeds():
+    pytest.importorskip("matplotlib")
+    grid = Grid({}, [0, 1], {"OPSD": {"a": 0}})
+    records = [{"options": {"a": 0}, "accuracy": [value, value], "error": None} for value in (0.2, 0.6)]
+    (line,) = plots.study_curves(grid, records).axes[0].lines
+    assert list(line.get_ydata()) == [pytest.approx(0.4)] * 2
+
+
+def test_missing_matplotlib_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        plots.schedule_weights()
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(InputError, match="no run"):
+        plots.read_metrics(tmp_path)
+    with pytest.raises(InputError, match="not a run folder"):
+        view_rollouts(tmp_path)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------
+
+
+class Reader(HTMLParser):
+    """Collects tags, attributes, and the text inside each kind of tag."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.texts, self.attributes = [], {}, []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in ("meta", "wbr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open:
+            self.texts.setdefault(self.open[-1], []).append(data)
+
+
+def views(*texts):
+    alternatives = [(text, 0.2) for text in ("a", "<b>", "</script>", " ", "\n")]
+    tokens = [TokenView(text, 0.1 * i, 0.5, alternatives, alternatives) for i, text in enumerate(texts)]
+    return [RolloutView("problem 0", Problem("1<2 & 3", "s", "6"), True, tokens)]
+
+
+def test_page_is_whole_and_escapes_what_the_model_wrote():
+    texts = ("2", "<script>alert(1)</script>", "</script>", "&amp;", "\n")
+    page = render(views(*texts), "a <title>")
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    assert "".join(reader.texts["button"]) == "".join(texts)
+    data, code = reader.texts["script"]
+    assert [token["text"] for token in json.loads(data)[0]] == list(texts)
+    assert "alert" not in code
+    assert reader.texts["title"] == ["a <title>"]
+    assert not [item for item in reader.attributes if item[1] in ("src", "href", "onclick")]
+    assert not re.search(r"https?://|@import|url\(", page)
+
+
+def test_page_colours_by_weighted_divergence():
+    reader = Reader()
+    reader.feed(render(views("a", "b", "c"), "x"))
+    shades = [float(value.removeprefix("--a:")) for tag, name, value in reader.attributes if name == "style"]
+    assert shades == [0.0, pytest.approx(0.85 / 2**0.5, abs=1e-3), 0.85]
+
+
+def test_page_of_a_real_run(tmp_path, monkeypatch):
+    """The tokens shown are the rollout's, the divergence is the loss's, and each top 5 is a distribution's head."""
+    import train
+
+    run = tmp_path / "run"
+    flags = ["--num_steps", "1", "--batch_size", "2", "--eval_data", "", "--device", "cpu", "--output_dir", str(run)]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--method", "pwopsd", *flags])
+    train.main()
+    before, after = view_rollouts(run, count=1)
+    assert "before training" in before.title
+    assert "checkpoint-1" in after.title
+    for view in (before, after):
+        weights = [token.weight for token in view.tokens]
+        assert weights == sorted(weights)  # Moderate rises
+        assert weights[-1] > 0.99
+        for token in view.tokens:
+            for alternatives in (token.student, token.teacher):
+                chances = [p for _, p in alternatives]
+                assert len(chances) == 5
+                assert chances == sorted(chances, reverse=True)
+                assert sum(chances) <= 1.0 + 1e-6
+    assert any(abs(token.divergence) > 1e-4 for token in before.tokens)
+    assert before.tokens[-1].text == "<|im_end|>"

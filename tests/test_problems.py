@@ -1,0 +1,182 @@
+"""Loading, the embedded world, and the extraction and comparison of answers."""
+
+import json
+import random
+import sys
+import time
+
+import pytest
+
+import problems
+from problems import (
+    BENCHMARKS,
+    InputError,
+    answers_match,
+    extract_boxed,
+    load_problems,
+    normalise_answer,
+    parse_number,
+    tiny_problems,
+    tiny_split,
+)
+
+
+def jsonl(tmp_path, *lines):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return str(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def test_a_file_gives_its_problems_in_order(tmp_path):
+    path = jsonl(
+        tmp_path, {"problem": "a", "solution": "so \\boxed{4}"}, "", {"problem": "b", "solution": "s", "answer": 7}
+    )
+    first, second = load_problems(path)
+    assert (first.problem, first.answer, second.problem, second.answer) == ("a", "4", "b", "7")
+
+
+@pytest.mark.parametrize(
+    ("lines", "need_solution", "message"),
+    [
+        (['{"problem": "a", "solution": "s"}', "{"], True, "line 2: not valid JSON"),
+        (['{"problem": " ", "solution": "s"}'], True, "line 1: the problem is empty"),
+        (['{"problem": "a"}'], True, "line 1: the solution is empty"),
+        (['{"problem": "a", "solution": "no box"}'], False, "line 1: the answer is empty"),
+        (["[1]"], True, "line 1: expected an object"),
+        ([""], True, "no problems in it"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(tmp_path, lines, need_solution, message):
+    with pytest.raises(InputError, match=message):
+        load_problems(jsonl(tmp_path, *lines), need_solution)
+
+
+def test_sources_that_are_not_there(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="no such data file"):
+        load_problems(str(tmp_path / "none.jsonl"))
+    with pytest.raises(InputError, match=r"math500.*owner/name"):
+        load_problems("nonsense")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"problem": "\xe9"}\n')
+    with pytest.raises(InputError, match="not UTF-8"):
+        load_problems(str(tmp_path / "latin.jsonl"))
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"pip install datasets.*--benchmark path.jsonl"):
+        load_problems("aime24")
+
+
+def test_benchmark_names_reach_the_papers_data(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        problems, "_read_hub", lambda source: asked.append(source) or [("row", {"problem": "p", "answer": "1"})]
+    )
+    for name in ("math500", "aime24", "aime25", "hmmt25"):
+        load_problems(name, need_solution=False)
+    assert asked == [BENCHMARKS[name] for name in ("math500", "aime24", "aime25", "hmmt25")]
+    assert load_problems("tiny") == load_problems("tiny:heldout")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The embedded world
+
+
+def test_tiny_problems_are_right_and_the_splits_are_disjoint_in_any_order():
+    train, held_out = tiny_problems("train", 300), tiny_problems("heldout", 100)
+    assert tiny_problems("train", 300) == train
+    for item in train + held_out:
+        assert sum(map(int, item.problem.split("+"))) == int(item.answer) == int(extract_boxed(item.solution))
+    keys = [{tuple(sorted(item.problem.split("+"))) for item in part} for part in (train, held_out)]
+    assert not keys[0] & keys[1]
+    assert tiny_split([3, 1, 2, 5, 9]) == tiny_split([9, 5, 3, 2, 1])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The last box
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("\\boxed{5}", "5"),
+        ("\\boxed{1} then \\boxed{2}", "2"),
+        ("\\boxed{\\frac{1}{\\sqrt{2}}}.", "\\frac{1}{\\sqrt{2}}"),
+        ("\\boxed{\\boxed{3}}", "3"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed{a\\\\}", "a\\\\"),  # a line break, then the closing brace
+        ("\\boxed{}", None),
+        ("\\boxed{ \n}", None),
+        ("\\boxed{4} and \\boxed{", None),
+        ("\\boxed{4} and \\boxed{\\frac{1}{2}", None),
+        ("boxed{4}", None),
+        ("", None),
+    ],
+)
+def test_extract_boxed(text, answer):
+    assert extract_boxed(text) == answer
+
+
+def test_extraction_is_linear():
+    for text in (
+        "\\boxed{" * 50_000,
+        "\\boxed{" + "{" * 400_000,
+        "\\boxed{" + "\\" * 400_000,
+        "\\boxed{" + "{}" * 200_000,
+    ):
+        start = time.monotonic()
+        extract_boxed(text)
+        assert time.monotonic() - start < 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The exact grader
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("5", "5.0"), ("0.5", "\\frac{1}{2}"), ("\\dfrac{1}{2}", "1/2"), ("-\\frac{3}{4}", "-0.75"), ("1,000", "1000"),
+        ("$12$", "12"), ("\\text{Evelyn}", "Evelyn"), ("\\left(1,2\\right)", "(1, 2)"), ("90^\\circ", "90"),
+        ("007", "7"), (".5", "0.50"), ("10\\%", "10"),
+    ],
+)  # fmt: skip
+def test_answers_that_match(a, b):
+    assert answers_match(a, b) and answers_match(b, a)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("5", "6"),
+        ("", ""),
+        ("$", " "),
+        ("1/0", "1/0 "),
+        ("1/2", "2/1"),
+        ("x", "y"),
+        ("(1,2)", "(2,1)"),
+        ("1,00", "100"),
+    ],
+)
+def test_answers_that_do_not_match(a, b):
+    if a.strip() != "1/0":  # equal as text, though no number
+        assert not answers_match(a, b) and not answers_match(b, a)
+    assert not answers_match(None, b)
+
+
+def test_numbers_are_exact():
+    assert parse_number("1/3") * 3 == 1 and parse_number("0.1") * 10 == 1
+    assert parse_number("1/0") is None and parse_number("1e5") is None and parse_number("9" * 401) is None
+
+
+def test_matching_is_symmetric_and_quick_on_anything():
+    draw = random.Random(3)
+    alphabet = "0123456789.,/{}\\ -+$%^frac text"
+    texts = ["".join(draw.choice(alphabet) for _ in range(draw.randint(0, 12))) for _ in range(150)]
+    assert all(answers_match(a, b) == answers_match(b, a) for a in texts for b in texts)
+    for text in ("\\text{" * 20_000, "1," * 50_000, "\\text{" + "a" * 100_000, "1" * 100_000, "." * 100_000):
+        start = time.monotonic()
+        normalise_answer(text)
+        answers_match(text, "1")
+        assert time.monotonic() - start < 2

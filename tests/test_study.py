@@ -1,0 +1,250 @@
+"""The study: its statistics against known values, its bookkeeping of cells, and the report made from them."""
+
+import json
+from itertools import product
+from statistics import mean, stdev
+
+import pytest
+
+from experiments import study
+from experiments.report import (
+    Difference,
+    collect,
+    detectable,
+    holm,
+    paired_difference,
+    segments,
+    t_quantile,
+    t_two_sided_p,
+    write_report,
+)
+from experiments.study import GRID, Grid, missing_cells, read_cells, read_grid, run_grid
+from loss import LossOptions, get_method
+from problems import InputError
+
+TINY = Grid(common={"num_steps": 2}, seeds=[0, 1], rows={"OPSD": {"method": "opsd"}, "PW": {"method": "pwopsd"}})
+VERSIONS = {"python": "3", "torch": "2", "transformers": "5"}
+
+
+def record(options, seed, after, *, error=None, accuracy=(0.5, 0.5)):
+    return {
+        "row": "any", "options": options, "seed": seed, "model_id": "m", "before": 0.5, "after": after, "seconds": 1.0,
+        "accuracy": list(accuracy), "eos_rate": [1.0] * len(accuracy), "error": error, "git_commit": "c",
+        "versions": VERSIONS, "machine": "x",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def fake_cells(monkeypatch):
+    """Cells that cost nothing; returns the list of those that ran."""
+    ran = []
+
+    def run_cell(cell, output):
+        ran.append((cell.row, cell.seed))
+        return record(cell.options, cell.seed, 0.9) | {"model_id": cell.model_id}
+
+    monkeypatch.setattr(study, "run_cell", run_cell)
+    return ran
+
+
+# Student's t: the tables of any statistics book.
+@pytest.mark.parametrize(("p", "df", "t"), [(0.05, 4, 2.776), (0.05, 1, 12.706), (0.01, 9, 3.250), (0.4, 4, 0.941)])
+def test_t_table(p, df, t):
+    assert t_quantile(p, df) == pytest.approx(t, abs=1e-3)
+    assert t_two_sided_p(t, df) == pytest.approx(p, abs=2e-4)
+
+
+def test_paired_difference_by_hand():
+    left, right = {0: 3.0, 1: 5.0, 2: 7.0, 9: 100.0}, {0: 1.0, 1: 4.0, 2: 4.0, 8: -100.0}
+    d = paired_difference(left, right)  # differences 2, 1, 3: mean 2, std 1; seeds 8 and 9 have no partner
+    assert (d.pairs, d.mean, d.std) == (3, 2.0, 1.0)
+    assert d.half == pytest.approx(4.303 / 3**0.5, abs=1e-3)
+    assert d.p == pytest.approx(0.0742, abs=1e-4)
+    assert paired_difference({0: 1.0}, {0: 2.0}) is None
+
+
+def test_pairing_removes_what_seeds_share():
+    seeds = range(6)
+    left = {s: 10.0 * s + 1.0 + 0.01 * (s % 2) for s in seeds}
+    right = {s: 10.0 * s for s in seeds}
+    assert paired_difference(left, right).half < 0.01 < stdev(left.values())
+
+
+def test_equal_cells_differ_by_nothing():
+    d = paired_difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
+    assert (d.mean, d.half, d.p) == (0.0, 0.0, 1.0)
+
+
+def test_holm_by_hand():
+    # Sorted .01 <= .05/4, .015 <= .05/3, .03 > .05/2: the procedure stops there, also before .04 <= .05/1.
+    p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.015}
+    assert holm({name: Difference(5, 1.0, 1.0, 1.0, value) for name, value in p.items()}) == {"a", "d"}
+    assert holm({"a": None}) == set()
+
+
+def test_detectable_shrinks_with_seeds():
+    assert detectable(2.0, 5) == pytest.approx((2.776 + 0.941) * 2.0 / 5**0.5, abs=1e-2)
+    assert detectable(2.0, 20) < detectable(2.0, 5) / 2
+
+
+def test_segments_cover_every_value():
+    assert segments([1.0, 2.0]) == [1.0, 2.0]
+    values = [float(i) for i in range(10)]
+    assert segments(values) == [0.5, 2.5, 4.5, 6.5, 8.5]
+
+
+def test_grid_names_are_known_to_the_trainer():
+    assert len(GRID.seeds) >= 5
+    for name in GRID.rows:
+        options = GRID.options(name)
+        fields = {key: value for key, value in options.items() if key in LossOptions.__dataclass_fields__}
+        get_method(options["method"], LossOptions(**{**fields, "clip": float(fields.get("clip", 1.0))}))
+    assert {GRID.baseline, *(name for pair in GRID.contrasts for name in pair)} <= set(GRID.rows)
+
+
+def test_grid_has_what_the_question_needs():
+    rows = GRID.rows.values()
+    assert {"opsd", "eopd", "reopold", "pwopsd"} <= {row["method"] for row in rows}
+    schedules = {row.get("schedule") for row in rows}
+    assert {
+        "mild",
+        "sharp",
+        "aggressive",
+        "reversed",
+        "linear_up",
+        "linear_down",
+        "step",
+        "moderate_mean1",
+    } <= schedules
+    assert {"inf", 0.2, 0.05} <= {row.get("clip") for row in rows}
+    assert {"ema", "live"} <= {row.get("teacher") for row in rows}
+    two_by_two = [{"method": m, "reduction": r} for m, r in (("opsd", "sequence_mean"), ("pwopsd", "token_mean"))]
+    assert all(cell in rows for cell in [*two_by_two, {"method": "opsd"}, {"method": "pwopsd"}])
+
+
+def test_every_cell_runs_once(fake_cells, tmp_path):
+    run_grid(TINY, tmp_path, workers=1)
+    assert fake_cells == [("OPSD", 0), ("PW", 0), ("OPSD", 1), ("PW", 1)]
+    first = (tmp_path / "cells.jsonl").read_text()
+    run_grid(TINY, tmp_path, workers=1)
+    assert len(fake_cells) == 4
+    assert (tmp_path / "cells.jsonl").read_text() == first
+
+
+def test_a_line_cut_short_runs_again(fake_cells, tmp_path):
+    run_grid(TINY, tmp_path, workers=1)
+    path = tmp_path / "cells.jsonl"
+    path.write_text(path.read_text()[:-20])
+    run_grid(TINY, tmp_path, workers=1)
+    assert fake_cells[4:] == [("PW", 1)]
+    assert len(read_cells(path)) == 4
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    (tmp_path / "cells.jsonl").write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
+    with pytest.raises(InputError, match="line 2"):
+        read_cells(tmp_path / "cells.jsonl")
+
+
+def test_rows_with_equal_options_share_cells(fake_cells, tmp_path):
+    grid = Grid({}, [0], {"OPSD": {"method": "opsd"}, "again": {"method": "opsd"}})
+    records = run_grid(grid, tmp_path, workers=1)
+    assert len(fake_cells) == 1
+    assert [row.after for row in collect(grid, records)] == [{0: 90.0}, {0: 90.0}]
+
+
+def test_changed_options_run_again(fake_cells, tmp_path):
+    run_grid(TINY, tmp_path, workers=1)
+    changed = Grid({"num_steps": 3}, [0], TINY.rows)
+    assert [cell.row for cell in missing_cells(changed, read_cells(tmp_path / "cells.jsonl"))] == ["OPSD", "PW"]
+
+
+def test_results_of_another_model_are_not_mixed():
+    with pytest.raises(InputError, match="another model"):
+        missing_cells(TINY, [record(TINY.options("OPSD"), 0, 0.9)])
+
+
+def test_before_training_is_measured_once():
+    records = [record({"eval_samples": 2, "method": "opsd"}, 0, 0.9)]
+    same = study.Cell("PW", {"eval_samples": 2, "method": "pwopsd"}, 0, "m")
+    assert study.known_before(same, records) == 0.5
+    for other in (
+        study.Cell("PW", same.options, 1, "m"),
+        study.Cell("PW", same.options, 0, "n"),
+        study.Cell("PW", {"eval_samples": 3, "method": "pwopsd"}, 0, "m"),
+    ):
+        assert study.known_before(other, records) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"rows": {"OPSD": {}}, "seeds": []}',
+        '{"rows": {"A": {}}, "seeds": [0]}',
+        '{"rows": {"OPSD": {}}, "seeds": [0], "contrasts": [["OPSD", "B"]]}',
+        '{"rows": {"OPSD": {}}, "seeds": [0], "colour": 1}',
+    ],
+)
+def test_a_bad_grid_is_refused(tmp_path, content):
+    path = tmp_path / "grid.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match="--grid"):
+        read_grid(path)
+
+
+def test_report_tells_effect_from_noise(tmp_path):
+    """Six seeds: a row 10 points better each time, one that moves with no direction, one that broke off."""
+    grid = Grid(
+        {}, list(range(6)), {"OPSD": {"method": "opsd"}, "better": {"a": 1}, "noise": {"a": 2}, "broken": {"a": 3}}
+    )
+    records = []
+    for seed, row in product(grid.seeds, grid.rows):
+        change = {"OPSD": 0.0, "better": 0.10 + 0.001 * (seed % 2), "noise": 0.02 * (-1) ** seed, "broken": 0.0}[row]
+        error = "step 3: the loss is nan" if row == "broken" else None
+        records.append(record(grid.options(row), seed, None if error else 0.8 + 0.01 * seed + change, error=error))
+    text = write_report(grid, records, tmp_path)
+    assert (tmp_path / "report.md").read_text() == text
+    verdict = next(line for line in text.splitlines() if line.startswith("**Held-out"))
+    settled, _, rest = verdict.partition("Leaning")
+    assert "better +10.0" in settled
+    assert "noise" not in settled
+    assert "noise +0.0" in rest
+    line = next(line for line in text.splitlines() if line.startswith("| noise |"))
+    after = [82, 79, 84, 81, 86, 83]
+    assert f"| {mean(after):.1f} ± {stdev(after):.1f} | +0.0 [-2.3, +2.3] |" in line  # t(5) 2.571 * 2.19 / sqrt(6)
+    assert "| before training | 50.0 ± 0.0 | **-32.5 [" in text
+    assert "step 3: the loss is nan" in text
+    assert "seeds 0, 1, 2, 3, 4, 5" in text
+
+
+def test_report_of_an_unfinished_grid(tmp_path):
+    records = [record(TINY.options("PW"), 0, 0.9)]
+    assert "has not been measured yet" in write_report(TINY, records, tmp_path)
+    assert "no row has two seeds" in write_report(TINY, [*records, record(TINY.options("OPSD"), 0, 0.8)], tmp_path)
+
+
+def test_workers_stay_on_the_gpus_they_may_use(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert study.visible_gpus() == ["2", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert study.visible_gpus() == ["0", "1"]
+
+
+def test_a_cell_is_a_run_of_train(tmp_path):
+    """One real cell of one step: its line holds what the run's own files hold; a second call adds nothing."""
+    data = tmp_path / "two.jsonl"
+    rows = [{"problem": "1+2+3+4+5", "solution": "1+2=3;3+3=6;6+4=10;10+5=15;\\boxed{15}", "answer": "15"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"num_steps": 1, "batch_size": 2, "eval_data": str(data), "clip": "inf", "device": "cpu"}
+    grid = Grid(common, [3], {"OPSD": {"method": "opsd"}})
+    (cell,) = run_grid(grid, tmp_path, workers=1)
+    (run,) = (tmp_path / "runs").iterdir()
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert (cell["before"], cell["after"]) == (evaluation["before"], evaluation["after"])
+    assert cell["accuracy"] == [json.loads((run / "metrics.jsonl").read_text())["accuracy"]]
+    assert json.loads((run / "config.json").read_text())["config"]["seed"] == 3
+    assert not list(run.glob("checkpoint-*"))
+    assert run_grid(grid, tmp_path, workers=1) == [cell]
