@@ -246,7 +246,7 @@ def benchmark_step(table: Table, preset: str, device: torch.device, folder: Path
     twin_loss = mock.patch.object(
         train, "loss_terms_from_hidden", lambda *a, **k: whole(*a, **{**k, "chunk_tokens": 10**9})
     )
-    twin_sample = mock.patch.object(train, "sample", per_micro_batch(train.sample, config.micro_batch_size))
+    twin_sample = mock.patch.dict(train.ENGINES, generate=per_micro_batch(rollout.sample, int(config.micro_batch_size)))
     step(0)
     ours = step(1)
     try:
@@ -269,9 +269,6 @@ def benchmark_sampling(table: Table, preset: str, built: dict, device: torch.dev
     config, tokenizer, model = built["config"], built["tokenizer"], built["model"]
     prompts = [student_prompt(tokenizer, problem) for problem in built["problems"][: config.batch_size]]
     keys = [(0, slot) for slot in range(len(prompts))]
-    engines = {"generate": rollout.sample}
-    if hasattr(rollout, "sample_continuous"):
-        engines["continuous"] = rollout.sample_continuous
 
     def rate(sampler: Callable) -> float:
         took, tokens = float("inf"), 0
@@ -285,8 +282,8 @@ def benchmark_sampling(table: Table, preset: str, built: dict, device: torch.dev
             took, tokens = min(took, time.perf_counter() - start), sum(out.lengths)
         return tokens / took
 
-    naive = rate(per_micro_batch(rollout.sample, config.micro_batch_size))
-    for name, sampler in engines.items():
+    naive = rate(per_micro_batch(rollout.sample, int(config.micro_batch_size)))
+    for name, sampler in train.ENGINES.items():
         ours = rate(sampler)
         table.add(f"sampling {preset}, {name}", ours, naive, "tokens/s", f"{len(prompts)} rows; more is better")
 
