@@ -49,8 +49,9 @@ class LossOptions:
     entropy_quantile: float = field(default=0.2, metadata={"help": "REOPOLD: share of tokens kept by the entropy mask"})
 
 
-# Logits of this many tokens exist at a time. README, "Memory": 64 takes six times 37 MiB at Qwen3's vocabulary.
-CHUNK_TOKENS = 64
+# Logits of this many tokens exist at a time: five float32 tensors of 28 MiB at Qwen3's vocabulary. More gains nothing
+# on a CPU, where the allocator returns larger tensors to the system each time (experiments/benchmark.py).
+CHUNK_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,7 @@ def score_tokens(
         clipped_mass_M = torch.zeros_like(ids_M, dtype=torch.float32)
         if method.token_loss is clipped_divergence and options.clip < float("inf"):
             is_clipped_MV = divergence_entries(student_logp_MV, teacher_logp_MV, options.beta) > options.clip
-            clipped_mass_M = teacher_logp_MV.where(is_clipped_MV, -torch.inf).exp_().sum(dim=-1)
+            clipped_mass_M = torch.where(is_clipped_MV, teacher_logp_MV.exp(), 0.0).sum(dim=-1)
             del is_clipped_MV
         statistics = {
             "student_logprob": _at(student_logp_MV, ids_M),

@@ -600,5 +600,5 @@ if __name__ == "__main__":
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (InputError, FloatingPointError) as error:
+    except (InputError, FloatingPointError, OSError) as error:  # OSError: a full disk under the logs, say
         sys.exit(f"error: {error}")
