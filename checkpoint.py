@@ -1,4 +1,4 @@
-"""What keeps a run alive: atomic checkpoints with checksums, and the newest one that is whole.
+"""What keeps a run alive: atomic checkpoints with checksums, run folders, and the samples of an evaluation.
 
 A checkpoint is a directory `checkpoint-STEP` that appears only when it is complete: the weights (the adapter in PEFT's
 format, or the whole model), the optimizer, the schedule and, for an EMA teacher, its average. No random state and no
@@ -8,24 +8,24 @@ number of ranks.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import PreTrainedModel
 
-from loss import CHUNK_TOKENS
 from model import ADAPTER_WEIGHTS, load_adapter, lora_layers, save_adapter
 from problems import InputError
 from teacher import Teacher
@@ -201,126 +201,71 @@ def git_commit() -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Memory plan
-
-
-# Bytes that one block keeps per token for its backward pass over the bytes of its linear maps' inputs and outputs,
-# measured with Qwen3, Llama and Olmo 3 (tests/test_memory.py): norms and rotations keep float32 copies.
-SAVED_PER_LINEAR_BYTE = {4: 1.2, 2: 1.55}
-LOSS_BUFFERS = 6  # [CHUNK_TOKENS, V] float32 tensors that loss.py holds at its peak, one of them to spare
-SAMPLING_BUFFERS = 6  # [B, V] float32 tensors of sorting and summing the next token's probabilities
-USABLE = 0.92  # of the free memory: allocators waste some, and kernels have workspaces
+# samples.jsonl of an evaluation: a line that pins the regime, then one line for every sample, written as soon as it is
+# there. An evaluation of hours can be killed at any moment: what is in the file counts, what is missing is sampled.
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes of a training step on one rank. Sampling and scoring take turns, so the larger of the two counts."""
+class Sample:
+    """One sampled solution, as it is written to samples.jsonl."""
 
-    weights: int  # frozen ones, with the teacher's copies
-    trained: int  # the adapter, or all weights
-    optimizer: int  # gradients and AdamW's two moments
-    sampling: int  # key-value cache of the whole local batch
-    activations: int  # of one micro-batch, student's forward and backward
-    loss: int  # chunk of logits, hidden states of both contexts
-    micro_batch_size: int
-
-    @property
-    def total(self) -> int:
-        fixed = self.weights + self.trained + self.optimizer
-        return fixed + max(self.sampling, self.activations + self.loss)
-
-    def __str__(self) -> str:
-        parts = [f"{f.name} {getattr(self, f.name) / 2**30:.2f}" for f in fields(self) if f.name != "micro_batch_size"]
-        return f"memory in GiB: {', '.join(parts)}; peak {self.total / 2**30:.2f} ({self.micro_batch_size} sequences)"
+    problem: int  # index in the benchmark
+    sample: int  # 0..N-1
+    seed: int
+    text: str
+    tokens: int
+    finish_reason: str  # "eos" or "length"
 
 
-def plan_memory(
-    model: PreTrainedModel,
-    teacher: Teacher,
-    *,
-    student_tokens: int,
-    teacher_tokens: int,
-    max_new_tokens: int,
-    local_batch: int,
-    micro_batch_size: int | None,
-    gradient_checkpointing: bool,
-    available: int | None,
-) -> MemoryPlan:
-    """What a step takes at worst: every rollout as long as `max_new_tokens` after the longest prompt of each context.
+def check_regime(found: dict, wanted: dict, path: Path) -> None:
+    """Raise InputError, naming the field, where a file's samples come from another regime than the one asked for."""
+    for name, value in wanted.items():
+        hashed = wanted.get(f"{name}_sha256") is not None  # a hash says more than the name of a path
+        if not hashed and found.get(name) != value:
+            raise InputError(
+                f"{path}: its samples have {name} {found.get(name)!r}, not {value!r}; use another --output_dir"
+            )
 
-    `micro_batch_size` None chooses the largest power of two, or the whole local batch, that fits into `available`
-    bytes (free memory of the device before anything but the model was allocated; None: unknown, nothing is refused).
-    Raises InputError, with what would help, where the step cannot fit.
+
+@contextmanager
+def open_samples(path: Path) -> Iterator[tuple[dict | None, list[Sample], Callable[[dict], None]]]:
+    """Yield the regime (None in a new file), the samples, and a function that appends a line.
+
+    A last line without its end was torn by a crash: it is cut off, and its sample is missing. Raises InputError for a
+    damaged line elsewhere and for a file that another process is writing.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another evaluation is writing to it") from None
+        file.seek(0)
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        file.truncate(whole)
+        header, samples = None, []
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                if number == 1:
+                    header = row["regime"]
+                else:
+                    samples.append(Sample(**row))
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{path}, line {number}: not a line of a sample file") from None
 
-    def plan(size: int) -> MemoryPlan:
-        return _plan(
-            model, teacher, student_tokens, teacher_tokens, max_new_tokens, local_batch, size, gradient_checkpointing
-        )
+        def append(row: dict) -> None:
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
 
-    powers = [2**n for n in range(local_batch.bit_length()) if 2**n < local_batch]
-    sizes = [local_batch, *reversed(powers)] if micro_batch_size is None else [min(micro_batch_size, local_batch)]
-    plans = [plan(size) for size in sizes]
-    resident = plans[0].weights + plans[0].trained  # already allocated, so no longer part of `available`
-    if available is None:
-        return plans[0] if micro_batch_size is not None else plan(min(local_batch, UNKNOWN_MEMORY_SIZE))
-    for candidate in plans:
-        if candidate.total - resident <= USABLE * available:
-            return candidate
-    raise InputError(
-        f"{plans[-1]}, but {(available + resident) / 2**30:.2f} are there; {_advice(plans[-1], gradient_checkpointing)}"
-    )
-
-
-UNKNOWN_MEMORY_SIZE = 4  # the paper's micro-batch, where the free memory cannot be read
-
-
-def _plan(model, teacher, student_tokens, teacher_tokens, max_new_tokens, local_batch, size, checkpointing):
-    trained = _bytes(p for p in model.parameters() if p.requires_grad)
-    frozen = _bytes(p for p in model.parameters() if not p.requires_grad)
-    copies = _bytes(teacher.average) + (_bytes(teacher.copy.parameters()) if teacher.copy is not None else 0)
-    head = model.get_output_embeddings().weight
-    V, D, itemsize = *head.shape, head.element_size()
-    blocks = list(model.get_decoder().layers)
-    linears = {name.split(".")[-1 - name.endswith(".base")]: m for name, m in blocks[0].named_modules()
-               if isinstance(m, nn.Linear)}  # fmt: skip
-    kept = sum(m.in_features + m.out_features for m in linears.values()) * itemsize
-    kept = int(kept * SAVED_PER_LINEAR_BYTE.get(itemsize, 1.55))  # bytes per token and block
-    # With checkpointing a block's input is kept and one block at a time recomputed; its gradients take as much again.
-    per_token = len(blocks) * D * itemsize + 2 * kept if checkpointing else (len(blocks) + 1) * kept
-    student, context = student_tokens + max_new_tokens, teacher_tokens + max_new_tokens
-    activations = size * max(student * per_token, context * kept)  # the teacher's pass keeps no more than one block
-    cache = local_batch * student * len(blocks) * 2 * linears["k_proj"].out_features * itemsize
-    states = 4 * size * max_new_tokens * D * itemsize  # of both contexts, their gradient, and the gradient kept
-    return MemoryPlan(
-        weights=frozen + copies, trained=trained, optimizer=3 * trained,
-        sampling=cache + SAMPLING_BUFFERS * local_batch * V * 4, activations=activations,
-        loss=LOSS_BUFFERS * CHUNK_TOKENS * V * 4 + states, micro_batch_size=size,
-    )  # fmt: skip
+        yield header, samples, append
 
 
-def _advice(plan: MemoryPlan, checkpointing: bool) -> str:
-    advice = []
-    if plan.activations + plan.loss > plan.sampling:
-        advice += ["a lower --micro_batch_size"] if plan.micro_batch_size > 1 else ["a lower --max_length"]
-        advice += [] if checkpointing else ["--gradient_checkpointing true"]
-    else:
-        advice += ["a lower --batch_size or more ranks", "a lower --max_new_tokens"]
-    if plan.optimizer > plan.weights:
-        advice += ["LoRA (--lora_rank 64)"]
-    return "what helps: " + ", ".join(advice) + ", or a larger device"
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Free bytes of a device: a GPU's own, the host's as Linux estimates it, None where that cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def weights_digest(directory: Path) -> str:
+    """SHA-256 of a directory's weights; for an adapter also of its settings (rank, alpha)."""
+    total = hashlib.sha256()
+    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("adapter_config.json")]):
+        with path.open("rb") as file:
+            total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoint import versions, write_atomically
+from checkpoint import Sample, check_regime, open_samples, versions, weights_digest, write_atomically
 from experiments.server import complete_all, prompt_text
 from model import ADAPTER_CONFIG, find_checkpoint, load_adapter, load_model, load_tokenizer, pick_device
 from problems import (
@@ -37,7 +37,6 @@ from problems import (
     parse_number,
 )
 from rollout import StreamKey, check_sampling, sample, sample_continuous
-from samples import Sample, check_regime, open_samples, weights_digest
 from teacher import EVALUATION_PROMPT, encode_prompt
 
 

@@ -30,17 +30,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_sc
 from transformers.utils.logging import disable_progress_bar
 
 from checkpoint import (
-    MemoryPlan,
-    available_memory,
     keep_lines,
     load_checkpoint,
     newest_checkpoint,
     open_run,
-    plan_memory,
     save_checkpoint,
     write_atomically,
 )
 from evaluate import is_correct, sample_solutions
+from experiments.memory import MemoryPlan, available_memory, plan_memory
 from loss import LossOptions, LossTerms, get_method, loss_terms_from_hidden
 from model import (
     add_lora,

@@ -19,9 +19,9 @@ from statistics import NormalDist
 
 import numpy as np
 
+from checkpoint import open_samples
 from evaluate import benchmark_digest, bootstrap_interval, needs_latex, summarise
 from problems import InputError, load_problems, make_grader
-from samples import open_samples
 
 # Avg@12 in % with the sample std over 3 evaluation seeds, Qwen3-4B (paper Table 2). The paper has no base row; the one
 # here is the OPSD repository's (AIME24, AIME25, HMMT25).

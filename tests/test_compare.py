@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from checkpoint import Sample, open_samples
 from evaluate import benchmark_digest, summarise
 from experiments.compare import (
     PAPER,
@@ -19,7 +20,6 @@ from experiments.compare import (
     report,
 )
 from problems import InputError, load_problems
-from samples import Sample, open_samples
 
 
 def test_permutation_p_by_hand():

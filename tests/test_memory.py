@@ -4,7 +4,7 @@ import families
 import pytest
 import torch
 
-from checkpoint import available_memory, plan_memory
+from experiments.memory import available_memory, plan_memory
 from model import add_lora, load_model, response_hidden
 from problems import InputError
 from teacher import Teacher

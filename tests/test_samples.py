@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 import pytest
 
+from checkpoint import Sample, check_regime, open_samples, weights_digest
 from problems import InputError
-from samples import Sample, check_regime, open_samples, weights_digest
 
 ROW = Sample(
     problem=3, sample=1, seed=0, text="zero \x00, half \ud800 of a pair, \\boxed{1}\n", tokens=5, finish_reason="eos"
