@@ -15,9 +15,6 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -39,7 +36,9 @@ from checkpoint import (
 )
 from evaluate import is_correct, sample_solutions
 from experiments.memory import MemoryPlan, available_memory, plan_memory
-from loss import LossOptions, LossTerms, get_method, loss_terms_from_hidden
+from experiments.monitor import Clock, StepSums, collapse_warning, rollout_metrics, step_line
+from experiments.ranks import gather_objects, rank, sum_over_ranks, world_size
+from loss import LossOptions, get_method, loss_terms_from_hidden
 from model import (
     add_lora,
     context_length,
@@ -235,106 +234,7 @@ def pad_responses(responses: list[list[int]], device: torch.device) -> tuple[Ten
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Metrics: their formulas stand in the README
-
-
-class StepSums:
-    """What the micro-batches of a step add up to: the loss's fraction and token statistics by tenth of the solution."""
-
-    NAMES = ("tokens", "divergence", "weight", "clipped_mass", "student_entropy", "teacher_entropy")
-
-    def __init__(self, device: torch.device) -> None:
-        self.numerator, self.denominator = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.deciles = torch.zeros(10, len(self.NAMES), device=device)
-        self.bad: list[int] = []  # problems of micro-batches whose loss is not finite
-
-    def add(self, terms: LossTerms, problems: list[int]) -> None:
-        self.numerator += terms.numerator.detach()
-        self.denominator += terms.denominator
-        if not terms.numerator.isfinite():
-            self.bad += problems
-        scores = terms.scores
-        columns = torch.stack(
-            [
-                torch.ones_like(terms.weight), scores.loss.detach(), terms.weight, scores.clipped_mass,
-                scores.student_entropy, scores.teacher_entropy,
-            ],
-            dim=1,
-        )  # fmt: skip
-        self.deciles.index_add_(0, (terms.relative_position * 10).long().clamp(max=9), columns)
-
-    def over_ranks(self) -> Tensor:
-        """Add up all ranks; returns the loss of the whole step."""
-        for tensor in (self.numerator, self.denominator, self.deciles):
-            sum_over_ranks(tensor)
-        self.denominator.clamp_(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
-        self.bad = sorted(problem for part in gather_objects(self.bad) for problem in part)
-        return self.numerator / self.denominator
-
-    def token_metrics(self) -> dict:
-        """Means over the step's tokens, and by tenth of the solution (null where no token lies)."""
-        rows, total = self.deciles.tolist(), self.deciles.sum(dim=0).tolist()
-        columns = list(enumerate(self.NAMES))[1:]
-        means = {name: total[i] / total[0] for i, name in columns}
-        return {**means, "by_decile": {name: [r[i] / r[0] if r[0] else None for r in rows] for i, name in columns}}
-
-
-def rollout_metrics(samples: list[dict]) -> dict:
-    """Over all ranks: accuracy on the problems that have an answer, mean length, share that ended with EOS."""
-    graded = [row["correct"] for row in samples if row["correct"] is not None]
-    ended = [row["finish_reason"] == "eos" for row in samples]
-    counts = [sum(graded), len(graded), sum(row["tokens"] for row in samples), sum(ended), len(samples)]
-    correct, count, tokens, eos, rows = (sum(column) for column in zip(*gather_objects(counts), strict=True))
-    return {"accuracy": correct / count if count else None, "mean_length": tokens / rows, "eos_rate": eos / rows}
-
-
-COLLAPSE_WINDOW = 5  # steps; a single step's accuracy is a mean over few rollouts
-
-
-def collapse_warning(history: list[dict], limit: int) -> str | None:
-    """One line if, over the last steps, every rollout was cut at `limit` tokens or a rate fell to half its best."""
-    ends = range(COLLAPSE_WINDOW, len(history) + 1)
-    windows = [history[end - COLLAPSE_WINDOW : end] for end in ends]
-    if windows and all(step["mean_length"] >= limit for step in windows[-1]):
-        return f"every rollout of the last {COLLAPSE_WINDOW} steps was cut at --max_new_tokens {limit}"
-    for name in ("accuracy", "eos_rate"):
-        means = [sum(step[name] or 0.0 for step in window) / COLLAPSE_WINDOW for window in windows]
-        if means and means[-1] <= max(means) / 2 > 0.0:
-            return f"{name} fell from {max(means):.2f} to {means[-1]:.2f} (means over {COLLAPSE_WINDOW} steps)"
-    return None
-
-
-class Clock:
-    """Seconds spent in the named parts of a step; waits for the GPU at both ends."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + self._now() - start
-
-    @staticmethod
-    def _now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def metrics(self) -> dict:
-        return {f"seconds_{part}": round(value, 4) for part, value in self.seconds.items()}
-
-
-def step_line(metrics: dict, num_steps: int) -> str:
-    m = {key: float("nan") if value is None else value for key, value in metrics.items()}
-    return (
-        f"step {m['step'] + 1:3d}/{num_steps}  loss {m['loss']:7.4f}  grad {m['grad_norm']:6.3f}  "
-        f"lr {m['learning_rate']:.1e}  accuracy {m['accuracy']:.2f}  length {m['mean_length']:5.1f}  "
-        f"eos {m['eos_rate']:.2f}  entropy {m['student_entropy']:.3f}/{m['teacher_entropy']:.3f}  "
-        f"weight {m['weight']:.3f}  clipped {m['clipped_mass']:.3f}  "
-        f"s {m['seconds_sampling']:.2f}+{m['seconds_teacher']:.2f}+{m['seconds_student'] + m['seconds_update']:.2f}"
-    )
+# The run
 
 
 def held_out_accuracy(model, tokenizer, problems: list[Problem], config: TrainConfig) -> float:
@@ -350,37 +250,6 @@ def held_out_accuracy(model, tokenizer, problems: list[Problem], config: TrainCo
         correct += sum(is_correct(item, problems) for item in batch)
     counts = gather_objects((correct, len(jobs)))
     return sum(right for right, _ in counts) / sum(done for _, done in counts)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Ranks
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Sum in place over all ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def gather_objects(value: object) -> list:
-    """Every rank's value, on every rank."""
-    gathered = [value] * world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(gathered, value)
-    return gathered
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The run
 
 
 def parse_config(arguments: list[str] | None = None) -> TrainConfig:

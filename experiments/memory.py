@@ -1,4 +1,4 @@
-"""What a training step takes, before the first one: the plan that train.py prints and `--micro_batch_size auto` uses."""
+"""What a training step takes, told before the first one; the plan behind `--micro_batch_size auto`."""
 
 from __future__ import annotations
 

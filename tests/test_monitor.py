@@ -1,8 +1,10 @@
-"""The one-line warning of a collapsed run."""
+"""What is logged of a step, and the one-line warning of a collapsed run."""
 
 import pytest
+import torch
 
-from train import COLLAPSE_WINDOW, collapse_warning
+from experiments.monitor import COLLAPSE_WINDOW, StepSums, collapse_warning
+from loss import LossTerms, TokenScores
 
 HEALTHY = {"accuracy": 0.6, "eos_rate": 1.0, "mean_length": 30.0}
 
@@ -42,3 +44,22 @@ def test_too_few_steps_say_nothing():
 
 def test_problems_without_answers_have_no_accuracy():
     assert collapse_warning(history({"accuracy": None}, {"accuracy": None}), limit=96) is None
+
+
+def test_metrics_by_tenth_of_the_solution():
+    sums = StepSums(torch.device("cpu"))
+    M = torch.arange(4.0)
+    scores = token_scores(loss=M, clipped_mass=M / 10)
+    r = torch.tensor([0.05, 0.09, 0.55, 0.999])
+    terms = LossTerms(torch.tensor(6.0), torch.tensor(2.0), torch.ones(4), r, scores)
+    sums.add(terms, [0])
+    sums.add(terms, [1])
+    assert sums.over_ranks().item() == 3.0
+    row = sums.token_metrics()
+    assert row["divergence"] == 1.5 and row["weight"] == 1.0
+    assert row["by_decile"]["divergence"] == [0.5, None, None, None, None, 2.0, None, None, None, 3.0]
+
+
+def token_scores(**values):
+    zeros = {name: torch.zeros(4) for name in TokenScores.__dataclass_fields__}
+    return TokenScores(**{**zeros, **values})

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from loss import TokenScores
 from problems import InputError, tiny_problems
 from train import PRESETS, TrainConfig, micro_batches, parse_config, step_problems
 
@@ -296,25 +295,6 @@ def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, tmp_path, r
     output = run_main(flags(qwen3, data, tmp_path / "run", "--eval_data", held_out, "--eval_samples", 2))
     assert json.loads((tmp_path / "run/evaluation.json").read_text()).keys() == {"before", "after"}
     assert "held-out accuracy: 0.000 -> 0.000" in output
-
-
-def test_metrics_by_tenth_of_the_solution():
-    sums = train.StepSums(torch.device("cpu"))
-    M = torch.arange(4.0)
-    scores = train_scores(loss=M, clipped_mass=M / 10)
-    r = torch.tensor([0.05, 0.09, 0.55, 0.999])
-    terms = train.LossTerms(torch.tensor(6.0), torch.tensor(2.0), torch.ones(4), r, scores)
-    sums.add(terms, [0])
-    sums.add(terms, [1])
-    assert sums.over_ranks().item() == 3.0
-    row = sums.token_metrics()
-    assert row["divergence"] == 1.5 and row["weight"] == 1.0
-    assert row["by_decile"]["divergence"] == [0.5, None, None, None, None, 2.0, None, None, None, 3.0]
-
-
-def train_scores(**values):
-    zeros = {name: torch.zeros(4) for name in TokenScores.__dataclass_fields__}
-    return TokenScores(**{**zeros, **values})
 
 
 def test_problems_of_the_embedded_world_are_split_cleanly():
