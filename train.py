@@ -102,7 +102,7 @@ class TrainConfig(LossOptions):
 PRESETS: dict[str, dict] = {
     # tau_clip 0.05 collapses a model of this size (README, "Clipping"); the rest is scale.
     "tiny": {
-        "model": "tiny", "data": "tiny:train", "eval_data": "tiny:heldout", "num_steps": 25, "clip": 1.0,
+        "model": "tiny", "data": "tiny:train", "eval_data": "tiny:heldout", "num_steps": 20, "clip": 1.0,
         "max_new_tokens": 96, "micro_batch_size": "32", "learning_rate": 1e-3, "max_grad_norm": 1.0,
         "lora_rank": 16, "lora_alpha": 32.0, "top_k": 0,
     },
