@@ -237,6 +237,7 @@ def regime(config: EvaluationConfig, problems: list[Problem], prompts: list[list
     return {
         "model": config.model,
         "model_sha256": weights_digest(checkpoint) if checkpoint.is_dir() else None,
+        "model_revision": getattr(AutoConfig.from_pretrained(str(checkpoint)), "_commit_hash", None),
         "adapter": config.adapter,
         "adapter_sha256": weights_digest(Path(config.adapter)) if config.adapter else None,
         "benchmark": config.benchmark,

@@ -166,6 +166,7 @@ def scheduled(default: str) -> Callable[..., Tensor]:
         weight_M = rescale_to_mean_one(weight_M, lengths) if rescale else weight_M
         return weight_M.to(scores.loss.device)
 
+    weight.schedule = default
     return weight
 
 
@@ -243,8 +244,11 @@ def get_method(name: str, options: LossOptions) -> tuple[Method, Callable]:
         raise InputError(f"--reward_lambda {options.reward_lambda}: must lie in (0, 1)")
     if not 0.0 <= options.entropy_quantile <= 1.0:
         raise InputError(f"--entropy_quantile {options.entropy_quantile}: must lie in [0, 1]")
-    if any(value is not None for value in (options.schedule, options.w_min, options.tau, options.s)):
-        get_schedule(options.schedule or "moderate", options.w_min, options.tau, options.s)
+    schedule = options.schedule or getattr(METHODS[name].token_weight, "schedule", None)
+    if schedule is not None:
+        get_schedule(schedule, options.w_min, options.tau, options.s)
+    elif (options.w_min, options.tau, options.s) != (None, None, None):
+        raise InputError(f"--w_min, --tau and --s: {name} weights by no schedule; add --schedule")
     return METHODS[name], REDUCTIONS[reduction]
 
 

@@ -34,6 +34,7 @@ from problems import InputError
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's file names
+DTYPES = ("float32", "bfloat16", "float16")
 PEFT_PREFIX = "base_model.model."
 TINY_MODEL = Path(__file__).resolve().parent / "tiny-model"  # the embedded model, known to every script as `tiny`
 
@@ -53,6 +54,8 @@ def load_model(
     device = pick_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: choose one of auto, {', '.join(DTYPES)}")
     name = find_checkpoint(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -102,12 +105,15 @@ def find_checkpoint(name: str) -> str:
 def pick_device(name: str | torch.device) -> torch.device:
     """`auto` is the GPU where there is one. Raises InputError for a device that this machine lacks."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name}: not on this machine") from None
-    return torch.device(name)
+    return device
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -158,7 +164,8 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0
     model.requires_grad_(False)
     for name, linear in found.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRALinear(linear, rank, alpha, dropout))
+        layer = LoRALinear(linear, rank, alpha, dropout).train(linear.training)  # no dropout in a model that evaluates
+        setattr(model.get_submodule(parent), child, layer)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -292,8 +299,8 @@ def export(adapter: str, output: str, base: str | None = None, dtype: str = "aut
             ) from None
     if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
         raise InputError(f"--output {output}: is not a new or empty directory")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise InputError(f"--dtype {dtype}: choose one of auto, float32, bfloat16, float16")
+    if dtype not in ("auto", *DTYPES):
+        raise InputError(f"--dtype {dtype}: choose one of auto, {', '.join(DTYPES)}")
     model, tokenizer = load_model(base, "float32", device="cpu").eval(), load_tokenizer(base)
     load_adapter(model, directory)
     ids = torch.tensor([tokenizer.encode("Problem: 1+2+3\n\nPlease reason step by step.", add_special_tokens=False)])

@@ -100,7 +100,7 @@ class TrainConfig(LossOptions):
 
 
 PRESETS: dict[str, dict] = {
-    # tau_clip 0.05 collapses a model of this size (README, "Clipping"); the rest is scale.
+    # tau_clip 0.05 collapses a model of this size (README, "What the clip does to the gradient"); the rest is scale.
     "tiny": {
         "model": "tiny", "data": "tiny:train", "eval_data": "tiny:heldout", "num_steps": 20, "clip": 1.0,
         "max_new_tokens": 96, "micro_batch_size": "32", "learning_rate": 1e-3, "max_grad_norm": 1.0,
@@ -287,8 +287,6 @@ def check_config(config: TrainConfig) -> None:
         raise InputError("--lora_dropout must lie in [0, 1), --ema_decay in [0, 1]")
     if config.long_prompts not in ("error", "drop"):
         raise InputError(f"--long_prompts {config.long_prompts}: choose error or drop")
-    if config.batch_size < world_size():
-        raise InputError(f"--batch_size {config.batch_size}: fewer prompts than the {world_size()} ranks")
     if config.resume and config.output_dir is None:
         raise InputError("--resume needs --output_dir, the run to go on with")
 
@@ -366,14 +364,17 @@ def build(config: TrainConfig, device: torch.device):
 
 def main() -> None:
     disable_progress_bar()
-    on_gpu = torch.cuda.is_available()
-    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if distributed:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
     config = parse_config()
-    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if distributed and on_gpu else config.device)
+    device = pick_device(config.device)
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if distributed and device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # before the group: NCCL's object collectives use the current device
+    if distributed:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if config.batch_size < world_size():
+            raise InputError(f"--batch_size {config.batch_size}: fewer prompts than the {world_size()} ranks")
     stop_asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stop_asked.append(number))
 
@@ -382,9 +383,11 @@ def main() -> None:
     model, tokenizer, teacher, optimizer, scheduler = build(config, device)
     fitting = fitting_problems(problems, tokenizer, context_length(model), config)
     memory = plan(model, tokenizer, teacher, fitting, config, device)
+    config.dtype = str(model.dtype).removeprefix("torch.")  # a run stays in the precision that `auto` chose
+    free = FREE_ON_RESUME - ({"micro_batch_size"} if config.method == "reopold" else set())  # its quantile's tokens
     run = run_folder(config)
     if rank() == 0:
-        open_run(run, asdict(config), FREE_ON_RESUME, config.resume, {"ranks": world_size()})
+        open_run(run, asdict(config), free, config.resume, {"ranks": world_size(), "hardware": str(device)})
     say(" ".join(f"--{name} {value}" for name, value in asdict(config).items() if value is not None))
     say(f"{len(fitting)} problems ({len(problems) - len(fitting)} dropped as too long), run folder {run}")
     say(str(memory))

@@ -23,7 +23,7 @@ IDS = torch.tensor([[5, 9, 40, 7, 21, 33]])
 def adapted(checkpoint, tmp_path):
     """A model with an adapter that is not zero, and where that adapter is stored."""
     model = load_model(str(checkpoint), device="cpu").eval()
-    add_lora(model, 4, 8.0)
+    add_lora(model, 4, 8.0, dropout=0.05)
     torch.manual_seed(1)
     for parameter in lora_parameters(model):
         parameter.data.normal_(std=0.1)

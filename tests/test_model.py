@@ -154,3 +154,20 @@ def test_damaged_weights_are_said(checkpoint, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes()[: 500 if path.suffix == ".safetensors" else None])
     with pytest.raises(InputError, match="cannot be loaded"):
         load_model(tmp_path)
+
+
+def test_the_gpu_gets_an_index_and_dtypes_have_names(checkpoint, monkeypatch):
+    """torch.cuda.set_device refuses a device without an index."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", 0)
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match="bfloat16"):
+        load_model(checkpoint, "bf16", device="cpu")
+
+
+def test_an_adapter_put_on_an_evaluating_model_does_not_drop(model):
+    add_lora(model, rank=4, alpha=8.0, dropout=0.5)
+    randomise(model)
+    assert torch.equal(response_hidden(model, PROMPTS, RESPONSES), response_hidden(model, PROMPTS, RESPONSES))
