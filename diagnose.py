@@ -27,15 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from checkpoint import open_run, write_atomically
+from evaluate import needs_latex
 from experiments.diagnose_report import report
 from experiments.diagnose_statistics import LABELS, LabelRule, label_children
 from model import context_length, eos_ids, load_model, load_tokenizer, response_hidden
-from problems import InputError, Problem, answers_match, extract_boxed, load_problems
-from rollout import check_sampling, sample
+from problems import FlagParser, InputError, Problem, answers_match, extract_boxed, load_problems, make_grader
+from rollout import check_sampling, sample, sample_continuous
 from teacher import DIAGNOSTIC_PROMPT, encode_prompt, student_prompt
 
 # Streams of random numbers, told apart by the second entry of their key (rollout.py); train.py uses 1 to 3.
@@ -74,7 +75,9 @@ class DiagnoseConfig(LabelRule):
     top_p: float = field(default=0.95, metadata={"help": "E: of the continuations (and of the fallback in A)"})
     bootstraps: int = field(default=2000, metadata={"help": "G: resamples of whole problems"})
     bootstrap_seed: int = field(default=0, metadata={"help": "G: seed of the resamples"})
-    batch_size: int = field(default=32, metadata={"help": "sequences sampled at once"})
+    engine: str = field(default="generate", metadata={"help": "generate, or continuous: continuous batching (GPU)"})
+    batch_size: int = field(default=32, metadata={"help": "sequences sampled between two writes to the run folder"})
+    grader: str = field(default="auto", metadata={"help": "math-verify, exact, or auto: by the problems' answers"})
     device: str = "auto"
     dtype: str = field(default="auto", metadata={"help": "auto (bfloat16 on a GPU, else float32) or its name"})
 
@@ -84,14 +87,16 @@ PRESETS: dict[str, dict] = {
     "tiny": {
         "num_problems": [300], "children": 2, "min_spacing": 2, "context": 96, "spine_tokens": 72, "batch_size": 500,
     },
+    # Continuous batching holds as many rows as fit at a time: the larger the batch, the rarer its thin end.
     "qwen3-4b": {
-        "model": "Qwen/Qwen3-4B", "num_problems": [24, 30, 30],
+        "model": "Qwen/Qwen3-4B", "num_problems": [24, 30, 30], "engine": "continuous", "batch_size": 512,
         "data": ["HuggingFaceH4/MATH-500:test", "HuggingFaceH4/aime_2024:train", "yentinglin/aime_2025:train"],
     },
 }  # fmt: skip
+ENGINES = {"generate": sample, "continuous": sample_continuous}
 # What may differ when a run is taken up again: how it is computed, and phases F and G, which are always done anew.
 FREE_ON_RESUME = {
-    "resume", "output_dir", "device", "batch_size", "bootstraps", "bootstrap_seed",
+    "resume", "output_dir", "device", "engine", "batch_size", "bootstraps", "bootstrap_seed",
     "diversity_viability", "diversity_children", "uncertain_viability",
 }  # fmt: skip
 
@@ -106,12 +111,13 @@ def spines(
     problems: list[Problem],
     config: DiagnoseConfig,
     path: Path,
+    match: Callable = answers_match,
 ) -> list[dict]:
     """Greedy solutions in the student's context; where one boxes no answer, another at the fallback temperature."""
 
     def solve(indices: list[int], temperature: float) -> dict[int, dict]:
         prompts = [student_prompt(tokenizer, problems[i]) for i in indices]
-        rollout = sample(
+        rollout = ENGINES[config.engine](
             model, tokenizer, prompts, [(config.seed, SPINE_STREAM, i) for i in indices],
             temperature=temperature, top_p=config.top_p, top_k=0,
             max_new_tokens=config.spine_tokens,
@@ -120,7 +126,7 @@ def spines(
         rows = zip(indices, texts, rollout.responses, strict=True)
         return {
             i: {"problem": i, "temperature": temperature, "answer": extract_boxed(text), "text": text, "ids": ids,
-                "correct": answers_match(extract_boxed(text), problems[i].answer)}
+                "correct": match(extract_boxed(text), problems[i].answer)}
             for i, text, ids in rows
         }  # fmt: skip
 
@@ -341,6 +347,7 @@ def continuations(
     candidate_rows: list[dict],
     config: DiagnoseConfig,
     path: Path,
+    match: Callable = answers_match,
 ) -> list[dict]:
     """Student continuations behind each forced token, and as many with none forced (`token` null), for all arms.
 
@@ -365,7 +372,7 @@ def continuations(
         prompts = [prompt + start for prompt, start in pieces]
         keys = [(config.seed, CONTINUATION_STREAM, i, t, 0 if v is None else v + 1, n) for i, t, v, n in jobs]
         rooms = [config.context - len(prompt) for prompt in prompts]
-        rollout = sample(
+        rollout = ENGINES[config.engine](
             model, tokenizer, prompts, keys,
             temperature=config.temperature, top_p=config.top_p, top_k=0, max_new_tokens=max(rooms),
         )  # fmt: skip
@@ -375,7 +382,7 @@ def continuations(
         )
         return [
             {"problem": i, "position": t, "token": v, "sample": n, "answer": extract_boxed(text),
-             "correct": answers_match(extract_boxed(text), problems[i].answer), "tokens": len(response), "text": text}
+             "correct": match(extract_boxed(text), problems[i].answer), "tokens": len(response), "text": text}
             for (i, t, v, n), text, response in zip(jobs, texts, responses, strict=True)
         ]  # fmt: skip
 
@@ -429,7 +436,13 @@ def run_phase(
     with path.open("a", encoding="utf-8") as file:
         for start in tqdm(range(0, len(left), batch_size), desc=path.stem, disable=not left):
             batch = left[start : start + batch_size]
-            rows = work(batch)
+            try:
+                rows = work(batch)
+            except torch.OutOfMemoryError:
+                raise InputError(
+                    f"{path}: out of GPU memory with {len(batch)} of its rows at once: lower --batch_size, use "
+                    "--engine continuous or a larger GPU; --resume goes on behind the finished rows"
+                ) from None
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
             done |= dict(zip(batch, rows, strict=True))
@@ -451,7 +464,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def parse_config(arguments: list[str] | None = None) -> DiagnoseConfig:
     """Flags over the preset over the paper's defaults; without --model and --preset the preset is `tiny`."""
-    parser = HfArgumentParser(DiagnoseConfig, description=__doc__)
+    parser = FlagParser(DiagnoseConfig, description=__doc__)
     given = parser.parse_args(arguments)
     preset = given.preset or ("tiny" if given.model == "tiny" else None)
     if preset is not None:
@@ -467,17 +480,19 @@ def check_config(config: DiagnoseConfig) -> None:
     """Raise InputError, naming the flag, for values that cannot work."""
     check_sampling(config.temperature, config.top_p, 0, config.spine_tokens)
     at_least = {
-        "children": 1, "rollouts": 1, "candidates": 1, "min_spacing": 1, "dropout_passes": 2, "dropout_layers": 1,
+        "children": 2, "rollouts": 1, "candidates": 1, "min_spacing": 1, "dropout_passes": 2, "dropout_layers": 1,
         "bootstraps": 1, "batch_size": 1, "diversity_children": 1, "context": 2,
     }  # fmt: skip
     for name, least in at_least.items():
         if getattr(config, name) < least:
             raise InputError(f"--{name} {getattr(config, name)}: must be at least {least}")
+    if config.engine not in ENGINES:
+        raise InputError(f"--engine {config.engine}: choose one of {', '.join(ENGINES)}")
     for name in ("min_p2", "min_ratio", "dropout", "diversity_viability", "uncertain_viability"):
         if not 0.0 <= getattr(config, name) <= 1.0:
             raise InputError(f"--{name} {getattr(config, name)}: must lie in [0, 1]")
-    if config.top_valid < max(config.children, 2):
-        raise InputError(f"--top_valid {config.top_valid}: must be at least 2 and at least --children")
+    if config.top_valid < config.children:
+        raise InputError(f"--top_valid {config.top_valid}: must be at least --children, here {config.children}")
     if not 0.0 < config.dropout < 1.0:
         raise InputError(f"--dropout {config.dropout}: must lie strictly between 0 and 1")
     if not config.fallback_temperature > 0.0:
@@ -502,6 +517,8 @@ def main() -> None:
     disable_progress_bar()  # of loading weights
     config = parse_config()
     problems = draw_problems(config)
+    grader = make_grader(config.grader, needs_latex(problems))
+    config.grader = f"{grader.name} {grader.version}"  # what graded the rows of the run; checked on resuming
     model, tokenizer = load_model(config.model, config.dtype, device=config.device), load_tokenizer(config.model)
     if config.context > context_length(model):
         raise InputError(f"--context {config.context}: the model's is {context_length(model)}")
@@ -513,15 +530,19 @@ def main() -> None:
     run = Path(config.output_dir or f"runs/diagnose-{config.preset or Path(config.model).name}")
     open_run(run, asdict(config), FREE_ON_RESUME, config.resume, {})
     common = model, tokenizer, problems
-    spine_rows = spines(*common, config, run / "A_spines.jsonl")
+    spine_rows = spines(*common, config, run / "A_spines.jsonl", grader.match)
     teacher_rows = teacher_pass(*common, spine_rows, config, run / "B_teacher.jsonl")
     candidate_rows = candidates(tokenizer, spine_rows, teacher_rows, config, run / "C_candidates.jsonl")
     dropout_rows = dropout_scores(*common, spine_rows, candidate_rows, config, run / "D_dropout.jsonl")
-    continuation_rows = continuations(*common, spine_rows, candidate_rows, config, run / "E_continuations.jsonl")
+    continuation_rows = continuations(
+        *common, spine_rows, candidate_rows, config, run / "E_continuations.jsonl", grader.match
+    )
+    grader.close()
     rows = labels(candidate_rows, dropout_rows, continuation_rows, config)
     write_atomically(run / "F_labels.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     right = sum(row["correct"] for row in spine_rows)
-    print(f"{len(spine_rows)} problems, {right} spines right, {len(continuation_rows)} continuations")
+    print(f"{len(spine_rows)} problems, {right} spines right, {len(continuation_rows)} continuations, "
+          f"grader {config.grader}, {grader.stopped} comparisons stopped at a limit")  # fmt: skip
     print(report(rows, run, config, config.bootstraps, config.bootstrap_seed))
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ from diagnose import (
     DiagnoseConfig,
     candidates,
     continuations,
+    diagnostic_prompt,
     draw_problems,
     dropout_hooks,
     dropout_scores,
@@ -93,6 +95,33 @@ def test_truncated_entropy_by_hand():
     assert top[0].tolist() == pytest.approx([0.4, 0.2]) and ids[0].tolist() == [0, 2]
     h, top, _ = truncated_entropy(torch.tensor([[0.0, 1.0, 0.0, 0.0]]), valid, 2)
     assert h.item() == 0.0  # all mass on an invalid token: no entropy, and no nan
+
+
+@torch.no_grad()
+def direct_probabilities(model, prompt, ids, t):
+    """[1, V] by the whole model on prompt + response, read where response token t is predicted."""
+    return model(input_ids=torch.tensor([[*prompt, *ids]])).logits[:, len(prompt) - 1 + t].softmax(dim=-1)
+
+
+def test_teacher_pass_scores_each_position_in_both_contexts(tiny, small_run, tmp_path):
+    """Eight tokens of each context, so that a swapped prompt or a shifted position cannot go unseen."""
+    model, tokenizer, problems = tiny
+    A, config = small_run[2][0], DiagnoseConfig(**(SMALL | {"children": 8}))
+    valid, differs = valid_tokens(model, tokenizer), []
+    for row in teacher_pass(model, tokenizer, problems, A, config, tmp_path / "B.jsonl"):
+        problem, ids = problems[row["problem"]], A[row["problem"]]["ids"]
+        assert len(row["h_trunc"]) == len(row["teacher_ids"]) == len(row["student_ids"]) == len(ids)
+        for t in (0, len(ids) // 2, len(ids) - 1):
+            teacher = direct_probabilities(model, diagnostic_prompt(tokenizer, problem), ids, t)
+            student = direct_probabilities(model, student_prompt(tokenizer, problem), ids, t)
+            h, p, top = truncated_entropy(teacher, valid, config.top_valid)
+            assert row["h_trunc"][t] == pytest.approx(h.item(), rel=1e-3, abs=1e-7)
+            assert row["teacher_p"][t] == pytest.approx(p[0, :8].tolist(), rel=1e-3)
+            assert row["teacher_ids"][t] == top[0, :8].tolist()
+            own = truncated_entropy(student, valid, config.top_valid)[2][0, :8].tolist()
+            assert row["student_ids"][t] == own
+            differs.append(own != row["teacher_ids"][t])
+    assert sum(differs) >= len(differs) / 2  # else the contexts could be exchanged
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -180,6 +209,19 @@ def test_hooked_dropout_keeps_the_mean(checkpoint):
     assert (hidden.mean(dim=0) - plain[0]).abs().max() < 0.05 * plain.abs().max()
 
 
+def test_dropout_is_read_at_the_candidate_in_the_teachers_context(tiny, small_run, tmp_path):
+    """Without dropout all passes agree: the entropy is the teacher's over the full vocabulary."""
+    model, tokenizer, problems = tiny
+    A, C = small_run[2][0], small_run[2][2]
+    rows = dropout_scores(*tiny, A, C, DiagnoseConfig(**SMALL, dropout=0.0), tmp_path / "D.jsonl")
+    assert sum(len(row["positions"]) for row in rows) > 4
+    for row in rows:
+        prompt, ids = diagnostic_prompt(tokenizer, problems[row["problem"]]), A[row["problem"]]["ids"]
+        for t, entropy in zip(row["positions"], row["entropy"], strict=True):
+            p = direct_probabilities(model, prompt, ids, t)
+            assert entropy == pytest.approx(-(p * p.log()).sum().item(), rel=1e-3)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The phases together
 
@@ -222,11 +264,41 @@ def test_a_run_taken_up_at_any_phase_equals_an_unbroken_one(small_run, tiny, tmp
     assert again == whole
 
 
+def forbidden(*args, **settings):
+    pytest.fail("computed again, or by the wrong engine")
+
+
 def test_finished_phases_touch_no_model(small_run, tiny, monkeypatch):
     run, config, whole = small_run
-    for name in ("sample", "response_hidden"):
-        monkeypatch.setattr(diagnose, name, lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setitem(diagnose.ENGINES, "generate", forbidden)
+    monkeypatch.setattr(diagnose, "response_hidden", forbidden)
     assert all_phases(*tiny, config, run) == whole
+
+
+def test_engines_sample_the_same_rows(small_run, tiny, tmp_path, monkeypatch):
+    _, _, (A, _, C, _, E) = small_run
+    monkeypatch.setitem(diagnose.ENGINES, "generate", forbidden)
+    config = DiagnoseConfig(**SMALL, engine="continuous", batch_size=64)
+    assert spines(*tiny, config, tmp_path / "A.jsonl") == A
+    assert continuations(*tiny, A, C[:1], config, tmp_path / "E.jsonl") == [row for row in E if row["problem"] == 0]
+
+
+def test_a_lack_of_gpu_memory_is_one_line_and_the_run_goes_on(small_run, tiny, tmp_path, monkeypatch):
+    _, config, (A, *_) = small_run
+    small = DiagnoseConfig(**SMALL, batch_size=2)
+    calls, real = [], diagnose.ENGINES["generate"]
+
+    def scarce(*args, **settings):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **settings)
+
+    monkeypatch.setitem(diagnose.ENGINES, "generate", scarce)
+    with pytest.raises(InputError, match=r"A\.jsonl: out of GPU memory .*--batch_size"):
+        spines(*tiny, small, tmp_path / "A.jsonl")
+    assert read_rows(tmp_path / "A.jsonl") == A[:2]
+    assert spines(*tiny, config, tmp_path / "A.jsonl") == A and len(calls) == 3
 
 
 def test_spines_without_a_box_are_sampled_again(tiny, tmp_path, monkeypatch):
@@ -239,7 +311,7 @@ def test_spines_without_a_box_are_sampled_again(tiny, tmp_path, monkeypatch):
         plain = [boxed if temperature or key[-1] != 1 else boxed[:1] for key in keys]
         return Rollout(prompts, plain, [True] * len(prompts))
 
-    monkeypatch.setattr(diagnose, "sample", fake)
+    monkeypatch.setitem(diagnose.ENGINES, "generate", fake)
     rows = spines(model, tokenizer, problems, DiagnoseConfig(**SMALL), tmp_path / "A.jsonl")
     assert calls == [(0.0, [0, 1, 2, 3]), (0.7, [1])]
     assert [row["temperature"] for row in rows] == [0.0, 0.7, 0.0, 0.0] and rows[1]["correct"]
@@ -265,7 +337,7 @@ def test_continuations_have_streams_of_their_own_and_end_at_the_context(small_ru
         assert max_new_tokens == config.context - min(map(len, prompts))
         return Rollout(prompts, [[seven] * max_new_tokens for _ in prompts], [False] * len(prompts))
 
-    monkeypatch.setattr(diagnose, "sample", fake)
+    monkeypatch.setitem(diagnose.ENGINES, "generate", fake)
     rows = continuations(*tiny, A, C, config, tmp_path / "E.jsonl")
     assert len(set(keys)) == len(keys) == len(E)
     for row in rows:
@@ -293,6 +365,7 @@ def test_labels_of_every_arm_by_hand():
 def test_defaults_are_the_papers_protocol():
     config = parse_config(["--preset", "qwen3-4b"])
     assert config.num_problems == [24, 30, 30] and len(config.data) == 3 and config.model == "Qwen/Qwen3-4B"
+    assert config.engine == "continuous"  # 32K tokens a row: nothing padded
     expected = {
         "context": 32768, "spine_tokens": 16384, "fallback_temperature": 0.7, "top_valid": 16, "candidates": 5,
         "min_p2": 0.02, "min_ratio": 0.10, "min_spacing": 64, "children": 3, "dropout_passes": 5, "dropout": 0.1,
@@ -320,8 +393,8 @@ def test_problems_are_drawn_without_replacement_from_each_source(tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--preset no", "--children 0", "--dropout 0", "--dropout 1", "--min_p2 2", "--temperature -1", "--top_valid 1",
-     "--dropout_passes 1", "--data a b", "--fallback_temperature 0"],
+    ["--preset no", "--children 1", "--top_valid 1", "--engine vllm", "--grader_name exact", "--dropout 0",
+     "--dropout 1", "--min_p2 2", "--temperature -1", "--dropout_passes 1", "--data a b", "--fallback_temperature 0"],
 )  # fmt: skip
 def test_mistakes_are_named(flags):
     with pytest.raises(InputError, match=flags.split()[0] if flags != "--data a b" else "--num_problems"):
@@ -346,3 +419,42 @@ def test_run_phase_keeps_the_order_of_the_jobs(tmp_path):
     run_phase(path, fields, [(1, None), (2, 5)], work, 1)
     rows = run_phase(path, fields, [(3, 4), (2, 5), (1, None)], work, 10)
     assert [row["sum"] for row in rows] == [7, 7, 1] and done == [(1, None), (2, 5), (3, 4)]
+
+
+class BracedGrader:
+    """Knows that \\{15\\} is 15, as no other grader does."""
+
+    name, stopped = "braced", 0
+
+    def __init__(self, version):
+        self.version = version
+
+    def match(self, given, gold):
+        return given is not None and given == gold.strip("\\{}")
+
+    def close(self):
+        pass
+
+
+def test_the_grader_is_chosen_by_the_answers_used_and_pinned(tiny, tmp_path, monkeypatch):
+    data, run, asked = tmp_path / "data.jsonl", tmp_path / "run", []
+    lines = [json.dumps({"problem": p.problem, "answer": f"\\{{{p.answer}\\}}"}) + "\n" for p in tiny[2]]
+    data.write_text("".join(lines))
+
+    def grader(version):
+        return lambda name, latex: asked.append((name, latex)) or BracedGrader(version)
+
+    flags = f"diagnose.py --data {data} --num_problems 4 --rollouts 1 --context 100 --output_dir {run}"
+    monkeypatch.setattr(sys, "argv", flags.split())
+    monkeypatch.setattr(diagnose, "make_grader", grader("1.0"))
+    monkeypatch.setattr(diagnose, "report", lambda *rest: "")
+    diagnose.main()
+    assert asked == [("auto", True)]
+    assert json.loads((run / "config.json").read_text())["config"]["grader"] == "braced 1.0"
+    assert all(row["correct"] for row in read_rows(run / "A_spines.jsonl"))
+    assert any(row["correct"] for row in read_rows(run / "E_continuations.jsonl"))
+    monkeypatch.setattr(sys, "argv", [*flags.split(), "--resume"])
+    diagnose.main()  # the same grader: goes on
+    monkeypatch.setattr(diagnose, "make_grader", grader("2.0"))
+    with pytest.raises(InputError, match=r"--grader braced 1\.0"):
+        diagnose.main()
