@@ -76,6 +76,21 @@ def test_eq1_by_hand():
     assert clipped.item() == pytest.approx(0.05 + 0.25 * math.log(0.5), abs=1e-6)  # negative, and rightly so
 
 
+def test_jsd_off_the_middle_by_hand():
+    """beta = .3: m = .3 (3/4, 1/4) + .7 (1/2, 1/2) = (.575, .425); .3 KL(p_T || m) + .7 KL(p_S || m) = .02795.
+
+    Exchanging .3 and .7 in m gives .04977, in front of the KLs .05005, in both .02900.
+    """
+    student = torch.zeros(1, 1, 2)
+    teacher = torch.tensor([[[math.log(3.0), 0.0]]])
+    ids, mask = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+    p_T, p_S, m = (0.75, 0.25), (0.5, 0.5), (0.575, 0.425)
+    expected = 0.3 * sum(p * math.log(p / x) for p, x in zip(p_T, m, strict=True))
+    expected += 0.7 * sum(p * math.log(p / x) for p, x in zip(p_S, m, strict=True))
+    loss = method_loss("opsd", student, teacher, ids, mask, temperature=1.0, clip=None, beta=0.3)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
 def slow_divergence(student, teacher, temperature, clip):
     """Eq. (1) for one token with Python's numbers."""
     s = [math.exp(x / temperature) for x in student.tolist()]

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import diagnose
+import evaluate
 import loss
 import train
 import weighting
@@ -37,6 +39,13 @@ def test_every_file_of_the_tree_exists():
     files = re.findall(r"^([\w.-]+(?:\.py|/)) ", tree, flags=re.MULTILINE)
     assert len(files) >= 12
     assert all((ROOT / file).exists() for file in files)
+    entries = [line.strip() for line in tree.splitlines() if line.startswith(" ")]  # of experiments/
+    assert len(entries) >= 10
+    for entry in entries:
+        names = re.match(r"(?:[\w*-]+(?:\.py|/),? )+", entry)
+        assert names, f"no file name at the start of {entry!r}"
+        for name in names[0].replace(",", " ").split():
+            assert list((ROOT / "experiments").glob(name)), f"experiments/{name} does not exist"
 
 
 def test_the_examples_of_new_methods_run(monkeypatch):
@@ -55,8 +64,16 @@ def test_the_examples_of_new_methods_run(monkeypatch):
     assert 0 < loss.method_loss("hellinger", student, teacher, ids, mask).item() < 1
 
 
-def test_flags_in_the_commands_exist():
-    known = {f"--{name}" for name in train.TrainConfig.__dataclass_fields__}
-    commands = re.findall(r"train\.py ([^`\n#]*)", README)
+@pytest.mark.parametrize(
+    "script, config",
+    [
+        ("train", train.TrainConfig),
+        ("evaluate", evaluate.EvaluationConfig),
+        ("diagnose", diagnose.DiagnoseConfig),
+    ],
+)
+def test_flags_in_the_commands_exist(script, config):
+    known = {"--help"} | {f"--{name}" for name in config.__dataclass_fields__}
+    commands = re.findall(rf"\b{script}\.py ([^`\n#]*)", README.replace("\\\n", " "))
     used = {word for command in commands for word in command.split() if word.startswith("--")}
-    assert used and used <= known
+    assert len(used - {"--help"}) >= 2 and used <= known

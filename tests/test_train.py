@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from problems import InputError, tiny_problems
-from train import PRESETS, TrainConfig, micro_batches, parse_config, step_problems
+from model import LoRALinear, lora_parameters
+from problems import InputError, load_problems, tiny_problems
+from rollout import Rollout
+from train import PRESETS, TrainConfig, build, micro_batches, parse_config, step_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBLEMS = [
@@ -64,6 +67,10 @@ def run_main(monkeypatch, capsys):
 def metrics(run: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def lengths(run: Path) -> list[int]:
+    return [json.loads(line)["tokens"] for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
 def adapter(run: Path, step: int) -> dict:
@@ -164,34 +171,170 @@ def test_gsm8k_like_data_runs_with_every_family(checkpoint, data, tmp_path, run_
     assert "step   2/2" in output
 
 
+@pytest.fixture
+def uneven_rollouts(monkeypatch):
+    """The random models never end a response by themselves: row `slot` of a step is cut to 3 + slot tokens."""
+    original = train.ENGINES["generate"]
+
+    def cut(model, tokenizer, prompts, keys, **settings):
+        rollout = original(model, tokenizer, prompts, keys, **settings)
+        responses = [row[: 3 + key[-1]] for row, key in zip(rollout.responses, keys, strict=True)]
+        return Rollout(rollout.prompts, responses, [False] * len(responses))
+
+    monkeypatch.setitem(train.ENGINES, "generate", cut)
+
+
 @pytest.mark.parametrize("method", ["opsd", "pwopsd", "eopd", "reopold"])
-def test_micro_batches_do_not_change_the_step(qwen3, data, tmp_path, run_main, method):
-    """Accumulation is exact: rows of different lengths, one by one or all at once, give the same parameters."""
-    for size in (1, 4):
+def test_micro_batches_do_not_change_the_step(qwen3, data, tmp_path, run_main, uneven_rollouts, method):
+    """Accumulation is exact: rows of different lengths, one by one, 3 + 1 or all at once, give the same parameters."""
+    for size in (1, 3, 4):
         run_main(
             flags(
                 qwen3, data, tmp_path / f"run{size}", "--method", method, "--micro_batch_size", size, "--num_steps", 1
             )
         )
-    one, four = metrics(tmp_path / "run1")[0], metrics(tmp_path / "run4")[0]
-    assert one["loss"] == pytest.approx(four["loss"], abs=1e-6)
-    assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-5)
-    assert largest_difference(adapter(tmp_path / "run1", 1), adapter(tmp_path / "run4", 1)) < 1e-5
+        assert lengths(tmp_path / f"run{size}") == [3, 4, 5, 6]
+    whole = metrics(tmp_path / "run4")[0]
+    for size in (1, 3):
+        parts = metrics(tmp_path / f"run{size}")[0]
+        assert parts["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+        assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
+        assert largest_difference(adapter(tmp_path / f"run{size}", 1), adapter(tmp_path / "run4", 1)) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["opsd", "pwopsd"])
-def test_two_ranks_equal_one(qwen3, data, tmp_path, run_main, method):
-    run_main(flags(qwen3, data, tmp_path / "one", "--method", method, "--num_steps", 1))
+def test_two_ranks_equal_one(tmp_path, run_main, method):
+    """Five rollouts that end where they will, 3 on one rank and 2 on the other: neither rows nor tokens are even."""
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"problem": "1+2+3+4+5", "answer": "15"}) + "\n")
+
+    def arguments(run):
+        return [
+            "--preset", "tiny", "--method", method, "--num_steps", "1", "--batch_size", "5", "--max_new_tokens", "48",
+            "--eval_data", str(tmp_path / "held_out.jsonl"), "--device", "cpu", "--output_dir", str(tmp_path / run),
+        ]  # fmt: skip
+
+    run_main(arguments("one"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
-    arguments = flags(qwen3, data, tmp_path / "two", "--method", method, "--num_steps", 1)
-    subprocess.run(
-        [*command, *arguments], cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *arguments("two")], cwd=ROOT, check=True, capture_output=True, env=environment)
+    by_row = lengths(tmp_path / "one")
+    assert len(set(by_row)) > 1 and sum(by_row[::2]) / 3 != sum(by_row[1::2]) / 2
     one, two = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
     assert one["loss"] == pytest.approx(two["loss"], abs=1e-6)
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
     assert one["mean_length"] == two["mean_length"]
     assert largest_difference(adapter(tmp_path / "one", 1), adapter(tmp_path / "two", 1)) < 1e-5
     assert (tmp_path / "one/samples.jsonl").read_text() == (tmp_path / "two/samples.jsonl").read_text()
+
+
+def test_a_step_samples_and_scores_with_its_own_settings(qwen3, data, tmp_path, run_main, monkeypatch):
+    sampled, scored = [], []
+    sample, score = train.ENGINES["generate"], train.loss_terms_from_hidden
+
+    def spy_on_sampling(*args, **settings):
+        sampled.append((*args[1:], settings))
+        return sample(*args, **settings)
+
+    def spy_on_scoring(method, *args, **settings):
+        scored.append((method, settings["options"].temperature, settings["step"]))
+        return score(method, *args, **settings)
+
+    monkeypatch.setitem(train.ENGINES, "generate", spy_on_sampling)
+    monkeypatch.setattr(train, "loss_terms_from_hidden", spy_on_scoring)
+    apart = ("--rollout_temperature", 0.7, "--temperature", 1.3, "--top_k", 7, "--top_p", 0.8)
+    run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3, *apart))
+    problems = load_problems(str(data))
+    assert len(sampled) == 3
+    for step, (tokenizer, prompts, keys, settings) in enumerate(sampled):
+        picked = [problems[index] for index in step_problems(len(problems), 4, 42, step)]
+        assert prompts == [train.student_prompt(tokenizer, problem) for problem in picked]
+        assert keys == [(42, train.ROLLOUT_STREAM, step, slot) for slot in range(4)]
+        assert settings == {"temperature": 0.7, "top_p": 0.8, "top_k": 7, "max_new_tokens": 10}
+    assert scored == [("pwopsd", 1.3, step) for step in (0, 0, 1, 1, 2, 2)]  # micro-batches of 3 and 1
+
+
+def test_the_optimizer_is_the_papers(qwen3, data, tmp_path):
+    config = parse_config(flags(qwen3, data, tmp_path / "run"))
+    model, _, _, optimizer, scheduler = build(config, torch.device("cpu"))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    defaults = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps", "weight_decay", "amsgrad")}
+    assert defaults == {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
+    trained = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert trained == [id(parameter) for parameter in lora_parameters(model)]
+    assert scheduler.get_last_lr() == [1e-3]
+
+
+def test_gradients_are_clipped_to_max_grad_norm(qwen3, data, tmp_path, run_main):
+    """AdamW hardly sees a common factor, but it does where a clipped gradient is as small as its eps."""
+    for run, norm in (("loose", 0.1), ("looser", 1e6), ("tight", 1e-6)):
+        run_main(flags(qwen3, data, tmp_path / run, "--max_grad_norm", norm))
+    loose, looser, tight = (metrics(tmp_path / run)[0] for run in ("loose", "looser", "tight"))
+    assert loose["grad_norm"] == looser["grad_norm"] == tight["grad_norm"] > 1e-6  # the norm before clipping is logged
+    difference = largest_difference(adapter(tmp_path / "loose", 2), adapter(tmp_path / "tight", 2))
+    assert difference > 1e-4
+
+
+def test_the_teachers_weights_are_the_chosen_ones(qwen3, data, tmp_path, run_main):
+    """All agree while the adapter is new; one step on, EMA lies between its limits: decay 1 is fixed, 0 is live."""
+    losses = {}
+    for kind, decay in (("fixed", 0.99), ("live", 0.99), ("ema", 1.0), ("ema", 0.0), ("ema", 0.5)):
+        run = tmp_path / f"{kind}-{decay}"
+        run_main(flags(qwen3, data, run, "--teacher", kind, "--ema_decay", decay))
+        losses[kind, decay] = [row["loss"] for row in metrics(run)]
+        assert (run / "samples.jsonl").read_text() == (tmp_path / "fixed-0.99/samples.jsonl").read_text()
+    first, second = zip(*losses.values(), strict=True)
+    assert first == pytest.approx([first[0]] * 5, abs=1e-6)
+    fixed, live, slow, fast, between = second
+    assert slow == pytest.approx(fixed, abs=1e-6) and fast == pytest.approx(live, abs=1e-6)
+    assert min(abs(fixed - live), abs(between - fixed), abs(between - live)) > 1e-4
+
+
+def test_lora_dropout_reaches_the_student(qwen3, data, tmp_path, run_main):
+    """With B = 0 it cannot change the first loss, only that loss's gradient."""
+    for run, dropout in (("without", 0.0), ("with", 0.5)):
+        run_main(flags(qwen3, data, tmp_path / run, "--lora_dropout", dropout))
+    without, dropped = metrics(tmp_path / "without"), metrics(tmp_path / "with")
+    assert dropped[0]["loss"] == without[0]["loss"]
+    assert dropped[0]["grad_norm"] != pytest.approx(without[0]["grad_norm"], rel=1e-2)
+    assert dropped[1]["loss"] != pytest.approx(without[1]["loss"], abs=1e-4)
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(qwen3, data, tmp_path, run_main, monkeypatch):
+    """With dropout: what is computed again must draw the same numbers again."""
+    forward, calls = LoRALinear.forward, []
+
+    def counted(self, x):
+        calls[-1] += 1
+        return forward(self, x)
+
+    monkeypatch.setattr(LoRALinear, "forward", counted)
+    for given in ("false", "true"):
+        calls.append(0)
+        run_main(flags(qwen3, data, tmp_path / given, "--gradient_checkpointing", given, "--lora_dropout", 0.1))
+    plain, checkpointed = metrics(tmp_path / "false"), metrics(tmp_path / "true")
+    assert [row["loss"] for row in checkpointed] == pytest.approx([row["loss"] for row in plain], abs=1e-6)
+    assert [row["grad_norm"] for row in checkpointed] == pytest.approx([row["grad_norm"] for row in plain], rel=1e-5)
+    assert largest_difference(adapter(tmp_path / "true", 2), adapter(tmp_path / "false", 2)) < 1e-5
+    assert calls[1] - calls[0] == 2 * 2 * 14  # two steps of two micro-batches, seven projections in two blocks
+
+
+def test_bfloat16_trains_a_float32_adapter(qwen3, data, tmp_path, run_main, monkeypatch):
+    hidden, seen = train.response_hidden, set()
+
+    def spy(*args):
+        states = hidden(*args)
+        seen.add(states.dtype)
+        return states
+
+    monkeypatch.setattr(train, "response_hidden", spy)
+    run_main(flags(qwen3, data, tmp_path / "run", "--dtype", "bfloat16"))
+    assert seen == {torch.bfloat16}
+    rows = metrics(tmp_path / "run")
+    assert len(rows) == 2
+    assert all(math.isfinite(row[name]) and row[name] != 0.0 for row in rows for name in ("loss", "grad_norm"))
+    weights = adapter(tmp_path / "run", 2)
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values())
+    assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("more", [(), ("--teacher", "ema", "--lora_dropout", "0.1"), ("--lora_rank", "0")])
@@ -289,10 +432,21 @@ def test_the_engines_sample_the_same_rollouts(qwen3, data, tmp_path, run_main):
     assert metrics(tmp_path / "generate")[1]["loss"] == pytest.approx(metrics(tmp_path / "continuous")[1]["loss"])
 
 
-def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, tmp_path, run_main):
+def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, tmp_path, run_main, monkeypatch):
+    """By the evaluation protocol, whatever the rollouts' sampling."""
+    original, calls = train.sample_solutions, []
+
+    def spy(model, tokenizer, problems, jobs, **settings):
+        calls.append((jobs, settings))
+        return original(model, tokenizer, problems, jobs, **settings)
+
+    monkeypatch.setattr(train, "sample_solutions", spy)
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text(json.dumps({"problem": "1+1?", "answer": "2"}) + "\n")
-    output = run_main(flags(qwen3, data, tmp_path / "run", "--eval_data", held_out, "--eval_samples", 2))
+    apart = ("--rollout_temperature", 0.7, "--temperature", 1.3, "--top_k", 7, "--top_p", 0.8)
+    output = run_main(flags(qwen3, data, tmp_path / "run", "--eval_data", held_out, "--eval_samples", 2, *apart))
+    protocol = {"seed": 42, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "max_new_tokens": 10}
+    assert calls == 2 * [([(0, 0), (0, 1)], protocol)]
     assert json.loads((tmp_path / "run/evaluation.json").read_text()).keys() == {"before", "after"}
     assert "held-out accuracy: 0.000 -> 0.000" in output
 
