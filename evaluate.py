@@ -199,7 +199,7 @@ def generate_missing(
                 )  # fmt: skip
             except torch.OutOfMemoryError:
                 raise InputError(
-                    f"out of GPU memory at --batch_size {config.batch_size}: lower it or use --engine continuous; "
+                    f"out of GPU memory at --batch_size {config.batch_size}: lower it, or use --engine continuous with another --output_dir; "
                     "finished samples are kept"
                 ) from None
     return None

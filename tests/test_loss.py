@@ -262,6 +262,8 @@ def test_table_6_changes_one_cell(reduction):
         ("opsd", {"clip": -1.0}, "clip"),
         ("opsd", {"beta": 1.5}, "beta"),
         ("pwopsd", {"schedule": "steep"}, "schedule"),
+        ("opsd", {"w_min": 0.5}, "uniform"),
+        ("reopold", {"tau": 0.5}, "add --schedule"),
         ("reopold", {"reward_lambda": 1.0}, "reward_lambda"),
         ("opsd", {"no_such_option": 1}, "no_such_option"),
     ],
