@@ -199,8 +199,8 @@ def generate_missing(
                 )  # fmt: skip
             except torch.OutOfMemoryError:
                 raise InputError(
-                    f"out of GPU memory at --batch_size {config.batch_size}: lower it, or use --engine continuous with another --output_dir; "
-                    "finished samples are kept"
+                    f"out of GPU memory at --batch_size {config.batch_size}: lower it (finished samples are kept), "
+                    "or use --engine continuous with another --output_dir"
                 ) from None
     return None
 

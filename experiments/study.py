@@ -54,7 +54,7 @@ def _schedule(name: str) -> dict[str, object]:
 GRID = Grid(
     # Short of the ceiling on purpose: after 30 steps at 1e-3 OPSD is 99 % right, and rows could not be told apart.
     common={"num_steps": 12, "learning_rate": 5e-4, "eval_samples": 2},
-    seeds=[0, 1, 2, 3, 4, 5, 6, 7],
+    seeds=[0, 1, 2, 3, 4, 5],
     rows={
         "OPSD": {"method": "opsd"},
         "EOPD": {"method": "eopd"},
