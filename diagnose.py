@@ -464,14 +464,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def parse_config(arguments: list[str] | None = None) -> DiagnoseConfig:
     """Flags over the preset over the paper's defaults; without --model and --preset the preset is `tiny`."""
-    parser = FlagParser(DiagnoseConfig, description=__doc__)
-    given = parser.parse_args(arguments)
-    preset = given.preset or ("tiny" if given.model == "tiny" else None)
-    if preset is not None:
-        if preset not in PRESETS:
-            raise InputError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
-        parser.set_defaults(**PRESETS[preset], preset=preset)
-    (config,) = parser.parse_args_into_dataclasses(arguments)
+    config = FlagParser(DiagnoseConfig, description=__doc__).parse_with_presets(PRESETS, arguments)
     check_config(config)
     return config
 

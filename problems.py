@@ -37,6 +37,16 @@ class FlagParser(HfArgumentParser):
         self.parse_args(args)  # calls error() for a flag that does not exist, where the parent raises a ValueError
         return super().parse_args_into_dataclasses(args, **options)
 
+    def parse_with_presets(self, presets: dict[str, dict], args: list[str] | None = None) -> object:
+        """Flags over `--preset` over the dataclass's defaults; `tiny` is the preset of the embedded model."""
+        given = self.parse_args(args)
+        preset = given.preset or ("tiny" if given.model == "tiny" else None)
+        if preset is not None:
+            if preset not in presets:
+                raise InputError(f"--preset {preset}: choose one of {', '.join(presets)}")
+            self.set_defaults(**presets[preset], preset=preset)
+        return self.parse_args_into_dataclasses(args)[0]
+
 
 @dataclass(frozen=True)
 class Problem:
