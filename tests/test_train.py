@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import families
@@ -205,12 +206,15 @@ def test_micro_batches_do_not_change_the_step(qwen3, data, tmp_path, run_main, u
 @pytest.mark.parametrize("method", ["opsd", "pwopsd"])
 def test_two_ranks_equal_one(tmp_path, run_main, method):
     """Five rollouts that end where they will, 3 on one rank and 2 on the other: neither rows nor tokens are even."""
-    (tmp_path / "held_out.jsonl").write_text(json.dumps({"problem": "1+2+3+4+5", "answer": "15"}) + "\n")
+    rows = [json.dumps(asdict(problem)) + "\n" for problem in tiny_problems("train", 5)]
+    (tmp_path / "five.jsonl").write_text("".join(rows))
+    (tmp_path / "one.jsonl").write_text(rows[0])
 
     def arguments(run):
         return [
             "--preset", "tiny", "--method", method, "--num_steps", "1", "--batch_size", "5", "--max_new_tokens", "48",
-            "--eval_data", str(tmp_path / "held_out.jsonl"), "--device", "cpu", "--output_dir", str(tmp_path / run),
+            "--data", str(tmp_path / "five.jsonl"), "--eval_data", str(tmp_path / "one.jsonl"), "--device", "cpu",
+            "--output_dir", str(tmp_path / run),
         ]  # fmt: skip
 
     run_main(arguments("one"))
