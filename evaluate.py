@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from checkpoint import Sample, check_regime, open_samples, versions, weights_digest, write_atomically
 from experiments.server import complete_all, prompt_text
@@ -359,6 +360,7 @@ def print_table(summary: dict) -> None:
 
 
 def main() -> None:
+    disable_progress_bar()
     (config,) = FlagParser(EvaluationConfig, description=__doc__).parse_args_into_dataclasses()
     check_config(config)
     problems = load_problems(config.benchmark, need_solution=False)
@@ -377,9 +379,8 @@ def main() -> None:
             if limit < config.max_new_tokens:
                 print(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {limit}")
             wanted = regime(config, problems, prompts, limit)
-            if header is None:
-                header = wanted
-                append({"regime": header})
+            is_new = header is None
+            header = header or wanted
             check_regime(header, wanted, path)
         present = {(item.seed, item.problem, item.sample): item for item in samples}
         every = [(s, i, n) for s in config.seeds for i in range(len(problems)) for n in range(config.num_samples)]
@@ -393,6 +394,10 @@ def main() -> None:
         if count:
 
             def write(item: Sample) -> None:
+                nonlocal is_new
+                if is_new:  # with the first sample, so that a server that is not there claims no folder
+                    append({"regime": header})
+                    is_new = False
                 append(asdict(item))
                 present[item.seed, item.problem, item.sample] = item
 

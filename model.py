@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from problems import InputError
 
@@ -290,6 +291,8 @@ def export(adapter: str, output: str, base: str | None = None, dtype: str = "aut
     its name; rounding to it comes last. Raises InputError, with nothing written, for a bad adapter or output.
     """
     directory = Path(adapter)
+    if not directory.is_dir():
+        raise InputError(f"--adapter {adapter}: no such directory")
     if base is None:
         try:
             base = json.loads((directory / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
@@ -320,6 +323,7 @@ def export(adapter: str, output: str, base: str | None = None, dtype: str = "aut
 
 
 def main() -> None:
+    disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command = parser.add_subparsers(required=True).add_parser("export", help="merge an adapter into a plain checkpoint")
     command.add_argument("--adapter", required=True, help="directory with adapter_config.json")

@@ -113,13 +113,15 @@ def _read_hub(source: str) -> list[tuple[str, dict]]:
         import datasets
     except ImportError:
         raise InputError(
-            f"{source}: reading from the hub needs `pip install datasets`; or pass a file (--benchmark path.jsonl)"
+            f"{source}: reading from the hub needs `pip install datasets`; "
+            "or pass a file (--data or --benchmark path.jsonl)"
         ) from None
     try:
         rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the hub's errors have no common base class
         raise InputError(
-            f"{source}: the hub gave no data ({type(error).__name__}); pass a file instead (--benchmark path.jsonl)"
+            f"{source}: the hub gave no data ({type(error).__name__}); "
+            "pass a file instead (--data or --benchmark path.jsonl)"
         ) from None
     return [(f"{source}, row {number}", row) for number, row in enumerate(rows)]
 

@@ -369,7 +369,13 @@ def main() -> None:
         if config.batch_size < world_size():
             raise InputError(f"--batch_size {config.batch_size}: fewer prompts than the {world_size()} ranks")
     stop_asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stop_asked.append(number))
+
+    def ask_to_stop(number: int, frame: object) -> None:
+        if stop_asked:  # asked twice: at once
+            raise KeyboardInterrupt
+        stop_asked.append(number)
+
+    signal.signal(signal.SIGTERM, ask_to_stop)
 
     problems = load_problems(config.data)
     held_out = load_problems(config.eval_data, need_solution=False) if config.eval_data else []
@@ -397,7 +403,7 @@ def main() -> None:
     log = RunLog(run, start)
     if held_out and "before" not in log.evaluation:
         log.evaluate("before", held_out_accuracy(model, tokenizer, held_out, config))
-        say(f"held-out accuracy before training: {log.evaluation['before']:.3f} ({len(held_out)} problems)")
+        say(f"held-out accuracy before training: {log.evaluation['before']:.4f} ({len(held_out)} problems)")
 
     history, warned = [], None
     steps = range(start, config.num_steps)
@@ -421,7 +427,7 @@ def main() -> None:
         log.evaluate("after", held_out_accuracy(model, tokenizer, held_out, config))
         before, after = log.evaluation["before"], log.evaluation["after"]
         gain = f"{100 * (after - before):+.1f} points"
-        say(f"held-out accuracy: {before:.3f} -> {after:.3f} ({gain}, {len(held_out)} problems)")
+        say(f"held-out accuracy: {before:.4f} -> {after:.4f} ({gain}, {len(held_out)} problems)")
     say(f"weights: {run}/checkpoint-{config.num_steps}")
 
 
@@ -458,10 +464,17 @@ def quiet() -> bool | None:
     return None if rank() == 0 else True
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """`main` for the shell: a mistake of the user's, or a run that cannot go on, becomes one line and status 1."""
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
     except (InputError, FloatingPointError, OSError) as error:  # OSError: a full disk under the logs, say
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; --resume with --output_dir goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    cli()

@@ -153,11 +153,12 @@ def comparison_text(result: dict, metric: str) -> str:
     lines = [
         f"{metric}, {result['problems']} problems: A {result['a']:.2f}  B {result['b']:.2f}",
         f"B - A           {result['difference']:+.2f} points, 95 % [{low:+.2f}, {high:+.2f}] (bootstrap over problems)",
-        f"p               {result['p']:.4f} (paired permutation, two-sided)",
+        f"p               {result['p']:.2g} (paired permutation, two-sided)",
         f"detectable      {result['detectable']:.2f} points: the smallest true difference found 4 times in 5",
     ]
     for name, word in (("gained", "to at least"), ("lost", "to under")):
-        listed = ", ".join(f"{index} ({before:.0%} -> {after:.0%})" for index, before, after in result[name])
+        listed = ", ".join(f"{index} ({before:.0%} -> {after:.0%})" for index, before, after in result[name][:10])
+        listed += f" and {len(result[name]) - 10} more" if len(result[name]) > 10 else ""
         lines.append(f"{name:15s} {len(result[name])} problems went {word} half right{': ' + listed if listed else ''}")
     if result["other_settings"]:
         lines.append(f"not the same    {', '.join(result['other_settings'])}")

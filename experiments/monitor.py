@@ -102,10 +102,11 @@ class Clock:
 
 
 def step_line(metrics: dict, num_steps: int) -> str:
-    m = {key: float("nan") if value is None else value for key, value in metrics.items()}
+    m = metrics
+    accuracy = "-" if m["accuracy"] is None else f"{m['accuracy']:.2f}"  # None: the problems have no answers
     return (
         f"step {m['step'] + 1:3d}/{num_steps}  loss {m['loss']:7.4f}  grad {m['grad_norm']:6.3f}  "
-        f"lr {m['learning_rate']:.1e}  accuracy {m['accuracy']:.2f}  length {m['mean_length']:5.1f}  "
+        f"lr {m['learning_rate']:.1e}  accuracy {accuracy}  length {m['mean_length']:5.1f}  "
         f"eos {m['eos_rate']:.2f}  entropy {m['student_entropy']:.3f}/{m['teacher_entropy']:.3f}  "
         f"weight {m['weight']:.3f}  clipped {m['clipped_mass']:.3f}  "
         f"s {m['seconds_sampling']:.2f}+{m['seconds_teacher']:.2f}+{m['seconds_student'] + m['seconds_update']:.2f}"

@@ -198,6 +198,8 @@ def main() -> None:
     paths = []
     if args.study:
         records = read_cells(args.study / "cells.jsonl")
+        if not records:
+            raise InputError(f"--study {args.study}: no cells have been measured there")
         grid = read_grid(args.grid) if args.grid else GRID
         pictures = {"study": study_figure(grid, records), "study_curves": study_curves(grid, records)}
         paths += save(pictures, args.output_dir)

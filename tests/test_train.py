@@ -452,7 +452,7 @@ def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, tmp_path, r
     protocol = {"seed": 42, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "max_new_tokens": 10}
     assert calls == 2 * [([(0, 0), (0, 1)], protocol)]
     assert json.loads((tmp_path / "run/evaluation.json").read_text()).keys() == {"before", "after"}
-    assert "held-out accuracy: 0.000 -> 0.000" in output
+    assert "held-out accuracy: 0.0000 -> 0.0000" in output
 
 
 def test_problems_of_the_embedded_world_are_split_cleanly():
