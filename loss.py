@@ -280,8 +280,10 @@ def score_tokens(
     return TokenScores(loss=method.token_loss(student_logp_MV, teacher_logp_MV, ids_M, options), **statistics)
 
 
-def combine(method: Method, reduce: Callable, scores: TokenScores, lengths: list[int], step: int, options: LossOptions):
-    """Eq. (8): the tokens' losses and weights as one fraction, a LossTerms."""
+def combine(
+    method: Method, reduce: Callable, scores: TokenScores, lengths: list[int], step: int, options: LossOptions
+) -> LossTerms:
+    """Eq. (8): the tokens' losses and weights as one fraction."""
     with torch.no_grad():
         weight_M = method.token_weight(scores, lengths, step, options)
     numerator, denominator = reduce(scores.loss, weight_M, lengths)
