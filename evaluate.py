@@ -11,65 +11,52 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from checkpoint import Sample, check_regime, open_samples, versions, weights_digest, write_atomically
-from experiments.server import complete_all, prompt_text
 from model import ADAPTER_CONFIG, find_checkpoint, load_adapter, load_model, load_tokenizer, pick_device
-from problems import (
-    FlagParser,
-    InputError,
-    Problem,
-    answers_match,
-    extract_boxed,
-    load_problems,
-    make_grader,
-    normalise_answer,
-    parse_number,
-)
-from rollout import StreamKey, check_sampling, sample, sample_continuous
+from problems import InputError, Problem, extract_boxed, load_problems
+from rollout import Response, Sampling, StreamKey
+from runtime.engines import Engine, choose_engine, make_engine
+from runtime.flags import FlagParser, option, run_script
+from runtime.grading import answers_match, make_grader
+from runtime.run_folder import versions, write_atomically
+from runtime.samples import Sample, check_regime, open_samples, weights_digest
 from teacher import EVALUATION_PROMPT, encode_prompt
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Options of evaluate.py; defaults are the paper's."""
 
-    benchmark: str = field(
-        default="tiny",
-        metadata={"help": "math500, aime24, aime25, hmmt25, tiny, a .jsonl path or a hub name owner/name:split"},
+    benchmark: str = option(
+        "tiny", "math500, aime24, aime25, hmmt25, tiny, a .jsonl path or a hub name owner/name:split", "data"
     )
-    model: str = field(default="tiny", metadata={"help": "directory or hub name; `tiny` is the embedded model"})
-    adapter: str | None = field(default=None, metadata={"help": "adapter directory in PEFT's format"})
-    num_samples: int = field(default=12, metadata={"help": "N, samples per problem and seed"})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "each adds N independent samples"})
-    temperature: float = 1.0
-    top_p: float = 0.95
-    top_k: int = field(default=0, metadata={"help": "0 is off"})
-    max_new_tokens: int = field(
-        default=38912, metadata={"help": "lowered to what the model's context leaves behind the longest prompt"}
+    model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
+    adapter: str | None = option(None, "adapter directory in PEFT's format", "data")
+    num_samples: int = option(12, "N, samples per problem and seed", "sampling")
+    seeds: list[int] = option([0], "each adds N independent samples", "sampling")
+    temperature: float = option(1.0, "0 is greedy", "sampling")
+    top_p: float = option(0.95, "1 is off", "sampling")
+    top_k: int = option(0, "0 is off", "sampling")
+    max_new_tokens: int = option(
+        38912, "lowered to what the model's context leaves behind the longest prompt", "sampling"
     )
-    enable_thinking: bool = True
-    engine: str = field(default="generate", metadata={"help": "generate, or continuous: continuous batching (GPU)"})
-    server: str | None = field(
-        default=None, metadata={"help": "URL of an OpenAI-compatible server of --model; replaces --engine"}
-    )
-    batch_size: int = field(default=256, metadata={"help": "sequences sampled at once, or requests in flight"})
-    grader: str = field(default="auto", metadata={"help": "math-verify, exact, or auto: by the benchmark's answers"})
-    grade_only: bool = field(default=False, metadata={"help": "grade the samples in --output_dir, sample none"})
-    output_dir: str = "runs/evaluation"
-    device: str = "auto"
-    dtype: str = "auto"
+    enable_thinking: bool = option(True, "of the chat template", "sampling")
+    engine: str = option("auto", "auto, generate, continuous (long responses on a GPU) or server", "sampling")
+    batch_size: int = option(256, "sequences sampled at once, or requests in flight", "sampling")
+    grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
+    grade_only: bool = option(False, "grade the samples in --output_dir, sample none")
+    output_dir: str = option("runs/evaluation", "samples.jsonl and summary.json; the same command goes on there")
+    device: str = option("auto", "auto, cpu, cuda, ...")
+    dtype: str = option("auto", "auto (bfloat16 on a GPU, else float32) or its name")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -117,42 +104,33 @@ def maj_at_n(answers: Sequence[str | None], correct: Sequence[bool], match: Call
 # Sampling
 
 
-def sample_solutions(
-    model: PreTrainedModel,
+def solve(
+    engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[Problem],
     jobs: list[tuple[int, int]],
-    *,
     seed: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    max_new_tokens: int,
+    settings: Sampling,
     enable_thinking: bool = True,
-    engine: str = "generate",
     on_sample: Callable[[Sample], None] | None = None,
 ) -> list[Sample]:
-    """Sample the (problem index, sample index) pairs of `jobs` in one batch; each pair has its own random stream.
+    """Sample the (problem index, sample index) pairs of `jobs`; each pair has its own random stream.
 
     `on_sample` sees each sample as soon as the engine is done with it.
     """
     prompts = [encode_prompt(tokenizer, EVALUATION_PROMPT, problems[index], enable_thinking) for index, _ in jobs]
-    settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
-    keys = stream_keys(problems, jobs, seed)
     samples: dict[int, Sample] = {}
 
-    def keep(row: int, response: list[int], finished: bool) -> None:
-        text = tokenizer.decode(response, skip_special_tokens=True)
-        samples[row] = Sample(*jobs[row], seed, text, len(response), "eos" if finished else "length")
+    def keep(row: int, response: Response) -> None:
+        text = response.text
+        if text is None:
+            text = tokenizer.decode(response.ids, skip_special_tokens=True)
+        end = "eos" if response.finished else "length"
+        samples[row] = Sample(*jobs[row], seed, text, len(response.ids), end)
         if on_sample is not None:
             on_sample(samples[row])
 
-    if engine == "continuous":
-        sample_continuous(model, tokenizer, prompts, keys, **settings, on_finished=keep)
-    else:
-        rollout = sample(model, tokenizer, prompts, keys, **settings)
-        for row, (response, finished) in enumerate(zip(rollout.responses, rollout.finished, strict=True)):
-            keep(row, response, finished)
+    engine.sample(prompts, stream_keys(problems, jobs, seed), settings, keep)
     return [samples[row] for row in range(len(jobs))]
 
 
@@ -170,12 +148,8 @@ def benchmark_digest(problems: list[Problem], part: str = "problem") -> str:
     return hashlib.sha256(json.dumps([getattr(item, part) for item in problems]).encode()).hexdigest()
 
 
-def is_correct(sample_: Sample, problems: list[Problem], match: Callable = answers_match) -> bool:
-    return match(extract_boxed(sample_.text), problems[sample_.problem].answer)
-
-
-def generate_missing(
-    config: EvaluationConfig, problems: list[Problem], tokenizer, limit: int, missing: dict, write: Callable
+def sample_missing(
+    config: EvaluationConfig, problems: list[Problem], tokenizer, settings: Sampling, missing: dict, write: Callable
 ) -> None:
     """Sample what is missing, `{seed: [(problem, sample)]}`; every sample goes to `write` as soon as it is there."""
     bar = tqdm(total=sum(map(len, missing.values())), desc="sampling", unit="sample")
@@ -184,51 +158,16 @@ def generate_missing(
         write(item)
         bar.update()
 
-    if config.server:
-        return _from_server(config, problems, tokenizer, limit, missing, keep)
     model = load_model(config.model, config.dtype, device=config.device)
     if config.adapter:
         load_adapter(model, config.adapter)
+    name, reason = choose_engine(config.engine, model.device, settings.max_new_tokens)
+    print(f"sampling by {name}: {reason}")
+    engine = make_engine(name, model, tokenizer, config.batch_size)
     for seed, jobs in missing.items():
-        size = config.batch_size if config.engine == "generate" else max(len(jobs), 1)
-        for start in range(0, len(jobs), size):
-            try:
-                sample_solutions(
-                    model, tokenizer, problems, jobs[start : start + size], seed=seed, temperature=config.temperature,
-                    top_p=config.top_p, top_k=config.top_k, max_new_tokens=limit, engine=config.engine,
-                    enable_thinking=config.enable_thinking, on_sample=keep,
-                )  # fmt: skip
-            except torch.OutOfMemoryError:
-                raise InputError(
-                    f"out of GPU memory at --batch_size {config.batch_size}: lower it (finished samples are kept), "
-                    "or use --engine continuous with another --output_dir"
-                ) from None
-    return None
-
-
-def _from_server(config: EvaluationConfig, problems: list[Problem], tokenizer, limit: int, missing, keep) -> None:
-    jobs = [(seed, *job) for seed, pairs in missing.items() for job in pairs]
-    ids = [encode_prompt(tokenizer, EVALUATION_PROMPT, item, config.enable_thinking) for item in problems]
-    texts = [prompt_text(tokenizer, prompt) for prompt in ids]
-    keys = [stream_keys(problems, [(index, number)], seed)[0] for seed, index, number in jobs]
-    seeds = [int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1 for key in keys]  # 31 bits fit every server
-    settings = {
-        "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k, "max_tokens": limit,
-        "eos_token_id": _eos_ids(config, tokenizer),
-    }  # fmt: skip
-    prompts = [texts[index] for _, index, _ in jobs]
-    model = find_checkpoint(config.model)
-    for done in complete_all(config.server, model, prompts, seeds, settings, config.batch_size):
-        seed, index, number = jobs[done.row]
-        keep(Sample(index, number, seed, done.text, done.tokens, done.finish_reason))
-
-
-def _eos_ids(config: EvaluationConfig, tokenizer) -> list[int]:
-    try:
-        own = GenerationConfig.from_pretrained(find_checkpoint(config.model)).eos_token_id
-    except OSError:  # a checkpoint need not have one
-        own = None
-    return sorted({*(own if isinstance(own, list) else [] if own is None else [own]), tokenizer.eos_token_id})
+        if jobs:
+            solve(engine, tokenizer, problems, jobs, seed, settings, config.enable_thinking, keep)
+    engine.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -250,15 +189,13 @@ def regime(config: EvaluationConfig, problems: list[Problem], prompts: list[list
         "top_p": config.top_p,
         "top_k": config.top_k,
         "max_new_tokens": limit,
-        "engine": "server" if config.server else config.engine,
+        "engine": choose_engine(config.engine, pick_device(config.device), limit)[0],
         "dtype": _dtype_name(config),
     }
 
 
-def _dtype_name(config: EvaluationConfig) -> str | None:
-    """What `auto` stands for on this machine (model.load_model); None where the server decides."""
-    if config.server:
-        return None
+def _dtype_name(config: EvaluationConfig) -> str:
+    """What `auto` stands for on this machine (model.load_model)."""
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if pick_device(config.device).type == "cuda" else "float32"
@@ -314,27 +251,19 @@ def bootstrap_interval(values_P: np.ndarray, resamples: int = 10_000, seed: int 
     return np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
 
 
-def needs_latex(problems: list[Problem]) -> bool:
-    """Whether some answer is neither an integer nor a decimal nor a fraction."""
-    return any(parse_number(normalise_answer(item.answer)) is None for item in problems)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def check_config(config: EvaluationConfig) -> None:
-    check_sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
+    Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)  # checks itself
+    choose_engine(config.engine, pick_device(config.device), config.max_new_tokens)
     for name in ("num_samples", "batch_size"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name} {getattr(config, name)}: must be at least 1")
-    if config.engine not in ("generate", "continuous"):
-        raise InputError(f"--engine {config.engine}: choose generate or continuous")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
         raise InputError(f"--seeds {config.seeds}: must be different and not negative")
     if config.adapter and not (Path(config.adapter) / ADAPTER_CONFIG).is_file():
         raise InputError(f"--adapter {config.adapter}: no {ADAPTER_CONFIG} there")
-    if config.server and config.adapter:
-        raise InputError("--server takes no --adapter: merge it (python model.py export) and serve the result")
 
 
 def token_limit(config: EvaluationConfig, prompts: list[list[int]]) -> int:
@@ -361,10 +290,10 @@ def print_table(summary: dict) -> None:
 
 def main() -> None:
     disable_progress_bar()
-    (config,) = FlagParser(EvaluationConfig, description=__doc__).parse_args_into_dataclasses()
+    config = FlagParser(EvaluationConfig, __doc__).parse()
     check_config(config)
     problems = load_problems(config.benchmark, need_solution=False)
-    grader = make_grader(config.grader, needs_latex(problems))
+    grader = make_grader(config.grader, [problem.answer for problem in problems])
     path = Path(config.output_dir) / "samples.jsonl"
     if config.grade_only and not path.is_file():
         raise InputError(f"--grade_only: no {path}")
@@ -402,7 +331,8 @@ def main() -> None:
                 present[item.seed, item.problem, item.sample] = item
 
             start = time.perf_counter()
-            generate_missing(config, problems, tokenizer, limit, missing, write)
+            settings = Sampling(config.temperature, config.top_p, config.top_k, limit)
+            sample_missing(config, problems, tokenizer, settings, missing, write)
             seconds = time.perf_counter() - start
             tokens = sum(present[s, *job].tokens for s, jobs in missing.items() for job in jobs)
             print(f"sampled {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second (loading included)")
@@ -420,7 +350,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)
