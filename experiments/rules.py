@@ -90,7 +90,7 @@ def dash(scores: TokenScores, lengths: list[int], step: int, options: LossOption
     row's mean, and at most t times. There the mean over a rollout's tokens; here over all tokens.
     """
     rows = []
-    for loss_L in scores.loss.detach().split(lengths):
+    for loss_L in scores.loss.split(lengths):
         lambda_L = torch.sigmoid(-kappa * (loss_L - loss_L.mean())).tolist()
         rows.append(torch.tensor(list(accumulate(lambda_L[:-1], lambda w, gate: 1.0 + gate * w, initial=1.0))))
     return torch.cat(rows).to(scores.loss)
@@ -124,9 +124,9 @@ def tip(scores: TokenScores, lengths: list[int], step: int, options: LossOptions
     re-implementations were read, not the method section: two of them take this d and keep a share of each rollout,
     one takes the forward divergence on the teacher's top tokens and keeps a share of the batch.
     """
-    entropy_M, loss_M = scores.student_entropy, scores.loss.detach()
+    entropy_M = scores.student_entropy
     h_M = _to_unit_range(entropy_M.clamp(max=torch.quantile(entropy_M, 0.98)))
-    d_M = _to_unit_range(loss_M)
+    d_M = _to_unit_range(scores.loss)
     rows = []
     for score_L in (h_M + d_M - h_M * d_M).split(lengths):
         best = score_L.argsort(descending=True, stable=True)[: int(share * len(score_L))]

@@ -221,7 +221,7 @@ def test_closed_forms_of_the_three_clips(clip, seed):
 
 
 def test_only_the_clip_by_entry_turns_the_gradient_around():
-    """p_S = .9, .1 and p_T = .5, .5: d = .511; the second entry, .805, is cut. Descent should raise the second logit."""
+    """p_S = .9, .1 and p_T = .5, .5: d = .511; the second entry, .805, is cut, and should be raised."""
     student, teacher = 1.1 * torch.tensor([0.9, 0.1]).log(), torch.zeros(2)
     ids = torch.zeros(1, 1, dtype=torch.long)
     value, gradient = gradient_times_temperature("opsd", student, teacher, ids, clip=0.2)
