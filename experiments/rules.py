@@ -166,8 +166,9 @@ loss.METHODS["tip_reverse"] = Method(reverse_divergence, tip, loss.weighted_mean
 # Clips of a whole token's divergence d_t, the unclipped sum over its entries (options.beta), at options.tau_clip.
 # At beta = 0, with A the entries below the clip and P_A the teacher's mass on them, the clip by entry of Eq. (1) has
 #     T_distill d(loss)/d(student logit i) = P_A p_S(i) - p_T(i) 1[i in A],
-# which pushes a clipped entry down although the teacher wants it up (arXiv 2609.38995, Eq. (5)). The two below, this
-# project's own, do not turn the gradient around; a token under the clip has the plain gradient p_S(i) - p_T(i).
+# which pushes a clipped entry down although the teacher wants it up (arXiv 2609.38995, Eq. (5)). The two below do not:
+# a token under the clip has the plain gradient p_S(i) - p_T(i). Users of OPSD asked for the first (its repository,
+# issues 2 and 24; its author reports the clip by entry to work better); the second is this project's own.
 
 
 def token_clip(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
