@@ -1,7 +1,7 @@
 """The controlled study: which tokens to weight, how to clip, what to show the teacher; one thing changed at a time.
 
-    python -m experiments.study                        the grid of the embedded world: what is missing of it, then the report
-    python -m experiments.study --grid leap            a world in which early teacher tokens mislead (experiments/grids.py)
+    python -m experiments.study                        what is missing of the embedded world's grid, then the report
+    python -m experiments.study --grid leap            a world in which early teacher tokens mislead
     python -m experiments.study --grid mine.json       a grid of your own, {"common": {}, "seeds": [], "rows": {}}
     python -m experiments.study --report_only          the report again, from the cells measured so far
 
