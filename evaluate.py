@@ -105,43 +105,45 @@ def maj_at_n(answers: Sequence[str | None], correct: Sequence[bool], match: Call
 # Sampling
 
 
+Job = tuple[int, int, int]  # (seed, problem index, sample index)
+
+
 def solve(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[Problem],
-    jobs: list[tuple[int, int]],
-    seed: int,
+    jobs: list[Job],
     settings: Sampling,
     enable_thinking: bool = True,
     on_sample: Callable[[Sample], None] | None = None,
 ) -> list[Sample]:
-    """Sample the (problem index, sample index) pairs of `jobs`; each pair has its own random stream.
-
-    `on_sample` sees each sample as soon as the engine is done with it.
-    """
-    prompts = [encode_prompt(tokenizer, EVALUATION_PROMPT, problems[index], enable_thinking) for index, _ in jobs]
+    """Sample the jobs, each with its own random stream; `on_sample` sees each sample as soon as the engine is done."""
+    if not jobs:
+        return []
+    prompts = [encode_prompt(tokenizer, EVALUATION_PROMPT, problems[index], enable_thinking) for _, index, _ in jobs]
     samples: dict[int, Sample] = {}
 
     def keep(row: int, response: Response) -> None:
         text = response.text
         if text is None:
             text = tokenizer.decode(response.ids, skip_special_tokens=True)
+        seed, index, number = jobs[row]
         end = "eos" if response.finished else "length"
-        samples[row] = Sample(*jobs[row], seed, text, len(response.ids), end)
+        samples[row] = Sample(index, number, seed, text, len(response.ids), end)
         if on_sample is not None:
             on_sample(samples[row])
 
-    engine.sample(prompts, stream_keys(problems, jobs, seed), settings, keep)
+    engine.sample(prompts, stream_keys(problems, jobs), settings, keep)
     return [samples[row] for row in range(len(jobs))]
 
 
-def stream_keys(problems: list[Problem], jobs: list[tuple[int, int]], seed: int) -> list[StreamKey]:
+def stream_keys(problems: list[Problem], jobs: list[Job]) -> list[StreamKey]:
     """(seed, benchmark, problem, sample): seeds, benchmarks and samples share no random numbers.
 
     Authors: child seed = seed + index, so that seeds 0, 1, 2 share most of their samples.
     """
     benchmark = int(benchmark_digest(problems)[:8], 16)
-    return [(seed, benchmark, index, number) for index, number in jobs]
+    return [(seed, benchmark, index, number) for seed, index, number in jobs]
 
 
 def benchmark_digest(problems: list[Problem], part: str = "problem") -> str:
@@ -166,10 +168,7 @@ def sample_missing(
     name, reason = choose_engine(config.engine, model.device, settings.max_new_tokens)
     say(f"sampling by {name}: {reason}")
     engine = make_engine(name, model, tokenizer, config.batch_size)
-    for seed in config.seeds:
-        jobs = [key[1:] for key in mine if key[0] == seed]
-        if jobs:
-            solve(engine, tokenizer, problems, jobs, seed, settings, config.enable_thinking, keep)
+    solve(engine, tokenizer, problems, mine, settings, config.enable_thinking, keep)
     engine.close()
 
 

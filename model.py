@@ -192,7 +192,7 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def cast_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside, the adapter is cast to the model's dtype once instead of at each call: for sampling, without gradients."""
+    """Inside, the adapter is in the model's dtype, cast once instead of at each call: for sampling, no gradients."""
     layers = lora_layers(model).values()
     for layer in layers:
         dtype = layer.base.weight.dtype
