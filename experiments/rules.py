@@ -55,10 +55,20 @@ def skip(scores: TokenScores, lengths: list[int], step: int, options: LossOption
     return (position_M > first).float().to(scores.loss.device)
 
 
+def shuffled(scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
+    """Moderate's weights in a random order within each row: a control with Eq. (5)'s weights and without its positions.
+
+    Drawn from torch's generator, which train.py seeds at each step.
+    """
+    rows = weighting.SCHEDULES["moderate"](weighting.relative_position(lengths)).split(lengths)
+    return torch.cat([row[torch.randperm(len(row))] for row in rows]).to(scores.loss.device)
+
+
 weighting.SCHEDULES["prefix"] = prefix
 weighting.SCHEDULES["suffix"] = suffix
 loss.METHODS["prefix"] = Method(loss.clipped_divergence, "prefix", loss.weighted_mean, clips=True)
 loss.METHODS["suffix"] = Method(loss.clipped_divergence, "suffix", loss.weighted_mean, clips=True)
+loss.METHODS["shuffled"] = Method(loss.clipped_divergence, shuffled, loss.sequence_mean, clips=True)
 loss.METHODS["skip"] = Method(loss.clipped_divergence, skip, loss.weighted_mean, clips=True)
 
 # ---------------------------------------------------------------------------------------------------------------
