@@ -29,7 +29,7 @@ from runtime.flags import FlagParser, option, run_script
 from runtime.grading import answers_match, make_grader
 from runtime.run_folder import versions, write_atomically
 from runtime.samples import Sample, check_regime, open_samples, weights_digest
-from teacher import EVALUATION_PROMPT, encode_prompt
+from teacher import EVALUATION_PROMPT, encode_prompt, load_prompts
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class EvaluationConfig:
         38912, "lowered to what the model's context leaves behind the longest prompt", "sampling"
     )
     enable_thinking: bool = option(True, "of the chat template", "sampling")
+    prompts: str | None = option(None, "JSON file with a template of your own: evaluation", "sampling")
     engine: str = option("auto", "auto, generate, continuous (long responses on a GPU) or server", "sampling")
     batch_size: int = option(256, "sequences sampled at once, or requests in flight", "sampling")
     grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
@@ -113,12 +114,13 @@ def solve(
     settings: Sampling,
     enable_thinking: bool = True,
     on_sample: Callable[[Sample], None] | None = None,
+    template: str = EVALUATION_PROMPT,
 ) -> list[Sample]:
     """Sample the (problem index, sample index) pairs of `jobs`; each pair has its own random stream.
 
     `on_sample` sees each sample as soon as the engine is done with it.
     """
-    prompts = [encode_prompt(tokenizer, EVALUATION_PROMPT, problems[index], enable_thinking) for index, _ in jobs]
+    prompts = [encode_prompt(tokenizer, template, problems[index], enable_thinking) for index, _ in jobs]
     samples: dict[int, Sample] = {}
 
     def keep(row: int, response: Response) -> None:
@@ -166,7 +168,8 @@ def sample_missing(
     engine = make_engine(name, model, tokenizer, config.batch_size)
     for seed, jobs in missing.items():
         if jobs:
-            solve(engine, tokenizer, problems, jobs, seed, settings, config.enable_thinking, keep)
+            template = load_prompts(config.prompts).evaluation
+            solve(engine, tokenizer, problems, jobs, seed, settings, config.enable_thinking, keep, template)
     engine.close()
 
 
@@ -182,7 +185,7 @@ def regime(config: EvaluationConfig, problems: list[Problem], prompts: list[list
         "adapter_sha256": weights_digest(Path(config.adapter)) if config.adapter else None,
         "benchmark": config.benchmark,
         "benchmark_sha256": benchmark_digest(problems),
-        "prompt": EVALUATION_PROMPT,
+        "prompt": load_prompts(config.prompts).evaluation,
         "prompt_tokens_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "enable_thinking": config.enable_thinking,
         "temperature": config.temperature,
@@ -303,7 +306,8 @@ def main() -> None:
             check_regime(header or {}, {"benchmark_sha256": benchmark_digest(problems)}, path)
         else:
             tokenizer = load_tokenizer(config.model)
-            prompts = [encode_prompt(tokenizer, EVALUATION_PROMPT, p, config.enable_thinking) for p in problems]
+            template = load_prompts(config.prompts).evaluation
+            prompts = [encode_prompt(tokenizer, template, p, config.enable_thinking) for p in problems]
             limit = token_limit(config, prompts)
             if limit < config.max_new_tokens:
                 print(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {limit}")
