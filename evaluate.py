@@ -30,7 +30,7 @@ from runtime.grading import answers_match, make_grader
 from runtime.ranks import hide_bar, rank, say, start_ranks, stop_ranks, world_size
 from runtime.run_folder import versions, write_atomically
 from runtime.samples import Sample, SampleFile, check_regime, weights_digest
-from teacher import EVALUATION_PROMPT, encode_prompt
+from teacher import EVALUATION_PROMPT, encode_prompt, load_prompts
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class EvaluationConfig:
         38912, "lowered to what the model's context leaves behind the longest prompt", "sampling"
     )
     enable_thinking: bool = option(True, "of the chat template", "sampling")
+    prompts: str | None = option(None, "JSON file with a template of your own: evaluation", "sampling")
     engine: str = option(
         "auto", "auto, generate, continuous (long responses on a GPU) or server", "sampling", choices=ENGINES
     )
@@ -118,11 +119,12 @@ def solve(
     settings: Sampling,
     enable_thinking: bool = True,
     on_sample: Callable[[Sample], None] | None = None,
+    template: str = EVALUATION_PROMPT,
 ) -> list[Sample]:
     """Sample the jobs, each with its own random stream; `on_sample` sees each sample as soon as the engine is done."""
     if not jobs:
         return []
-    prompts = [encode_prompt(tokenizer, EVALUATION_PROMPT, problems[index], enable_thinking) for _, index, _ in jobs]
+    prompts = [encode_prompt(tokenizer, template, problems[index], enable_thinking) for _, index, _ in jobs]
     samples: dict[int, Sample] = {}
 
     def keep(row: int, response: Response) -> None:
@@ -170,7 +172,8 @@ def sample_missing(
     name, reason = choose_engine(config.engine, model.device, settings.max_new_tokens)
     say(f"sampling by {name}: {reason}")
     engine = make_engine(name, model, tokenizer, config.batch_size)
-    solve(engine, tokenizer, problems, mine, settings, config.enable_thinking, keep)
+    template = load_prompts(config.prompts).evaluation
+    solve(engine, tokenizer, problems, mine, settings, config.enable_thinking, keep, template)
     engine.close()
 
 
@@ -186,7 +189,7 @@ def regime(config: EvaluationConfig, problems: list[Problem], prompts: list[list
         "adapter_sha256": weights_digest(Path(config.adapter)) if config.adapter else None,
         "benchmark": config.benchmark,
         "benchmark_sha256": benchmark_digest(problems),
-        "prompt": EVALUATION_PROMPT,
+        "prompt": load_prompts(config.prompts).evaluation,
         "prompt_tokens_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "enable_thinking": config.enable_thinking,
         "temperature": config.temperature,
@@ -291,7 +294,8 @@ def print_table(summary: dict) -> None:
 
 def settle(config: EvaluationConfig, problems: list[Problem], tokenizer, file: SampleFile) -> Sampling:
     """The sampling that the model's context allows, under the regime that the file's samples have."""
-    prompts = [encode_prompt(tokenizer, EVALUATION_PROMPT, p, config.enable_thinking) for p in problems]
+    template = load_prompts(config.prompts).evaluation
+    prompts = [encode_prompt(tokenizer, template, p, config.enable_thinking) for p in problems]
     limit = token_limit(config, prompts)
     if limit < config.max_new_tokens:
         say(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {limit}")

@@ -43,11 +43,20 @@ from runtime.grading import Grader, make_grader
 from runtime.metrics import Clock, TokenMetrics, collapse_warning, rollout_metrics, step_line
 from runtime.ranks import gather_objects, hide_bar, rank, say, start_ranks, stop_ranks, wait_for_all, world_size
 from runtime.run_folder import RunLog, claimed, record_run, run_folder
-from teacher import Teacher, student_prompt, teacher_prompt
+from teacher import (
+    PAPER_PROMPTS,
+    REFERENCES,
+    Prompts,
+    Teacher,
+    choose_reference,
+    load_prompts,
+    student_prompt,
+    teacher_prompt,
+)
 from weighting import relative_position
 
 # Independent streams of random numbers of one seed: the second entry of a stream's key (rollout.py).
-ROLLOUT_STREAM, SHUFFLE_STREAM, DROPOUT_STREAM = 1, 2, 3
+ROLLOUT_STREAM, SHUFFLE_STREAM, DROPOUT_STREAM, REFERENCE_STREAM = 1, 2, 3, 4
 
 
 def size_or_auto(text: str) -> int:
@@ -65,6 +74,12 @@ class TrainConfig(LossOptions):
         "fixed", "whose weights score: fixed, ema or live", "method", choices=("fixed", "ema", "live")
     )
     ema_decay: float = option(0.99, "decay per step of --teacher ema", "method", within=(0, 1))
+    reference: str = option(
+        "own", "what the teacher is shown: own, other (another problem's), answer or none", "method", choices=REFERENCES
+    )
+    student_thinking: bool = option(False, "thinking mode of the student's context", "method")
+    teacher_thinking: bool = option(True, "thinking mode of the teacher's context", "method")
+    prompts: str | None = option(None, "JSON file of templates: student, teacher, evaluation", "method")
     model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
     data: str = option("siyanzhao/Openthoughts_math_30k_opsd", ".jsonl path, hub name or tiny:train", "data")
     max_length: int = option(20000, "limit in tokens of the longer context with its response", "data", least=1)
@@ -145,6 +160,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     grader: Grader
+    prompts: Prompts
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -168,8 +184,8 @@ def train_step(step: int, run: Training, problems: list[Problem], config: TrainC
     seed_step(config.seed, step)
 
     # Sample y ~ pi_theta(. | x_stu), fixed data from here on.
-    x_stu = [student_prompt(run.tokenizer, problem) for problem in batch]
-    x_tch = [teacher_prompt(run.tokenizer, problem) for problem in batch]
+    x_stu = [student_prompt(run.tokenizer, problem, run.prompts) for problem in batch]
+    x_tch = [teacher_prompt(run.tokenizer, problem, run.prompts) for problem in batch]
     keys = [(config.seed, ROLLOUT_STREAM, step, slot) for slot in slots]
     with clock("sampling"):
         y = run.engine.sample(x_stu, keys, config.sampling)
@@ -292,11 +308,23 @@ def check_config(config: TrainConfig) -> None:
     """Raise InputError, naming the flag, for values that cannot work."""
     resolve_method(config.method, config)
     assert config.sampling  # checks itself
+    load_prompts(config.prompts)
     if config.resume and config.output_dir is None:
         raise InputError("--resume needs --output_dir, the run to go on with")
 
 
-def build(config: TrainConfig, device: torch.device, grader: Grader) -> Training:
+def choose_prompts(config: TrainConfig, problems: list[Problem]) -> tuple[list[Problem], Prompts]:
+    """The problems with the reference that the teacher is shown, and the prompts of both contexts."""
+    prompts = replace(
+        load_prompts(config.prompts),
+        student_thinking=config.student_thinking,
+        teacher_thinking=config.teacher_thinking,
+    )
+    draw = np.random.default_rng(np.random.SeedSequence((config.seed, REFERENCE_STREAM)))
+    return choose_reference(config.reference, problems, prompts, draw)
+
+
+def build(config: TrainConfig, device: torch.device, grader: Grader, prompts: Prompts = PAPER_PROMPTS) -> Training:
     """Model with its adapter, teacher, optimizer and learning-rate schedule, all at their start."""
     model, tokenizer = load_model(config.model, config.dtype, config.attention, device), load_tokenizer(config.model)
     torch.manual_seed(config.seed)
@@ -311,7 +339,7 @@ def build(config: TrainConfig, device: torch.device, grader: Grader) -> Training
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=config.num_steps)
     engine = make_engine(config.engine, model, tokenizer, batch_size=EVALUATED_AT_ONCE)
     method = resolve_method(config.method, config)
-    return Training(model, tokenizer, teacher, method, engine, optimizer, scheduler, grader)
+    return Training(model, tokenizer, teacher, method, engine, optimizer, scheduler, grader, prompts)
 
 
 def settle(config: TrainConfig, device: torch.device, record: dict | None) -> TrainConfig:
@@ -338,8 +366,8 @@ def score_held_out(log: RunLog, step: int, run: Training, problems: list[Problem
     rows = []
     for decoding, temperature, count in (("sampled", 1.0, config.eval_samples), ("greedy", 0.0, 1)):
         jobs = [(config.seed, index, number) for index in range(len(problems)) for number in range(count)]
-        settings = Sampling(temperature, 0.95, 0, config.max_new_tokens)
-        for item in solve(run.engine, run.tokenizer, problems, jobs[rank() :: world_size()], settings):
+        settings, mine = Sampling(temperature, 0.95, 0, config.max_new_tokens), jobs[rank() :: world_size()]
+        for item in solve(run.engine, run.tokenizer, problems, mine, settings, template=run.prompts.evaluation):
             correct = run.grader.match(extract_boxed(item.text), problems[item.problem].answer)
             rows.append({"step": step, "decoding": decoding, "correct": correct, **asdict(item)})
     say(log.evaluate(step, [row for part in gather_objects(rows) for row in part]))
@@ -368,9 +396,10 @@ def train(
     """A run in a folder that is ours, from its start or from its newest checkpoint."""
     stop_asked = listen_for_sigterm()
     grader = make_grader(config.grader, [problem.answer for problem in [*problems, *held_out] if problem.answer])
-    run = build(config, device, grader)
-    fitting = fitting_problems(problems, run.tokenizer, context_length(run.model), config)
-    memory = plan_run(run.model, run.tokenizer, run.teacher, fitting, config, device)
+    problems, prompts = choose_prompts(config, problems)
+    run = build(config, device, grader, prompts)
+    fitting = fitting_problems(problems, run.tokenizer, prompts, context_length(run.model), config)
+    memory = plan_run(run.model, run.tokenizer, run.teacher, fitting, prompts, config, device)
     config = replace(config, micro_batch_size=memory.micro_batch_size)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if config.method == "reopold" else set())  # its quantile's tokens
     record_run(folder, record, asdict(config), free, {"ranks": world_size(), "hardware": str(device)})
