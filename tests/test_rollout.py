@@ -29,11 +29,14 @@ def test_choose_tokens_inverts_the_distribution():
 
 
 def test_top_p_1_is_off_exactly():
-    """No token is lost where the cumulative sum rounds to 1: the largest float32 below 1 draws from the far tail."""
-    logits = torch.cat([torch.tensor([[0.6, 0.4]]).log(), torch.full((1, 5000), -22.0)], dim=1)  # 3e-10 each
-    u = torch.tensor([1.0 - 2.0**-24])
-    assert choose_tokens(logits, u, Sampling(1.0, 1.0, 0, 1)) > 1
-    assert choose_tokens(logits, u, Sampling(1.0, 0.9999, 0, 1)) == 1
+    """No token is lost where the cumulative sum rounds to 1 before the end: the tail is drawn as it stands."""
+    torch.manual_seed(0)
+    logits, u = torch.randn(100, 1000) * 3, torch.full((100,), 1.0 - 2.0**-24)  # the largest float32 below 1
+    values, order = logits.sort(dim=-1, descending=True)
+    cumulative = values.softmax(dim=-1).cumsum(dim=-1)
+    assert (cumulative[:, :-1] >= 1.0).any()
+    index = (cumulative <= u[:, None] * cumulative[:, -1:]).sum(dim=-1).clamp(max=999)
+    assert torch.equal(choose_tokens(logits, u, Sampling(1.0, 1.0, 0, 1)), order[range(100), index])
 
 
 def test_uniform_numbers_belong_to_their_key():
