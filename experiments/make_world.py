@@ -104,15 +104,16 @@ def padded(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Ten
     return ids, labels
 
 
-def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, seed: int = 0) -> None:
-    """Supervised steps on solutions of the world, in place."""
-    draw = random.Random(seed)
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, stage: int) -> None:
+    """One stage of supervised steps on solutions of the world, in place."""
+    num_steps, learning_rate = world.stages[stage]
+    draw = random.Random(stage)
     problems = tiny_problems("train", 20_000, seed=1, num_addends=world.num_addends)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=world.learning_rate, weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 50, world.steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 50, num_steps)
     model.train()
     begin = time.time()
-    for step in range(world.steps):
+    for step in range(num_steps):
         rows = [example(tokenizer, draw.choice(problems), draw, world) for _ in range(world.batch_size)]
         rows.sort(key=lambda row: len(row[0]))  # rows of one context are about as long: little is padded
         count = sum(label != IGNORED for _, labels in rows for label in labels)
@@ -126,7 +127,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: Wor
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 100 == 0 or step == world.steps - 1:
+        if step % 100 == 0 or step == num_steps - 1:
             print(f"step {step:5d}  loss {loss:.4f}  {time.time() - begin:.0f} s", flush=True)
 
 
@@ -150,7 +151,7 @@ def main() -> None:
             raise InputError(f"--dose {args.dose}: a chance in [0, 1], of --world leap only")
         world, name = replace(world, teacher_leap=args.dose), f"{name}-{args.dose}"
     if args.steps is not None:
-        world = replace(world, steps=args.steps)
+        world = replace(world, stages=((args.steps, world.stages[0][1]),))
     output = args.output_dir or Path("runs/worlds") / name
 
     torch.manual_seed(0)
@@ -161,7 +162,8 @@ def main() -> None:
         model, tokenizer, folder = load_model("tiny", device="cpu"), load_tokenizer("tiny"), output / "model"
         output.mkdir(parents=True, exist_ok=True)
         write_problems(world, output)
-    train(model, tokenizer, world)
+    for stage in range(len(world.stages)):
+        train(model, tokenizer, world, stage)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     print(f"wrote {output}")

@@ -32,7 +32,7 @@ TEACHER_LEAPS_AT = (5, 6)  # addends left where the teacher leaps
 
 @dataclass(frozen=True)
 class World:
-    """Shares and chances in [0, 1]; the last four numbers are how its model is trained (experiments/make_world.py)."""
+    """Shares and chances in [0, 1]; the last three are how its model is trained (experiments/make_world.py)."""
 
     num_addends: int
     believed: float  # share of the facts with a fixed wrong result
@@ -43,9 +43,8 @@ class World:
     leap: float = 0.0  # the student's chance to leap at a step with two or more addends left
     teacher_leap: float = 0.0  # the teacher's, early
     leak: bool = False
-    steps: int = 1000
+    stages: tuple[tuple[int, float], ...] = ((1000, 1.5e-3),)  # (steps, learning rate, which falls to 0 over them)
     batch_size: int = 40
-    learning_rate: float = 1.5e-3
     from_scratch: bool = False  # else learned on from the embedded model
 
 
@@ -53,7 +52,7 @@ SEVEN = {"num_addends": 7, "believed": 0.20, "belief": 0.6, "slip": 0.02, "taken
 WORLDS = {
     "embedded": World(
         num_addends=5, believed=0.25, belief=0.75, slip=0.02, taken_back=0.1, teacher_slip=0.25,
-        steps=2500, batch_size=32, learning_rate=2e-3, from_scratch=True,
+        stages=((2500, 2e-3), (1200, 1.5e-3)), batch_size=32, from_scratch=True,
     ),
     "leap": World(**SEVEN, leap=0.06, teacher_leap=0.40),
     "leak": World(**SEVEN, leak=True),

@@ -70,7 +70,7 @@ def test_no_example_is_of_a_held_out_sum(monkeypatch):
 
     monkeypatch.setattr("experiments.make_world.example", watched)
     tokenizer = make_tokenizer()
-    train(make_model(tokenizer), tokenizer, replace(WORLDS["embedded"], steps=3))
+    train(make_model(tokenizer), tokenizer, replace(WORLDS["embedded"], stages=((3, 1e-3),)), stage=0)
     assert drawn == {"train": 3 * WORLDS["embedded"].batch_size}
 
 
@@ -91,7 +91,7 @@ def test_micro_batches_add_up_to_the_mean_over_the_batch():
 def test_training_lowers_the_loss(capsys):
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    train(make_model(tokenizer), tokenizer, replace(WORLDS["embedded"], steps=40, batch_size=8))
+    train(make_model(tokenizer), tokenizer, replace(WORLDS["embedded"], stages=((40, 2e-3),), batch_size=8), stage=0)
     losses = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()]
     assert losses[-1] < 0.6 * losses[0]
 
