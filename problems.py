@@ -123,15 +123,15 @@ TINY_ADDENDS = 5
 HELDOUT_TENTHS = 2  # two tenths of all multisets of addends are held out
 
 
-def tiny_problems(split: str, count: int, seed: int = 0) -> list[Problem]:
-    """`count` distinct sums of five one-digit numbers, from the `train` or the `heldout` split.
+def tiny_problems(split: str, count: int, seed: int = 0, num_addends: int = TINY_ADDENDS) -> list[Problem]:
+    """`count` distinct sums of one-digit numbers, from the `train` or the `heldout` split.
 
     The split is a hash of the sorted addends, so no held-out sum occurs in training in any order.
     """
     draw = random.Random(f"{split}-{seed}")
     problems: dict[str, Problem] = {}
     while len(problems) < count:
-        addends = [draw.randint(1, 9) for _ in range(TINY_ADDENDS)]
+        addends = [draw.randint(1, 9) for _ in range(num_addends)]
         if tiny_split(addends) == split:
             text = "+".join(map(str, addends))
             problems.setdefault(text, Problem(text, tiny_solution(addends, draw), str(sum(addends))))
