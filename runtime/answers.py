@@ -43,7 +43,7 @@ _DRESS = [
     (r"(?<!\\)\$", ""),
     (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|large|Large|bf|rm|limits){_WORD_END}", ""),
     (r"(?<=[0-9])(?:\{,\}|,\\!|\\,)\s*(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}000 1,\!000 1\,000
-    (rf"\\!|(?<=\S)~|\\[,;: ]|\\q?quad{_WORD_END}", lambda match: "" if match[0] == "\\!" else " "),
+    (rf"\\!|(?<=\S)~|(?<!\\)\\[,;: ]|\\q?quad{_WORD_END}", lambda match: "" if match[0] == "\\!" else " "),
     (rf"\\[dtc]frac{_WORD_END}", r"\\frac"),
     (rf"\\(?:leq|leqslant|leqq){_WORD_END}", r"\\le"),
     (rf"\\(?:geq|geqslant|geqq){_WORD_END}", r"\\ge"),
@@ -73,6 +73,7 @@ _DRESS = [(re.compile(pattern), replacement) for pattern, replacement in _DRESS]
 _WRAPPER = re.compile(r"(?:\\(?:text|boxed|fbox))?(?=\{)")
 
 
+@lru_cache(maxsize=4096)
 def normalise_answer(answer: str) -> str:
     r"""The answer in one spelling, without mere dress: `\dfrac 12.` becomes `\frac{1}{2}`, a too long one ""."""
     text = answer.strip().translate(_SYMBOLS) if len(answer) <= LONGEST else ""
@@ -304,8 +305,10 @@ def _read_body(text: str) -> Reading:
 def _read_parts(text: str) -> Reading | None:
     """The reading of a matrix, of what stands in brackets, of a union or a list; None for others."""
     if (matrix := _MATRIX.fullmatch(text)) is not None:
-        rows = [row.split("&") for row in matrix[2].split("\\\\")]
-        return Reading("tuple", text, parts=tuple(sum(rows, [])), ends=f"matrix {[*map(len, rows)]}")
+        rows = [row.split("&") for row in matrix[2].removesuffix("\\\\").split("\\\\")]
+        return Reading(
+            "tuple", text, parts=tuple(entry for row in rows for entry in row), ends=f"matrix {[*map(len, rows)]}"
+        )
     opening = re.match(r"[(\[]|\\\{", text)
     if opening is not None and _partner(text, 0) == len(text) - 1:
         return _read_brackets(text, opening[0], text[opening.end() : -1].removesuffix("\\"))
@@ -376,7 +379,9 @@ def _same(x: Reading, y: Reading, ask: Ask) -> bool:
         return x.form == y.form and x.text == y.text != ""
     if (x.name and y.name and x.name != y.name) or _units_clash(x.unit, y.unit):
         return False
-    if forms == {"number"} and x.value == y.value or forms == {"formula"} and x.text == y.text:
+    if x.form == y.form == "number" and x.value == y.value:
+        return True
+    if x.form == y.form == "formula" and x.text == y.text:
         return True
     if forms & {"list", "set", "tuple"} or (x.form == "number" and x.parts and y.parts):
         x, y = (
