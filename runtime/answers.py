@@ -35,6 +35,7 @@ _SYMBOLS = str.maketrans(
     }
     | {"×": "\\times ", "·": "\\cdot ", "π": "\\pi ", "≤": "\\le ", "≥": "\\ge ", "∅": "\\emptyset ", "∈": "\\in "}
     | {"°": "^\\circ ", "²": "^2", "³": "^3", "½": "\\frac12 ", "¼": "\\frac14 ", "¾": "\\frac34 ", "±": "\\pm "}
+    | dict.fromkeys("\u200b\u2060\ufeff", "")
 )
 _WORD_END = r"(?![a-zA-Z])"
 # (pattern, replacement), in this order
@@ -52,8 +53,9 @@ _DRESS = [
     (rf"\\varnothing{_WORD_END}|\\\{{\s*\\\}}", r"\\emptyset"),
     (rf"\^\s*\{{\s*\\circ\s*\}}|\^\s*\\circ{_WORD_END}|\\degrees?{_WORD_END}", r"^\\circ"),
     (r"\\?%", r"\\%"),
-    (r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|mathnormal)\s*(?=\{)", ""),
+    (r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|mathnormal|underline)\s*(?=\{)|\\(?:text)?color\s*\{[a-zA-Z]+\}", ""),
     (r"\\(?:mathrm|textbf|textit|textrm|textsf|textnormal|mbox|hbox)\s*(?=\{)", r"\\text"),
+    (r"\\(?:text|boxed|fbox)\s*\{((?:[-+0-9.,\s]|\\%)*)\}", r"\1"),
     (r"\\(frac|sqrt)\s*([0-9a-zA-Z])(?![a-zA-Z])", r"\\\1{\2}"),
     (r"(\\frac\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}"),
     (r"([_^])\s*\{\s*([0-9a-zA-Z])\s*\}", r"\1\2"),
@@ -125,10 +127,11 @@ def _split(text: str, separator: re.Pattern) -> list[str]:
 _UNITS = r"""
 dollar dollars usd \$
 euro euros €
+yen ¥
 pound pounds £ lb lbs
-cent cents
+cent cents ¢
 percent \%
-degree degrees ^\circ
+degree degrees deg ^\circ
 mm millimeter millimeters
 cm centimeter centimeters
 km kilometer kilometers
@@ -146,6 +149,7 @@ s sec second seconds
 min mins minute minutes
 h hr hrs hour hours
 day days
+cup cups
 week weeks
 month months
 year years
@@ -160,9 +164,9 @@ thousandth thousandths squared cubed factorial mod modulo base one two three fou
 eleven twelve twenty thirty forty fifty sixty seventy eighty ninety
 """
 _FUNCTION = re.compile(r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?[a-z]?|(?:log|exp|sqrt|frac|gcd|lcm|max|min)[a-z]?")
-_CURRENCY = re.compile(r"([+-]?)(\\\$|[€£])([+-]?)")
+_CURRENCY = re.compile(r"([+-]?)(\\\$|[€£¥¢])([+-]?)")
 _TAIL = re.compile(
-    r"(?P<symbol>\\%|\\\$|[€£]|\^\\circ)|\\text\{(?P<text>[a-zA-Z][a-zA-Z /.]*)\}(?P<power>\^[23])?"
+    r"(?P<symbol>\\%|\\\$|[€£¥¢]|\^\\circ)|\\text\{(?P<text>[a-zA-Z][a-zA-Z /.]*)(?P<power>\^[23]\}|\}\^[23]|\})"
     r"|(?<=[0-9}])(?P<plain>[a-zA-Z][a-zA-Z /]*)(?P<plain_power>\^[23])?"
 )
 
@@ -176,20 +180,21 @@ def _split_unit(text: str) -> tuple[str, str]:
     if tail is None:
         return text, unit
     words = (tail["text"] or tail["plain"] or "").replace("/", " per ").replace(".", "").split()
-    if not all(_counts(word, typed_as_text=tail["text"] is not None) for word in words):
+    if not all(_counts(word, as_text=tail["text"] is not None or word is not words[0]) for word in words):
         return text, unit
     names = [_UNIT_OF.get(word) or _UNIT_OF.get(word.lower(), word.lower()) for word in words]
-    behind = " ".join(names) + (tail["power"] or tail["plain_power"] or "") or _UNIT_OF[tail["symbol"]]
+    power = (tail["power"] or tail["plain_power"] or "").replace("}", "")
+    behind = " ".join(names) + power or _UNIT_OF[tail["symbol"]]
     return text[: tail.start()], unit or behind
 
 
-def _counts(word: str, typed_as_text: bool) -> bool:
+def _counts(word: str, as_text: bool) -> bool:
     r"""Whether a word behind a number only says what is counted. Outside \text{} a short one may be a product."""
-    if (word in _UNIT_OF or word.lower() in _UNIT_OF) if len(word) > 1 else (word in _UNIT_OF and typed_as_text):
+    if (word in _UNIT_OF or word.lower() in _UNIT_OF) if len(word) > 1 else (word in _UNIT_OF and as_text):
         return True
     if word.lower() in _CHANGING.split() or _FUNCTION.fullmatch(word):
         return False
-    return len(word) > 1 if typed_as_text else word in ("per", "of") or (len(word) > 3 and re.search("[aeiou]", word))
+    return len(word) > 1 if as_text else word == "per" or (len(word) > 3 and bool(re.search("[aeiou]", word)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -241,6 +246,8 @@ def read_answer(answer: str) -> Reading:
     interval = _read_inequality(text)
     if interval is not None:
         return interval
+    if (turned := re.fullmatch(r"([^=]+)=([a-zA-Z])", text)) is not None and parse_number(turned[1]) is not None:
+        text = f"{turned[2]}={turned[1]}"
     named = _NAMED.match(text)
     reading = _read_body(text[named.end() :].strip() if named else text)
     if named is None:

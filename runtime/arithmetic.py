@@ -11,6 +11,7 @@ MOST_BITS = 2**14  # of a numerator or denominator
 
 _SEPARATED = re.compile(r"[1-9][0-9]{0,2}(?:, ?[0-9]{3})+(?:\.[0-9]*)?")
 _MIXED = re.compile(r"(-?)([0-9]+) ?(?:\\frac\{([0-9]+)\}\{([0-9]+)\}|(?<= )([0-9]+)/([0-9]+))")
+_REPEATING = re.compile(r"(-?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
 _TOKEN = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?|\\[a-zA-Z]+|[-+*/^!(){}]")
 
 
@@ -21,7 +22,7 @@ class _NotExactError(Exception):
 def parse_number(text: str) -> Fraction | None:
     r"""The exact value of normalised text that is arithmetic on rational numbers, else None.
 
-    Read are decimals, `1e3`, `1,000`, `\frac{1}{2}`, `6 1/2`, and + - * / ! ^ of these while they stay bounded.
+    Read are decimals, `1e3`, `1,000`, `\frac{1}{2}`, `6 1/2`, `0.\overline{3}`, and + - * / ! ^ of these while they stay bounded.
     """
     if len(text) > LONGEST:
         return None
@@ -31,6 +32,10 @@ def parse_number(text: str) -> Fraction | None:
     if (mixed := _MIXED.fullmatch(text)) is not None:
         sign, whole, top, bottom = mixed[1], int(mixed[2]), int(mixed[3] or mixed[5]), int(mixed[4] or mixed[6])
         return (-1 if sign else 1) * (whole + Fraction(top, bottom)) if 0 < top < bottom else None
+    if (repeating := _REPEATING.fullmatch(text)) is not None:
+        sign, whole, once, again = repeating.groups()
+        value = int(whole + once or "0") + Fraction(int(again), 10 ** len(again) - 1)
+        return (-1 if sign else 1) * value / 10 ** len(once)
     tokens = _TOKEN.findall(text)
     if "".join(tokens) != text:
         return None

@@ -20,7 +20,8 @@ DRESSES_OF_TEN = [
     r"10\text{ miles per hour}", "10 miles/hour", r"10\text{ km/h}", r"10\text{ square feet}",
     r"10^\circ", r"10^{\circ}", "10°", r"10\degree", r"10\%", "10%",
     "x=10", "x = 10", r"\theta=10", "x_1=10", "AB=10", "f(2)=10", "total = 10", r"\text{Total}=10",
-    "１０", "\u00a010",
+    "１０", "\u00a010", "10\u200b", "\ufeff10", "10 = x", r"\text{10}\text{ cm}", r"10\text{.}", r"10\text{ \%}", r"\underline{10}",
+    r"\color{red}{10}", r"\textcolor{red}{10}", r"10\ \mathrm{cm^2}", r"10\text{ cm$^2$}", "10 years old", "10 cups", "10¢",
 ]  # fmt: skip
 # Neighbours of the number 10 that say something else.
 NOT_TEN = [
@@ -39,7 +40,7 @@ EQUAL = [
     (r"\$1,000.50", "1000.5"), (r"\$32,\!348", "32348"), (r"11,\! 111,\! 111,\! 100", "11111111100"), ("1e3", "1000"),
     ("10^3", "1000"), (r"1.5\times10^3", "1500"), (r"\frac12", "0.5"), (r"\frac 34", "3/4"), (r"\frac9{19}", "9/19"),
     (r"1\frac12", "1.5"), (r"-1\frac12", "-3/2"), ("6 1/2", "6.5"), (r"137 \frac{1}{2}", "137.5"), ("6½", "6.5"),
-    (r"-\frac12", r"\frac{-1}{2}"), (r"\frac{1}{-2}", "-.5"), ("−5", "-5"), ("0", "-0"),
+    (r"-\frac12", r"\frac{-1}{2}"), (r"\frac{1}{-2}", "-.5"), ("−5", "-5"), ("0", "-0"), (r"0.1\overline{6}", "1/6"),
     ("10^{-20}", r"\frac{1}{10^{20}}"),
     # units
     (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}^\circ"), (r"15\text{ cm}^2", r"15\mbox{ cm}^2"),
@@ -62,7 +63,7 @@ EQUAL = [
     (r"\emptyset", r"\varnothing"), (r"\emptyset", r"\{\}"), (r"\emptyset", "∅"), (r"\text{(B)}", "B"),
     ("(B)", r"\text{B}"),
     (r"\text{Evelyn}", "Evelyn"), (r"\text{even}", "Even"), ("2516_8", "2516_{8}"), ("4210_{5}", "(4210)_5"),
-    ("21_{12}", "021_{12}"),
+    ("21_{12}", "021_{12}"), ("N=21_3", r"21_{\text{3}}"),
 ]  # fmt: skip
 DIFFERENT = [
     # separators
