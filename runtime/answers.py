@@ -1,9 +1,8 @@
-r"""The algebra of answers: when two strings that people box are the same answer, as far as that is decided exactly.
+"""The algebra of answers: when two strings that people box are the same answer, as far as that is decided exactly.
 
-`normalise_answer` takes off what only dresses an answer (`\displaystyle`, `\mathbf{}`, spaces, a final full stop);
-`read_answer` sees its form: a number with its name and unit (`x = 5\text{ cm}`), a number in a base, a tuple or
+`read_answer` sees the form of an answer: a number with its name and unit (`x = 5 cm`), a number in a base, a tuple or
 interval, a set, a list, a union, words, or any other formula; `same_answer` compares two readings part by part and
-hands only two formulas to `ask`. Text from a model is never evaluated as code, and every size is bounded.
+hands only formulas to `ask`. Text from a model is never evaluated as code, and every size is bounded.
 """
 
 from __future__ import annotations
@@ -14,188 +13,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
-from runtime.arithmetic import DEEPEST, LONGEST, parse_number
+from runtime.answer_text import normalise_answer, partner, readable, split, split_unit, units_clash
+from runtime.arithmetic import LONGEST, parse_number
 
 MOST_PARTS = 20  # of a tuple, set, list or union; one with more is equal only as a string, as is a too long answer
-
-# ---------------------------------------------------------------------------------------------------------------
-# Dress
-
-_SYMBOLS = str.maketrans(
-    {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms
-    | {
-        "−": "-",
-        "–": "-",
-        "\u2009": "\\,",
-        "\u202f": "\\,",
-        "\u00a0": " ",
-        "\u3000": " ",
-        "∞": "\\infty ",
-        "∪": "\\cup ",
-    }
-    | {"×": "\\times ", "·": "\\cdot ", "π": "\\pi ", "≤": "\\le ", "≥": "\\ge ", "∅": "\\emptyset ", "∈": "\\in "}
-    | {"°": "^\\circ ", "²": "^2", "³": "^3", "½": "\\frac12 ", "¼": "\\frac14 ", "¾": "\\frac34 ", "±": "\\pm "}
-    | dict.fromkeys("\u200b\u2060\ufeff", "")
-)
-_WORD_END = r"(?![a-zA-Z])"
-# (pattern, replacement), in this order
-_DRESS = [
-    (r"\\\\|\\[()\[\]]", lambda match: match[0] if match[0] == "\\\\" else " "),  # \( \), but not a line break
-    (r"(?<!\\)\$", ""),
-    (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|large|Large|bf|rm|limits){_WORD_END}", ""),
-    (r"(?<=[0-9])(?:\{,\}|,\\!|\\,)\s*(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}000 1,\!000 1\,000
-    (rf"\\!|(?<=\S)~|(?<!\\)\\[,;: ]|\\q?quad{_WORD_END}", lambda match: "" if match[0] == "\\!" else " "),
-    (rf"\\[dtc]frac{_WORD_END}", r"\\frac"),
-    (rf"\\(?:leq|leqslant|leqq){_WORD_END}", r"\\le"),
-    (rf"\\(?:geq|geqslant|geqq){_WORD_END}", r"\\ge"),
-    (rf"\\lt{_WORD_END}", "<"),
-    (rf"\\gt{_WORD_END}", ">"),
-    (rf"\\varnothing{_WORD_END}|\\\{{\s*\\\}}", r"\\emptyset"),
-    (rf"\^\s*\{{\s*\\circ\s*\}}|\^\s*\\circ{_WORD_END}|\\degrees?{_WORD_END}", r"^\\circ"),
-    (r"\\?%", r"\\%"),
-    (r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|mathnormal|underline)\s*(?=\{)|\\(?:text)?color\s*\{[a-zA-Z]+\}", ""),
-    (r"\\(?:mathrm|textbf|textit|textrm|textsf|textnormal|mbox|hbox)\s*(?=\{)", r"\\text"),
-    (r"\\(?:text|boxed|fbox)\s*\{((?:[-+0-9.,\s]|\\%)*)\}", r"\1"),
-    (r"\\(frac|sqrt)\s*([0-9a-zA-Z])(?![a-zA-Z])", r"\\\1{\2}"),
-    (r"(\\frac\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}"),
-    (r"([_^])\s*\{\s*([0-9a-zA-Z])\s*\}", r"\1\2"),
-    (r"\\text\{\s*(and|or)\s*\}|(?<![\\a-zA-Z])(and|or)(?![a-zA-Z])", r"\\text{\1\2}"),
-    (rf"\\langle{_WORD_END}", "("),
-    (rf"\\rangle{_WORD_END}", ")"),
-    (rf"\\lbrace{_WORD_END}", r"\\{"),
-    (rf"\\rbrace{_WORD_END}", r"\\}"),
-    (r"(?<=[0-9]),\s+(?=[0-9]{3}(?![0-9]))", ",\0"),  # the one space that tells: `1, 000` may be a list
-    (r"(?<![0-9a-zA-Z])\s+|\s+(?![0-9a-zA-Z])|(?<=[0-9])\s+(?=[a-zA-Z])|(?<=[a-zA-Z])\s+(?=[0-9])", ""),
-    (r"\s+", " "),
-    (r"\0", " "),
-    (r"^\+|\\\\$", ""),
-    (r"(?<!\.)[.,;:]$", ""),
-]
-_DRESS = [(re.compile(pattern), replacement) for pattern, replacement in _DRESS]
-_WRAPPER = re.compile(r"(?:\\(?:text|boxed|fbox))?(?=\{)")
-
-
-@lru_cache(maxsize=4096)
-def normalise_answer(answer: str) -> str:
-    r"""The answer in one spelling, without mere dress: `\dfrac 12.` becomes `\frac{1}{2}`, a too long one ""."""
-    text = answer.strip().translate(_SYMBOLS) if len(answer) <= LONGEST else ""
-    for pattern, replacement in _DRESS:
-        text = pattern.sub(replacement, text)
-    for _ in range(DEEPEST):
-        wrapper = _WRAPPER.match(text)
-        if wrapper is None or _partner(text, wrapper.end()) != len(text) - 1:
-            break
-        text = text[wrapper.end() + 1 : -1].strip()
-        text = re.sub(r"(?<!\.)[.,;:]$", "", text)
-    return text
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Brackets
-
-_OPENING, _CLOSING = "([{", ")]}"
-_BRACKET = re.compile(r"\\[a-zA-Z]+|\\.|[()\[\]{},;]", re.DOTALL)
-
-
-def _partner(text: str, begin: int) -> int:
-    """Where the bracket at `begin` is closed; brackets of any kind close each other, as in [0, 1). -1 for nowhere."""
-    depth = 0
-    for token in _BRACKET.finditer(text, begin):
-        bracket = token[0].lstrip("\\")
-        depth += (bracket in _OPENING) - (bracket in _CLOSING) if len(bracket) == 1 else 0
-        if depth == 0:
-            return token.end() - 1
-    return -1
-
-
-def _split(text: str, separator: re.Pattern) -> list[str]:
-    """The parts of `text` between separators outside all brackets, empty ones left out."""
-    parts, begin, depth = [], 0, 0
-    for token in re.finditer(rf"(?P<cut>{separator.pattern})|\\[a-zA-Z]+|\\.|.", text, re.DOTALL):
-        if token["cut"] is not None and depth == 0:
-            parts.append(text[begin : token.start()].strip())
-            begin = token.end()
-        elif len(bracket := token[0].lstrip("\\")) == 1:
-            depth += (bracket in _OPENING) - (bracket in _CLOSING)
-    return [part for part in [*parts, text[begin:].strip()] if part]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Units
-
-# One line a unit, its spellings in it; two different units of this table are different answers.
-_UNITS = r"""
-dollar dollars usd \$
-euro euros €
-yen ¥
-pound pounds £ lb lbs
-cent cents ¢
-percent \%
-degree degrees deg ^\circ
-mm millimeter millimeters
-cm centimeter centimeters
-km kilometer kilometers
-m meter meters metre metres
-in inch inches
-ft foot feet
-yd yard yards
-mi mile miles
-g gram grams
-kg kilogram kilograms
-oz ounce ounces
-ml mL milliliter milliliters
-L liter liters
-s sec second seconds
-min mins minute minutes
-h hr hrs hour hours
-day days
-cup cups
-week weeks
-month months
-year years
-"""
-_UNIT_OF = {spelling: line.split()[0] for line in _UNITS.strip().splitlines() for spelling in line.split()}
-# Words that make the number before them another number, or no number.
-_CHANGING = """
-or and to than more less fewer over under about approximately around roughly at least most not no plus minus times
-divided by above below negative dozen dozens hundred hundreds thousand thousands million millions billion billions
-trillion trillions half halves third thirds fourths fifth fifths sixths eighths tenth tenths hundredth hundredths
-thousandth thousandths squared cubed factorial mod modulo base one two three four five six seven eight nine ten
-eleven twelve twenty thirty forty fifty sixty seventy eighty ninety
-"""
-_FUNCTION = re.compile(r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?[a-z]?|(?:log|exp|sqrt|frac|gcd|lcm|max|min)[a-z]?")
-_CURRENCY = re.compile(r"([+-]?)(\\\$|[€£¥¢])([+-]?)")
-_TAIL = re.compile(
-    r"(?P<symbol>\\%|\\\$|[€£¥¢]|\^\\circ)|\\text\{(?P<text>[a-zA-Z][a-zA-Z /.]*)(?P<power>\^[23]\}|\}\^[23]|\})"
-    r"|(?<=[0-9}])(?P<plain>[a-zA-Z][a-zA-Z /]*)(?P<plain_power>\^[23])?"
-)
-
-
-def _split_unit(text: str) -> tuple[str, str]:
-    """The answer and its unit, "" without one: a currency in front, or a sign or words behind."""
-    unit = ""
-    if (money := _CURRENCY.match(text)) is not None:
-        unit, text = _UNIT_OF[money[2]], (money[1] or money[3]) + text[money.end() :]
-    tail = next((tail for tail in _TAIL.finditer(text) if tail.end() == len(text) and tail.start() > 0), None)
-    if tail is None:
-        return text, unit
-    words = (tail["text"] or tail["plain"] or "").replace("/", " per ").replace(".", "").split()
-    if not all(_counts(word, as_text=tail["text"] is not None or word is not words[0]) for word in words):
-        return text, unit
-    names = [_UNIT_OF.get(word) or _UNIT_OF.get(word.lower(), word.lower()) for word in words]
-    power = (tail["power"] or tail["plain_power"] or "").replace("}", "")
-    behind = " ".join(names) + power or _UNIT_OF[tail["symbol"]]
-    return text[: tail.start()], unit or behind
-
-
-def _counts(word: str, as_text: bool) -> bool:
-    r"""Whether a word behind a number only says what is counted. Outside \text{} a short one may be a product."""
-    if (word in _UNIT_OF or word.lower() in _UNIT_OF) if len(word) > 1 else (word in _UNIT_OF and as_text):
-        return True
-    if word.lower() in _CHANGING.split() or _FUNCTION.fullmatch(word):
-        return False
-    return len(word) > 1 if as_text else word == "per" or (len(word) > 3 and bool(re.search("[aeiou]", word)))
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Forms
@@ -241,7 +62,7 @@ _INEQUALITY = re.compile(rf"(?:(.+?){_COMPARED})?([a-zA-Z]|\\[a-zA-Z]+)(?:{_COMP
 def read_answer(answer: str) -> Reading:
     """The reading of an answer in any spelling."""
     text = normalise_answer(answer)
-    if not _readable(text):
+    if not readable(text):
         return Reading("words", text)
     interval = _read_inequality(text)
     if interval is not None:
@@ -259,19 +80,6 @@ def read_answer(answer: str) -> Reading:
         named_parts = [f"{letter}={part}" for letter, part in zip(letters, reading.parts, strict=False)]
         return replace(reading, parts=_by_letter(named_parts))
     return replace(reading, name=named[1])
-
-
-def _readable(text: str) -> bool:
-    """Whether the braces are paired and no bracket is nested too deeply: what parsers may be given."""
-    depth = braces = 0
-    for token in _BRACKET.finditer(text):
-        bracket = token[0].lstrip("\\")
-        if len(bracket) == 1:
-            depth += (bracket in _OPENING) - (bracket in _CLOSING)
-        braces += {"{": 1, "}": -1}.get(token[0], 0)
-        if braces < 0 or depth > DEEPEST:
-            return False
-    return braces == 0
 
 
 def _read_inequality(text: str) -> Reading | None:
@@ -294,7 +102,7 @@ def _read_inequality(text: str) -> Reading | None:
 
 
 def _read_body(text: str) -> Reading:
-    bare, unit = _split_unit(text)
+    bare, unit = split_unit(text)
     value, based = parse_number(bare), _BASED.fullmatch(bare)
     if value is not None:
         parts = tuple(bare.split(", ")) if ", " in bare else ()
@@ -317,19 +125,19 @@ def _read_parts(text: str) -> Reading | None:
             "tuple", text, parts=tuple(entry for row in rows for entry in row), ends=f"matrix {[*map(len, rows)]}"
         )
     opening = re.match(r"[(\[]|\\\{", text)
-    if opening is not None and _partner(text, 0) == len(text) - 1:
+    if opening is not None and partner(text, 0) == len(text) - 1:
         return _read_brackets(text, opening[0], text[opening.end() : -1].removesuffix("\\"))
-    if len(parts := _split(text, _CUP)) > 1:
+    if len(parts := split(text, _CUP)) > 1:
         return Reading("union", text, parts=tuple(parts))
-    if len(parts := _split(text, _OR)) > 1 and all(map(_read_inequality, parts)):
+    if len(parts := split(text, _OR)) > 1 and all(map(_read_inequality, parts)):
         return Reading("union", text, parts=tuple(parts))
-    if len(parts := _plus_and_minus(_split(text, _COMMA))) > 1:
+    if len(parts := _plus_and_minus(split(text, _COMMA))) > 1:
         return Reading("list", text, parts=_by_letter(parts))
     return None
 
 
 def _read_brackets(text: str, opening: str, inside: str) -> Reading | None:
-    parts = _split(inside, _COMMA)
+    parts = split(inside, _COMMA)
     if opening == "\\{":
         condition = _SET_BUILDER.match(inside)
         return (
@@ -384,7 +192,7 @@ def _same(x: Reading, y: Reading, ask: Ask) -> bool:
     forms = {x.form, y.form}
     if "words" in forms:
         return x.form == y.form and x.text == y.text != ""
-    if (x.name and y.name and x.name != y.name) or _units_clash(x.unit, y.unit):
+    if (x.name and y.name and x.name != y.name) or units_clash(x.unit, y.unit):
         return False
     if x.form == y.form == "number" and x.value == y.value:
         return True
@@ -407,11 +215,6 @@ def _same(x: Reading, y: Reading, ask: Ask) -> bool:
     if "set" in forms and len(parts := (y if y.form == "set" else x).parts) == 1:  # the set of one element and it
         return _same(read_answer(parts[0]), x if y.form == "set" else y, ask)
     return _open(x, y) and ask(x.text, y.text)
-
-
-def _units_clash(a: str, b: str) -> bool:
-    known = set(_UNIT_OF.values())
-    return a != b and a.partition("^")[0] in known and b.partition("^")[0] in known
 
 
 def _same_tuple(x: Reading, y: Reading, ask: Ask) -> bool:

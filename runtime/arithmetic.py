@@ -22,7 +22,8 @@ class _NotExactError(Exception):
 def parse_number(text: str) -> Fraction | None:
     r"""The exact value of normalised text that is arithmetic on rational numbers, else None.
 
-    Read are decimals, `1e3`, `1,000`, `\frac{1}{2}`, `6 1/2`, `0.\overline{3}`, and + - * / ! ^ of these while they stay bounded.
+    Read are decimals, `1e3`, `1,000`, `\frac{1}{2}`, `6 1/2`, `0.\overline{3}`, and + - * / ! ^ of these while they
+    stay bounded.
     """
     if len(text) > LONGEST:
         return None

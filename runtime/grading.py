@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 from problems import InputError
-from runtime.answers import needs_algebra, normalise_answer, same_answer
+from runtime.answer_text import normalise_answer
+from runtime.answers import needs_algebra, same_answer
 from runtime.arithmetic import parse_number
 
 __all__ = ["ExactGrader", "MathVerifyGrader", "answers_match", "make_grader", "normalise_answer", "parse_number"]

@@ -6,7 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from runtime.answers import MOST_PARTS, needs_algebra, normalise_answer, read_answer, same_answer
+from runtime.answer_text import normalise_answer
+from runtime.answers import MOST_PARTS, needs_algebra, read_answer, same_answer
 from runtime.arithmetic import LONGEST, MOST_BITS, parse_number
 
 # What people box around the number 10. Each line is one kind of dress.
@@ -20,8 +21,10 @@ DRESSES_OF_TEN = [
     r"10\text{ miles per hour}", "10 miles/hour", r"10\text{ km/h}", r"10\text{ square feet}",
     r"10^\circ", r"10^{\circ}", "10°", r"10\degree", r"10\%", "10%",
     "x=10", "x = 10", r"\theta=10", "x_1=10", "AB=10", "f(2)=10", "total = 10", r"\text{Total}=10",
-    "１０", "\u00a010", "10\u200b", "\ufeff10", "10 = x", r"\text{10}\text{ cm}", r"10\text{.}", r"10\text{ \%}", r"\underline{10}",
-    r"\color{red}{10}", r"\textcolor{red}{10}", r"10\ \mathrm{cm^2}", r"10\text{ cm$^2$}", "10 years old", "10 cups", "10¢",
+    "１０", "\u00a010", "10\u200b", "\ufeff10", "10 = x", r"\text{10}\text{ cm}", r"10\text{.}", r"10\text{ \%}",
+    r"\underline{10}",
+    r"\color{red}{10}", r"\textcolor{red}{10}", r"10\ \mathrm{cm^2}", r"10\text{ cm$^2$}",
+    "10 years old", "10 cups", "10¢",
 ]  # fmt: skip
 # Neighbours of the number 10 that say something else.
 NOT_TEN = [
