@@ -165,7 +165,7 @@ trillion trillions half halves third thirds fourths fifth fifths sixths eighths 
 thousandth thousandths squared cubed factorial mod modulo base one two three four five six seven eight nine ten
 eleven twelve twenty thirty forty fifty sixty seventy eighty ninety
 """
-_FUNCTION = re.compile(r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?[a-z]?|(?:log|exp|sqrt|frac|gcd|lcm|max|min)[a-z]?")
+FUNCTION = re.compile(r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?[a-z]?|(?:log|exp|sqrt|frac|gcd|lcm|max|min)[a-z]?")
 _CURRENCY = re.compile(r"([+-]?)(\\\$|[€£¥¢])([+-]?)")
 _TAIL = re.compile(
     r"(?P<symbol>\\%|\\\$|[€£¥¢]|\^\\circ)|\\text\{(?P<text>[a-zA-Z][a-zA-Z /.]*)(?P<power>\^[23]\}|\}\^[23]|\})"
@@ -194,7 +194,7 @@ def _counts(word: str, as_text: bool) -> bool:
     r"""Whether a word behind a number only says what is counted. Outside \text{} a short one may be a product."""
     if (word in _UNIT_OF or word.lower() in _UNIT_OF) if len(word) > 1 else (word in _UNIT_OF and as_text):
         return True
-    if word.lower() in _CHANGING.split() or _FUNCTION.fullmatch(word):
+    if word.lower() in _CHANGING.split() or FUNCTION.fullmatch(word):
         return False
     return len(word) > 1 if as_text else word == "per" or (len(word) > 3 and bool(re.search("[aeiou]", word)))
 

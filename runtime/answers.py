@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
-from runtime.answer_text import normalise_answer, partner, readable, split, split_unit, units_clash
+from runtime.answer_text import FUNCTION, normalise_answer, partner, readable, split, split_unit, units_clash
 from runtime.arithmetic import LONGEST, parse_number
 
 MOST_PARTS = 20  # of a tuple, set, list or union; one with more is equal only as a string, as is a too long answer
@@ -112,7 +112,7 @@ def _read_body(text: str) -> Reading:
     reading = _read_parts(bare)
     if reading is not None:
         return reading if len(reading.parts) <= MOST_PARTS else Reading("words", text)
-    if any(not _FUNCTION.fullmatch(word) for word in _WORD.findall(_NO_WORDS.sub(" ", bare))):
+    if any(not FUNCTION.fullmatch(word) for word in _WORD.findall(_NO_WORDS.sub(" ", bare))):
         return Reading("words", re.sub(r"\\text|[{}\s]", "", text).lower())
     return Reading("formula", bare, unit=unit)
 
@@ -227,13 +227,13 @@ def _same_collection(xs: tuple[str, ...], ys: tuple[str, ...], ask: Ask, as_set:
     """In any order; as often in both, unless as sets."""
     if as_set:
         found = [[same_answer(p, q, ask) for q in ys] for p in xs]
-        return all(map(any, found)) and all(map(any, zip(*found, strict=True)))
+        return bool(found) and all(map(any, found)) and all(map(any, zip(*found, strict=True)))
     left = list(ys)
     for part in xs:
-        partner = next((other for other in left if same_answer(part, other, ask)), None)
-        if partner is None:
+        found = next((other for other in left if same_answer(part, other, ask)), None)
+        if found is None:
             return False
-        left.remove(partner)
+        left.remove(found)
     return not left
 
 

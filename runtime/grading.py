@@ -20,7 +20,15 @@ from runtime.answer_text import normalise_answer
 from runtime.answers import needs_algebra, same_answer
 from runtime.arithmetic import parse_number
 
-__all__ = ["ExactGrader", "MathVerifyGrader", "answers_match", "make_grader", "normalise_answer", "parse_number"]
+__all__ = [
+    "ExactGrader",
+    "Grader",
+    "MathVerifyGrader",
+    "answers_match",
+    "make_grader",
+    "normalise_answer",
+    "parse_number",
+]
 
 SECONDS_PER_COMPARISON = 10.0  # math-verify's own default is 5 for the parsing and 5 for the comparison
 MEMORY_BYTES = 2 * 2**30
@@ -129,7 +137,10 @@ class MathVerifyGrader:
             self._worker = None
 
 
-def make_grader(name: str, golds: list[str]) -> ExactGrader | MathVerifyGrader:
+Grader = ExactGrader | MathVerifyGrader
+
+
+def make_grader(name: str, golds: list[str]) -> Grader:
     """The grader of `--grader name`. `auto` is math-verify wherever it is installed.
 
     Without it, `auto` is an InputError where a gold answer is a formula, else the exact grader with a note.
