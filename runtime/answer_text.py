@@ -12,23 +12,15 @@ from runtime.arithmetic import DEEPEST, LONGEST
 
 _SYMBOLS = str.maketrans(
     {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms
-    | {
-        "−": "-",
-        "–": "-",
-        "\u2009": "\\,",
-        "\u202f": "\\,",
-        "\u00a0": " ",
-        "\u3000": " ",
-        "∞": "\\infty ",
-        "∪": "\\cup ",
-    }
+    | {"−": "-", "–": "-", "\u2009": "\\,", "\u202f": "\\,", "\u00a0": " ", "\u3000": " "}
+    | {"∞": "\\infty ", "∪": "\\cup ", "¢": "\\text{cents}", "≈": "\\approx "}
     | {"×": "\\times ", "·": "\\cdot ", "π": "\\pi ", "≤": "\\le ", "≥": "\\ge ", "∅": "\\emptyset ", "∈": "\\in "}
     | {"°": "^\\circ ", "²": "^2", "³": "^3", "½": "\\frac12 ", "¼": "\\frac14 ", "¾": "\\frac34 ", "±": "\\pm "}
     | dict.fromkeys("\u200b\u2060\ufeff", "")
 )
 _WORD_END = r"(?![a-zA-Z])"
-# (pattern, replacement), in this order
-_DRESS = [
+# (pattern, replacement), in this order: delimiters, spaces, one command for its synonyms, braces where they may miss
+_SPELLINGS = [
     (r"\\\\|\\[()\[\]]", lambda match: match[0] if match[0] == "\\\\" else " "),  # \( \), but not a line break
     (r"(?<!\\)\$", ""),
     (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|large|Large|bf|rm|limits){_WORD_END}", ""),
@@ -60,7 +52,7 @@ _DRESS = [
     (r"^\+|\\\\$", ""),
     (r"(?<!\.)[.,;:]$", ""),
 ]
-_DRESS = [(re.compile(pattern), replacement) for pattern, replacement in _DRESS]
+_DRESS = [(re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS]
 _WRAPPER = re.compile(r"(?:\\(?:text|boxed|fbox))?(?=\{)")
 
 
@@ -131,7 +123,7 @@ dollar dollars usd \$
 euro euros €
 yen ¥
 pound pounds £ lb lbs
-cent cents ¢
+cent cents
 percent \%
 degree degrees deg ^\circ
 mm millimeter millimeters
@@ -166,9 +158,9 @@ thousandth thousandths squared cubed factorial mod modulo base one two three fou
 eleven twelve twenty thirty forty fifty sixty seventy eighty ninety
 """
 FUNCTION = re.compile(r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?[a-z]?|(?:log|exp|sqrt|frac|gcd|lcm|max|min)[a-z]?")
-_CURRENCY = re.compile(r"([+-]?)(\\\$|[€£¥¢])([+-]?)")
+_CURRENCY = re.compile(r"([+-]?)(\\\$|[€£¥])([+-]?)")
 _TAIL = re.compile(
-    r"(?P<symbol>\\%|\\\$|[€£¥¢]|\^\\circ)|\\text\{(?P<text>[a-zA-Z][a-zA-Z /.]*)(?P<power>\^[23]\}|\}\^[23]|\})"
+    r"(?P<symbol>\\%|\\\$|[€£¥]|\^\\circ)|\\text\{(?P<text>[a-zA-Z][a-zA-Z /.]*)(?P<power>\^[23]\}|\}\^[23]|\})"
     r"|(?<=[0-9}])(?P<plain>[a-zA-Z][a-zA-Z /]*)(?P<plain_power>\^[23])?"
 )
 

@@ -237,7 +237,7 @@ def _same_collection(xs: tuple[str, ...], ys: tuple[str, ...], ask: Ask, as_set:
     return not left
 
 
-_VAGUE = re.compile(r"\\(?:approx|sim|simeq|cong)(?![a-zA-Z])|≈|\.\.\.|\\[lc]?dots(?![a-zA-Z])")
+_VAGUE = re.compile(r"\\(?:approx|sim|simeq|cong)(?![a-zA-Z])|\.\.\.|\\[lc]?dots(?![a-zA-Z])")
 _COUNTED = re.compile(r"-?[0-9.,]+[a-zA-Z]+")  # 5m: a product, which math-verify may read as a length
 
 

@@ -236,9 +236,9 @@ def test_matching_is_symmetric_and_quick_on_anything():
     for piece in longs:
         for size in (LONGEST - 10, 100_000):
             text = (piece * size)[:size]
-            start = time.monotonic()
+            start = time.process_time()
             same_answer(text, "1"), same_answer(text, text + "1"), read_answer(text)
-            assert time.monotonic() - start < 2, piece
+            assert time.process_time() - start < 2, piece
     assert same_answer("x" * 2 * LONGEST, " " + "x" * 2 * LONGEST)
     assert not same_answer("x" * 2 * LONGEST, "y" * 2 * LONGEST)
 

@@ -119,6 +119,7 @@ def test_tiny_problems_are_right_and_the_splits_are_disjoint_in_any_order():
         ("$\\boxed{x}$", "x"),
         # no box, and boxes that hold nothing
         ("\\boxedtext{5}", None),
+        ("\\boxed{5} by \\boxedA", "5"),
         ("\\boxed{5} goes inside \\boxed{}.", "5"),
         ("\\boxed{5} goes inside \\boxed{ } or \\boxed{...}.", "5"),
         ("\\boxed{5}, with \\boxed around it", "5"),
@@ -148,6 +149,6 @@ def test_extraction_is_linear():
         "\\boxed{" + "\\" * 400_000,
         "\\boxed{" + "{}" * 200_000,
     ):
-        start = time.monotonic()
+        start = time.process_time()
         extract_boxed(text)
-        assert time.monotonic() - start < 2
+        assert time.process_time() - start < 2
