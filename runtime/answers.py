@@ -204,8 +204,8 @@ def _same(x: Reading, y: Reading, ask: Ask) -> bool:
             for reading in (x, y)
         )
         forms = {x.form, y.form}
-    if forms <= {"number", "based"}:
-        return forms == {"based"} and x.text == y.text
+    if forms == {"based"}:
+        return x.text == y.text
     if "tuple" in forms and forms <= {"tuple", "list"}:
         return _same_tuple(x, y, ask)
     if forms <= {"list", "set"}:
