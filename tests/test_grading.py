@@ -161,6 +161,15 @@ def test_a_comparison_past_its_time_is_killed_counted_and_the_next_one_works():
 
 
 @needs_math_verify
+def test_one_stop_ends_a_comparison_of_many_parts():
+    grader = MathVerifyGrader(seconds=1.0)
+    towers = ",".join(f"9^{{9^{{9^{{9^{{{top}}}}}}}}}" for top in range(5, 9))
+    assert not grader.match(towers, "\\sqrt{2},\\sqrt{3},\\sqrt{5},\\sqrt{7}")
+    assert grader.stopped == 1 and grader.asked == 1
+    grader.close()
+
+
+@needs_math_verify
 def test_memory_has_a_limit():
     grader = MathVerifyGrader(seconds=2.0, memory_bytes=2**29)
     grader.match("1", "\\sqrt{2}")
@@ -248,7 +257,7 @@ def test_hostile_answers_neither_crash_nor_hang_nor_run(tmp_path):
     for _, answer in hostile_answers(60, 5, str(canary)):
         start = time.monotonic()
         assert grader.match(answer, "\\frac{\\sqrt{3}}{2}") is False
-        assert time.monotonic() - start < 15
+        assert time.monotonic() - start < 60
         json.dumps(answer)
     assert not canary.exists()
     assert grader.match("\\frac{2}{\\sqrt{2}}", "\\sqrt{2}")
