@@ -21,9 +21,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from model import ADAPTER_CONFIG, find_checkpoint, load_adapter, load_model, load_tokenizer, pick_device
+from model import ADAPTER_CONFIG, find_checkpoint, load_model, load_tokenizer, pick_device
 from problems import InputError, Problem, extract_boxed, load_problems
 from rollout import Response, Sampling, StreamKey
+from runtime.adapters import load_adapter
 from runtime.engines import Engine, choose_engine, make_engine
 from runtime.flags import FlagParser, option, run_script
 from runtime.grading import answers_match, make_grader

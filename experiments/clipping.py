@@ -25,9 +25,10 @@ from tqdm import tqdm
 from checkpoint import write_atomically
 from experiments.study import Cell, model_id, run_cell
 from loss import divergence_entries
-from model import adapter_disabled, load_adapter, load_model, load_tokenizer, response_hidden, response_mask
+from model import adapter_disabled, load_model, load_tokenizer, response_hidden, response_mask
 from problems import InputError, Problem, load_problems
 from rollout import sample
+from runtime.adapters import load_adapter
 from teacher import student_prompt, teacher_prompt
 from weighting import relative_position
 

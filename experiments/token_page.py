@@ -15,9 +15,10 @@ import torch
 
 from checkpoint import newest_checkpoint
 from loss import get_method, score_tokens
-from model import adapter_disabled, load_adapter, load_model, load_tokenizer, response_hidden
+from model import adapter_disabled, load_model, load_tokenizer, response_hidden
 from problems import InputError, Problem, answers_match, extract_boxed, load_problems
 from rollout import sample
+from runtime.adapters import load_adapter
 from teacher import student_prompt, teacher_prompt
 
 ALTERNATIVES = 5

@@ -5,15 +5,17 @@ An evaluation of hours can be killed at any moment: what is in the file counts, 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from problems import InputError
+from runtime.pins import difference
+from runtime.run_folder import HARMLESS, locked
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,13 @@ class Sample:
 def check_regime(found: dict, wanted: dict, path: Path) -> None:
     """Raise InputError, naming the field, where a file's samples come from another regime than the one asked for."""
     for name, value in wanted.items():
-        hashed = wanted.get(f"{name}_sha256") is not None  # a hash says more than the name of a path
-        if not hashed and found.get(name) != value:
+        if f"{name}_pin" in wanted or f"{name}_sha256" in wanted:  # content says more than the name of a path
+            continue
+        if name.endswith(("_pin", "_sha256")):
+            changed = difference(found.get(name), value)
+            if changed is not None:
+                raise InputError(f"{path}: its samples have another {name} ({changed}); use another --output_dir")
+        elif found.get(name) != value:
             raise InputError(
                 f"{path}: its samples have {name} {found.get(name)!r}, not {value!r}; use another --output_dir"
             )
@@ -43,40 +50,53 @@ def open_samples(path: Path) -> Iterator[tuple[dict | None, list[Sample], Callab
     """Yield the regime (None in a new file), the samples, and a function that appends a line.
 
     A last line without its end was torn by a crash: it is cut off, and its sample is missing. Raises InputError for a
-    damaged line elsewhere and for a file that another process is writing.
+    damaged line elsewhere, for a file that another process is writing, and for a folder that is neither empty nor an
+    evaluation's; a folder in which nothing was written is taken away again.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{path}: another evaluation is writing to it") from None
-        file.seek(0)
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        file.truncate(whole)
-        header, samples = None, []
-        for number, line in enumerate(content[:whole].splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                if number == 1:
-                    header = row["regime"]
-                else:
-                    samples.append(Sample(**row))
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{path}, line {number}: not a line of a sample file") from None
+    with locked(path.parent, _refusal), path.open("a+b") as file:
+        header, samples = _read(file, path)
 
         def append(row: dict) -> None:
             file.write(json.dumps(row).encode() + b"\n")
             file.flush()
 
-        yield header, samples, append
+        try:
+            yield header, samples, append
+        finally:
+            if file.seek(0, os.SEEK_END) == 0:
+                path.unlink()
 
 
-def weights_digest(directory: Path) -> str:
-    """SHA-256 of a directory's weights; for an adapter also of its settings (rank, alpha)."""
-    total = hashlib.sha256()
-    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("adapter_config.json")]):
+def _refusal(folder: Path) -> str | None:
+    """Why an evaluation may not use a folder, or None."""
+    path, first = folder / "samples.jsonl", b""
+    if path.is_file():
         with path.open("rb") as file:
-            total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
+            first = file.readline()
+    whole = first.endswith(b"\n")
+    if first[: len(REGIME)] != (REGIME if whole else REGIME[: len(first)]):
+        return f"{path}, line 1: not a line of a sample file"
+    others = [] if whole or not folder.is_dir() else [p.name for p in folder.iterdir() if p.name not in HARMLESS]
+    others = sorted(name for name in others if name != path.name)
+    return f"{folder}: is not empty and holds no evaluation of ours ({others[0]} is there)" if others else None
+
+
+REGIME = b'{"regime": '  # how every sample file begins
+
+
+def _read(file: BinaryIO, path: Path) -> tuple[dict | None, list[Sample]]:
+    file.seek(0)
+    content = file.read()
+    whole = content.rfind(b"\n") + 1
+    file.truncate(whole)
+    header, samples = None, []
+    for number, line in enumerate(content[:whole].splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            if number == 1:
+                header = row["regime"]
+            else:
+                samples.append(Sample(**row))
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}, line {number}: not a line of a sample file") from None
+    return header, samples
