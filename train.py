@@ -41,6 +41,7 @@ from runtime.fit import fitting_problems, plan_run
 from runtime.flags import FlagParser, departures, listen_for_sigterm, option, run_script
 from runtime.grading import Grader, make_grader
 from runtime.metrics import Clock, TokenMetrics, collapse_warning, rollout_metrics, step_line
+from runtime.pins import model_pin, problems_pin
 from runtime.ranks import gather_objects, hide_bar, rank, say, start_ranks, stop_ranks, wait_for_all, world_size
 from runtime.run_folder import RunLog, claimed, record_run, run_folder
 from teacher import Teacher, student_prompt, teacher_prompt
@@ -287,6 +288,8 @@ def check_config(config: TrainConfig) -> None:
     for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
         if not 0.0 < getattr(config, name) < float("inf"):
             raise InputError(f"--{name} {getattr(config, name)}: must be positive")
+    if config.seed >= 2**64:
+        raise InputError(f"--seed {config.seed}: must be below 2^64")
     for name in ("seed", "lora_rank", "eval_steps"):
         if getattr(config, name) < 0:
             raise InputError(f"--{name} {getattr(config, name)}: must be at least 0")
@@ -339,9 +342,9 @@ def score_held_out(log: RunLog, step: int, run: Training, problems: list[Problem
         return
     rows = []
     for decoding, temperature, count in (("sampled", 1.0, config.eval_samples), ("greedy", 0.0, 1)):
-        jobs = [(index, number) for index in range(len(problems)) for number in range(count)]
+        jobs = [(config.seed, index, number) for index in range(len(problems)) for number in range(count)]
         settings = Sampling(temperature, 0.95, 0, config.max_new_tokens)
-        for item in solve(run.engine, run.tokenizer, problems, jobs[rank() :: world_size()], config.seed, settings):
+        for item in solve(run.engine, run.tokenizer, problems, jobs[rank() :: world_size()], settings):
             correct = run.grader.match(extract_boxed(item.text), problems[item.problem].answer)
             rows.append({"step": step, "decoding": decoding, "correct": correct, **asdict(item)})
     say(log.evaluate(step, [row for part in gather_objects(rows) for row in part]))
@@ -375,7 +378,8 @@ def train(
     memory = plan_run(run.model, run.tokenizer, run.teacher, fitting, config, device)
     config = replace(config, micro_batch_size=memory.micro_batch_size)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if config.method == "reopold" else set())  # its quantile's tokens
-    record_run(folder, record, asdict(config), free, {"ranks": world_size(), "hardware": str(device)})
+    pins = pins_of(config, problems, held_out)
+    record_run(folder, record, asdict(config), free, {"ranks": world_size(), "hardware": str(device)}, pins)
     say(f"{config.method}, {departures(config, PRESETS) or 'the preset as it is'}; all options: {folder}/config.json")
     say(f"{len(fitting)} problems ({len(problems) - len(fitting)} dropped as too long), graded by {grader.name}")
     say(str(memory))
@@ -412,6 +416,14 @@ def train(
     run.engine.close()
     run.grader.close()
     return say(f"weights: {folder}/checkpoint-{config.num_steps}")
+
+
+def pins_of(config: TrainConfig, problems: list[Problem], held_out: list[Problem]) -> dict:
+    """What a run's inputs hold, by flag; read once, by the first rank."""
+    if rank() > 0:
+        return gather_objects(None)[0]
+    pins = {"model": model_pin(config.model), "data": problems_pin(problems), "eval_data": problems_pin(held_out)}
+    return gather_objects(pins)[0]
 
 
 def resume(folder: Path, run: Training) -> int:

@@ -38,7 +38,7 @@ def save_adapter(model: PreTrainedModel, directory: Path, base_model: str) -> No
     base_model = str(Path(base_model).resolve()) if Path(base_model).is_dir() else base_model  # for other folders
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
-        "r": any_layer.rank, "lora_alpha": any_layer.alpha, "lora_dropout": any_layer.dropout.p, "bias": "none",
+        "r": any_layer.rank, "lora_alpha": any_layer.alpha, "lora_dropout": any_layer.dropout, "bias": "none",
         "target_modules": list(LORA_TARGETS), "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
     }  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)

@@ -140,7 +140,9 @@ def record_run(
                 raise InputError(f"--resume: {run} was started with --{key} {before.get(key)}, not {value}")
         for key, pin in (pins or {}).items():
             if changed := difference(record.get("pins", {}).get(key), pin):
-                raise InputError(f"--resume: what --{key} {config[key]} names has changed since {run} began ({changed})")
+                raise InputError(
+                    f"--resume: what --{key} {config[key]} names has changed since {run} began ({changed})"
+                )
     elif rank() == 0:
         facts = {"versions": versions(), "git_commit": git_commit(), **facts, "pins": pins or {}}
         write_atomically(run / RECORD, json.dumps({"config": config, **facts}, indent=2) + "\n")
