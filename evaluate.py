@@ -29,7 +29,7 @@ from runtime.adapters import load_adapter
 from runtime.engines import Engine, choose_engine, make_engine
 from runtime.flags import FlagParser, option, run_script
 from runtime.grading import answers_match, make_grader
-from runtime.ranks import hide_bar, rank, say, start_ranks, stop_ranks, world_size
+from runtime.ranks import gather_objects, hide_bar, rank, say, start_ranks, stop_ranks, world_size
 from runtime.pins import fingerprint, model_pin
 from runtime.run_folder import versions, write_atomically
 from runtime.samples import Sample, SampleFile, check_regime
