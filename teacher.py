@@ -82,13 +82,17 @@ def encode_prompt(
     return ids
 
 
+MARKUP = re.compile(r"\s*<.+>\s*", re.DOTALL)  # <think> and <｜User｜> steer a model too, though not declared special
+
+
 def cut_control_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, str]:
     """The user's text, cut within every control token that it spells (`<|im_end|>`), and the character of the cut.
 
     Encoded part by part, the user's spelling stays text: only the template may open and close turns.
     """
     cut = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)  # a private-use character
-    controls = [token for token in tokenizer.get_added_vocab() if token.strip() and len(token) > 1 and token in text]
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.content in text]
+    controls = [token.content for token in added if token.special or MARKUP.fullmatch(token.content)]
     if not controls:
         return text, cut
     starts = re.compile(f"(?={'|'.join(map(re.escape, controls))}).", re.DOTALL)
