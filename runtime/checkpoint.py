@@ -1,9 +1,9 @@
 """Checkpoints: atomic, with checksums, so that a run can be killed at any moment.
 
 A checkpoint is a directory `checkpoint-STEP` that appears only when it is complete: the weights (the adapter in PEFT's
-format, or the whole model with its tokenizer), the optimizer, the schedule and, for an EMA teacher, its average. No random state and no
-data position is stored: both are functions of (seed, step), so a resumed run draws what an unbroken one draws, on any
-number of ranks.
+format, or the whole model with its tokenizer), the optimizer, the schedule and, for an EMA teacher, its average. No
+random state and no data position is stored: both are functions of (seed, step), so a resumed run draws what an unbroken
+one draws, on any number of ranks.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ def fingerprint(name: str) -> dict[str, str]:
         and path.is_file()
     ]  # fmt: skip
     with ThreadPoolExecutor() as pool:
-        return dict(zip([path.relative_to(directory).as_posix() for path in paths], pool.map(sha256, paths)))
+        digests = list(pool.map(sha256, paths))
+    return {path.relative_to(directory).as_posix(): digest for path, digest in zip(paths, digests, strict=True)}
 
 
 def revision(name: str) -> str:
