@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: ours in PEFT, PEFT's with us, and all that is more than plain LoRA refused by its field."""
+"""Adapters in PEFT's format: ours in PEFT, PEFT's with us; what is more than plain LoRA is refused by its field."""
 
 import importlib
 import json

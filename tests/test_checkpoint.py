@@ -19,7 +19,6 @@ from model import add_lora, load_model, lora_parameters
 from problems import InputError
 from runtime import checkpoint as checkpoint_module
 from runtime.checkpoint import damage, load_checkpoint, newest_checkpoint, save_checkpoint
-from runtime.run_folder import keep_lines
 from teacher import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,13 +153,6 @@ def test_a_really_full_disk(qwen3, run):
     assert done.returncode == 1 and "cannot be written" in done.stderr
     assert newest_checkpoint(run) == (run / "checkpoint-2", [])
     assert not (run / ".partial-3").exists()
-
-
-def test_lines_are_cut_back_and_torn_lines_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
-    keep_lines(path, 2)
-    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError, RuntimeError])
