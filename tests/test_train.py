@@ -23,6 +23,7 @@ from runtime.engines import GenerateEngine
 from runtime.grading import ExactGrader
 from runtime.memory import USABLE
 from runtime.run_folder import claimed, run_folder
+from teacher import EVALUATION_PROMPT
 from train import PRESETS, TrainConfig, build, micro_batches, parse_config, step_problems, sum_over_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,7 +138,7 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
         (["--schedule", "steep"], "aggressive"),
         (["--w_min", "2"], "w_min"),
         (["--num_steps", "0"], "num_steps"),
-        (["--micro_batch_size", "-1"], "auto"),
+        (["--micro_batch_size", "-1"], "micro_batch_size"),
         (["--micro_batch_size", "half"], "--micro_batch_size"),
         (["--clip", "0.05"], "--clip"),
         (["--rollout_temperature", "1"], "--rollout_temperature"),
@@ -518,9 +519,9 @@ def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, tmp_path, r
     """By the evaluation protocol and greedy, whatever the rollouts' sampling."""
     original, calls = train.solve, []
 
-    def spy(engine, tokenizer, problems, jobs, seed, settings):
-        calls.append((jobs, seed, settings))
-        return original(engine, tokenizer, problems, jobs, seed, settings)
+    def spy(engine, tokenizer, problems, jobs, settings, template):
+        calls.append((jobs, settings, template))
+        return original(engine, tokenizer, problems, jobs, settings, template=template)
 
     monkeypatch.setattr(train, "solve", spy)
     held_out = tmp_path / "held_out.jsonl"
@@ -528,9 +529,9 @@ def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, tmp_path, r
     apart = ("--temperature", 0.7, "--distill_temperature", 1.3, "--top_k", 7, "--top_p", 0.8)
     run = tmp_path / "run"
     output = run_main(flags(qwen3, data, run, "--eval_data", held_out, "--eval_samples", 2, *apart))
-    sampled = ([(0, 0), (0, 1)], 42, Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=10))
-    greedy = ([(0, 0)], 42, replace(sampled[-1], temperature=0.0))
-    assert calls == 2 * [sampled, greedy]
+    protocol = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=10)
+    sampled = ([(42, 0, 0), (42, 0, 1)], protocol, EVALUATION_PROMPT)
+    assert calls == 2 * [sampled, ([(42, 0, 0)], replace(protocol, temperature=0.0), EVALUATION_PROMPT)]
     wrong = {"sampled": 0.0, "greedy": 0.0}
     assert json.loads((run / "evaluation.json").read_text()) == {"0": wrong, "2": wrong}
     rows = [json.loads(line) for line in (run / "heldout.jsonl").read_text().splitlines()]
