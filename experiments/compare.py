@@ -114,7 +114,7 @@ def _grade(path: Path) -> dict:
     return {
         **summary, "benchmark": header["benchmark"], "num_samples": next(iter(counts.values())), "regime": header,
         "answers_sha256": benchmark_digest(problems, "answer"),
-        "grader": {"name": grader.name, "version": grader.version, "stopped": grader.stopped},
+        "grader": {"name": grader.name, "version": grader.version, "asked": grader.asked, "stopped": grader.stopped},
     }  # fmt: skip
 
 
