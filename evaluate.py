@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,9 @@ from rollout import Response, Sampling, StreamKey
 from runtime.engines import Engine, choose_engine, make_engine
 from runtime.flags import FlagParser, option, run_script
 from runtime.grading import answers_match, make_grader
+from runtime.ranks import hide_bar, rank, say, start_ranks, stop_ranks, world_size
 from runtime.run_folder import versions, write_atomically
-from runtime.samples import Sample, check_regime, open_samples, weights_digest
+from runtime.samples import Sample, SampleFile, check_regime, weights_digest
 from teacher import EVALUATION_PROMPT, encode_prompt
 
 
@@ -104,43 +105,45 @@ def maj_at_n(answers: Sequence[str | None], correct: Sequence[bool], match: Call
 # Sampling
 
 
+Job = tuple[int, int, int]  # (seed, problem index, sample index)
+
+
 def solve(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[Problem],
-    jobs: list[tuple[int, int]],
-    seed: int,
+    jobs: list[Job],
     settings: Sampling,
     enable_thinking: bool = True,
     on_sample: Callable[[Sample], None] | None = None,
 ) -> list[Sample]:
-    """Sample the (problem index, sample index) pairs of `jobs`; each pair has its own random stream.
-
-    `on_sample` sees each sample as soon as the engine is done with it.
-    """
-    prompts = [encode_prompt(tokenizer, EVALUATION_PROMPT, problems[index], enable_thinking) for index, _ in jobs]
+    """Sample the jobs, each with its own random stream; `on_sample` sees each sample as soon as the engine is done."""
+    if not jobs:
+        return []
+    prompts = [encode_prompt(tokenizer, EVALUATION_PROMPT, problems[index], enable_thinking) for _, index, _ in jobs]
     samples: dict[int, Sample] = {}
 
     def keep(row: int, response: Response) -> None:
         text = response.text
         if text is None:
             text = tokenizer.decode(response.ids, skip_special_tokens=True)
+        seed, index, number = jobs[row]
         end = "eos" if response.finished else "length"
-        samples[row] = Sample(*jobs[row], seed, text, len(response.ids), end)
+        samples[row] = Sample(index, number, seed, text, len(response.ids), end)
         if on_sample is not None:
             on_sample(samples[row])
 
-    engine.sample(prompts, stream_keys(problems, jobs, seed), settings, keep)
+    engine.sample(prompts, stream_keys(problems, jobs), settings, keep)
     return [samples[row] for row in range(len(jobs))]
 
 
-def stream_keys(problems: list[Problem], jobs: list[tuple[int, int]], seed: int) -> list[StreamKey]:
+def stream_keys(problems: list[Problem], jobs: list[Job]) -> list[StreamKey]:
     """(seed, benchmark, problem, sample): seeds, benchmarks and samples share no random numbers.
 
     Authors: child seed = seed + index, so that seeds 0, 1, 2 share most of their samples.
     """
     benchmark = int(benchmark_digest(problems)[:8], 16)
-    return [(seed, benchmark, index, number) for index, number in jobs]
+    return [(seed, benchmark, index, number) for seed, index, number in jobs]
 
 
 def benchmark_digest(problems: list[Problem], part: str = "problem") -> str:
@@ -149,24 +152,23 @@ def benchmark_digest(problems: list[Problem], part: str = "problem") -> str:
 
 
 def sample_missing(
-    config: EvaluationConfig, problems: list[Problem], tokenizer, settings: Sampling, missing: dict, write: Callable
+    config: EvaluationConfig, problems: list[Problem], tokenizer, settings: Sampling, missing: list, file: SampleFile
 ) -> None:
-    """Sample what is missing, `{seed: [(problem, sample)]}`; every sample goes to `write` as soon as it is there."""
-    bar = tqdm(total=sum(map(len, missing.values())), desc="sampling", unit="sample")
+    """Sample this rank's share of `missing`, (seed, problem, sample); each is on the disk as soon as it is there."""
+    mine = missing[rank() :: world_size()]
+    bar = tqdm(total=len(mine), desc="sampling", unit="sample", disable=hide_bar())
 
     def keep(item: Sample) -> None:
-        write(item)
+        file.add(item)
         bar.update()
 
     model = load_model(config.model, config.dtype, device=config.device)
     if config.adapter:
         load_adapter(model, config.adapter)
     name, reason = choose_engine(config.engine, model.device, settings.max_new_tokens)
-    print(f"sampling by {name}: {reason}")
+    say(f"sampling by {name}: {reason}")
     engine = make_engine(name, model, tokenizer, config.batch_size)
-    for seed, jobs in missing.items():
-        if jobs:
-            solve(engine, tokenizer, problems, jobs, seed, settings, config.enable_thinking, keep)
+    solve(engine, tokenizer, problems, mine, settings, config.enable_thinking, keep)
     engine.close()
 
 
@@ -276,76 +278,85 @@ def token_limit(config: EvaluationConfig, prompts: list[list[int]]) -> int:
 
 
 def print_table(summary: dict) -> None:
+    grader = summary["grader"]
     print(f"{summary['benchmark']}: {len(summary['problems'])} problems, N {summary['num_samples']}, "
-          f"seeds {summary['seeds']}, grader {summary['grader']['name']} {summary['grader']['version']}")  # fmt: skip
+          f"seeds {summary['seeds']}, grader {grader['name']} {grader['version']}")  # fmt: skip
     for name, value in summary["metrics"].items():
         scale, digits = (1, 1) if name == "tokens" else (100, 2)
         low, high = (f"{scale * end:.{digits}f}" for end in value["interval"])
         spread = value["std_over_seeds"]
         over_seeds = "" if spread is None else f"   +- {scale * spread:.{digits}f} over seeds"
         print(f"{name:13s} {scale * value['mean']:8.{digits}f}   95 % [{low}, {high}]{over_seeds}")
-    if summary["grader"]["stopped"]:
-        print(f"{summary['grader']['stopped']} comparisons were stopped at a limit and count as not equal")
+    if grader["stopped"]:
+        print(f"{grader['stopped']} comparisons were stopped at a limit and count as not equal")
+
+
+def settle(config: EvaluationConfig, problems: list[Problem], tokenizer, file: SampleFile) -> Sampling:
+    """The sampling that the model's context allows, under the regime that the file's samples have."""
+    prompts = [encode_prompt(tokenizer, EVALUATION_PROMPT, p, config.enable_thinking) for p in problems]
+    limit = token_limit(config, prompts)
+    if limit < config.max_new_tokens:
+        say(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {limit}")
+    wanted = regime(config, problems, prompts, limit)
+    file.begin(wanted)
+    check_regime(file.header, wanted, file.path)
+    return Sampling(config.temperature, config.top_p, config.top_k, limit)
+
+
+def missing_samples(config: EvaluationConfig, every: list[tuple], file: SampleFile) -> list[tuple]:
+    missing = [key for key in every if key not in file.samples]
+    if config.grade_only and missing:
+        raise InputError(
+            f"--grade_only: {file.path} lacks {len(missing)} of {len(every)} samples; sample them without "
+            "--grade_only, or ask for fewer with --num_samples and --seeds"
+        )
+    return missing
 
 
 def main() -> None:
     disable_progress_bar()
     config = FlagParser(EvaluationConfig, __doc__).parse()
+    config = replace(config, device=str(start_ranks(config.device)))
     check_config(config)
     problems = load_problems(config.benchmark, need_solution=False)
     grader = make_grader(config.grader, [problem.answer for problem in problems])
     path = Path(config.output_dir) / "samples.jsonl"
     if config.grade_only and not path.is_file():
         raise InputError(f"--grade_only: no {path}")
+    every = [(s, i, n) for s in config.seeds for i in range(len(problems)) for n in range(config.num_samples)]
 
-    with open_samples(path) as (header, samples, append):
+    with SampleFile(path) as file:
         if config.grade_only:
-            check_regime(header or {}, {"benchmark_sha256": benchmark_digest(problems)}, path)
+            check_regime(file.header or {}, {"benchmark_sha256": benchmark_digest(problems)}, path)
+            missing_samples(config, every, file)
         else:
             tokenizer = load_tokenizer(config.model)
-            prompts = [encode_prompt(tokenizer, EVALUATION_PROMPT, p, config.enable_thinking) for p in problems]
-            limit = token_limit(config, prompts)
-            if limit < config.max_new_tokens:
-                print(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {limit}")
-            wanted = regime(config, problems, prompts, limit)
-            is_new = header is None
-            header = header or wanted
-            check_regime(header, wanted, path)
-        present = {(item.seed, item.problem, item.sample): item for item in samples}
-        every = [(s, i, n) for s in config.seeds for i in range(len(problems)) for n in range(config.num_samples)]
-        missing = {s: [key[1:] for key in every if key[0] == s and key not in present] for s in config.seeds}
-        count = sum(map(len, missing.values()))
-        if config.grade_only and count:
-            raise InputError(
-                f"--grade_only: {path} lacks {count} of {len(every)} samples; sample them without --grade_only, "
-                "or ask for fewer with --num_samples and --seeds"
-            )
-        if count:
+            settings = settle(config, problems, tokenizer, file)
+            if missing := missing_samples(config, every, file):
+                start = time.perf_counter()
+                sample_missing(config, problems, tokenizer, settings, missing, file)
+                file.collect()
+                seconds, tokens = (
+                    time.perf_counter() - start,
+                    sum(file.samples[key].tokens for key in missing if key in file.samples),
+                )
+                say(f"sampled {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second (loading included)")
+        if rank() == 0:
+            report(config, problems, [file.samples[key] for key in every], file, grader)
+    grader.close()
+    stop_ranks()
 
-            def write(item: Sample) -> None:
-                nonlocal is_new
-                if is_new:  # with the first sample, so that a server that is not there claims no folder
-                    append({"regime": header})
-                    is_new = False
-                append(asdict(item))
-                present[item.seed, item.problem, item.sample] = item
 
-            start = time.perf_counter()
-            settings = Sampling(config.temperature, config.top_p, config.top_k, limit)
-            sample_missing(config, problems, tokenizer, settings, missing, write)
-            seconds = time.perf_counter() - start
-            tokens = sum(present[s, *job].tokens for s, jobs in missing.items() for job in jobs)
-            print(f"sampled {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second (loading included)")
-
+def report(config: EvaluationConfig, problems: list[Problem], samples: list[Sample], file: SampleFile, grader) -> None:
+    """Grade, count, write summary.json and print it."""
     summary = {
-        "benchmark": config.benchmark, "num_samples": config.num_samples, "regime": header,
+        "benchmark": config.benchmark, "num_samples": config.num_samples, "regime": file.header,
         "answers_sha256": benchmark_digest(problems, "answer"),
         "versions": versions(),
-        **summarise([present[key] for key in every], problems, grader.match),
+        **summarise(samples, problems, grader.match),
         "grader": {"name": grader.name, "version": grader.version, "stopped": grader.stopped},
     }  # fmt: skip
-    grader.close()
-    write_atomically(path.with_name("summary.json"), json.dumps(summary, indent=1) + "\n")
+    write_atomically(file.path.with_name("summary.json"), json.dumps(summary, indent=1) + "\n")
     print_table(summary)
 
 

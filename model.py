@@ -136,7 +136,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
         self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.cast = dropout, None  # cast: A and B in the model's dtype, where cast_adapter holds them
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
@@ -146,8 +146,10 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
-        return y + F.linear(low, self.lora_B.to(x.dtype)) * (self.alpha / self.rank)
+        A, B = self.cast or (self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
+        if self.training and self.dropout > 0.0:
+            x = F.dropout(x, self.dropout)
+        return torch.add(y, F.linear(F.linear(x, A), B), alpha=self.alpha / self.rank)
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0.0) -> None:
@@ -188,6 +190,20 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = True
 
 
+@contextmanager
+def cast_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside, the adapter is in the model's dtype, cast once instead of at each call: for sampling, no gradients."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        dtype = layer.base.weight.dtype
+        layer.cast = (layer.lora_A.detach().to(dtype), layer.lora_B.detach().to(dtype))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast = None
+
+
 def save_adapter(model: PreTrainedModel, directory: Path, base_model: str) -> None:
     """Write the adapter in PEFT's format; `peft.PeftModel.from_pretrained(base, directory)` reads it."""
     layers = lora_layers(model)
@@ -198,7 +214,7 @@ def save_adapter(model: PreTrainedModel, directory: Path, base_model: str) -> No
     any_layer = next(iter(layers.values()))
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
-        "r": any_layer.rank, "lora_alpha": any_layer.alpha, "lora_dropout": any_layer.dropout.p, "bias": "none",
+        "r": any_layer.rank, "lora_alpha": any_layer.alpha, "lora_dropout": any_layer.dropout, "bias": "none",
         "target_modules": list(LORA_TARGETS), "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
     }  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)

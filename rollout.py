@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from model import eos_ids
+from model import cast_adapter, eos_ids
 from problems import InputError
 
 StreamKey = tuple[int, ...]  # (seed, purpose, step or problem, slot or sample): what a row's random numbers depend on
@@ -73,10 +73,11 @@ def sample(
     sampler = StreamSampler(uniforms(keys, settings.max_new_tokens).to(device), width, settings)
     model.eval()
     try:
-        output_BX = model.generate(
-            input_ids=ids_BP, attention_mask=mask_BP, logits_processor=[sampler], do_sample=False, use_cache=True,
-            max_new_tokens=settings.max_new_tokens, eos_token_id=ends, pad_token_id=pad,
-        )  # fmt: skip
+        with cast_adapter(model):
+            output_BX = model.generate(
+                input_ids=ids_BP, attention_mask=mask_BP, logits_processor=[sampler], do_sample=False, use_cache=True,
+                max_new_tokens=settings.max_new_tokens, eos_token_id=ends, pad_token_id=pad,
+            )  # fmt: skip
     finally:
         model.train(was_training)
     if not bool(sampler.finite):

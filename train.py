@@ -339,9 +339,9 @@ def score_held_out(log: RunLog, step: int, run: Training, problems: list[Problem
         return
     rows = []
     for decoding, temperature, count in (("sampled", 1.0, config.eval_samples), ("greedy", 0.0, 1)):
-        jobs = [(index, number) for index in range(len(problems)) for number in range(count)]
+        jobs = [(config.seed, index, number) for index in range(len(problems)) for number in range(count)]
         settings = Sampling(temperature, 0.95, 0, config.max_new_tokens)
-        for item in solve(run.engine, run.tokenizer, problems, jobs[rank() :: world_size()], config.seed, settings):
+        for item in solve(run.engine, run.tokenizer, problems, jobs[rank() :: world_size()], settings):
             correct = run.grader.match(extract_boxed(item.text), problems[item.problem].answer)
             rows.append({"step": step, "decoding": decoding, "correct": correct, **asdict(item)})
     say(log.evaluate(step, [row for part in gather_objects(rows) for row in part]))

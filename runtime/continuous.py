@@ -5,7 +5,8 @@ The one place that knows the library's private names for it. The engine for long
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -23,7 +24,9 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 
 from model import eos_ids
+from problems import InputError
 from rollout import OnFinished, Response, Sampling, StreamKey, choose_tokens, uniforms
+from runtime.ranks import say
 
 
 class ContinuousEngine:
@@ -37,7 +40,7 @@ class ContinuousEngine:
     name = "continuous"
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.has_said = model, tokenizer, False
 
     @torch.no_grad()
     def sample(
@@ -47,54 +50,109 @@ class ContinuousEngine:
         settings: Sampling,
         on_finished: OnFinished | None = None,
     ) -> list[Response]:
-        model, ends, was_training = self.model, eos_ids(self.model, self.tokenizer), self.model.training
+        """One manager serves all of `prompts`; its cache is freed at the end.
+
+        It does not outlive the call: training needs the memory of its cache, and what its cache holds of a prompt is
+        out of date after an update. So give it all rows at once.
+        """
+        model, was_training, attention = self.model, self.model.training, self.model.config._attn_implementation
         sampler = RowSampler(prompts, keys, settings, model.device)
+        try:
+            with self._manager(prompts, sampler, settings) as manager:
+                done = self._collect(manager, prompts, sampler, settings, on_finished)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                "--engine continuous: out of GPU memory; free some of it, lower --max_new_tokens, or use --server"
+            ) from error
+        finally:
+            if model.config._attn_implementation != attention:  # where the manager has failed before its own clean-up
+                model.set_attn_implementation(attention)
+            model.train(was_training)
+        return [done[row] for row in range(len(prompts))]
+
+    @contextmanager
+    def _manager(self, prompts: list[list[int]], sampler: RowSampler, settings: Sampling) -> Iterator:
+        """A running manager for this workload; stopped at once where the body fails."""
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([sampler]))
         processors.tensors_required = 1  # one number per row; the list counts only what it converted itself
-        limit = settings.max_new_tokens
+        ends, limit = eos_ids(self.model, self.tokenizer), settings.max_new_tokens
         generation = GenerationConfig(do_sample=False, eos_token_id=ends, max_new_tokens=limit)
-        manager = model.init_continuous_batching(generation, _cache_size(model, prompts, limit))
+        manager = self.model.init_continuous_batching(generation, batching_config(self.model, prompts, limit))
+        self._say_what_is_lost()
         manager.logit_processor = processors
-        done: dict[int, Response] = {}
+        finished = False
         try:
             manager.warmup()
             manager.start()
-            for row, prompt in enumerate(prompts):
-                manager.add_request(prompt, f"row {row}", max_new_tokens=limit, eos_token_id=ends, row=row)
-            while len(done) < len(prompts):
-                output = manager.get_result(timeout=1.0)
-                if output is None and not manager.is_running():
-                    raise RuntimeError("continuous batching stopped before all rows were done (its log says why)")
-                if output is None or not output.is_finished():
-                    continue
-                if output.error is not None:
-                    raise RuntimeError(f"continuous batching failed: {output.error}")
-                if not bool(sampler.finite):
-                    raise FloatingPointError("sampling: the model's logits are not finite")
-                row, ids = int(output.request_id.removeprefix("row ")), output.generated_tokens
-                done[row] = Response(ids, finished=ids[-1] in ends)
-                sampler.forget(row)
-                if on_finished is not None:
-                    on_finished(row, done[row])
+            yield manager
+            finished = True
         finally:
-            manager.stop(block=True, hard_stop=len(done) < len(prompts))
+            manager.stop(block=True, hard_stop=not finished)
             manager.destroy()
-            model.train(was_training)
-        return [done[row] for row in range(len(prompts))]
+
+    def _collect(
+        self, manager, prompts: list[list[int]], sampler: RowSampler, settings: Sampling, on_finished: OnFinished | None
+    ) -> dict[int, Response]:
+        ends, limit = eos_ids(self.model, self.tokenizer), settings.max_new_tokens
+        for row, prompt in enumerate(prompts):
+            manager.add_request(prompt, f"row {row}", max_new_tokens=limit, eos_token_id=ends, row=row)
+        done: dict[int, Response] = {}
+        while len(done) < len(prompts):
+            output = manager.get_result(timeout=1.0)
+            if output is None and not manager.is_running():
+                raise_cause(manager.background_thread_status.fatal_error)
+            if output is None or not output.is_finished():
+                continue
+            if output.error is not None:
+                raise_cause(manager.background_thread_status.fatal_error or output.error)
+            if not bool(sampler.finite):
+                raise FloatingPointError("sampling: the model's logits are not finite")
+            row, ids = int(output.request_id.removeprefix("row ")), output.generated_tokens
+            done[row] = Response(ids, finished=ids[-1] in ends)
+            sampler.forget(row)
+            if on_finished is not None:
+                on_finished(row, done[row])
+        return done
+
+    def _say_what_is_lost(self) -> None:
+        is_flash = "flash" in self.model.config._attn_implementation
+        if self.model.device.type == "cuda" and not is_flash and not self.has_said:
+            say(
+                "--engine continuous without flash attention: every step reads the whole cache under a mask, and there "
+                "is no fast decode path (`pip install kernels` brings it)"
+            )
+            self.has_said = True
 
     def close(self) -> None:
         pass
 
 
-def _cache_size(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> ContinuousBatchingConfig:
-    """On a GPU, transformers' choice where logits are processed (0.8), which it cannot see before our sampler is in.
+def raise_cause(error: object) -> None:
+    """Continuous batching's own errors in our terms; it hands some of them on as text."""
+    text = str(error) or "it stopped before all rows were done"
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower():
+        raise torch.OutOfMemoryError(text)
+    raise InputError(f"--engine continuous: {text.splitlines()[0]}")
 
-    On a CPU that would be most of the machine's memory: room for 32 rows at a time does.
+
+PAGE = 256  # tokens
+
+
+def batching_config(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> ContinuousBatchingConfig:
+    """A cache for this workload: the fast decode path reaches its longest row, and warm-up captures no larger batch.
+
+    On a GPU the cache takes what transformers takes where logits are processed (0.8 of the free memory), which it
+    cannot see before our sampler is in. On a CPU that would be most of the machine's memory: room for 32 rows does.
     """
+    pages_per_row = (max(map(len, prompts)) + max_new_tokens) // PAGE + 1
+    pages_per_row += pages_per_row % 2
+    workload = {
+        "page_size": PAGE, "max_blocks_per_request": pages_per_row, "max_requests_per_batch": min(len(prompts), 1024),
+    }  # fmt: skip
     if model.device.type != "cpu":
-        return ContinuousBatchingConfig(max_memory_percent=0.8)
-    pages_per_row = (max(map(len, prompts)) + max_new_tokens) // 256 + 1  # 256 tokens a page by default
-    return ContinuousBatchingConfig(num_blocks=pages_per_row * min(len(prompts), 32) + 1, max_batch_tokens=256)
+        return ContinuousBatchingConfig(max_memory_percent=0.8, **workload)
+    rows = min(len(prompts), 32)
+    return ContinuousBatchingConfig(num_blocks=pages_per_row * rows + 1, max_batch_tokens=PAGE, **workload)
 
 
 class RowSampler(ContinuousBatchingLogitsProcessor):

@@ -8,12 +8,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from problems import InputError
+from runtime.ranks import gather_objects, rank, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -38,39 +37,90 @@ def check_regime(found: dict, wanted: dict, path: Path) -> None:
             )
 
 
-@contextmanager
-def open_samples(path: Path) -> Iterator[tuple[dict | None, list[Sample], Callable[[dict], None]]]:
-    """Yield the regime (None in a new file), the samples, and a function that appends a line.
+class SampleFile:
+    """samples.jsonl, held by the first rank; other ranks write parts beside it, which the first one takes in.
 
-    A last line without its end was torn by a crash: it is cut off, and its sample is missing. Raises InputError for a
-    damaged line elsewhere and for a file that another process is writing.
+    `header` is the regime (None in a new file) and `samples` what is there, by (seed, problem, sample). A last line
+    without its end was torn by a crash: it is cut off, and its sample is missing. Raises InputError for a damaged line
+    elsewhere and for a file that another process is writing.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+
+    def __init__(self, path: Path) -> None:
+        self.path = path if rank() == 0 else part_of(path, rank())
+        self.header: dict | None = None
+        self.samples: dict[tuple[int, int, int], Sample] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if rank() == 0:
+            self.file = path.open("a+b")
+            self._lock()
+            self._read()
+            self._take_in_parts()
+        self.header, self.samples = gather_objects((self.header, self.samples))[0]
+        self._is_new = self.header is None
+        if rank() > 0:
+            self.file = self.path.open("a+b")
+
+    def __enter__(self) -> SampleFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def begin(self, header: dict) -> None:
+        """Set the regime of a new file; it is written with the first sample, so that a failed start claims nothing."""
+        self.header = self.header or header
+
+    def add(self, item: Sample) -> None:
+        """Write a sample at once."""
+        if self._is_new and rank() == 0:
+            self._append({"regime": self.header})
+            self._is_new = False
+        self._append(asdict(item))
+        self.samples[item.seed, item.problem, item.sample] = item
+
+    def collect(self) -> None:
+        """When all ranks are done: everything into the one file."""
+        wait_for_all()
+        if rank() == 0:
+            self._take_in_parts()
+
+    def _append(self, row: dict) -> None:
+        self.file.write(json.dumps(row).encode() + b"\n")
+        self.file.flush()
+
+    def _lock(self) -> None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{path}: another evaluation is writing to it") from None
-        file.seek(0)
-        content = file.read()
+            raise InputError(f"{self.path}: another evaluation is writing to it") from None
+
+    def _read(self) -> None:
+        self.file.seek(0)
+        content = self.file.read()
         whole = content.rfind(b"\n") + 1
-        file.truncate(whole)
-        header, samples = None, []
+        self.file.truncate(whole)
         for number, line in enumerate(content[:whole].splitlines(), start=1):
             try:
                 row = json.loads(line)
                 if number == 1:
-                    header = row["regime"]
+                    self.header = row["regime"]
                 else:
-                    samples.append(Sample(**row))
+                    item = Sample(**row)
+                    self.samples[item.seed, item.problem, item.sample] = item
             except (ValueError, KeyError, TypeError):
-                raise InputError(f"{path}, line {number}: not a line of a sample file") from None
+                raise InputError(f"{self.path}, line {number}: not a line of a sample file") from None
 
-        def append(row: dict) -> None:
-            file.write(json.dumps(row).encode() + b"\n")
-            file.flush()
+    def _take_in_parts(self) -> None:
+        """Also those that a killed evaluation has left; a part without a regime beside it is of no use."""
+        for part in sorted(self.path.parent.glob(part_of(self.path, "*").name)):
+            lines = part.read_bytes().split(b"\n")[:-1]  # behind the last line break lies a torn line, or nothing
+            for line in lines if self.header is not None else ():
+                self.add(Sample(**json.loads(line)))
+            part.unlink()
 
-        yield header, samples, append
+
+def part_of(path: Path, number: int | str) -> Path:
+    return path.with_name(f"{path.stem}-rank{number}.jsonl")
 
 
 def weights_digest(directory: Path) -> str:
