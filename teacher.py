@@ -7,10 +7,14 @@ before training, the paper's choice), `ema` (their running average) or `live` (t
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,14 +43,93 @@ DIAGNOSTIC_PROMPT = (
 FIELD = re.compile(r"\{(problem|solution|answer)\}")
 
 
-def student_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
+@dataclass(frozen=True)
+class Prompts:
+    """The templates, and whether the two contexts of training think; the paper's by default."""
+
+    student: str = STUDENT_PROMPT
+    teacher: str = TEACHER_PROMPT
+    evaluation: str = EVALUATION_PROMPT
+    diagnostic: str = DIAGNOSTIC_PROMPT
+    student_thinking: bool = False
+    teacher_thinking: bool = True
+
+
+PAPER_PROMPTS = Prompts()
+# Fields that a template must show, and fields that it must not: only the teachers may see solution and answer.
+REQUIRED = {
+    "student": {"problem"},
+    "teacher": {"problem"},
+    "evaluation": {"problem"},
+    "diagnostic": {"problem", "answer"},
+}
+FORBIDDEN = {"student": {"solution", "answer"}, "evaluation": {"solution", "answer"}}
+
+
+def load_prompts(path: str | None) -> Prompts:
+    """The paper's templates, or those that a JSON file puts in their place: {"student": "... {problem} ...", ...}.
+
+    Fields are {problem}, {solution} and {answer}; any other brace is text. Raises InputError, naming file and template.
+    """
+    if path is None:
+        return PAPER_PROMPTS
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--prompts {path}: cannot be read as JSON ({error})") from None
+    if not isinstance(given, dict) or not given or not given.keys() <= REQUIRED.keys():
+        raise InputError(f"--prompts {path}: expected an object with some of {', '.join(REQUIRED)}")
+    for name, template in given.items():
+        if not isinstance(template, str):
+            raise InputError(f"--prompts {path}, {name}: must be a text")
+        shown = set(FIELD.findall(template))
+        if missing := REQUIRED[name] - shown:
+            raise InputError(f"--prompts {path}, {name}: {{{min(missing)}}} is missing")
+        if leaked := FORBIDDEN.get(name, set()) & shown:
+            raise InputError(f"--prompts {path}, {name}: must not show {{{min(leaked)}}}")
+    return replace(PAPER_PROMPTS, **given)
+
+
+def student_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts: Prompts = PAPER_PROMPTS) -> list[int]:
     """x_stu: the problem alone, thinking off."""
-    return encode_prompt(tokenizer, STUDENT_PROMPT, problem, enable_thinking=False)
+    return encode_prompt(tokenizer, prompts.student, problem, prompts.student_thinking)
 
 
-def teacher_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
+def teacher_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts: Prompts = PAPER_PROMPTS) -> list[int]:
     """x_tch: the problem and its reference solution, thinking on."""
-    return encode_prompt(tokenizer, TEACHER_PROMPT, problem, enable_thinking=True)
+    return encode_prompt(tokenizer, prompts.teacher, problem, prompts.teacher_thinking)
+
+
+REFERENCES = ("own", "other", "none", "answer")
+
+
+def choose_reference(
+    kind: str, problems: list[Problem], prompts: Prompts, draw: np.random.Generator
+) -> tuple[list[Problem], Prompts]:
+    """What the teacher is shown: problems with the reference in place of their solution, and the prompts to use.
+
+    `own` is the paper's. `other`: the solution of another problem, each used once, drawn as one cycle through all.
+    `answer`: the final answer alone. `none`: the student's prompt, in the teacher's thinking mode. Problem and answer
+    stay what they are, so neither the student's context nor grading changes.
+    """
+    if kind not in REFERENCES:
+        raise InputError(f"--reference {kind}: choose one of {', '.join(REFERENCES)}")
+    references = [problem.solution for problem in problems]
+    if kind == "other":
+        if len(problems) < 2:
+            raise InputError("--reference other: there is only one problem")
+        cycle = draw.permutation(len(problems))
+        for here, there in zip(cycle, np.roll(cycle, 1), strict=True):
+            references[here] = problems[there].solution
+    elif kind == "answer":
+        references = [problem.answer for problem in problems]
+        if "" in references:
+            raise InputError(f"--reference answer: problem {references.index('')} has no answer")
+    elif kind == "none":
+        references = [""] * len(problems)
+        prompts = replace(prompts, teacher=prompts.student)
+    shown = [replace(problem, solution=text) for problem, text in zip(problems, references, strict=True)]
+    return shown, prompts
 
 
 def encode_prompt(

@@ -36,18 +36,27 @@ from model import (
 from problems import InputError, Problem, extract_boxed, load_problems
 from rollout import Response, Sampling
 from runtime.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from runtime.engines import Engine, choose_engine, make_engine
+from runtime.engines import ENGINES, Engine, choose_engine, make_engine
 from runtime.fit import fitting_problems, plan_run
 from runtime.flags import FlagParser, departures, listen_for_sigterm, option, run_script
 from runtime.grading import Grader, make_grader
 from runtime.metrics import Clock, TokenMetrics, collapse_warning, rollout_metrics, step_line
 from runtime.ranks import gather_objects, hide_bar, rank, say, start_ranks, stop_ranks, wait_for_all, world_size
 from runtime.run_folder import RunLog, claimed, record_run, run_folder
-from teacher import Teacher, student_prompt, teacher_prompt
+from teacher import (
+    PAPER_PROMPTS,
+    REFERENCES,
+    Prompts,
+    Teacher,
+    choose_reference,
+    load_prompts,
+    student_prompt,
+    teacher_prompt,
+)
 from weighting import relative_position
 
 # Independent streams of random numbers of one seed: the second entry of a stream's key (rollout.py).
-ROLLOUT_STREAM, SHUFFLE_STREAM, DROPOUT_STREAM = 1, 2, 3
+ROLLOUT_STREAM, SHUFFLE_STREAM, DROPOUT_STREAM, REFERENCE_STREAM = 1, 2, 3, 4
 
 
 def size_or_auto(text: str) -> int:
@@ -61,34 +70,54 @@ class TrainConfig(LossOptions):
 
     preset: str | None = option(None, "tiny (the default without --model), qwen3-4b, dsr1-llama-8b, olmo3-7b", "method")
     method: str = option("pwopsd", "opsd, pwopsd, eopd or reopold", "method")
-    teacher: str = option("fixed", "whose weights score: fixed, ema or live", "method")
-    ema_decay: float = option(0.99, "decay per step of --teacher ema", "method")
+    teacher: str = option(
+        "fixed", "whose weights score: fixed, ema or live", "method", choices=("fixed", "ema", "live")
+    )
+    ema_decay: float = option(0.99, "decay per step of --teacher ema", "method", within=(0, 1))
+    reference: str = option(
+        "own", "what the teacher is shown: own, other (another problem's), answer or none", "method", choices=REFERENCES
+    )
+    student_thinking: bool = option(False, "thinking mode of the student's context", "method")
+    teacher_thinking: bool = option(True, "thinking mode of the teacher's context", "method")
+    prompts: str | None = option(None, "JSON file of templates: student, teacher, evaluation", "method")
     model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
     data: str = option("siyanzhao/Openthoughts_math_30k_opsd", ".jsonl path, hub name or tiny:train", "data")
-    max_length: int = option(20000, "limit in tokens of the longer context with its response", "data")
-    long_prompts: str = option("error", "what happens to problems over the limit: error or drop", "data")
+    max_length: int = option(20000, "limit in tokens of the longer context with its response", "data", least=1)
+    long_prompts: str = option(
+        "error", "what happens to problems over the limit: error or drop", "data", choices=("error", "drop")
+    )
     eval_data: str | None = option(None, "held-out problems, scored before and after training", "data")
-    eval_samples: int = option(1, "samples per held-out problem, besides the greedy one", "data")
-    eval_steps: int = option(0, "also score them every so many steps; 0 is off", "data")
-    engine: str = option("auto", "auto, generate, continuous (long rollouts on a GPU) or server", "sampling")
+    eval_samples: int = option(1, "samples per held-out problem, besides the greedy one", "data", least=1)
+    eval_steps: int = option(0, "also score them every so many steps; 0 is off", "data", least=0)
+    engine: str = option(
+        "auto", "auto, generate, continuous (long rollouts on a GPU) or server", "sampling", choices=ENGINES
+    )
     max_new_tokens: int = option(1024, "length limit of a rollout", "sampling")
     temperature: float = option(1.1, "of the rollouts; --distill_temperature is the loss's", "sampling")
     top_p: float = option(0.95, "nucleus of the rollouts; 1 is off", "sampling")
     top_k: int = option(20, "most likely tokens of the rollouts; 0 is off", "sampling")
-    num_steps: int = option(150, "optimizer steps; the learning rate falls linearly to 0 over them", "optimisation")
-    batch_size: int = option(32, "prompts per step over all ranks, one rollout each", "optimisation")
-    micro_batch_size: int = option(
-        4, "sequences per forward pass on each rank, or auto: what the memory allows", "optimisation", size_or_auto
+    num_steps: int = option(
+        150, "optimizer steps; the learning rate falls linearly to 0 over them", "optimisation", least=1
     )
-    learning_rate: float = option(5e-6, "at the first step", "optimisation")
-    max_grad_norm: float = option(0.1, "gradients are clipped to this norm", "optimisation")
-    lora_rank: int = option(64, "r; 0 trains all weights", "optimisation")
-    lora_alpha: float = option(128.0, "the update is scaled by alpha / r", "optimisation")
-    lora_dropout: float = option(0.0, "the paper's text says 0.05, the authors' code runs with 0", "optimisation")
+    batch_size: int = option(32, "prompts per step over all ranks, one rollout each", "optimisation", least=1)
+    micro_batch_size: int = option(
+        4,
+        "sequences per forward pass on each rank, or auto: what the memory allows",
+        "optimisation",
+        size_or_auto,
+        least=0,
+    )
+    learning_rate: float = option(5e-6, "at the first step", "optimisation", positive=True)
+    max_grad_norm: float = option(0.1, "gradients are clipped to this norm", "optimisation", positive=True)
+    lora_rank: int = option(64, "r; 0 trains all weights", "optimisation", least=0)
+    lora_alpha: float = option(128.0, "the update is scaled by alpha / r", "optimisation", positive=True)
+    lora_dropout: float = option(
+        0.0, "the paper's text says 0.05, the authors' code runs with 0", "optimisation", within=(0, 0.99)
+    )
     output_dir: str | None = option(None, "run folder; default runs/MODEL-METHOD-seedSEED, numbered if taken")
     resume: bool = option(False, "go on from the newest checkpoint in --output_dir, if there is one")
-    seed: int = option(42, "of every random draw: adapter, data order, rollouts, evaluation")
-    save_steps: int = option(25, "steps between checkpoints; the last step is always saved")
+    seed: int = option(42, "of every random draw: adapter, data order, rollouts, evaluation", within=(0, 2**63))
+    save_steps: int = option(25, "steps between checkpoints; the last step is always saved", least=1)
     grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
     gradient_checkpointing: bool | None = option(None, "default: on a GPU only")
     device: str = option("auto", "auto, cpu, cuda, ...")
@@ -131,6 +160,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     grader: Grader
+    prompts: Prompts
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -154,8 +184,8 @@ def train_step(step: int, run: Training, problems: list[Problem], config: TrainC
     seed_step(config.seed, step)
 
     # Sample y ~ pi_theta(. | x_stu), fixed data from here on.
-    x_stu = [student_prompt(run.tokenizer, problem) for problem in batch]
-    x_tch = [teacher_prompt(run.tokenizer, problem) for problem in batch]
+    x_stu = [student_prompt(run.tokenizer, problem, run.prompts) for problem in batch]
+    x_tch = [teacher_prompt(run.tokenizer, problem, run.prompts) for problem in batch]
     keys = [(config.seed, ROLLOUT_STREAM, step, slot) for slot in slots]
     with clock("sampling"):
         y = run.engine.sample(x_stu, keys, config.sampling)
@@ -277,28 +307,24 @@ def parse_config(arguments: list[str] | None = None) -> TrainConfig:
 def check_config(config: TrainConfig) -> None:
     """Raise InputError, naming the flag, for values that cannot work."""
     resolve_method(config.method, config)
-    choose_engine(config.engine, torch.device("cpu"), config.max_new_tokens)
     assert config.sampling  # checks itself
-    for name in ("num_steps", "batch_size", "save_steps", "eval_samples", "max_length"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} {getattr(config, name)}: must be at least 1")
-    if config.micro_batch_size < 0:
-        raise InputError(f"--micro_batch_size {config.micro_batch_size}: must be at least 1, or auto")
-    for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
-        if not 0.0 < getattr(config, name) < float("inf"):
-            raise InputError(f"--{name} {getattr(config, name)}: must be positive")
-    for name in ("seed", "lora_rank", "eval_steps"):
-        if getattr(config, name) < 0:
-            raise InputError(f"--{name} {getattr(config, name)}: must be at least 0")
-    if not 0.0 <= config.lora_dropout < 1.0 or not 0.0 <= config.ema_decay <= 1.0:
-        raise InputError("--lora_dropout must lie in [0, 1), --ema_decay in [0, 1]")
-    if config.long_prompts not in ("error", "drop"):
-        raise InputError(f"--long_prompts {config.long_prompts}: choose error or drop")
+    load_prompts(config.prompts)
     if config.resume and config.output_dir is None:
         raise InputError("--resume needs --output_dir, the run to go on with")
 
 
-def build(config: TrainConfig, device: torch.device, grader: Grader) -> Training:
+def choose_prompts(config: TrainConfig, problems: list[Problem]) -> tuple[list[Problem], Prompts]:
+    """The problems with the reference that the teacher is shown, and the prompts of both contexts."""
+    prompts = replace(
+        load_prompts(config.prompts),
+        student_thinking=config.student_thinking,
+        teacher_thinking=config.teacher_thinking,
+    )
+    draw = np.random.default_rng(np.random.SeedSequence((config.seed, REFERENCE_STREAM)))
+    return choose_reference(config.reference, problems, prompts, draw)
+
+
+def build(config: TrainConfig, device: torch.device, grader: Grader, prompts: Prompts = PAPER_PROMPTS) -> Training:
     """Model with its adapter, teacher, optimizer and learning-rate schedule, all at their start."""
     model, tokenizer = load_model(config.model, config.dtype, config.attention, device), load_tokenizer(config.model)
     torch.manual_seed(config.seed)
@@ -313,7 +339,7 @@ def build(config: TrainConfig, device: torch.device, grader: Grader) -> Training
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=config.num_steps)
     engine = make_engine(config.engine, model, tokenizer, batch_size=EVALUATED_AT_ONCE)
     method = resolve_method(config.method, config)
-    return Training(model, tokenizer, teacher, method, engine, optimizer, scheduler, grader)
+    return Training(model, tokenizer, teacher, method, engine, optimizer, scheduler, grader, prompts)
 
 
 def settle(config: TrainConfig, device: torch.device, record: dict | None) -> TrainConfig:
@@ -340,8 +366,8 @@ def score_held_out(log: RunLog, step: int, run: Training, problems: list[Problem
     rows = []
     for decoding, temperature, count in (("sampled", 1.0, config.eval_samples), ("greedy", 0.0, 1)):
         jobs = [(config.seed, index, number) for index in range(len(problems)) for number in range(count)]
-        settings = Sampling(temperature, 0.95, 0, config.max_new_tokens)
-        for item in solve(run.engine, run.tokenizer, problems, jobs[rank() :: world_size()], settings):
+        settings, mine = Sampling(temperature, 0.95, 0, config.max_new_tokens), jobs[rank() :: world_size()]
+        for item in solve(run.engine, run.tokenizer, problems, mine, settings, template=run.prompts.evaluation):
             correct = run.grader.match(extract_boxed(item.text), problems[item.problem].answer)
             rows.append({"step": step, "decoding": decoding, "correct": correct, **asdict(item)})
     say(log.evaluate(step, [row for part in gather_objects(rows) for row in part]))
@@ -370,9 +396,10 @@ def train(
     """A run in a folder that is ours, from its start or from its newest checkpoint."""
     stop_asked = listen_for_sigterm()
     grader = make_grader(config.grader, [problem.answer for problem in [*problems, *held_out] if problem.answer])
-    run = build(config, device, grader)
-    fitting = fitting_problems(problems, run.tokenizer, context_length(run.model), config)
-    memory = plan_run(run.model, run.tokenizer, run.teacher, fitting, config, device)
+    problems, prompts = choose_prompts(config, problems)
+    run = build(config, device, grader, prompts)
+    fitting = fitting_problems(problems, run.tokenizer, prompts, context_length(run.model), config)
+    memory = plan_run(run.model, run.tokenizer, run.teacher, fitting, prompts, config, device)
     config = replace(config, micro_batch_size=memory.micro_batch_size)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if config.method == "reopold" else set())  # its quantile's tokens
     record_run(folder, record, asdict(config), free, {"ranks": world_size(), "hardware": str(device)})

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ import torch
 from experiments.report import collect, paired_difference
 from experiments.study import GRID, Grid, read_cells, read_grid
 from problems import InputError
+from runtime.flags import run_script
 from weighting import SCHEDULES
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def run_label(run: Path) -> str:
     """What a run is, by its options; equal for runs that differ in their seed only."""
     config = json.loads((run / "config.json").read_text())["config"]
     parts = [config["method"], *(config[key] for key in ("schedule", "reduction") if config.get(key))]
-    return ", ".join([*map(str, parts), f"clip {config['clip']:g}", f"{config['teacher']} teacher"])
+    return ", ".join([*map(str, parts), f"clip {config['tau_clip']:g}", f"{config['teacher']} teacher"])
 
 
 def smooth(values: list[float], width: int = SMOOTHING) -> list[float]:
@@ -211,7 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -8,15 +8,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from problems import InputError, Problem
 from runtime.memory import MemoryPlan, available_memory, plan_memory
 from runtime.ranks import gather_objects, world_size
-from teacher import Teacher, student_prompt, teacher_prompt
+from teacher import Prompts, Teacher, student_prompt, teacher_prompt
 
 
-def fitting_problems(problems: list[Problem], tokenizer, context: int, config) -> list[Problem]:
+def fitting_problems(
+    problems: list[Problem], tokenizer: PreTrainedTokenizerBase, prompts: Prompts, context: int, config
+) -> list[Problem]:
     """The problems whose longer prompt leaves room for a response; others are an error or dropped, never cut."""
     limit = min(config.max_length, context)
     kept = []
     for number, problem in enumerate(problems):
-        longest = max(prompt_lengths(tokenizer, problem))
+        longest = max(prompt_lengths(tokenizer, problem, prompts))
         if longest + config.max_new_tokens <= limit:
             kept.append(problem)
         elif config.long_prompts == "error":
@@ -30,17 +32,17 @@ def fitting_problems(problems: list[Problem], tokenizer, context: int, config) -
     return kept
 
 
-def prompt_lengths(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> tuple[int, int]:
-    return len(student_prompt(tokenizer, problem)), len(teacher_prompt(tokenizer, problem))
+def prompt_lengths(tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts: Prompts) -> tuple[int, int]:
+    return len(student_prompt(tokenizer, problem, prompts)), len(teacher_prompt(tokenizer, problem, prompts))
 
 
 def plan_run(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: Teacher, problems: list[Problem], config,
-    device: torch.device,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: Teacher, problems: list[Problem],
+    prompts: Prompts, config, device: torch.device,
 ) -> MemoryPlan:  # fmt: skip
     """What a step takes on this rank; decides `--micro_batch_size auto`. Raises InputError where it cannot fit."""
     longest = max(problems, key=lambda problem: len(problem.problem) + len(problem.solution))
-    student_tokens, teacher_tokens = prompt_lengths(tokenizer, longest)
+    student_tokens, teacher_tokens = prompt_lengths(tokenizer, longest, prompts)
     sharing = 1 if device.type == "cuda" else world_size()  # ranks on a CPU share its memory
     free = available_memory(device)
     memory = plan_memory(

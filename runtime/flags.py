@@ -6,17 +6,38 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, dataclass, field, fields
+from math import inf
 
 from transformers import HfArgumentParser
 
 from problems import InputError
 
 
-def option(default: object, text: str, group: str = "run", parse: Callable | None = None) -> object:
-    """A field of a script's dataclass: its default, its line and its group in --help, and how its text is read."""
+@dataclass(frozen=True)
+class Limits:
+    """What a flag's value must satisfy; `check` raises InputError, naming the flag."""
+
+    least: float | None = None
+    positive: bool = False
+    within: tuple[float, float] | None = None
+    choices: tuple[str, ...] | None = None
+
+    def check(self, name: str, value: object) -> None:
+        if self.least is not None and not value >= self.least:
+            raise InputError(f"--{name} {value}: must be at least {self.least}")
+        if self.positive and not 0.0 < value < inf:
+            raise InputError(f"--{name} {value}: must be positive")
+        if self.within is not None and not self.within[0] <= value <= self.within[1]:
+            raise InputError(f"--{name} {value}: must lie in [{self.within[0]:g}, {self.within[1]:g}]")
+        if self.choices is not None and value not in self.choices:
+            raise InputError(f"--{name} {value}: choose one of {', '.join(self.choices)}")
+
+
+def option(default: object, text: str, group: str = "run", parse: Callable | None = None, **limits: object) -> object:
+    """A field of a script's dataclass: its default, its line and group in --help, how its text is read, its limits."""
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**factory, metadata={"help": text, "group": group, "parse": parse})
+    return field(**factory, metadata={"help": text, "group": group, "parse": parse, "limits": Limits(**limits)})
 
 
 class FlagParser(HfArgumentParser):
@@ -26,7 +47,9 @@ class FlagParser(HfArgumentParser):
         self._group_of_name: dict[str, argparse._ArgumentGroup] = {}
         super().__init__(config_class, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def add_argument(self, *names: str, group: str | None = None, parse: Callable | None = None, **settings):
+    def add_argument(
+        self, *names: str, group: str | None = None, parse: Callable | None = None, limits=None, **settings
+    ):
         """The field's metadata arrive here, its group and its parser among them; fields of loss.py name no group."""
         if parse is not None:
             settings["type"] = parse
@@ -48,7 +71,13 @@ class FlagParser(HfArgumentParser):
             if preset not in presets:
                 raise InputError(f"--preset {preset}: choose one of {', '.join(presets)}")
             self.set_defaults(**presets[preset], preset=preset)
-        return self.parse_args_into_dataclasses(arguments)[0]
+        config = self.parse_args_into_dataclasses(arguments)[0]
+        for f in fields(config):
+            values = getattr(config, f.name)
+            for value in values if isinstance(values, list) else [values]:
+                if value is not None and "limits" in f.metadata:
+                    f.metadata["limits"].check(f.name, value)
+        return config
 
 
 def departures(config: object, presets: dict[str, dict]) -> str:

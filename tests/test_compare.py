@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 
-from checkpoint import Sample, open_samples
 from evaluate import benchmark_digest, summarise
 from experiments.compare import (
     PAPER,
@@ -20,6 +19,7 @@ from experiments.compare import (
     report,
 )
 from problems import InputError, load_problems
+from runtime.samples import Sample, open_samples
 
 
 def test_permutation_p_by_hand():

@@ -23,7 +23,7 @@ def run(tmp_path):
     """A run folder as train.py leaves it, without weights."""
     folder = tmp_path / "one"
     folder.mkdir()
-    config = {"method": "opsd", "schedule": None, "reduction": None, "clip": math.inf, "teacher": "fixed"}
+    config = {"method": "opsd", "schedule": None, "reduction": None, "tau_clip": math.inf, "teacher": "fixed"}
     (folder / "config.json").write_text(json.dumps({"config": config}))
     tenths = {"divergence": [0.1 * i for i in range(9)] + [None]}
     steps = [{"step": i, "accuracy": 0.5, "divergence": 0.2, "by_decile": tenths} for i in range(3)]

@@ -1,7 +1,6 @@
 """Loading, the embedded world, and the extraction and comparison of answers."""
 
 import json
-import random
 import sys
 import time
 
@@ -11,11 +10,8 @@ import problems
 from problems import (
     BENCHMARKS,
     InputError,
-    answers_match,
     extract_boxed,
     load_problems,
-    normalise_answer,
-    parse_number,
     tiny_problems,
     tiny_split,
 )
@@ -106,10 +102,35 @@ def test_tiny_problems_are_right_and_the_splits_are_disjoint_in_any_order():
         ("\\boxed{\\boxed{3}}", "3"),
         ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
         ("\\boxed{a\\\\}", "a\\\\"),  # a line break, then the closing brace
+        # a space, a line break or nothing before the content
+        ("\\boxed {5}", "5"),
+        ("\\boxed\n{5}", "5"),
+        ("\\boxed 5.", "5"),
+        ("$\\boxed5$", "5"),
+        ("\\boxed -2.5, so", "-2.5"),
+        ("\\boxed 1,250", "1,250"),
+        ("\\boxed\\frac12", "\\frac12"),
+        ("\\boxed\\frac{1}{\\sqrt{2}}.", "\\frac{1}{\\sqrt{2}}"),
+        ("\\boxed 1\\frac12", "1\\frac12"),
+        ("\\boxed x$", "x"),
+        ("\\fbox{5}", "5"),
+        ("\\boxed{4} or \\fbox{5}", "5"),
+        ("\\boxed{\\text{A}}", "\\text{A}"),
+        ("$\\boxed{x}$", "x"),
+        # no box, and boxes that hold nothing
+        ("\\boxedtext{5}", None),
+        ("\\boxed{5} by \\boxedA", "5"),
+        ("\\boxed{5} goes inside \\boxed{}.", "5"),
+        ("\\boxed{5} goes inside \\boxed{ } or \\boxed{...}.", "5"),
+        ("\\boxed{5}, with \\boxed around it", "5"),
+        ("\\boxed{5}\\boxed{\\text{ }}", "5"),
+        ("\\boxed{\\boxed{}}", None),
         ("\\boxed{}", None),
         ("\\boxed{ \n}", None),
         ("\\boxed{4} and \\boxed{", None),
         ("\\boxed{4} and \\boxed{\\frac{1}{2}", None),
+        ("\\boxed{4} and \\fbox{\\{1, 2\\}", None),
+        ("\\boxed{4} and \\boxed", None),
         ("boxed{4}", None),
         ("", None),
     ],
@@ -121,62 +142,13 @@ def test_extract_boxed(text, answer):
 def test_extraction_is_linear():
     for text in (
         "\\boxed{" * 50_000,
+        "\\boxed{" * 50_000 + "}" * 50_000,
+        "\\boxed\\frac{" + "{" * 400_000,
+        "\\boxed" * 50_000,
         "\\boxed{" + "{" * 400_000,
         "\\boxed{" + "\\" * 400_000,
         "\\boxed{" + "{}" * 200_000,
     ):
-        start = time.monotonic()
+        start = time.process_time()
         extract_boxed(text)
-        assert time.monotonic() - start < 2
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The exact grader
-
-
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        ("5", "5.0"), ("0.5", "\\frac{1}{2}"), ("\\dfrac{1}{2}", "1/2"), ("-\\frac{3}{4}", "-0.75"), ("1,000", "1000"),
-        ("$12$", "12"), ("\\text{Evelyn}", "Evelyn"), ("\\left(1,2\\right)", "(1, 2)"), ("90^\\circ", "90"),
-        ("007", "7"), (".5", "0.50"), ("10\\%", "10"),
-    ],
-)  # fmt: skip
-def test_answers_that_match(a, b):
-    assert answers_match(a, b) and answers_match(b, a)
-
-
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        ("5", "6"),
-        ("", ""),
-        ("$", " "),
-        ("1/0", "1/0 "),
-        ("1/2", "2/1"),
-        ("x", "y"),
-        ("(1,2)", "(2,1)"),
-        ("1,00", "100"),
-    ],
-)
-def test_answers_that_do_not_match(a, b):
-    if a.strip() != "1/0":  # equal as text, though no number
-        assert not answers_match(a, b) and not answers_match(b, a)
-    assert not answers_match(None, b)
-
-
-def test_numbers_are_exact():
-    assert parse_number("1/3") * 3 == 1 and parse_number("0.1") * 10 == 1
-    assert parse_number("1/0") is None and parse_number("1e5") is None and parse_number("9" * 401) is None
-
-
-def test_matching_is_symmetric_and_quick_on_anything():
-    draw = random.Random(3)
-    alphabet = "0123456789.,/{}\\ -+$%^frac text"
-    texts = ["".join(draw.choice(alphabet) for _ in range(draw.randint(0, 12))) for _ in range(150)]
-    assert all(answers_match(a, b) == answers_match(b, a) for a in texts for b in texts)
-    for text in ("\\text{" * 20_000, "1," * 50_000, "\\text{" + "a" * 100_000, "1" * 100_000, "." * 100_000):
-        start = time.monotonic()
-        normalise_answer(text)
-        answers_match(text, "1")
-        assert time.monotonic() - start < 2
+        assert time.process_time() - start < 2
