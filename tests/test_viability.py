@@ -125,7 +125,7 @@ def test_resamples_draw_as_many_problems_as_there_are_and_repeat_with_the_seed()
 def a_row(problem, position, teacher, **changes):
     return {
         "problem": problem, "position": position, "length": 10, "h_trunc": 0.5, "entropy": 0.5, "log_kappa": 1.0,
-        "mutual_information": 0.5, "spine_correct": True, "viability": dict.fromkeys(ARMS, [0.5]),
+        "mutual_information": 0.5, "spine_correct": True, "viability": {arm: [0.5] for arm in ARMS},
         "label": {"teacher": teacher, "student": "gray", "unforced": "gray"},
     } | changes  # fmt: skip
 
@@ -143,9 +143,10 @@ def test_table_1_by_hand():
     result = table1(data)
     assert (result["problems"], result["candidates"]) == (3, 6)
     assert result["labels"] == {"diversity": 2, "real-uncertain": 2, "gray": 2}
-    # Centred over labelled candidates: +.2 -.2 and -.35 +.35, so 1 and 0 of its own problem, and of four pairs two.
-    assert result["table1"][POSITION]["auroc"] == 0.5
-    assert result["table1"]["H(p)"]["auroc"] == result["table1"]["log kappa"]["auroc"] == 0.75 + 0.125 - 0.125
+    # Centred over labelled candidates: uncertain +.2, -.35 against diversity -.2, +.35: one pair of four is won.
+    assert result["table1"][POSITION]["auroc"] == 0.25
+    # Uncertain 0, +.2 against diversity 0, -.2: three pairs are won, one is a tie.
+    assert result["table1"]["H(p)"]["auroc"] == result["table1"]["log kappa"]["auroc"] == 0.875
     low, high = result["table1"][POSITION]["interval_reoriented"]
     assert 0.5 <= low <= high <= 1.0
     text = "\n".join(table1_lines(result))
