@@ -288,6 +288,8 @@ def print_table(summary: dict) -> None:
         spread = value["std_over_seeds"]
         over_seeds = "" if spread is None else f"   +- {scale * spread:.{digits}f} over seeds"
         print(f"{name:13s} {scale * value['mean']:8.{digits}f}   95 % [{low}, {high}]{over_seeds}")
+    if grader["asked"]:
+        print(f"{grader['asked']} comparisons needed {grader['name']}")
     if grader["stopped"]:
         print(f"{grader['stopped']} comparisons were stopped at a limit and count as not equal")
 
@@ -322,6 +324,8 @@ def main() -> None:
     check_config(config)
     problems = load_problems(config.benchmark, need_solution=False)
     grader = make_grader(config.grader, [problem.answer for problem in problems])
+    if grader.note:
+        say(grader.note)
     path = Path(config.output_dir) / "samples.jsonl"
     if config.grade_only and not path.is_file():
         raise InputError(f"--grade_only: no {path}")
@@ -356,7 +360,7 @@ def report(config: EvaluationConfig, problems: list[Problem], samples: list[Samp
         "answers_sha256": benchmark_digest(problems, "answer"),
         "versions": versions(),
         **summarise(samples, problems, grader.match),
-        "grader": {"name": grader.name, "version": grader.version, "stopped": grader.stopped},
+        "grader": {"name": grader.name, "version": grader.version, "asked": grader.asked, "stopped": grader.stopped},
     }  # fmt: skip
     write_atomically(file.path.with_name("summary.json"), json.dumps(summary, indent=1) + "\n")
     print_table(summary)

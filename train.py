@@ -405,6 +405,8 @@ def train(
     record_run(folder, record, asdict(config), free, {"ranks": world_size(), "hardware": str(device)})
     say(f"{config.method}, {departures(config, PRESETS) or 'the preset as it is'}; all options: {folder}/config.json")
     say(f"{len(fitting)} problems ({len(problems) - len(fitting)} dropped as too long), graded by {grader.name}")
+    if grader.note:
+        say(grader.note)
     say(str(memory))
     start = resume(folder, run) if config.resume else 0
     wait_for_all()  # every rank has read before rank 0 writes

@@ -22,7 +22,7 @@ from evaluate import benchmark_digest, bootstrap_interval, summarise
 from problems import InputError, load_problems
 from runtime.flags import run_script
 from runtime.grading import make_grader
-from runtime.samples import open_samples
+from runtime.samples import SampleFile
 
 # Avg@12 in % with the sample std over 3 evaluation seeds, Qwen3-4B (paper Table 2). The paper has no base row; the one
 # here is the OPSD repository's (AIME24, AIME25, HMMT25).
@@ -96,8 +96,8 @@ def load_summary(source: str) -> dict:
 def _grade(path: Path) -> dict:
     if not path.is_file():
         raise InputError(f"{path}: no such sample file")
-    with open_samples(path) as (header, samples, _):
-        pass
+    with SampleFile(path) as file:
+        header, samples = file.header, list(file.samples.values())
     if header is None or not samples:
         raise InputError(f"{path}: no samples in it")
     problems = load_problems(header["benchmark"], need_solution=False)
@@ -114,7 +114,7 @@ def _grade(path: Path) -> dict:
     return {
         **summary, "benchmark": header["benchmark"], "num_samples": next(iter(counts.values())), "regime": header,
         "answers_sha256": benchmark_digest(problems, "answer"),
-        "grader": {"name": grader.name, "version": grader.version, "stopped": grader.stopped},
+        "grader": {"name": grader.name, "version": grader.version, "asked": grader.asked, "stopped": grader.stopped},
     }  # fmt: skip
 
 

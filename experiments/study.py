@@ -91,7 +91,7 @@ def run_cell(cell: Cell, output: Path, keep_checkpoints: bool = False) -> dict:
     share_start(cell, output, run)
     flags = [f"--{name}={value}" for name, value in {**cell.options, "seed": cell.seed}.items()]
     started, error, argv, on_sigterm = time.time(), None, sys.argv, signal.getsignal(signal.SIGTERM)
-    with (run / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+    with run.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         sys.argv = ["train.py", *flags, f"--output_dir={run}", "--resume=true"]
         try:
             train.main()

@@ -41,7 +41,7 @@ def claimed(run: Path, resume: bool) -> Iterator[dict | None]:
             raise InputError(
                 f"--output_dir {run}: holds another run; continue it with --resume or choose another folder"
             )
-        if run.exists() and not (run / RECORD).exists() and any(path.name != LOCK for path in run.iterdir()):
+        if run.exists() and not (run / RECORD).exists() and any(path.name not in HARMLESS for path in run.iterdir()):
             raise InputError(f"--output_dir {run}: is not empty and holds no run of ours ({RECORD} is missing)")
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / LOCK).open("w")
@@ -58,6 +58,7 @@ def claimed(run: Path, resume: bool) -> Iterator[dict | None]:
 
 
 LOCK = ".lock"
+HARMLESS = {LOCK, "evaluation.json", "heldout.jsonl"}  # what may stand there before a run has begun
 
 
 def record_run(run: Path, record: dict | None, config: dict, free: set[str], facts: dict) -> None:
