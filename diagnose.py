@@ -31,13 +31,13 @@ from transformers.utils.logging import disable_progress_bar
 from model import context_length, eos_ids, load_model, load_tokenizer, response_hidden
 from problems import InputError, Problem, extract_boxed, load_problems
 from rollout import Sampling, StreamKey
-from runtime.engines import Engine, choose_engine, make_engine
+from runtime.engines import ENGINES, Engine, choose_engine, make_engine
 from runtime.flags import FlagParser, departures, option, run_script
 from runtime.grading import Grader, make_grader
 from runtime.phases import run_phase
 from runtime.ranks import gather_objects, rank, say, start_ranks, stop_ranks, world_size
 from runtime.run_folder import claimed, record_run, run_folder, write_atomically
-from teacher import DIAGNOSTIC_PROMPT, STUDENT_PROMPT, encode_prompt
+from teacher import PAPER_PROMPTS, Prompts, encode_prompt, load_prompts
 from viability import LabelRule, by_spine, labels, table1, table1_lines, to_columns, truncated_entropy, uncertainty
 
 # Streams of random numbers, told apart by the second entry of their key (rollout.py); train.py uses 1 to 3.
@@ -53,28 +53,29 @@ class DiagnoseConfig(LabelRule):
     model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
     data: list[str] = option(["tiny:heldout"], "one or more sources: .jsonl, hub name, tiny:heldout", "data")
     num_problems: list[int] = option([84], "problems drawn from each source, without replacement", "data")
-    context: int = option(32768, "tokens of prompt, prefix and continuation together", "data")
+    prompts: str | None = option(None, "JSON file of templates: student, diagnostic", "data")
+    context: int = option(32768, "tokens of prompt, prefix and continuation together", "data", least=2)
     student_thinking: bool = option(True, "the student's prompts think; the paper's numbers say so", SPINES)
-    spine_tokens: int = option(16384, "length limit of a spine", SPINES)
-    fallback_temperature: float = option(0.7, "used where the greedy spine has no box", SPINES)
+    spine_tokens: int = option(16384, "length limit of a spine", SPINES, least=1)
+    fallback_temperature: float = option(0.7, "used where the greedy spine has no box", SPINES, positive=True)
     incorrect_spines: bool = option(False, "follow wrong spines, too, reported apart", CANDIDATES)
     top_valid: int = option(16, "B: teacher's top valid tokens in h_trunc", CANDIDATES)
-    candidates: int = option(5, "C: at most this many per problem", CANDIDATES)
-    min_p2: float = option(0.02, "C: least teacher probability of the second token", CANDIDATES)
-    min_ratio: float = option(0.10, "C: least p2 / p1", CANDIDATES)
-    min_spacing: int = option(64, "C: least distance of two candidates, in tokens", CANDIDATES)
-    dropout_passes: int = option(5, "D: M", CANDIDATES)
+    candidates: int = option(5, "C: at most this many per problem", CANDIDATES, least=1)
+    min_p2: float = option(0.02, "C: least teacher probability of the second token", CANDIDATES, within=(0, 1))
+    min_ratio: float = option(0.10, "C: least p2 / p1", CANDIDATES, within=(0, 1))
+    min_spacing: int = option(64, "C: least distance of two candidates, in tokens", CANDIDATES, least=1)
+    dropout_passes: int = option(5, "D: M", CANDIDATES, least=2)
     dropout: float = option(0.1, "D: p", CANDIDATES)
-    dropout_layers: int = option(4, "D: the last layers, whose outputs are dropped out", CANDIDATES)
+    dropout_layers: int = option(4, "D: the last layers, whose outputs are dropped out", CANDIDATES, least=1)
     temperature: float = option(1.0, "of the continuations", ROLLOUTS)
     top_p: float = option(0.95, "of the continuations (and of the fallback in A)", ROLLOUTS)
-    engine: str = option("auto", "auto, generate, continuous (long responses on a GPU) or server")
+    engine: str = option("auto", "auto, generate, continuous (long responses on a GPU) or server", choices=ENGINES)
     server: str | None = option(None, "URL of an OpenAI-compatible server, for --engine server")
     served_model: str | None = option(None, "the model's name there, where it is not --model")
-    batch_size: int = option(32, "sequences that a rank samples between two writes to the run folder")
+    batch_size: int = option(32, "sequences that a rank samples between two writes to the run folder", least=1)
     output_dir: str | None = option(None, "run folder; default runs/diagnose-PRESET, numbered if taken")
     resume: bool = option(False, "go on with the run in --output_dir, if there is one")
-    seed: int = option(42, "of every random draw but the bootstrap's")
+    seed: int = option(42, "of every random draw but the bootstrap's", least=0)
     grader: str = option("auto", "math-verify, exact, or auto: math-verify where answers are LaTeX")
     device: str = option("auto", "auto, cpu, cuda, ...")
     dtype: str = option("auto", "auto (bfloat16 on a GPU, else float32) or its name")
@@ -110,15 +111,16 @@ class Diagnosis:
     problems: list[Problem]
     config: DiagnoseConfig
     folder: Path
+    prompts: Prompts = PAPER_PROMPTS
 
     def student_prompt(self, problem: int) -> list[int]:
         """The student's context: in phases A, B and E. Paper: silent on thinking, see docs/diagnostic.md."""
         thinks = self.config.student_thinking
-        return encode_prompt(self.tokenizer, STUDENT_PROMPT, self.problems[problem], enable_thinking=thinks)
+        return encode_prompt(self.tokenizer, self.prompts.student, self.problems[problem], enable_thinking=thinks)
 
     def teacher_prompt(self, problem: int) -> list[int]:
         """The privileged context: in phases B and D."""
-        return encode_prompt(self.tokenizer, DIAGNOSTIC_PROMPT, self.problems[problem], enable_thinking=True)
+        return encode_prompt(self.tokenizer, self.prompts.diagnostic, self.problems[problem], enable_thinking=True)
 
     def sample(self, prompts: list[list[int]], keys: list[StreamKey], settings: Sampling) -> list[list[int]]:
         responses = self.engine.sample(prompts, keys, settings)
@@ -360,23 +362,10 @@ def parse_config(arguments: list[str] | None = None) -> DiagnoseConfig:
 def check_config(config: DiagnoseConfig) -> None:
     """Raise InputError, naming the flag, for values that cannot work."""
     assert Sampling(config.temperature, config.top_p, 0, 1)  # checks itself
-    choose_engine(config.engine, torch.device("cpu"), config.context)
-    at_least = {
-        "children": 2, "rollouts": 1, "candidates": 1, "min_spacing": 1, "dropout_passes": 2, "dropout_layers": 1,
-        "bootstraps": 1, "batch_size": 1, "diversity_children": 1, "context": 2, "spine_tokens": 1, "seed": 0,
-    }  # fmt: skip
-    for name, least in at_least.items():
-        if getattr(config, name) < least:
-            raise InputError(f"--{name} {getattr(config, name)}: must be at least {least}")
-    for name in ("min_p2", "min_ratio", "diversity_viability", "uncertain_viability"):
-        if not 0.0 <= getattr(config, name) <= 1.0:
-            raise InputError(f"--{name} {getattr(config, name)}: must lie in [0, 1]")
     if config.top_valid < config.children:
         raise InputError(f"--top_valid {config.top_valid}: must be at least --children, here {config.children}")
     if not 0.0 < config.dropout < 1.0:
         raise InputError(f"--dropout {config.dropout}: must lie strictly between 0 and 1")
-    if not config.fallback_temperature > 0.0:
-        raise InputError(f"--fallback_temperature {config.fallback_temperature}: must be positive")
     if len(config.data) != len(config.num_problems):
         raise InputError("--num_problems needs one number for each source of --data")
     if (config.engine == "server") != (config.server is not None):
@@ -399,15 +388,18 @@ def draw_problems(config: DiagnoseConfig) -> list[Problem]:
 
 def prepare(config: DiagnoseConfig, device: torch.device, folder: Path) -> Diagnosis:
     """Everything a run needs; its config holds what this machine decided (engine, dtype) and what grades."""
-    problems = draw_problems(config)
+    problems, prompts = draw_problems(config), load_prompts(config.prompts)
     grader = make_grader(config.grader, [problem.answer for problem in problems])
     model, tokenizer = load_model(config.model, config.dtype, device=device), load_tokenizer(config.model)
-    engine, reason = choose_engine(config.engine, device, config.context)
-    say(f"sampling by {engine}: {reason}")
+    name, reason = choose_engine(config.engine, device, config.context)
+    say(f"sampling by {name}: {reason}")
+    if grader.note:
+        say(grader.note)
     config = replace(
-        config, engine=engine, dtype=str(model.dtype).removeprefix("torch."), grader=f"{grader.name} {grader.version}"
+        config, engine=name, dtype=str(model.dtype).removeprefix("torch."), grader=f"{grader.name} {grader.version}"
     )
-    run = Diagnosis(model, tokenizer, open_engine(model, tokenizer, config), grader, problems, config, folder)
+    engine = open_engine(model, tokenizer, config)
+    run = Diagnosis(model, tokenizer, engine, grader, problems, config, folder, prompts)
     if config.context > context_length(model):
         raise InputError(f"--context {config.context}: the model's is {context_length(model)}")
     longest = max(len(prompt(i)) for i in range(len(problems)) for prompt in (run.student_prompt, run.teacher_prompt))

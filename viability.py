@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from problems import InputError
+
 ARMS = ("teacher", "student", "unforced")  # whose tokens are forced; the paper has the first alone
 LABELS = ("diversity", "real-uncertain", "gray")  # by the integers of label_children
 DIVERSITY, UNCERTAIN, GRAY = range(3)
@@ -61,7 +63,10 @@ def _option(default: float, text: str) -> object:
 
 @dataclass(frozen=True)
 class LabelRule:
-    """How a candidate is labelled from the viability of its children, and resampled. Defaults are the paper's."""
+    """How a candidate is labelled from its children, and resampled. Defaults are the paper's.
+
+    Raises InputError, naming the flag, for values that cannot work.
+    """
 
     children: int = _option(3, "K, tokens forced at a candidate")
     rollouts: int = _option(6, "continuations of each child")
@@ -70,6 +75,14 @@ class LabelRule:
     uncertain_viability: float = _option(0.40, "`real-uncertain` if all children and their mean stay below")
     bootstraps: int = _option(2000, "resamples of whole problems")
     bootstrap_seed: int = _option(0, "seed of the resamples")
+
+    def __post_init__(self) -> None:
+        for name, least in (("children", 2), ("rollouts", 1), ("diversity_children", 1), ("bootstraps", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        for name in ("diversity_viability", "uncertain_viability"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise InputError(f"--{name} {getattr(self, name)}: must lie in [0, 1]")
 
 
 def label_children(viability_CK: np.ndarray, rule: LabelRule) -> np.ndarray:
