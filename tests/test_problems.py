@@ -79,7 +79,10 @@ def test_null_is_as_good_as_missing(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"problem": "half \\ud800 of a pair", "solution": "s"}', "line 1: the problem holds half of a surrogate pair"),
+        (
+            '{"problem": "half \\ud800 of a pair", "solution": "s"}',
+            "line 1: the problem holds half of a surrogate pair",
+        ),
         ('{"problem": "p", "solution": "\\udc00"}', "line 1: the solution holds half"),
         ('{"problem": NaN, "solution": "s"}', "line 1: not valid JSON .NaN is no number"),
         ('{"problem": "p", "solution": -Infinity}', "line 1: not valid JSON"),

@@ -100,7 +100,9 @@ def test_a_tokenizer_without_template_is_said(checkpoint):
         student_prompt(tokenizer, PROBLEM)
 
 
-@pytest.mark.parametrize("broken", ["{{ raise_exception('no') }}", "{% if %}", "{{ messages[7].content }}", "{{ 1 / 0 }}"])
+@pytest.mark.parametrize(
+    "broken", ["{{ raise_exception('no') }}", "{% if %}", "{{ messages[7].content }}", "{{ 1 / 0 }}"]
+)
 def test_a_template_that_fails_is_said_in_one_line(checkpoint, broken):
     tokenizer = load_tokenizer(checkpoint)
     tokenizer.chat_template = broken
