@@ -156,7 +156,7 @@ def study_curves(grid: Grid, records: list[dict]) -> Figure:
 
 
 def study_map(grid: Grid, records: list[dict]) -> Figure:
-    """Held-out accuracy along training, sampled: a panel a learning rate and clip, a line a weighting, mean over seeds."""
+    """Sampled held-out accuracy along training, mean over seeds: a panel a learning rate and clip, a line a row."""
     panels: dict[tuple, dict[str, list[list[float]]]] = {}
     for record in records:
         if record["error"] is None and "learning_rate" in record["options"]:

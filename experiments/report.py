@@ -243,7 +243,7 @@ def _table(grid: Grid, rows: list[Row], sampled: dict, greedy: dict, settled: tu
     note = (
         "Held-out problems. Mean ± standard deviation over training seeds; difference [95 % interval] paired by seed; "
         "** settled after Holm's correction. Repaired: facts wrong before and right after; broken: facts right "
-        "before and wrong after; leaps: solutions that take all that is left at once. All three are of greedy solutions."
+        "before and wrong after; leaps: solutions that take all that is left at once. All three of greedy solutions."
     )
     return "\n".join([*lines, "", note])
 

@@ -35,7 +35,8 @@ def record(options, seed, after, *, error=None, accuracy=(0.5, 0.5)):
     end = {} if error else {"2": {"sampled": after, "greedy": after - 0.1}}
     return {
         "row": "any", "options": options, "seed": seed, "model_id": "m", "seconds": 1.0,
-        "evaluation": start | end, "behaviour": {step: {"repaired": 0.5, "broken": None, "leaps": 0.0} for step in start | end},
+        "evaluation": start | end,
+        "behaviour": {step: {"repaired": 0.5, "broken": None, "leaps": 0.0} for step in start | end},
         "accuracy": list(accuracy), "eos_rate": [1.0] * len(accuracy), "error": error, "git_commit": "c",
         "versions": VERSIONS, "machine": "x",
     }  # fmt: skip
