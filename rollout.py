@@ -33,6 +33,30 @@ StreamKey = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. temperature 0 is greedy, top_k 0 and top_p 1 are off."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled row: token ids y_1..y_L with the EOS that ended it; logprobs are the engine's, at temperature 1."""
+
+    ids: list[int]
+    finished: bool  # True: ended with EOS; False: cut at max_new_tokens
+    logprobs: list[float] | None = None
+    text: str | None = None  # only from a server that returns no token ids; `ids` is then empty
+    tokens: int | None = None  # with `text`: the server's count of tokens
+
+
+OnFinished = Callable[[int, Response], None]  # (row, response), called as soon as a row is done
+
+
+@dataclass(frozen=True)
 class Rollout:
     """Sampled responses. A response includes the EOS that ended it, also where the pad id is the EOS id."""
 
