@@ -111,10 +111,11 @@ class ServerEngine:
         self._run(self._load(directory, f"{name}-{digest[:12]}"))
 
     def close(self) -> None:
-        """Unload the adapter, if there is one; a server that is gone is no error."""
-        with suppress(InputError):
-            self._run(self._leave())
-        self._runner.close()
+        """Unload the adapter, if there is one; a server that is gone, or a second call, is no error."""
+        if not self._client.is_closed():
+            with suppress(InputError):
+                self._run(self._leave())
+            self._runner.close()
 
     # -----------------------------------------------------------------------------------------------------------
 
@@ -135,7 +136,7 @@ class ServerEngine:
         try:
             first = await self._complete(self._quick, prompt, 0, settings)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if "field" not in str(error).lower():
+            if "field" not in error.response.text.lower():
                 raise
             self.takes_ids = False
             first = await self._complete(self._quick, prompt, 0, settings)
@@ -163,12 +164,11 @@ class ServerEngine:
 
     def _generation_config(self, settings: Sampling) -> str:
         """The same in transformers' way, as a whole generation config."""
-        return json.dumps(
-            {
-                "do_sample": settings.temperature > 0, "top_k": settings.top_k, "eos_token_id": self.eos_ids,
-                "pad_token_id": self.eos_ids[0], "max_new_tokens": settings.max_new_tokens,
-            }  # fmt: skip
-        )
+        config = {
+            "do_sample": settings.temperature > 0, "top_k": settings.top_k, "eos_token_id": self.eos_ids,
+            "pad_token_id": self.eos_ids[0], "max_new_tokens": settings.max_new_tokens,
+        }  # fmt: skip
+        return json.dumps(config)
 
     def _read(self, reply) -> Response:
         """A completion as a Response; raises InputError for anything else."""
@@ -211,10 +211,11 @@ class ServerEngine:
             await self._quick.post("/unload_lora_adapter", cast_to=str, body={"lora_name": name})
 
     async def _leave(self) -> None:
-        if self._loaded is not None:
-            name, self._loaded, self.model = self._loaded, None, self.base_model
-            await self._unload(name)
-        await self._client.close()
+        try:
+            if self._loaded is not None:
+                await self._unload(self._loaded)
+        finally:
+            await self._client.close()
 
     def _run(self, work: Coroutine) -> None:
         """Run to the end; the client's errors become one line each. Ctrl-C cancels what is under way."""
@@ -232,16 +233,18 @@ class ServerEngine:
         if isinstance(error, openai.APIConnectionError):
             reason = f"no answer ({one_line(error.__cause__ or error)})"
         elif isinstance(error, openai.AuthenticationError):
-            reason = f"wants a key, which is read from OPENAI_API_KEY ({one_line(error)})"
+            reason = f"wants a key, which is read from OPENAI_API_KEY ({answer(error)})"
+        elif isinstance(error, openai.APIStatusError):
+            reason = f"refuses a request for {self.model} ({answer(error)})"
         else:
-            reason = f"refuses a request for {self.model} ({one_line(error)})"
+            reason = one_line(error)
         raise InputError(f"--server {self.server}: {reason}")
 
 
 def base_url(server: str) -> str:
     """The address of the API behind `--server`: http:// and /v1 are added where they are missing."""
-    url = server.strip().rstrip("/")
-    url = url if "://" in url else f"http://{url}"
+    url = server.strip()
+    url = (url if "://" in url else f"http://{url}").rstrip("/")
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -271,16 +274,26 @@ def one_line(value: object) -> str:
     return text[:300]
 
 
+def answer(error) -> str:
+    """Status and message of a refusal, whatever form the server gives it."""
+    text = error.response.text
+    with suppress(ValueError, KeyError, TypeError):
+        text = json.loads(text)["detail"]
+    with suppress(ValueError, KeyError, TypeError):
+        text = json.loads(text)["error"]["message"]
+    return one_line(f"{error.status_code} {text}")
+
+
 def _why_not_loaded(error, directory: Path) -> str:
     """vLLM's answers to an adapter that it does not load, in words of what to do."""
-    text = str(error)
+    text = answer(error)
     if "No adapter found" in text:
         return f"cannot read the adapter {directory}: the server needs the directory under this very path"
     if "max_lora_rank" in text:
-        return f"the adapter {directory} has too high a rank: start vLLM with --max-lora-rank ({one_line(text)})"
-    if error.status_code in (404, 405):
+        return f"the adapter {directory} has too high a rank: start vLLM with --max-lora-rank ({text})"
+    if error.status_code in (404, 405) or "LoRA is not enabled" in text:
         return (
             "loads no adapters: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, "
             "or export the adapter (python model.py export) and serve the result"
         )
-    return f"does not load the adapter {directory} ({one_line(text)})"
+    return f"does not load the adapter {directory} ({text})"
