@@ -30,14 +30,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from checkpoint import open_run, write_atomically
-from evaluate import needs_latex
-from experiments.diagnose_report import report
-from experiments.diagnose_statistics import LABELS, LabelRule, label_children
 from model import context_length, eos_ids, load_model, load_tokenizer, response_hidden
-from problems import FlagParser, InputError, Problem, answers_match, extract_boxed, load_problems, make_grader
-from rollout import check_sampling, sample, sample_continuous
+from problems import InputError, Problem, extract_boxed, load_problems
+from rollout import Sampling
+from runtime.engines import Engine, choose_engine, make_engine
+from runtime.flags import FlagParser, option, run_script
+from runtime.grading import answers_match, make_grader
+from runtime.run_folder import claimed, record_run, run_folder, write_atomically
 from teacher import DIAGNOSTIC_PROMPT, encode_prompt, student_prompt
+from viability import LABELS, LabelRule, label_children, table1
 
 # Streams of random numbers, told apart by the second entry of their key (rollout.py); train.py uses 1 to 3.
 PICK_STREAM, SPINE_STREAM, DROPOUT_STREAM, CONTINUATION_STREAM = 11, 12, 13, 14

@@ -1,4 +1,4 @@
-"""The language model: loading, LoRA, the one forward pass that both contexts share, and export.
+"""The language model: loading, LoRA, and the one forward pass that both contexts share.
 
 LoRA (Hu et al. 2021) is written out here: W x + (alpha / r) B A x on the seven projections of every block. The adapter
 is stored in PEFT's file format and is never merged in place: the fixed teacher is the same model with it switched off.
@@ -8,12 +8,11 @@ Axes: B sequences, T response tokens, D hidden.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,14 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.logging import disable_progress_bar
 
 from problems import InputError
 
@@ -139,7 +136,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
         self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.cast = dropout, None  # cast: A and B in the model's dtype, where cast_adapter holds them
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
@@ -149,8 +146,10 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
-        return y + F.linear(low, self.lora_B.to(x.dtype)) * (self.alpha / self.rank)
+        A, B = self.cast or (self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
+        if self.training and self.dropout > 0.0:
+            x = F.dropout(x, self.dropout)
+        return torch.add(y, F.linear(F.linear(x, A), B), alpha=self.alpha / self.rank)
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0.0) -> None:
@@ -191,6 +190,20 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = True
 
 
+@contextmanager
+def cast_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside, the adapter is in the model's dtype, cast once instead of at each call: for sampling, no gradients."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        dtype = layer.base.weight.dtype
+        layer.cast = (layer.lora_A.detach().to(dtype), layer.lora_B.detach().to(dtype))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast = None
+
+
 def save_adapter(model: PreTrainedModel, directory: Path, base_model: str) -> None:
     """Write the adapter in PEFT's format; `peft.PeftModel.from_pretrained(base, directory)` reads it."""
     layers = lora_layers(model)
@@ -201,7 +214,7 @@ def save_adapter(model: PreTrainedModel, directory: Path, base_model: str) -> No
     any_layer = next(iter(layers.values()))
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
-        "r": any_layer.rank, "lora_alpha": any_layer.alpha, "lora_dropout": any_layer.dropout.p, "bias": "none",
+        "r": any_layer.rank, "lora_alpha": any_layer.alpha, "lora_dropout": any_layer.dropout, "bias": "none",
         "target_modules": list(LORA_TARGETS), "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
     }  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
@@ -265,78 +278,3 @@ def response_hidden(model: PreTrainedModel, prompts: list[list[int]], responses:
 def response_mask(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
     """[B, T] True where a response has a token. From lengths, never from ids: a pad id may be the EOS id."""
     return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Export
-
-
-@torch.no_grad()
-def merge_adapter(model: PreTrainedModel) -> None:
-    """Fold the adapter into plain linear layers, in place and for export only: W + (alpha / r) B A in float32."""
-    for name, layer in lora_layers(model).items():
-        update = (layer.lora_B.float() @ layer.lora_A.float()) * (layer.alpha / layer.rank)
-        layer.base.weight.copy_(layer.base.weight.float() + update)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.base)
-
-
-MERGE_TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order, nothing more
-
-
-def export(adapter: str, output: str, base: str | None = None, dtype: str = "auto") -> float:
-    """Write base + adapter as one ordinary checkpoint; returns the largest logit difference to the unmerged model.
-
-    Merging and checking are done in float32, on the CPU. `dtype` is that of the file: auto (the base checkpoint's) or
-    its name; rounding to it comes last. Raises InputError, with nothing written, for a bad adapter or output.
-    """
-    directory = Path(adapter)
-    if not directory.is_dir():
-        raise InputError(f"--adapter {adapter}: no such directory")
-    if base is None:
-        try:
-            base = json.loads((directory / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-        except (OSError, ValueError, KeyError):
-            raise InputError(
-                f"--adapter {adapter}: no {ADAPTER_CONFIG} that names the base model; pass --model"
-            ) from None
-    if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
-        raise InputError(f"--output {output}: is not a new or empty directory")
-    if dtype not in ("auto", *DTYPES):
-        raise InputError(f"--dtype {dtype}: choose one of auto, {', '.join(DTYPES)}")
-    model, tokenizer = load_model(base, "float32", device="cpu").eval(), load_tokenizer(base)
-    load_adapter(model, directory)
-    ids = torch.tensor([tokenizer.encode("Problem: 1+2+3\n\nPlease reason step by step.", add_special_tokens=False)])
-    with torch.no_grad():
-        before = model(input_ids=ids).logits
-        merge_adapter(model)
-        difference = (model(input_ids=ids).logits - before).abs().max().item()
-    if not difference <= MERGE_TOLERANCE * before.abs().max().item():
-        raise InputError(f"--adapter {adapter}: merged and unmerged logits differ by {difference:.2e}; nothing written")
-    stored = AutoConfig.from_pretrained(find_checkpoint(base), trust_remote_code=False).dtype or torch.float32
-    model.to(stored if dtype == "auto" else getattr(torch, dtype))
-    with suppress(OSError):  # a base may bring no sampling defaults
-        model.generation_config = GenerationConfig.from_pretrained(find_checkpoint(base))
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    return difference
-
-
-def main() -> None:
-    disable_progress_bar()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command = parser.add_subparsers(required=True).add_parser("export", help="merge an adapter into a plain checkpoint")
-    command.add_argument("--adapter", required=True, help="directory with adapter_config.json")
-    command.add_argument("--output", required=True, help="new directory for the merged checkpoint")
-    command.add_argument("--model", default=None, help="base model; default: the one that the adapter names")
-    command.add_argument("--dtype", default="auto", help="auto (the base's own), float32, bfloat16 or float16")
-    args = parser.parse_args()
-    difference = export(args.adapter, args.output, args.model, args.dtype)
-    print(f"wrote {args.output}; largest logit difference to base + adapter: {difference:.2e}")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")

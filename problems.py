@@ -1,4 +1,4 @@
-"""Problems, answers and grading: what the method is trained on and how its results are judged.
+"""Problems: what the method is trained and evaluated on, where they come from, and a solution's answer.
 
 A problem comes from a JSONL file, from the Hugging Face hub (optional package `datasets`), or from the embedded
 world: sums of one-digit numbers, solved step by step in any order, so that the model that ships with the project
@@ -8,44 +8,15 @@ has something to learn without a download.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-
-from transformers import HfArgumentParser
 
 
 class InputError(ValueError):
     """A mistake of the user's: the scripts print it as one line and exit with status 1."""
-
-
-class FlagParser(HfArgumentParser):
-    """Flags from a dataclass; a wrong one is an InputError instead of a page of usage."""
-
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (--help lists the flags)")
-
-    def parse_args_into_dataclasses(self, args: list[str] | None = None, **options) -> tuple:
-        self.parse_args(args)  # calls error() for a flag that does not exist, where the parent raises a ValueError
-        return super().parse_args_into_dataclasses(args, **options)
-
-    def parse_with_presets(self, presets: dict[str, dict], args: list[str] | None = None) -> object:
-        """Flags over `--preset` over the dataclass's defaults; `tiny` is the preset of the embedded model."""
-        given = self.parse_args(args)
-        preset = given.preset or ("tiny" if given.model == "tiny" else None)
-        if preset is not None:
-            if preset not in presets:
-                raise InputError(f"--preset {preset}: choose one of {', '.join(presets)}")
-            self.set_defaults(**presets[preset], preset=preset)
-        return self.parse_args_into_dataclasses(args)[0]
 
 
 @dataclass(frozen=True)
@@ -204,145 +175,3 @@ def extract_boxed(text: str) -> str | None:
 
 
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash takes the next character with it
-
-
-_NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d{0,400})?|\.\d{1,400})")
-_FRACTION = re.compile(r"([+-]?)\\?[dt]?frac\{([+-]?\d{1,400})\}\{([+-]?\d{1,400})\}|([+-]?\d{1,400})/(\d{1,400})")
-
-
-def normalise_answer(answer: str) -> str:
-    """Strip what carries no meaning: spaces, dollar signs, `\\left`, `\\text{}`, a final full stop, percent signs."""
-    text = answer.strip().rstrip(".").replace("$", "").replace("\\!", "").replace("\\,", "").replace("\\ ", " ")
-    text = text.replace("\\left", "").replace("\\right", "").replace("\\%", "").replace("%", "")
-    text = text.replace("dfrac", "frac").replace("tfrac", "frac").replace("^\\circ", "").replace("^{\\circ}", "")
-    text = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text)
-    return re.sub(r"\s+", "", text)
-
-
-def parse_number(answer: str) -> Fraction | None:
-    """The exact value of an integer, a decimal or a fraction in normalised text; None for anything else."""
-    if _NUMBER.fullmatch(answer):
-        return Fraction(answer.rstrip(".") if answer.endswith(".") else answer)
-    match = _FRACTION.fullmatch(answer)
-    if match is None:
-        return None
-    sign, top, bottom, plain_top, plain_bottom = match.groups()
-    numerator, denominator = int(top or plain_top), int(bottom or plain_bottom)
-    if denominator == 0:
-        return None
-    return Fraction(-numerator if sign == "-" else numerator, denominator)
-
-
-def answers_match(given: str | None, gold: str) -> bool:
-    """Whether two answers are the same string or number after normalisation. Symmetric; None never matches."""
-    if given is None:
-        return False
-    left, right = normalise_answer(given), normalise_answer(gold)
-    if left == right:
-        return left != ""
-    a, b = parse_number(left), parse_number(right)
-    return a is not None and a == b
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Graders decide whether two answers are the same, without trusting what a model wrote. `exact` compares strings and
-# numbers. `math-verify` (optional package) also knows LaTeX: sets, intervals, matrices, algebra. It runs in a process
-# of its own (experiments/grading_worker.py) with a limit on time and memory, killed where it passes one and replaced.
-
-
-SECONDS_PER_COMPARISON = 10.0  # math-verify's own default is 5 for the parsing and 5 for the comparison
-MEMORY_BYTES = 2 * 2**30
-WORKER = Path(__file__).resolve().parent / "experiments" / "grading_worker.py"
-
-
-class ExactGrader:
-    """Strings and numbers only. On LaTeX answers it undercounts."""
-
-    name, version = "exact", "1"
-    stopped = 0  # comparisons that were killed at a limit
-
-    def match(self, a: str | None, b: str | None) -> bool:
-        return a is not None and b is not None and answers_match(a, b)
-
-    def close(self) -> None:
-        pass
-
-
-class MathVerifyGrader:
-    """Exact grader first, then math-verify in both directions in the worker. Symmetric; None matches nothing.
-
-    A comparison that is killed at its limit counts as not equal and adds to `stopped`.
-    """
-
-    name = "math-verify"
-
-    def __init__(self, seconds: float = SECONDS_PER_COMPARISON, memory_bytes: int = MEMORY_BYTES) -> None:
-        if importlib.util.find_spec("math_verify") is None:
-            raise InputError(
-                "--grader math-verify: grading LaTeX needs `pip install math-verify`; "
-                "--grader exact does without it and undercounts LaTeX answers"
-            )
-        self.version = importlib.metadata.version("math-verify")
-        self.limits = (seconds, memory_bytes)
-        self.stopped = 0
-        self._known: dict[tuple[str, str], bool] = {}
-        self._worker: subprocess.Popen | None = None
-
-    def match(self, a: str | None, b: str | None) -> bool:
-        if a is None or b is None:
-            return False
-        if answers_match(a, b):
-            return True
-        pair = (min(a, b), max(a, b))
-        if pair not in self._known:
-            self._known[pair] = self._ask(pair)
-        return self._known[pair]
-
-    def _ask(self, pair: tuple[str, str]) -> bool:
-        if self._worker is None or self._worker.poll() is not None:
-            self.close()
-            self._start()
-        try:
-            self._worker.stdin.write(json.dumps(pair) + "\n")
-            self._worker.stdin.flush()
-            reply = self._worker.stdout.readline()
-        except BrokenPipeError:
-            reply = ""
-        if reply not in ("true\n", "false\n"):
-            self.stopped += 1
-            self.close()
-        return reply == "true\n"
-
-    def _start(self) -> None:
-        command = [sys.executable, str(WORKER), *map(str, self.limits)]
-        fixed = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        self._worker = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | fixed,
-        )
-        if self._worker.stdout.readline() != "ready\n":
-            raise InputError(
-                "--grader math-verify: its worker does not start; "
-                "`python experiments/grading_worker.py 10 2e9` shows why"
-            )
-
-    def close(self) -> None:
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker.stdout.close()
-            self._worker.wait()
-            self._worker = None
-
-
-def make_grader(name: str, latex: bool = False) -> ExactGrader | MathVerifyGrader:
-    """`auto` is math-verify for benchmarks whose answers are LaTeX, where its absence is an error, else exact."""
-    if name not in ("auto", "exact", "math-verify"):
-        raise InputError(f"--grader {name}: choose one of auto, exact, math-verify")
-    if name == "exact" or (name == "auto" and not latex):
-        return ExactGrader()
-    return MathVerifyGrader()

@@ -9,40 +9,44 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model import adapter_disabled, lora_parameters
 from problems import InputError, Problem
 
-INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-TRANSITION = (
-    "\n\nAfter reading the reference solution above, make sure you truly understand the reasoning behind each step — "
-    "do not copy or paraphrase it. Now, using your own words and independent reasoning, derive the same final answer "
-    "to the problem above. Think step by step, explore different approaches, and don't be afraid to backtrack or "
-    "reconsider if something doesn't work out:\n"
-)
-STUDENT_PROMPT = "Problem: {problem}" + INSTRUCTION
+# ---------------------------------------------------------------------------------------------------------------
+# The prompts of both contexts, quoted from the paper: single user turn, no system message of ours
+
+STUDENT_PROMPT = "Problem: {problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 TEACHER_PROMPT = (
     "Problem: {problem}\n\nHere is a reference solution to this problem:\n=== Reference Solution Begin ===\n{solution}"
-    "\n=== Reference Solution End ===\n" + TRANSITION + INSTRUCTION.removeprefix("\n")
+    "\n=== Reference Solution End ===\n\n\nAfter reading the reference solution above, make sure you truly understand "
+    "the reasoning behind each step — do not copy or paraphrase it. Now, using your own words and independent "
+    "reasoning, derive the same final answer to the problem above. Think step by step, explore different approaches, "
+    "and don't be afraid to backtrack or reconsider if something doesn't work out:\n\nPlease reason step by step, and "
+    "put your final answer within \\boxed{}."
 )
-EVALUATION_PROMPT = "{problem}" + INSTRUCTION
+EVALUATION_PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 DIAGNOSTIC_PROMPT = (
     "You are a privileged teacher. Solve the problem and end your solution with the correct boxed answer. "
     "Problem: {problem} Privileged ground-truth final answer: {answer} Use the ground-truth answer above. "
     "Produce a complete step-by-step solution that ends with \\boxed{ answer }."
 )
-
-
 FIELD = re.compile(r"\{(problem|solution|answer)\}")
 
 
-def fill(template: str, problem: Problem) -> str:
-    """Put a problem's fields into a template, in one pass, so that braces inside the fields stay what they are."""
-    return FIELD.sub(lambda match: getattr(problem, match[1]), template)
+def student_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
+    """x_stu: the problem alone, thinking off."""
+    return encode_prompt(tokenizer, STUDENT_PROMPT, problem, enable_thinking=False)
+
+
+def teacher_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
+    """x_tch: the problem and its reference solution, thinking on."""
+    return encode_prompt(tokenizer, TEACHER_PROMPT, problem, enable_thinking=True)
 
 
 def encode_prompt(
@@ -64,21 +68,23 @@ def encode_prompt(
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def student_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
-    """x_stu: the problem alone, thinking off."""
-    return encode_prompt(tokenizer, STUDENT_PROMPT, problem, enable_thinking=False)
+def fill(template: str, problem: Problem) -> str:
+    """Put a problem's fields into a template, in one pass, so that braces inside the fields stay what they are."""
+    return FIELD.sub(lambda match: getattr(problem, match[1]), template)
 
 
-def teacher_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
-    """x_tch: the problem and its reference solution, thinking on."""
-    return encode_prompt(tokenizer, TEACHER_PROMPT, problem, enable_thinking=True)
+# ---------------------------------------------------------------------------------------------------------------
+# Whose weights score
 
 
 class Teacher:
     """Whose weights score the rollout: `fixed`, `ema` or `live`.
 
-    With LoRA, `fixed` is the base model with the adapter off and `ema` a second set of adapter weights, so no copy of
-    the model is held. Under full fine-tuning both are a frozen copy.
+    | weights | with LoRA | all weights trained |
+    |---|---|---|
+    | fixed | the model with its adapter switched off | a frozen copy |
+    | ema | the model with its adapter's running average | a frozen copy that follows the average |
+    | live | the model | the model |
 
     Paper: "fixed teacher" = base weights. Authors: bf16 merge and unmerge of the adapter at each step, which makes
     that base drift. Here: nothing is ever merged in place.
@@ -88,46 +94,46 @@ class Teacher:
         if kind not in ("fixed", "ema", "live"):
             raise InputError(f"--teacher {kind}: choose one of fixed, ema, live")
         self.model, self.kind, self.ema_decay = model, kind, ema_decay
-        self.uses_lora = bool(lora_parameters(model))
+        self.trained = lora_parameters(model) or list(model.parameters())
         self.copy: PreTrainedModel | None = None
-        self.average: list[torch.Tensor] = []
-        if kind != "live" and not self.uses_lora:
+        self.average: list[Tensor] = []  # for `ema`: one tensor for each of `trained`
+        if kind != "live" and not lora_parameters(model):
             self.copy = copy.deepcopy(model).requires_grad_(False).eval()
         if kind == "ema":
-            self.average = [p.detach().clone() for p in self._trained()]
+            self.average = (
+                [p.detach().clone() for p in self.trained] if self.copy is None else list(self.copy.parameters())
+            )
 
     @contextmanager
     def scoring(self) -> Iterator[PreTrainedModel]:
         """Yield the model that scores, in evaluation mode and without gradients; restores the student on leaving."""
-        model = self.copy if self.copy is not None else self.model
-        was_training = model.training
+        if self.copy is not None or self.kind == "live":
+            weights = nullcontext()
+        else:
+            weights = adapter_disabled(self.model) if self.kind == "fixed" else self._averaged()
+        model, was_training = self.copy or self.model, self.model.training
         model.eval()
         try:
-            with torch.no_grad():
-                if self.kind == "fixed" and self.uses_lora:
-                    with adapter_disabled(model):
-                        yield model
-                elif self.kind == "ema":
-                    self._swap(model)
-                    try:
-                        yield model
-                    finally:
-                        self._swap(model)
-                else:
-                    yield model
+            with torch.no_grad(), weights:
+                yield model
         finally:
-            model.train(was_training)
+            self.model.train(was_training)
 
     @torch.no_grad()
     def update(self) -> None:
         """After an optimizer step: average <- decay * average + (1 - decay) * student (only for `ema`)."""
-        for average, parameter in zip(self.average, self._trained(), strict=self.kind == "ema"):
+        for average, parameter in zip(self.average, self.trained, strict=self.kind == "ema"):
             average.lerp_(parameter.detach().to(average.dtype), 1.0 - self.ema_decay)
 
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return lora_parameters(self.model) or list(self.model.parameters())
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the adapter holds its running average."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
 
-    def _swap(self, model: PreTrainedModel) -> None:
-        parameters = lora_parameters(model) if self.uses_lora else list(model.parameters())
-        for index, parameter in enumerate(parameters):
+    def _swap(self) -> None:
+        for index, parameter in enumerate(self.trained):
             parameter.data, self.average[index] = self.average[index], parameter.data

@@ -99,7 +99,7 @@ def in_process(tokenizer, prompts, adapter=None):
 
 
 def greedy_ids(model, tokenizer, prompts):
-    return sample(model, tokenizer, prompts, keys(len(prompts)), **vars(GREEDY)).responses
+    return [response.ids for response in sample(model, tokenizer, prompts, keys(len(prompts)), GREEDY)]
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
-"""The process in which problems.py compares LaTeX answers: JSON pairs on stdin, `true` or `false` on stdout.
+"""The process in which runtime/grading.py compares LaTeX answers: JSON pairs on stdin, `true` or `false` on stdout.
 
-    python experiments/grading_worker.py SECONDS BYTES
+    python runtime/grading_worker.py SECONDS BYTES
 
 math-verify reads numbers through sympy's parser, which compiles them as Python. So this process refuses to compile
 anything that is not a plain number, and to start processes, open sockets or write files. It loads neither torch nor any
