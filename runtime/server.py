@@ -10,9 +10,9 @@ is sent, the ones that are off included. Needs the optional package `openai`, wh
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
+import secrets
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from model import ADAPTER_WEIGHTS
 from problems import InputError
 from rollout import OnFinished, Response, Sampling, StreamKey
 
@@ -99,16 +98,11 @@ class ServerEngine:
     def use_adapter(self, directory: Path, name: str) -> None:
         """Load the adapter in `directory` on the server, send requests to it from now on, unload the one before it.
 
-        It is loaded as `NAME-DIGEST`, which `self.model` then holds, with a digest of the weights: vLLM keeps the
-        prompts' keys and values by the adapter's name and path, so other weights under one name would meet old ones.
-        Raises InputError where the server cannot load it.
+        It is loaded as `NAME-RANDOM`, which `self.model` then holds. No name is used twice, because vLLM keeps the keys
+        and values of prompts by the adapter's name and path, also after unloading: other weights under an old name
+        would meet them. Raises InputError where the server cannot load it.
         """
-        directory = Path(directory).resolve()
-        try:
-            digest = hashlib.sha256((directory / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
-        except OSError as error:
-            raise InputError(f"--adapter {directory}: cannot be read ({error.strerror})") from None
-        self._run(self._load(directory, f"{name}-{digest[:12]}"))
+        self._run(self._load(Path(directory).resolve(), f"{name}-{secrets.token_hex(4)}"))
 
     def close(self) -> None:
         """Unload the adapter, if there is one; a server that is gone, or a second call, is no error."""
@@ -195,13 +189,13 @@ class ServerEngine:
     async def _load(self, directory: Path, name: str) -> None:
         import openai
 
-        body = {"lora_name": name, "lora_path": str(directory), "load_inplace": True}
+        body = {"lora_name": name, "lora_path": str(directory), "load_inplace": True}  # in place: when asked again
         try:
             await self._quick.post("/load_lora_adapter", cast_to=str, body=body)
         except openai.APIStatusError as error:
             raise InputError(f"--server {self.server}: {_why_not_loaded(error, directory)}") from None
         before, self._loaded, self.model = self._loaded, name, name
-        if before not in (None, name):
+        if before is not None:
             await self._unload(before)
 
     async def _unload(self, name: str) -> None:
