@@ -1,6 +1,8 @@
 """The study: its statistics against known values, its bookkeeping of cells, and the report made from them."""
 
 import json
+import math
+import sys
 from itertools import product
 from statistics import mean, stdev
 
@@ -52,6 +54,27 @@ def fake_cells(monkeypatch):
 def test_t_table(p, df, t):
     assert t_quantile(p, df) == pytest.approx(t, abs=1e-3)
     assert t_two_sided_p(t, df) == pytest.approx(p, abs=2e-4)
+
+
+@pytest.mark.parametrize("df", [1, 2, 5, 30])
+def test_t_equals_its_density_integrated(df):
+    """Under t = sqrt(df) tan(a) the density is cos(a)^(df - 1) up to a factor; Simpson's rule over a."""
+
+    def integral(low, high, pieces=2000):
+        width = (high - low) / pieces
+        values = [math.cos(low + i * width) ** (df - 1) for i in range(pieces + 1)]
+        return width / 3 * (values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2]))
+
+    for t in (-3.0, 0.0, 0.5, 2.0, 20.0):
+        slow = integral(math.atan(abs(t) / df**0.5), math.pi / 2) / integral(0.0, math.pi / 2)
+        assert t_two_sided_p(t, df) == pytest.approx(slow, abs=1e-9)
+        assert t_quantile(t_two_sided_p(t, df), df) == pytest.approx(abs(t), abs=1e-9)
+
+
+def test_no_scipy_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(InputError, match="pip install scipy"):
+        paired_difference({0: 1.0, 1: 3.0}, {0: 0.0, 1: 1.0})
 
 
 def test_paired_difference_by_hand():
