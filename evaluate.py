@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,15 +22,17 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from model import ADAPTER_CONFIG, find_checkpoint, load_adapter, load_model, load_tokenizer, pick_device
+from model import ADAPTER_CONFIG, find_checkpoint, load_model, load_tokenizer, pick_device
 from problems import InputError, Problem, extract_boxed, load_problems
 from rollout import Response, Sampling, StreamKey
+from runtime.adapters import load_adapter
 from runtime.engines import ENGINES, Engine, choose_engine, make_engine
 from runtime.flags import FlagParser, option, run_script
 from runtime.grading import answers_match, make_grader
-from runtime.ranks import hide_bar, rank, say, start_ranks, stop_ranks, world_size
+from runtime.pins import fingerprint, model_pin
+from runtime.ranks import gather_objects, hide_bar, rank, say, start_ranks, stop_ranks, world_size
 from runtime.run_folder import versions, write_atomically
-from runtime.samples import Sample, SampleFile, check_regime, weights_digest
+from runtime.samples import Sample, SampleFile, check_regime
 from teacher import EVALUATION_PROMPT, encode_prompt, load_prompts
 
 
@@ -180,13 +183,11 @@ def sample_missing(
 # ---------------------------------------------------------------------------------------------------------------
 def regime(config: EvaluationConfig, problems: list[Problem], prompts: list[list[int]], limit: int) -> dict:
     """Everything that a sample depends on besides its seed and number."""
-    checkpoint = Path(find_checkpoint(config.model))
     return {
         "model": config.model,
-        "model_sha256": weights_digest(checkpoint) if checkpoint.is_dir() else None,
-        "model_revision": getattr(AutoConfig.from_pretrained(str(checkpoint)), "_commit_hash", None),
+        "model_pin": model_pin(config.model),
         "adapter": config.adapter,
-        "adapter_sha256": weights_digest(Path(config.adapter)) if config.adapter else None,
+        "adapter_pin": fingerprint(config.adapter) if config.adapter else None,
         "benchmark": config.benchmark,
         "benchmark_sha256": benchmark_digest(problems),
         "prompt": load_prompts(config.prompts).evaluation,
@@ -271,10 +272,15 @@ def check_config(config: EvaluationConfig) -> None:
 
 def token_limit(config: EvaluationConfig, prompts: list[list[int]]) -> int:
     """min(--max_new_tokens, context - longest prompt): one limit for all problems, none leaves the context."""
-    context = AutoConfig.from_pretrained(find_checkpoint(config.model)).get_text_config().max_position_embeddings
+    settings = AutoConfig.from_pretrained(find_checkpoint(config.model)).get_text_config()
+    context = getattr(settings, "max_position_embeddings", None) or sys.maxsize
     longest = max(map(len, prompts))
     if longest >= context:
-        raise InputError(f"--benchmark {config.benchmark}: a prompt of {longest} tokens fills the context of {context}")
+        number = [len(prompt) for prompt in prompts].index(longest)
+        raise InputError(
+            f"--benchmark {config.benchmark}, problem {number}: "
+            f"a prompt of {longest} tokens fills the context of {context}"
+        )
     return min(config.max_new_tokens, context - longest)
 
 
@@ -301,7 +307,7 @@ def settle(config: EvaluationConfig, problems: list[Problem], tokenizer, file: S
     limit = token_limit(config, prompts)
     if limit < config.max_new_tokens:
         say(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {limit}")
-    wanted = regime(config, problems, prompts, limit)
+    wanted = gather_objects(regime(config, problems, prompts, limit) if rank() == 0 else None)[0]  # hashed once
     file.begin(wanted)
     check_regime(file.header, wanted, file.path)
     return Sampling(config.temperature, config.top_p, config.top_k, limit)

@@ -63,17 +63,23 @@ def load_problems(source: str, need_solution: bool = True) -> list[Problem]:
 def _read_jsonl(path: Path) -> list[tuple[str, dict]]:
     if not path.is_file():
         raise InputError(f"{path}: no such data file")
-    rows = []
-    with path.open(encoding="utf-8", errors="strict") as lines:
+    rows, number = [], 0
+    with path.open(encoding="utf-8-sig") as lines:  # with or without a byte order mark
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    rows.append((f"{path}, line {number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+                    # A number keeps its spelling: 0.50 stays 0.50, and one of thousands of digits is text like any.
+                    row = json.loads(line, parse_int=str, parse_float=str, parse_constant=_no_number)
+                    rows.append((f"{path}, line {number}", row))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: not valid JSON ({getattr(error, 'msg', error)})") from None
         except UnicodeDecodeError:
             raise InputError(f"{path}: not UTF-8 text") from None
     return rows
+
+
+def _no_number(name: str) -> None:
+    raise json.JSONDecodeError(f"{name} is no number", "", 0)
 
 
 def _read_hub(source: str) -> list[tuple[str, dict]]:
@@ -97,13 +103,22 @@ def _read_hub(source: str) -> list[tuple[str, dict]]:
     return [(f"{source}, row {number}", row) for number, row in enumerate(rows)]
 
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _to_problem(row: object, where: str, need_solution: bool) -> Problem:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with problem, solution, answer")
     fields = {}
     for name in ("problem", "solution", "answer"):
         value = row.get(name)
+        if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
+            raise InputError(
+                f"{where}: the {name} is neither text nor a number, but {json.dumps(value, default=str)[:60]}"
+            )
         fields[name] = "" if value is None else str(value)
+        if SURROGATE.search(fields[name]):
+            raise InputError(f"{where}: the {name} holds half of a surrogate pair, which is no text")
     if not fields["problem"].strip():
         raise InputError(f"{where}: the problem is empty or missing")
     if need_solution and not fields["solution"].strip():

@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from experiments.study import Cell, model_id, run_cell
 from loss import divergence_entries, log_probabilities
-from model import adapter_disabled, load_adapter, load_model, load_tokenizer, response_hidden, response_mask
+from model import adapter_disabled, load_model, load_tokenizer, response_hidden, response_mask
 from problems import Problem, load_problems
 from rollout import Sampling, sample
+from runtime.adapters import load_adapter
 from runtime.flags import run_script
 from runtime.run_folder import write_atomically
 from teacher import student_prompt, teacher_prompt
@@ -103,7 +104,7 @@ def account(clip: float, output: Path, problems: list[Problem]) -> list[dict]:
         if step:
             load_adapter(model, output / "runs" / cell.folder / f"checkpoint-{step}")
         rows.append({"clip": str(clip), "step": step, **measure(model, tokenizer, problems, clip)})
-    rows[-1]["held_out"] = trained["after"]
+    rows[-1]["held_out"] = trained["evaluation"][str(STEPS)]["sampled"]
     return rows
 
 

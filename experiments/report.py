@@ -127,7 +127,8 @@ def collect(grid: Grid, records: list[dict]) -> list[Row]:
 
 def _row(name: str, cells: list[dict]) -> Row:
     whole = [cell for cell in cells if cell["error"] is None]
-    last = max((int(step) for cell in whole for step in cell["evaluation"]), default=0)
+    steps = list(whole[0]["evaluation"]) if whole else []
+    last = max(map(int, steps), default=0)
 
     def percent(part: str, key: str) -> dict[int, float]:
         values = {cell["seed"]: cell[part][str(last)][key] for cell in whole}
@@ -140,7 +141,7 @@ def _row(name: str, cells: list[dict]) -> Row:
         {cell["seed"]: 100 * mean(cell["accuracy"]) for cell in whole},
         percent("behaviour", "repaired"), percent("behaviour", "broken"), percent("behaviour", "leaps"),
         [100 * mean(values) for values in zip(*(segments(cell["accuracy"]) for cell in whole), strict=True)],
-        {step: [100 * cell["evaluation"][step]["sampled"] for cell in whole] for step in (whole[0]["evaluation"] if whole else ())},
+        {step: [100 * cell["evaluation"][step]["sampled"] for cell in whole] for step in steps},
         [f"seed {cell['seed']}: {cell['error']}" for cell in cells if cell["error"] is not None],
     )  # fmt: skip
 
@@ -241,8 +242,8 @@ def _table(grid: Grid, rows: list[Row], sampled: dict, greedy: dict, settled: tu
         lines.append("| " + " | ".join(cells) + " |")
     note = (
         "Held-out problems. Mean ± standard deviation over training seeds; difference [95 % interval] paired by seed; "
-        "** settled after Holm's correction. Repaired: believed facts that are right after training; broken: facts right "
-        "before and wrong after; leaps: solutions that take all that is left at once. These three from greedy solutions."
+        "** settled after Holm's correction. Repaired: facts wrong before and right after; broken: facts right "
+        "before and wrong after; leaps: solutions that take all that is left at once. All three of greedy solutions."
     )
     return "\n".join([*lines, "", note])
 

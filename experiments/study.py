@@ -161,7 +161,12 @@ def behaviour(held_out: list[dict], step: int) -> dict:
         [row["text"] for row in held_out if row["step"] == number and row["decoding"] == "greedy"]
         for number in (0, step)
     )
-    return {**repaired_and_broken(before, after), "leaps": sum(map(leaps, after)) / len(after)}
+    change = repaired_and_broken(before, after)
+    return {
+        "repaired": change.repaired / change.wrong_before if change.wrong_before else None,
+        "broken": change.broken / change.right_before if change.right_before else None,
+        "leaps": sum(map(leaps, after)) / len(after),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------

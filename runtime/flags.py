@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from math import inf
+from pathlib import Path
 
+import torch
 from transformers import HfArgumentParser
 
 from problems import InputError
@@ -90,13 +94,40 @@ def departures(config: object, presets: dict[str, dict]) -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """`main` for the shell: a mistake of the user's, or a run that cannot go on, becomes one line and status 1."""
+    """`main` for the shell: whatever ends it becomes one line and status 1 (130 for Ctrl-C).
+
+    The traceback of what is no mistake of the user's is in the run folder's error.log, which the line names; before
+    there is a folder the line says where the error arose.
+    """
     try:
         main()
-    except (InputError, FloatingPointError, OSError) as error:  # OSError: a full disk under the logs, say
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; what is finished is on the disk, and the same command (train.py: --resume) goes on")
+        print(
+            "stopped; what is finished is on the disk, and the same command (train.py, diagnose.py: --resume) goes on",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    except Exception as error:
+        sys.exit(f"error: {describe(error)}")
+
+
+def describe(error: Exception) -> str:
+    """One line for an exception: what the user can do about it, or its type, its words and where it arose."""
+    text = " ".join(str(error).split()) or "without a word"
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []) if note.startswith("traceback: "))
+    if isinstance(error, (InputError, FloatingPointError)):
+        return " ".join(str(error).splitlines()) + notes
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(text):
+        text = f"out of memory ({text[:200]}); what helps: a lower --micro_batch_size, --batch_size or --max_new_tokens"
+    elif isinstance(error, OSError):
+        text = str(error)  # with the file's name
+    else:
+        text = f"{type(error).__name__}: {text[:400]}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return text + (notes or f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else notes)
+
+
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 def listen_for_sigterm() -> list[int]:
