@@ -14,62 +14,56 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from checkpoint import Sample, check_regime, open_samples, versions, weights_digest, write_atomically
-from experiments.server import complete_all, prompt_text
-from model import ADAPTER_CONFIG, find_checkpoint, load_adapter, load_model, load_tokenizer, pick_device
-from problems import (
-    FlagParser,
-    InputError,
-    Problem,
-    answers_match,
-    extract_boxed,
-    load_problems,
-    make_grader,
-    normalise_answer,
-    parse_number,
-)
-from rollout import StreamKey, check_sampling, sample, sample_continuous
-from teacher import EVALUATION_PROMPT, encode_prompt
+from model import ADAPTER_CONFIG, find_checkpoint, load_model, load_tokenizer, pick_device
+from problems import InputError, Problem, extract_boxed, load_problems
+from rollout import Response, Sampling, StreamKey
+from runtime.adapters import load_adapter
+from runtime.engines import ENGINES, Engine, choose_engine, make_engine
+from runtime.flags import FlagParser, option, run_script
+from runtime.grading import answers_match, make_grader
+from runtime.pins import fingerprint, model_pin
+from runtime.ranks import gather_objects, hide_bar, rank, say, start_ranks, stop_ranks, world_size
+from runtime.run_folder import versions, write_atomically
+from runtime.samples import Sample, SampleFile, check_regime
+from teacher import EVALUATION_PROMPT, encode_prompt, load_prompts
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Options of evaluate.py; defaults are the paper's."""
 
-    benchmark: str = field(
-        default="tiny",
-        metadata={"help": "math500, aime24, aime25, hmmt25, tiny, a .jsonl path or a hub name owner/name:split"},
+    benchmark: str = option(
+        "tiny", "math500, aime24, aime25, hmmt25, tiny, a .jsonl path or a hub name owner/name:split", "data"
     )
-    model: str = field(default="tiny", metadata={"help": "directory or hub name; `tiny` is the embedded model"})
-    adapter: str | None = field(default=None, metadata={"help": "adapter directory in PEFT's format"})
-    num_samples: int = field(default=12, metadata={"help": "N, samples per problem and seed"})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "each adds N independent samples"})
-    temperature: float = 1.0
-    top_p: float = 0.95
-    top_k: int = field(default=0, metadata={"help": "0 is off"})
-    max_new_tokens: int = field(
-        default=38912, metadata={"help": "lowered to what the model's context leaves behind the longest prompt"}
+    model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
+    adapter: str | None = option(None, "adapter directory in PEFT's format", "data")
+    num_samples: int = option(12, "N, samples per problem and seed", "sampling", least=1)
+    seeds: list[int] = option([0], "each adds N independent samples", "sampling", within=(0, 2**63))
+    temperature: float = option(1.0, "0 is greedy", "sampling")
+    top_p: float = option(0.95, "1 is off", "sampling")
+    top_k: int = option(0, "0 is off", "sampling")
+    max_new_tokens: int = option(
+        38912, "lowered to what the model's context leaves behind the longest prompt", "sampling"
     )
-    enable_thinking: bool = True
-    engine: str = field(default="generate", metadata={"help": "generate, or continuous: continuous batching (GPU)"})
-    server: str | None = field(
-        default=None, metadata={"help": "URL of an OpenAI-compatible server of --model; replaces --engine"}
+    enable_thinking: bool = option(True, "of the chat template", "sampling")
+    prompts: str | None = option(None, "JSON file with a template of your own: evaluation", "sampling")
+    engine: str = option(
+        "auto", "auto, generate, continuous (long responses on a GPU) or server", "sampling", choices=ENGINES
     )
-    batch_size: int = field(default=256, metadata={"help": "sequences sampled at once, or requests in flight"})
-    grader: str = field(default="auto", metadata={"help": "math-verify, exact, or auto: by the benchmark's answers"})
-    grade_only: bool = field(default=False, metadata={"help": "grade the samples in --output_dir, sample none"})
-    output_dir: str = "runs/evaluation"
-    device: str = "auto"
-    dtype: str = "auto"
+    batch_size: int = option(256, "sequences sampled at once, or requests in flight", "sampling", least=1)
+    grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
+    grade_only: bool = option(False, "grade the samples in --output_dir, sample none")
+    output_dir: str = option("runs/evaluation", "samples.jsonl and summary.json; the same command goes on there")
+    device: str = option("auto", "auto, cpu, cuda, ...")
+    dtype: str = option("auto", "auto (bfloat16 on a GPU, else float32) or its name")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -117,52 +111,46 @@ def maj_at_n(answers: Sequence[str | None], correct: Sequence[bool], match: Call
 # Sampling
 
 
-def sample_solutions(
-    model: PreTrainedModel,
+Job = tuple[int, int, int]  # (seed, problem index, sample index)
+
+
+def solve(
+    engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[Problem],
-    jobs: list[tuple[int, int]],
-    *,
-    seed: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    max_new_tokens: int,
+    jobs: list[Job],
+    settings: Sampling,
     enable_thinking: bool = True,
-    engine: str = "generate",
     on_sample: Callable[[Sample], None] | None = None,
+    template: str = EVALUATION_PROMPT,
 ) -> list[Sample]:
-    """Sample the (problem index, sample index) pairs of `jobs` in one batch; each pair has its own random stream.
-
-    `on_sample` sees each sample as soon as the engine is done with it.
-    """
-    prompts = [encode_prompt(tokenizer, EVALUATION_PROMPT, problems[index], enable_thinking) for index, _ in jobs]
-    settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
-    keys = stream_keys(problems, jobs, seed)
+    """Sample the jobs, each with its own random stream; `on_sample` sees each sample as soon as the engine is done."""
+    if not jobs:
+        return []
+    prompts = [encode_prompt(tokenizer, template, problems[index], enable_thinking) for _, index, _ in jobs]
     samples: dict[int, Sample] = {}
 
-    def keep(row: int, response: list[int], finished: bool) -> None:
-        text = tokenizer.decode(response, skip_special_tokens=True)
-        samples[row] = Sample(*jobs[row], seed, text, len(response), "eos" if finished else "length")
+    def keep(row: int, response: Response) -> None:
+        text = response.text
+        if text is None:
+            text = tokenizer.decode(response.ids, skip_special_tokens=True)
+        seed, index, number = jobs[row]
+        end = "eos" if response.finished else "length"
+        samples[row] = Sample(index, number, seed, text, len(response.ids), end)
         if on_sample is not None:
             on_sample(samples[row])
 
-    if engine == "continuous":
-        sample_continuous(model, tokenizer, prompts, keys, **settings, on_finished=keep)
-    else:
-        rollout = sample(model, tokenizer, prompts, keys, **settings)
-        for row, (response, finished) in enumerate(zip(rollout.responses, rollout.finished, strict=True)):
-            keep(row, response, finished)
+    engine.sample(prompts, stream_keys(problems, jobs), settings, keep)
     return [samples[row] for row in range(len(jobs))]
 
 
-def stream_keys(problems: list[Problem], jobs: list[tuple[int, int]], seed: int) -> list[StreamKey]:
+def stream_keys(problems: list[Problem], jobs: list[Job]) -> list[StreamKey]:
     """(seed, benchmark, problem, sample): seeds, benchmarks and samples share no random numbers.
 
     Authors: child seed = seed + index, so that seeds 0, 1, 2 share most of their samples.
     """
     benchmark = int(benchmark_digest(problems)[:8], 16)
-    return [(seed, benchmark, index, number) for index, number in jobs]
+    return [(seed, benchmark, index, number) for seed, index, number in jobs]
 
 
 def benchmark_digest(problems: list[Problem], part: str = "problem") -> str:
@@ -170,95 +158,52 @@ def benchmark_digest(problems: list[Problem], part: str = "problem") -> str:
     return hashlib.sha256(json.dumps([getattr(item, part) for item in problems]).encode()).hexdigest()
 
 
-def is_correct(sample_: Sample, problems: list[Problem], match: Callable = answers_match) -> bool:
-    return match(extract_boxed(sample_.text), problems[sample_.problem].answer)
-
-
-def generate_missing(
-    config: EvaluationConfig, problems: list[Problem], tokenizer, limit: int, missing: dict, write: Callable
+def sample_missing(
+    config: EvaluationConfig, problems: list[Problem], tokenizer, settings: Sampling, missing: list, file: SampleFile
 ) -> None:
-    """Sample what is missing, `{seed: [(problem, sample)]}`; every sample goes to `write` as soon as it is there."""
-    bar = tqdm(total=sum(map(len, missing.values())), desc="sampling", unit="sample")
+    """Sample this rank's share of `missing`, (seed, problem, sample); each is on the disk as soon as it is there."""
+    mine = missing[rank() :: world_size()]
+    bar = tqdm(total=len(mine), desc="sampling", unit="sample", disable=hide_bar())
 
     def keep(item: Sample) -> None:
-        write(item)
+        file.add(item)
         bar.update()
 
-    if config.server:
-        return _from_server(config, problems, tokenizer, limit, missing, keep)
     model = load_model(config.model, config.dtype, device=config.device)
     if config.adapter:
         load_adapter(model, config.adapter)
-    for seed, jobs in missing.items():
-        size = config.batch_size if config.engine == "generate" else max(len(jobs), 1)
-        for start in range(0, len(jobs), size):
-            try:
-                sample_solutions(
-                    model, tokenizer, problems, jobs[start : start + size], seed=seed, temperature=config.temperature,
-                    top_p=config.top_p, top_k=config.top_k, max_new_tokens=limit, engine=config.engine,
-                    enable_thinking=config.enable_thinking, on_sample=keep,
-                )  # fmt: skip
-            except torch.OutOfMemoryError:
-                raise InputError(
-                    f"out of GPU memory at --batch_size {config.batch_size}: lower it (finished samples are kept), "
-                    "or use --engine continuous with another --output_dir"
-                ) from None
-    return None
-
-
-def _from_server(config: EvaluationConfig, problems: list[Problem], tokenizer, limit: int, missing, keep) -> None:
-    jobs = [(seed, *job) for seed, pairs in missing.items() for job in pairs]
-    ids = [encode_prompt(tokenizer, EVALUATION_PROMPT, item, config.enable_thinking) for item in problems]
-    texts = [prompt_text(tokenizer, prompt) for prompt in ids]
-    keys = [stream_keys(problems, [(index, number)], seed)[0] for seed, index, number in jobs]
-    seeds = [int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1 for key in keys]  # 31 bits fit every server
-    settings = {
-        "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k, "max_tokens": limit,
-        "eos_token_id": _eos_ids(config, tokenizer),
-    }  # fmt: skip
-    prompts = [texts[index] for _, index, _ in jobs]
-    model = find_checkpoint(config.model)
-    for done in complete_all(config.server, model, prompts, seeds, settings, config.batch_size):
-        seed, index, number = jobs[done.row]
-        keep(Sample(index, number, seed, done.text, done.tokens, done.finish_reason))
-
-
-def _eos_ids(config: EvaluationConfig, tokenizer) -> list[int]:
-    try:
-        own = GenerationConfig.from_pretrained(find_checkpoint(config.model)).eos_token_id
-    except OSError:  # a checkpoint need not have one
-        own = None
-    return sorted({*(own if isinstance(own, list) else [] if own is None else [own]), tokenizer.eos_token_id})
+    name, reason = choose_engine(config.engine, model.device, settings.max_new_tokens)
+    say(f"sampling by {name}: {reason}")
+    engine = make_engine(name, model, tokenizer, config.batch_size)
+    template = load_prompts(config.prompts).evaluation
+    solve(engine, tokenizer, problems, mine, settings, config.enable_thinking, keep, template)
+    engine.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------
 def regime(config: EvaluationConfig, problems: list[Problem], prompts: list[list[int]], limit: int) -> dict:
     """Everything that a sample depends on besides its seed and number."""
-    checkpoint = Path(find_checkpoint(config.model))
     return {
         "model": config.model,
-        "model_sha256": weights_digest(checkpoint) if checkpoint.is_dir() else None,
-        "model_revision": getattr(AutoConfig.from_pretrained(str(checkpoint)), "_commit_hash", None),
+        "model_pin": model_pin(config.model),
         "adapter": config.adapter,
-        "adapter_sha256": weights_digest(Path(config.adapter)) if config.adapter else None,
+        "adapter_pin": fingerprint(config.adapter) if config.adapter else None,
         "benchmark": config.benchmark,
         "benchmark_sha256": benchmark_digest(problems),
-        "prompt": EVALUATION_PROMPT,
+        "prompt": load_prompts(config.prompts).evaluation,
         "prompt_tokens_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "enable_thinking": config.enable_thinking,
         "temperature": config.temperature,
         "top_p": config.top_p,
         "top_k": config.top_k,
         "max_new_tokens": limit,
-        "engine": "server" if config.server else config.engine,
+        "engine": choose_engine(config.engine, pick_device(config.device), limit)[0],
         "dtype": _dtype_name(config),
     }
 
 
-def _dtype_name(config: EvaluationConfig) -> str | None:
-    """What `auto` stands for on this machine (model.load_model); None where the server decides."""
-    if config.server:
-        return None
+def _dtype_name(config: EvaluationConfig) -> str:
+    """What `auto` stands for on this machine (model.load_model)."""
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if pick_device(config.device).type == "cuda" else "float32"
@@ -314,113 +259,118 @@ def bootstrap_interval(values_P: np.ndarray, resamples: int = 10_000, seed: int 
     return np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
 
 
-def needs_latex(problems: list[Problem]) -> bool:
-    """Whether some answer is neither an integer nor a decimal nor a fraction."""
-    return any(parse_number(normalise_answer(item.answer)) is None for item in problems)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def check_config(config: EvaluationConfig) -> None:
-    check_sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
-    for name in ("num_samples", "batch_size"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} {getattr(config, name)}: must be at least 1")
-    if config.engine not in ("generate", "continuous"):
-        raise InputError(f"--engine {config.engine}: choose generate or continuous")
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
-        raise InputError(f"--seeds {config.seeds}: must be different and not negative")
+    Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)  # checks itself
+    if len(set(config.seeds)) < max(len(config.seeds), 1):
+        raise InputError(f"--seeds {config.seeds}: must be different")
     if config.adapter and not (Path(config.adapter) / ADAPTER_CONFIG).is_file():
         raise InputError(f"--adapter {config.adapter}: no {ADAPTER_CONFIG} there")
-    if config.server and config.adapter:
-        raise InputError("--server takes no --adapter: merge it (python model.py export) and serve the result")
 
 
 def token_limit(config: EvaluationConfig, prompts: list[list[int]]) -> int:
     """min(--max_new_tokens, context - longest prompt): one limit for all problems, none leaves the context."""
-    context = AutoConfig.from_pretrained(find_checkpoint(config.model)).get_text_config().max_position_embeddings
+    settings = AutoConfig.from_pretrained(find_checkpoint(config.model)).get_text_config()
+    context = getattr(settings, "max_position_embeddings", None) or sys.maxsize
     longest = max(map(len, prompts))
     if longest >= context:
-        raise InputError(f"--benchmark {config.benchmark}: a prompt of {longest} tokens fills the context of {context}")
+        number = [len(prompt) for prompt in prompts].index(longest)
+        raise InputError(
+            f"--benchmark {config.benchmark}, problem {number}: "
+            f"a prompt of {longest} tokens fills the context of {context}"
+        )
     return min(config.max_new_tokens, context - longest)
 
 
 def print_table(summary: dict) -> None:
+    grader = summary["grader"]
     print(f"{summary['benchmark']}: {len(summary['problems'])} problems, N {summary['num_samples']}, "
-          f"seeds {summary['seeds']}, grader {summary['grader']['name']} {summary['grader']['version']}")  # fmt: skip
+          f"seeds {summary['seeds']}, grader {grader['name']} {grader['version']}")  # fmt: skip
     for name, value in summary["metrics"].items():
         scale, digits = (1, 1) if name == "tokens" else (100, 2)
         low, high = (f"{scale * end:.{digits}f}" for end in value["interval"])
         spread = value["std_over_seeds"]
         over_seeds = "" if spread is None else f"   +- {scale * spread:.{digits}f} over seeds"
         print(f"{name:13s} {scale * value['mean']:8.{digits}f}   95 % [{low}, {high}]{over_seeds}")
-    if summary["grader"]["stopped"]:
-        print(f"{summary['grader']['stopped']} comparisons were stopped at a limit and count as not equal")
+    if grader["asked"]:
+        print(f"{grader['asked']} comparisons needed {grader['name']}")
+    if grader["stopped"]:
+        print(f"{grader['stopped']} comparisons were stopped at a limit and count as not equal")
+
+
+def settle(config: EvaluationConfig, problems: list[Problem], tokenizer, file: SampleFile) -> Sampling:
+    """The sampling that the model's context allows, under the regime that the file's samples have."""
+    template = load_prompts(config.prompts).evaluation
+    prompts = [encode_prompt(tokenizer, template, p, config.enable_thinking) for p in problems]
+    limit = token_limit(config, prompts)
+    if limit < config.max_new_tokens:
+        say(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {limit}")
+    wanted = gather_objects(regime(config, problems, prompts, limit) if rank() == 0 else None)[0]  # hashed once
+    file.begin(wanted)
+    check_regime(file.header, wanted, file.path)
+    return Sampling(config.temperature, config.top_p, config.top_k, limit)
+
+
+def missing_samples(config: EvaluationConfig, every: list[tuple], file: SampleFile) -> list[tuple]:
+    missing = [key for key in every if key not in file.samples]
+    if config.grade_only and missing:
+        raise InputError(
+            f"--grade_only: {file.path} lacks {len(missing)} of {len(every)} samples; sample them without "
+            "--grade_only, or ask for fewer with --num_samples and --seeds"
+        )
+    return missing
 
 
 def main() -> None:
     disable_progress_bar()
-    (config,) = FlagParser(EvaluationConfig, description=__doc__).parse_args_into_dataclasses()
+    config = FlagParser(EvaluationConfig, __doc__).parse()
+    config = replace(config, device=str(start_ranks(config.device)))
     check_config(config)
     problems = load_problems(config.benchmark, need_solution=False)
-    grader = make_grader(config.grader, needs_latex(problems))
+    grader = make_grader(config.grader, [problem.answer for problem in problems])
+    if grader.note:
+        say(grader.note)
     path = Path(config.output_dir) / "samples.jsonl"
     if config.grade_only and not path.is_file():
         raise InputError(f"--grade_only: no {path}")
+    every = [(s, i, n) for s in config.seeds for i in range(len(problems)) for n in range(config.num_samples)]
 
-    with open_samples(path) as (header, samples, append):
+    with SampleFile(path) as file:
         if config.grade_only:
-            check_regime(header or {}, {"benchmark_sha256": benchmark_digest(problems)}, path)
+            check_regime(file.header or {}, {"benchmark_sha256": benchmark_digest(problems)}, path)
+            missing_samples(config, every, file)
         else:
             tokenizer = load_tokenizer(config.model)
-            prompts = [encode_prompt(tokenizer, EVALUATION_PROMPT, p, config.enable_thinking) for p in problems]
-            limit = token_limit(config, prompts)
-            if limit < config.max_new_tokens:
-                print(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {limit}")
-            wanted = regime(config, problems, prompts, limit)
-            is_new = header is None
-            header = header or wanted
-            check_regime(header, wanted, path)
-        present = {(item.seed, item.problem, item.sample): item for item in samples}
-        every = [(s, i, n) for s in config.seeds for i in range(len(problems)) for n in range(config.num_samples)]
-        missing = {s: [key[1:] for key in every if key[0] == s and key not in present] for s in config.seeds}
-        count = sum(map(len, missing.values()))
-        if config.grade_only and count:
-            raise InputError(
-                f"--grade_only: {path} lacks {count} of {len(every)} samples; sample them without --grade_only, "
-                "or ask for fewer with --num_samples and --seeds"
-            )
-        if count:
+            settings = settle(config, problems, tokenizer, file)
+            if missing := missing_samples(config, every, file):
+                start = time.perf_counter()
+                sample_missing(config, problems, tokenizer, settings, missing, file)
+                file.collect()
+                seconds, tokens = (
+                    time.perf_counter() - start,
+                    sum(file.samples[key].tokens for key in missing if key in file.samples),
+                )
+                say(f"sampled {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second (loading included)")
+        if rank() == 0:
+            report(config, problems, [file.samples[key] for key in every], file, grader)
+    grader.close()
+    stop_ranks()
 
-            def write(item: Sample) -> None:
-                nonlocal is_new
-                if is_new:  # with the first sample, so that a server that is not there claims no folder
-                    append({"regime": header})
-                    is_new = False
-                append(asdict(item))
-                present[item.seed, item.problem, item.sample] = item
 
-            start = time.perf_counter()
-            generate_missing(config, problems, tokenizer, limit, missing, write)
-            seconds = time.perf_counter() - start
-            tokens = sum(present[s, *job].tokens for s, jobs in missing.items() for job in jobs)
-            print(f"sampled {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second (loading included)")
-
+def report(config: EvaluationConfig, problems: list[Problem], samples: list[Sample], file: SampleFile, grader) -> None:
+    """Grade, count, write summary.json and print it."""
     summary = {
-        "benchmark": config.benchmark, "num_samples": config.num_samples, "regime": header,
+        "benchmark": config.benchmark, "num_samples": config.num_samples, "regime": file.header,
         "answers_sha256": benchmark_digest(problems, "answer"),
         "versions": versions(),
-        **summarise([present[key] for key in every], problems, grader.match),
-        "grader": {"name": grader.name, "version": grader.version, "stopped": grader.stopped},
+        **summarise(samples, problems, grader.match),
+        "grader": {"name": grader.name, "version": grader.version, "asked": grader.asked, "stopped": grader.stopped},
     }  # fmt: skip
-    grader.close()
-    write_atomically(path.with_name("summary.json"), json.dumps(summary, indent=1) + "\n")
+    write_atomically(file.path.with_name("summary.json"), json.dumps(summary, indent=1) + "\n")
     print_table(summary)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -1,4 +1,4 @@
-"""Problems, answers and grading: what the method is trained on and how its results are judged.
+"""Problems: what the method is trained and evaluated on, where they come from, and a solution's answer.
 
 A problem comes from a JSONL file, from the Hugging Face hub (optional package `datasets`), or from the embedded
 world: sums of one-digit numbers, solved step by step in any order, so that the model that ships with the project
@@ -8,44 +8,15 @@ has something to learn without a download.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-
-from transformers import HfArgumentParser
 
 
 class InputError(ValueError):
     """A mistake of the user's: the scripts print it as one line and exit with status 1."""
-
-
-class FlagParser(HfArgumentParser):
-    """Flags from a dataclass; a wrong one is an InputError instead of a page of usage."""
-
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (--help lists the flags)")
-
-    def parse_args_into_dataclasses(self, args: list[str] | None = None, **options) -> tuple:
-        self.parse_args(args)  # calls error() for a flag that does not exist, where the parent raises a ValueError
-        return super().parse_args_into_dataclasses(args, **options)
-
-    def parse_with_presets(self, presets: dict[str, dict], args: list[str] | None = None) -> object:
-        """Flags over `--preset` over the dataclass's defaults; `tiny` is the preset of the embedded model."""
-        given = self.parse_args(args)
-        preset = given.preset or ("tiny" if given.model == "tiny" else None)
-        if preset is not None:
-            if preset not in presets:
-                raise InputError(f"--preset {preset}: choose one of {', '.join(presets)}")
-            self.set_defaults(**presets[preset], preset=preset)
-        return self.parse_args_into_dataclasses(args)[0]
 
 
 @dataclass(frozen=True)
@@ -92,17 +63,23 @@ def load_problems(source: str, need_solution: bool = True) -> list[Problem]:
 def _read_jsonl(path: Path) -> list[tuple[str, dict]]:
     if not path.is_file():
         raise InputError(f"{path}: no such data file")
-    rows = []
-    with path.open(encoding="utf-8", errors="strict") as lines:
+    rows, number = [], 0
+    with path.open(encoding="utf-8-sig") as lines:  # with or without a byte order mark
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    rows.append((f"{path}, line {number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+                    # A number keeps its spelling: 0.50 stays 0.50, and one of thousands of digits is text like any.
+                    row = json.loads(line, parse_int=str, parse_float=str, parse_constant=_no_number)
+                    rows.append((f"{path}, line {number}", row))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: not valid JSON ({getattr(error, 'msg', error)})") from None
         except UnicodeDecodeError:
             raise InputError(f"{path}: not UTF-8 text") from None
     return rows
+
+
+def _no_number(name: str) -> None:
+    raise json.JSONDecodeError(f"{name} is no number", "", 0)
 
 
 def _read_hub(source: str) -> list[tuple[str, dict]]:
@@ -126,13 +103,22 @@ def _read_hub(source: str) -> list[tuple[str, dict]]:
     return [(f"{source}, row {number}", row) for number, row in enumerate(rows)]
 
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _to_problem(row: object, where: str, need_solution: bool) -> Problem:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with problem, solution, answer")
     fields = {}
     for name in ("problem", "solution", "answer"):
         value = row.get(name)
+        if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
+            raise InputError(
+                f"{where}: the {name} is neither text nor a number, but {json.dumps(value, default=str)[:60]}"
+            )
         fields[name] = "" if value is None else str(value)
+        if SURROGATE.search(fields[name]):
+            raise InputError(f"{where}: the {name} holds half of a surrogate pair, which is no text")
     if not fields["problem"].strip():
         raise InputError(f"{where}: the problem is empty or missing")
     if need_solution and not fields["solution"].strip():
@@ -187,162 +173,48 @@ def tiny_solution(addends: list[int], draw: random.Random) -> str:
 
 
 def extract_boxed(text: str) -> str | None:
-    """The content of the LAST `\\boxed{...}` with balanced braces (paper Section 4.1), or None.
+    """The content of the LAST `\\boxed{...}` or `\\fbox{...}` that holds something (paper Section 4.1), or None.
 
-    None also where the last box is never closed (a solution cut at the length limit) or holds nothing. A brace behind
-    a backslash is a character; the backslash of a line break (two of them) escapes nothing.
+    The braces may stand behind a space or a line break, or be missing: `\\boxed 5`. A box that holds nothing does not
+    hide the one before it. None where the last box is never closed: the solution was cut inside it.
     """
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 0, start + len("\\boxed")
-    for brace in _BRACE.finditer(text, begin):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return text[begin + 1 : brace.start()].strip() or None
+    for box in reversed(list(_BOX.finditer(text))[-_BOXES_TRIED:]):
+        content = _braced(text, box.end()) if text.startswith("{", box.end()) else _unbraced(text, box.end())
+        if content is None:
+            return None
+        if not _NOTHING.fullmatch(content):
+            return content.strip()
     return None
 
 
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash takes the next character with it
+def _braced(text: str, begin: int) -> str | None:
+    """What stands between the brace at `begin` and its partner; None without one.
 
-
-_NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d{0,400})?|\.\d{1,400})")
-_FRACTION = re.compile(r"([+-]?)\\?[dt]?frac\{([+-]?\d{1,400})\}\{([+-]?\d{1,400})\}|([+-]?\d{1,400})/(\d{1,400})")
-
-
-def normalise_answer(answer: str) -> str:
-    """Strip what carries no meaning: spaces, dollar signs, `\\left`, `\\text{}`, a final full stop, percent signs."""
-    text = answer.strip().rstrip(".").replace("$", "").replace("\\!", "").replace("\\,", "").replace("\\ ", " ")
-    text = text.replace("\\left", "").replace("\\right", "").replace("\\%", "").replace("%", "")
-    text = text.replace("dfrac", "frac").replace("tfrac", "frac").replace("^\\circ", "").replace("^{\\circ}", "")
-    text = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text)
-    return re.sub(r"\s+", "", text)
-
-
-def parse_number(answer: str) -> Fraction | None:
-    """The exact value of an integer, a decimal or a fraction in normalised text; None for anything else."""
-    if _NUMBER.fullmatch(answer):
-        return Fraction(answer.rstrip(".") if answer.endswith(".") else answer)
-    match = _FRACTION.fullmatch(answer)
-    if match is None:
-        return None
-    sign, top, bottom, plain_top, plain_bottom = match.groups()
-    numerator, denominator = int(top or plain_top), int(bottom or plain_bottom)
-    if denominator == 0:
-        return None
-    return Fraction(-numerator if sign == "-" else numerator, denominator)
-
-
-def answers_match(given: str | None, gold: str) -> bool:
-    """Whether two answers are the same string or number after normalisation. Symmetric; None never matches."""
-    if given is None:
-        return False
-    left, right = normalise_answer(given), normalise_answer(gold)
-    if left == right:
-        return left != ""
-    a, b = parse_number(left), parse_number(right)
-    return a is not None and a == b
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Graders decide whether two answers are the same, without trusting what a model wrote. `exact` compares strings and
-# numbers. `math-verify` (optional package) also knows LaTeX: sets, intervals, matrices, algebra. It runs in a process
-# of its own (experiments/grading_worker.py) with a limit on time and memory, killed where it passes one and replaced.
-
-
-SECONDS_PER_COMPARISON = 10.0  # math-verify's own default is 5 for the parsing and 5 for the comparison
-MEMORY_BYTES = 2 * 2**30
-WORKER = Path(__file__).resolve().parent / "experiments" / "grading_worker.py"
-
-
-class ExactGrader:
-    """Strings and numbers only. On LaTeX answers it undercounts."""
-
-    name, version = "exact", "1"
-    stopped = 0  # comparisons that were killed at a limit
-
-    def match(self, a: str | None, b: str | None) -> bool:
-        return a is not None and b is not None and answers_match(a, b)
-
-    def close(self) -> None:
-        pass
-
-
-class MathVerifyGrader:
-    """Exact grader first, then math-verify in both directions in the worker. Symmetric; None matches nothing.
-
-    A comparison that is killed at its limit counts as not equal and adds to `stopped`.
+    A brace behind a backslash is a character; the backslash of a line break (two of them) escapes nothing.
     """
-
-    name = "math-verify"
-
-    def __init__(self, seconds: float = SECONDS_PER_COMPARISON, memory_bytes: int = MEMORY_BYTES) -> None:
-        if importlib.util.find_spec("math_verify") is None:
-            raise InputError(
-                "--grader math-verify: grading LaTeX needs `pip install math-verify`; "
-                "--grader exact does without it and undercounts LaTeX answers"
-            )
-        self.version = importlib.metadata.version("math-verify")
-        self.limits = (seconds, memory_bytes)
-        self.stopped = 0
-        self._known: dict[tuple[str, str], bool] = {}
-        self._worker: subprocess.Popen | None = None
-
-    def match(self, a: str | None, b: str | None) -> bool:
-        if a is None or b is None:
-            return False
-        if answers_match(a, b):
-            return True
-        pair = (min(a, b), max(a, b))
-        if pair not in self._known:
-            self._known[pair] = self._ask(pair)
-        return self._known[pair]
-
-    def _ask(self, pair: tuple[str, str]) -> bool:
-        if self._worker is None or self._worker.poll() is not None:
-            self.close()
-            self._start()
-        try:
-            self._worker.stdin.write(json.dumps(pair) + "\n")
-            self._worker.stdin.flush()
-            reply = self._worker.stdout.readline()
-        except BrokenPipeError:
-            reply = ""
-        if reply not in ("true\n", "false\n"):
-            self.stopped += 1
-            self.close()
-        return reply == "true\n"
-
-    def _start(self) -> None:
-        command = [sys.executable, str(WORKER), *map(str, self.limits)]
-        fixed = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        self._worker = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | fixed,
-        )
-        if self._worker.stdout.readline() != "ready\n":
-            raise InputError(
-                "--grader math-verify: its worker does not start; "
-                "`python experiments/grading_worker.py 10 2e9` shows why"
-            )
-
-    def close(self) -> None:
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker.stdout.close()
-            self._worker.wait()
-            self._worker = None
+    depth = 0
+    for brace in _BRACE.finditer(text, begin):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[begin + 1 : brace.start()]
+    return None
 
 
-def make_grader(name: str, latex: bool = False) -> ExactGrader | MathVerifyGrader:
-    """`auto` is math-verify for benchmarks whose answers are LaTeX, where its absence is an error, else exact."""
-    if name not in ("auto", "exact", "math-verify"):
-        raise InputError(f"--grader {name}: choose one of auto, exact, math-verify")
-    if name == "exact" or (name == "auto" and not latex):
-        return ExactGrader()
-    return MathVerifyGrader()
+def _unbraced(text: str, begin: int) -> str | None:
+    """The number, letter or command with its arguments at `begin`; "" for other text, None at the end of the text."""
+    if begin == len(text):
+        return None
+    match = _BARE.match(text, begin)
+    return match[0] if match else ""
+
+
+_BOXES_TRIED = 20  # so that nested empty boxes cost no more than twenty passes over the text
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash takes the next character with it
+_NOTHING = re.compile(r"(?:\s|~|\.|[{}$]|\\[,;:! ]|\\(?:text|boxed|fbox|[lc]?dots|quad)(?![a-zA-Z]))*")
+_ARGUMENT = r"(?:\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|[0-9]))"
+_BARE = re.compile(
+    rf"[+-]?[0-9]*\s?\\[dtc]?frac{_ARGUMENT}{{2}}|[+-]?[0-9]*\\(?:sqrt|text){_ARGUMENT}|[+-]?\\(?:pi|infty|emptyset)"
+    r"|[+-]?\\?\$?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?%?(?![\w{^]|\\[a-zA-Z])"  # -1,250.5 and 3/4
+    r"|[a-zA-Z](?![a-zA-Z])"
+)

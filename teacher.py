@@ -7,42 +7,129 @@ before training, the paper's choice), `ema` (their running average) or `live` (t
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model import adapter_disabled, lora_parameters
 from problems import InputError, Problem
 
-INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-TRANSITION = (
-    "\n\nAfter reading the reference solution above, make sure you truly understand the reasoning behind each step — "
-    "do not copy or paraphrase it. Now, using your own words and independent reasoning, derive the same final answer "
-    "to the problem above. Think step by step, explore different approaches, and don't be afraid to backtrack or "
-    "reconsider if something doesn't work out:\n"
-)
-STUDENT_PROMPT = "Problem: {problem}" + INSTRUCTION
+# ---------------------------------------------------------------------------------------------------------------
+# The prompts of both contexts, quoted from the paper: single user turn, no system message of ours
+
+STUDENT_PROMPT = "Problem: {problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 TEACHER_PROMPT = (
     "Problem: {problem}\n\nHere is a reference solution to this problem:\n=== Reference Solution Begin ===\n{solution}"
-    "\n=== Reference Solution End ===\n" + TRANSITION + INSTRUCTION.removeprefix("\n")
+    "\n=== Reference Solution End ===\n\n\nAfter reading the reference solution above, make sure you truly understand "
+    "the reasoning behind each step — do not copy or paraphrase it. Now, using your own words and independent "
+    "reasoning, derive the same final answer to the problem above. Think step by step, explore different approaches, "
+    "and don't be afraid to backtrack or reconsider if something doesn't work out:\n\nPlease reason step by step, and "
+    "put your final answer within \\boxed{}."
 )
-EVALUATION_PROMPT = "{problem}" + INSTRUCTION
+EVALUATION_PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 DIAGNOSTIC_PROMPT = (
     "You are a privileged teacher. Solve the problem and end your solution with the correct boxed answer. "
     "Problem: {problem} Privileged ground-truth final answer: {answer} Use the ground-truth answer above. "
     "Produce a complete step-by-step solution that ends with \\boxed{ answer }."
 )
-
-
 FIELD = re.compile(r"\{(problem|solution|answer)\}")
 
 
-def fill(template: str, problem: Problem) -> str:
-    """Put a problem's fields into a template, in one pass, so that braces inside the fields stay what they are."""
-    return FIELD.sub(lambda match: getattr(problem, match[1]), template)
+@dataclass(frozen=True)
+class Prompts:
+    """The templates, and whether the two contexts of training think; the paper's by default."""
+
+    student: str = STUDENT_PROMPT
+    teacher: str = TEACHER_PROMPT
+    evaluation: str = EVALUATION_PROMPT
+    diagnostic: str = DIAGNOSTIC_PROMPT
+    student_thinking: bool = False
+    teacher_thinking: bool = True
+
+
+PAPER_PROMPTS = Prompts()
+# Fields that a template must show, and fields that it must not: only the teachers may see solution and answer.
+REQUIRED = {
+    "student": {"problem"},
+    "teacher": {"problem"},
+    "evaluation": {"problem"},
+    "diagnostic": {"problem", "answer"},
+}
+FORBIDDEN = {"student": {"solution", "answer"}, "evaluation": {"solution", "answer"}}
+
+
+def load_prompts(path: str | None) -> Prompts:
+    """The paper's templates, or those that a JSON file puts in their place: {"student": "... {problem} ...", ...}.
+
+    Fields are {problem}, {solution} and {answer}; any other brace is text. Raises InputError, naming file and template.
+    """
+    if path is None:
+        return PAPER_PROMPTS
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--prompts {path}: cannot be read as JSON ({error})") from None
+    if not isinstance(given, dict) or not given or not given.keys() <= REQUIRED.keys():
+        raise InputError(f"--prompts {path}: expected an object with some of {', '.join(REQUIRED)}")
+    for name, template in given.items():
+        if not isinstance(template, str):
+            raise InputError(f"--prompts {path}, {name}: must be a text")
+        shown = set(FIELD.findall(template))
+        if missing := REQUIRED[name] - shown:
+            raise InputError(f"--prompts {path}, {name}: {{{min(missing)}}} is missing")
+        if leaked := FORBIDDEN.get(name, set()) & shown:
+            raise InputError(f"--prompts {path}, {name}: must not show {{{min(leaked)}}}")
+    return replace(PAPER_PROMPTS, **given)
+
+
+def student_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts: Prompts = PAPER_PROMPTS) -> list[int]:
+    """x_stu: the problem alone, thinking off."""
+    return encode_prompt(tokenizer, prompts.student, problem, prompts.student_thinking)
+
+
+def teacher_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts: Prompts = PAPER_PROMPTS) -> list[int]:
+    """x_tch: the problem and its reference solution, thinking on."""
+    return encode_prompt(tokenizer, prompts.teacher, problem, prompts.teacher_thinking)
+
+
+REFERENCES = ("own", "other", "none", "answer")
+
+
+def choose_reference(
+    kind: str, problems: list[Problem], prompts: Prompts, draw: np.random.Generator
+) -> tuple[list[Problem], Prompts]:
+    """What the teacher is shown: problems with the reference in place of their solution, and the prompts to use.
+
+    `own` is the paper's. `other`: the solution of another problem, each used once, drawn as one cycle through all.
+    `answer`: the final answer alone. `none`: the student's prompt, in the teacher's thinking mode. Problem and answer
+    stay what they are, so neither the student's context nor grading changes.
+    """
+    if kind not in REFERENCES:
+        raise InputError(f"--reference {kind}: choose one of {', '.join(REFERENCES)}")
+    references = [problem.solution for problem in problems]
+    if kind == "other":
+        if len(problems) < 2:
+            raise InputError("--reference other: there is only one problem")
+        cycle = draw.permutation(len(problems))
+        for here, there in zip(cycle, np.roll(cycle, 1), strict=True):
+            references[here] = problems[there].solution
+    elif kind == "answer":
+        references = [problem.answer for problem in problems]
+        if "" in references:
+            raise InputError(f"--reference answer: problem {references.index('')} has no answer")
+    elif kind == "none":
+        references = [""] * len(problems)
+        prompts = replace(prompts, teacher=prompts.student)
+    shown = [replace(problem, solution=text) for problem, text in zip(problems, references, strict=True)]
+    return shown, prompts
 
 
 def encode_prompt(
@@ -51,34 +138,67 @@ def encode_prompt(
     """Token ids of one user turn in the model's chat template, ready for the response to follow.
 
     Think-closure: with thinking off, a template that opens `<think>` regardless is closed again, at the end of the
-    prompt only. The template alone decides on a BOS: the tokenizer must not add a second one.
+    prompt only. The template alone decides on a BOS: the tokenizer must not add a second one. A control token that the
+    problem spells stays text. Raises InputError for a template that is missing or fails.
     """
     if tokenizer.chat_template is None:
         raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no chat template, which the prompts need")
-    messages = [{"role": "user", "content": fill(template, problem)}]
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
-    )
+    content, cut = cut_control_tokens(tokenizer, fill(template, problem))
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True,
+            enable_thinking=enable_thinking,
+        )  # fmt: skip
+    except Exception as error:  # a template is a program: it may raise anything
+        raise InputError(
+            f"{tokenizer.name_or_path}: the chat template fails ({type(error).__name__}: {error})"
+        ) from error
     if not enable_thinking and text.rstrip().endswith("<think>"):
         text += "</think>\n\n"
-    return tokenizer.encode(text, add_special_tokens=False)
+    ids = [token for part in text.split(cut) for token in tokenizer.encode(part, add_special_tokens=False)]
+    if cut in text and tokenizer.decode(ids) != tokenizer.decode(
+        tokenizer.encode(text.replace(cut, ""), add_special_tokens=False)
+    ):
+        raise InputError(
+            f"{tokenizer.name_or_path}: cannot encode a control token as text, in the problem {problem.problem[:80]!r}"
+        )
+    return ids
 
 
-def student_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
-    """x_stu: the problem alone, thinking off."""
-    return encode_prompt(tokenizer, STUDENT_PROMPT, problem, enable_thinking=False)
+MARKUP = re.compile(r"\s*<.+>\s*", re.DOTALL)  # <think> and <｜User｜> steer a model too, though not declared special
 
 
-def teacher_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
-    """x_tch: the problem and its reference solution, thinking on."""
-    return encode_prompt(tokenizer, TEACHER_PROMPT, problem, enable_thinking=True)
+def cut_control_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, str]:
+    """The user's text, cut within every control token that it spells (`<|im_end|>`), and the character of the cut.
+
+    Encoded part by part, the user's spelling stays text: only the template may open and close turns.
+    """
+    cut = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)  # a private-use character
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.content in text]
+    controls = [token.content for token in added if token.special or MARKUP.fullmatch(token.content)]
+    if not controls:
+        return text, cut
+    starts = re.compile(f"(?={'|'.join(map(re.escape, controls))}).", re.DOTALL)
+    return starts.sub(lambda match: match[0] + cut, text), cut
+
+
+def fill(template: str, problem: Problem) -> str:
+    """Put a problem's fields into a template, in one pass, so that braces inside the fields stay what they are."""
+    return FIELD.sub(lambda match: getattr(problem, match[1]), template)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Whose weights score
 
 
 class Teacher:
     """Whose weights score the rollout: `fixed`, `ema` or `live`.
 
-    With LoRA, `fixed` is the base model with the adapter off and `ema` a second set of adapter weights, so no copy of
-    the model is held. Under full fine-tuning both are a frozen copy.
+    | weights | with LoRA | all weights trained |
+    |---|---|---|
+    | fixed | the model with its adapter switched off | a frozen copy |
+    | ema | the model with its adapter's running average | a frozen copy that follows the average |
+    | live | the model | the model |
 
     Paper: "fixed teacher" = base weights. Authors: bf16 merge and unmerge of the adapter at each step, which makes
     that base drift. Here: nothing is ever merged in place.
@@ -88,46 +208,46 @@ class Teacher:
         if kind not in ("fixed", "ema", "live"):
             raise InputError(f"--teacher {kind}: choose one of fixed, ema, live")
         self.model, self.kind, self.ema_decay = model, kind, ema_decay
-        self.uses_lora = bool(lora_parameters(model))
+        self.trained = lora_parameters(model) or list(model.parameters())
         self.copy: PreTrainedModel | None = None
-        self.average: list[torch.Tensor] = []
-        if kind != "live" and not self.uses_lora:
+        self.average: list[Tensor] = []  # for `ema`: one tensor for each of `trained`
+        if kind != "live" and not lora_parameters(model):
             self.copy = copy.deepcopy(model).requires_grad_(False).eval()
         if kind == "ema":
-            self.average = [p.detach().clone() for p in self._trained()]
+            self.average = (
+                [p.detach().clone() for p in self.trained] if self.copy is None else list(self.copy.parameters())
+            )
 
     @contextmanager
     def scoring(self) -> Iterator[PreTrainedModel]:
         """Yield the model that scores, in evaluation mode and without gradients; restores the student on leaving."""
-        model = self.copy if self.copy is not None else self.model
-        was_training = model.training
+        if self.copy is not None or self.kind == "live":
+            weights = nullcontext()
+        else:
+            weights = adapter_disabled(self.model) if self.kind == "fixed" else self._averaged()
+        model, was_training = self.copy or self.model, self.model.training
         model.eval()
         try:
-            with torch.no_grad():
-                if self.kind == "fixed" and self.uses_lora:
-                    with adapter_disabled(model):
-                        yield model
-                elif self.kind == "ema":
-                    self._swap(model)
-                    try:
-                        yield model
-                    finally:
-                        self._swap(model)
-                else:
-                    yield model
+            with torch.no_grad(), weights:
+                yield model
         finally:
-            model.train(was_training)
+            self.model.train(was_training)
 
     @torch.no_grad()
     def update(self) -> None:
         """After an optimizer step: average <- decay * average + (1 - decay) * student (only for `ema`)."""
-        for average, parameter in zip(self.average, self._trained(), strict=self.kind == "ema"):
+        for average, parameter in zip(self.average, self.trained, strict=self.kind == "ema"):
             average.lerp_(parameter.detach().to(average.dtype), 1.0 - self.ema_decay)
 
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return lora_parameters(self.model) or list(self.model.parameters())
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the adapter holds its running average."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
 
-    def _swap(self, model: PreTrainedModel) -> None:
-        parameters = lora_parameters(model) if self.uses_lora else list(model.parameters())
-        for index, parameter in enumerate(parameters):
+    def _swap(self) -> None:
+        for index, parameter in enumerate(self.trained):
             parameter.data, self.average[index] = self.average[index], parameter.data

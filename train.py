@@ -4,18 +4,14 @@
     torchrun --nproc_per_node 4 train.py --preset qwen3-4b      the paper's run
 
 Each step: sample one solution per prompt from the student, score every token of it in both contexts, weight the
-tokens' losses by position, update. Ranks share the step's prompts. A loss is a fraction (loss.LossTerms): every
-micro-batch adds the gradient of its numerator; gradients and denominators are summed over micro-batches and ranks, and
-divided once, which is the exact mean over the whole step whatever the split.
+tokens' losses by position, update. Ranks share the step's prompts. A loss is a fraction: every micro-batch adds the
+gradient of its numerator; gradients, numerators and denominators are summed over micro-batches and ranks, and divided
+once, which is the exact mean over the whole step whatever the split.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,180 +22,230 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
-from checkpoint import (
-    keep_lines,
-    load_checkpoint,
-    newest_checkpoint,
-    open_run,
-    save_checkpoint,
-    write_atomically,
-)
-from evaluate import is_correct, sample_solutions
-from experiments.memory import MemoryPlan, available_memory, plan_memory
-from experiments.monitor import Clock, StepSums, collapse_warning, rollout_metrics, step_line
-from experiments.ranks import gather_objects, rank, sum_over_ranks, world_size
-from loss import LossOptions, get_method, loss_terms_from_hidden
+from evaluate import solve
+from loss import LossOptions, Method, resolve_method, score_tokens_from_hidden
 from model import (
     add_lora,
     context_length,
     find_checkpoint,
     load_model,
     load_tokenizer,
-    lora_parameters,
-    pick_device,
     response_hidden,
     response_mask,
 )
-from problems import FlagParser, InputError, Problem, answers_match, extract_boxed, load_problems
-from rollout import check_sampling, sample, sample_continuous
-from teacher import Teacher, student_prompt, teacher_prompt
+from problems import InputError, Problem, extract_boxed, load_problems
+from rollout import Response, Sampling
+from runtime.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from runtime.engines import ENGINES, Engine, choose_engine, make_engine
+from runtime.fit import fitting_problems, plan_run
+from runtime.flags import FlagParser, departures, listen_for_sigterm, option, run_script
+from runtime.grading import Grader, make_grader
+from runtime.metrics import Clock, TokenMetrics, collapse_warning, rollout_metrics, step_line
+from runtime.pins import model_pin, problems_pin
+from runtime.ranks import gather_objects, hide_bar, rank, say, start_ranks, stop_ranks, wait_for_all, world_size
+from runtime.run_folder import RunLog, claimed, record_run, run_folder
+from teacher import (
+    PAPER_PROMPTS,
+    REFERENCES,
+    Prompts,
+    Teacher,
+    choose_reference,
+    load_prompts,
+    student_prompt,
+    teacher_prompt,
+)
+from weighting import relative_position
 
 # Independent streams of random numbers of one seed: the second entry of a stream's key (rollout.py).
-ROLLOUT_STREAM, SHUFFLE_STREAM, DROPOUT_STREAM = 1, 2, 3
+ROLLOUT_STREAM, SHUFFLE_STREAM, DROPOUT_STREAM, REFERENCE_STREAM = 1, 2, 3, 4
 
 
-def option(default: object, text: str) -> object:
-    return field(default=default, metadata={"help": text})
+def size_or_auto(text: str) -> int:
+    """A number, or 0 for `auto`."""
+    return 0 if text == "auto" else int(text)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig(LossOptions):
     """Options of train.py. Defaults are the paper's (Section 4.1, Appendix H); a preset changes what it names."""
 
-    preset: str | None = option(None, "tiny (the default without --model), qwen3-4b, dsr1-llama-8b, olmo3-7b")
-    method: str = option("pwopsd", "opsd, pwopsd, eopd or reopold")
-    model: str = option("tiny", "directory or hub name; `tiny` is the embedded model")
-    data: str = option("siyanzhao/Openthoughts_math_30k_opsd", ".jsonl path, hub name or tiny:train")
+    preset: str | None = option(None, "tiny (the default without --model), qwen3-4b, dsr1-llama-8b, olmo3-7b", "method")
+    method: str = option("pwopsd", "opsd, pwopsd, eopd or reopold", "method")
+    teacher: str = option(
+        "fixed", "whose weights score: fixed, ema or live", "method", choices=("fixed", "ema", "live")
+    )
+    ema_decay: float = option(0.99, "decay per step of --teacher ema", "method", within=(0, 1))
+    reference: str = option(
+        "own", "what the teacher is shown: own, other (another problem's), answer or none", "method", choices=REFERENCES
+    )
+    student_thinking: bool = option(False, "thinking mode of the student's context", "method")
+    teacher_thinking: bool = option(True, "thinking mode of the teacher's context", "method")
+    prompts: str | None = option(None, "JSON file of templates: student, teacher, evaluation", "method")
+    model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
+    data: str = option("siyanzhao/Openthoughts_math_30k_opsd", ".jsonl path, hub name or tiny:train", "data")
+    max_length: int = option(20000, "limit in tokens of the longer context with its response", "data", least=1)
+    long_prompts: str = option(
+        "error", "what happens to problems over the limit: error or drop", "data", choices=("error", "drop")
+    )
+    eval_data: str | None = option(None, "held-out problems, scored before and after training", "data")
+    eval_samples: int = option(1, "samples per held-out problem, besides the greedy one", "data", least=1)
+    eval_steps: int = option(0, "also score them every so many steps; 0 is off", "data", least=0)
+    engine: str = option(
+        "auto", "auto, generate, continuous (long rollouts on a GPU) or server", "sampling", choices=ENGINES
+    )
+    max_new_tokens: int = option(1024, "length limit of a rollout", "sampling")
+    temperature: float = option(1.1, "of the rollouts; --distill_temperature is the loss's", "sampling")
+    top_p: float = option(0.95, "nucleus of the rollouts; 1 is off", "sampling")
+    top_k: int = option(20, "most likely tokens of the rollouts; 0 is off", "sampling")
+    num_steps: int = option(
+        150, "optimizer steps; the learning rate falls linearly to 0 over them", "optimisation", least=1
+    )
+    batch_size: int = option(32, "prompts per step over all ranks, one rollout each", "optimisation", least=1)
+    micro_batch_size: int = option(
+        4,
+        "sequences per forward pass on each rank, or auto: what the memory allows",
+        "optimisation",
+        size_or_auto,
+        least=0,
+    )
+    learning_rate: float = option(5e-6, "at the first step", "optimisation", positive=True)
+    max_grad_norm: float = option(0.1, "gradients are clipped to this norm", "optimisation", positive=True)
+    lora_rank: int = option(64, "r; 0 trains all weights", "optimisation", least=0)
+    lora_alpha: float = option(128.0, "the update is scaled by alpha / r", "optimisation", positive=True)
+    lora_dropout: float = option(
+        0.0, "the paper's text says 0.05, the authors' code runs with 0", "optimisation", within=(0, 0.99)
+    )
     output_dir: str | None = option(None, "run folder; default runs/MODEL-METHOD-seedSEED, numbered if taken")
     resume: bool = option(False, "go on from the newest checkpoint in --output_dir, if there is one")
-    seed: int = option(42, "of every random draw: adapter, data order, rollouts, evaluation")
-    num_steps: int = option(150, "optimizer steps; the learning rate falls linearly to 0 over them")
-    batch_size: int = option(32, "prompts per step over all ranks, one rollout each")
-    micro_batch_size: str = option("4", "sequences per forward pass on each rank, or auto: what the memory allows")
-    learning_rate: float = option(5e-6, "at the first step")
-    max_grad_norm: float = option(0.1, "gradients are clipped to this norm")
-    lora_rank: int = option(64, "r; 0 trains all weights")
-    lora_alpha: float = option(128.0, "the update is scaled by alpha / r")
-    lora_dropout: float = option(0.0, "the paper's text says 0.05, the authors' code runs with 0")
-    teacher: str = option("fixed", "whose weights score: fixed, ema or live")
-    ema_decay: float = option(0.99, "decay per step of --teacher ema")
-    max_new_tokens: int = option(1024, "length limit of a rollout")
-    rollout_temperature: float = option(1.1, "temperature of sampling; --temperature is T_distill")
-    top_p: float = option(0.95, "nucleus of sampling")
-    top_k: int = option(20, "most likely tokens of sampling; 0 is off")
-    engine: str = option("generate", "sampling by generate, or by continuous batching (long rollouts on a GPU)")
-    max_length: int = option(20000, "limit in tokens of the longer context with its response")
-    long_prompts: str = option("error", "what happens to problems over the limit: error or drop")
-    save_steps: int = option(25, "steps between checkpoints; the last step is always saved")
-    eval_data: str | None = option(None, "held-out problems, scored before and after training")
-    eval_samples: int = option(1, "samples per held-out problem")
+    seed: int = option(42, "of every random draw: adapter, data order, rollouts, evaluation", within=(0, 2**63))
+    save_steps: int = option(25, "steps between checkpoints; the last step is always saved", least=1)
+    grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
     gradient_checkpointing: bool | None = option(None, "default: on a GPU only")
     device: str = option("auto", "auto, cpu, cuda, ...")
     dtype: str = option("auto", "auto (bfloat16 on a GPU, else float32; float32 without LoRA) or its name")
     attention: str = option("sdpa", "transformers' attn_implementation")
 
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_p, self.top_k, self.max_new_tokens)
+
 
 PRESETS: dict[str, dict] = {
-    # tau_clip 0.05 collapses a model of this size (README, "What the clip does to the gradient"); the rest is scale.
+    # tau_clip 0.05 harms a model of this size (docs/study.md); the rest is scale.
     "tiny": {
-        "model": "tiny", "data": "tiny:train", "eval_data": "tiny:heldout", "num_steps": 20, "clip": 1.0,
-        "max_new_tokens": 96, "micro_batch_size": "32", "learning_rate": 1e-3, "max_grad_norm": 1.0,
+        "model": "tiny", "data": "tiny:train", "eval_data": "tiny:heldout", "num_steps": 20, "tau_clip": 1.0,
+        "max_new_tokens": 96, "micro_batch_size": 32, "learning_rate": 1e-3, "max_grad_norm": 1.0,
         "lora_rank": 16, "lora_alpha": 32.0, "top_k": 0,
     },
     "qwen3-4b": {"model": "Qwen/Qwen3-4B", "long_prompts": "drop"},
     "dsr1-llama-8b": {
-        "model": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "long_prompts": "drop", "micro_batch_size": "2",
+        "model": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "long_prompts": "drop", "micro_batch_size": 2,
     },
-    "olmo3-7b": {"model": "allenai/Olmo-3-7B-Think", "long_prompts": "drop", "micro_batch_size": "2"},
+    "olmo3-7b": {"model": "allenai/Olmo-3-7B-Think", "long_prompts": "drop", "micro_batch_size": 2},
 }  # fmt: skip
-ENGINES = {"generate": sample, "continuous": sample_continuous}
-FREE_ON_RESUME = {"resume", "output_dir", "device", "micro_batch_size", "gradient_checkpointing", "save_steps"}
+# What may differ when a run is taken up again: how it is computed, not what.
+FREE_ON_RESUME = {
+    "resume", "output_dir", "device", "micro_batch_size", "gradient_checkpointing", "save_steps", "engine",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a step works with."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    teacher: Teacher
+    method: Method
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    grader: Grader
+    prompts: Prompts
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return self.teacher.trained
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # One step of Algorithm 1
 
 
-def train_step(
-    step: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    teacher: Teacher,
-    problems: list[Problem],
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    config: TrainConfig,
-) -> tuple[dict, list[dict]]:
+def train_step(step: int, run: Training, problems: list[Problem], config: TrainConfig) -> tuple[dict, list[dict]]:
     """Algorithm 1, one step over all ranks. Returns its metrics and this rank's rollouts, as rows for samples.jsonl.
 
     Raises FloatingPointError, naming step and problems, where the loss or its gradient is not finite.
     """
-    clock, parameters = Clock(), [p for p in model.parameters() if p.requires_grad]
-    picked = step_problems(len(problems), config.batch_size, config.seed, step)
+    model, method, device = run.model, run.method, run.model.device
+    clock, tokens, broken = Clock(), TokenMetrics(device), []
     slots = range(rank(), config.batch_size, world_size())
+    picked = step_problems(len(problems), config.batch_size, config.seed, step)
     batch = [problems[picked[slot]] for slot in slots]
     seed_step(config.seed, step)
 
     # Sample y ~ pi_theta(. | x_stu), fixed data from here on.
+    x_stu = [student_prompt(run.tokenizer, problem, run.prompts) for problem in batch]
+    x_tch = [teacher_prompt(run.tokenizer, problem, run.prompts) for problem in batch]
+    keys = [(config.seed, ROLLOUT_STREAM, step, slot) for slot in slots]
     with clock("sampling"):
-        rollout = ENGINES[config.engine](
-            model, tokenizer, [student_prompt(tokenizer, problem) for problem in batch],
-            [(config.seed, ROLLOUT_STREAM, step, slot) for slot in slots],
-            temperature=config.rollout_temperature, top_p=config.top_p, top_k=config.top_k,
-            max_new_tokens=config.max_new_tokens,
-        )  # fmt: skip
-    x_tch = [teacher_prompt(tokenizer, problem) for problem in batch]
+        y = run.engine.sample(x_stu, keys, config.sampling)
 
-    # Score both contexts, weight by position, add up the gradient.
+    # Score every token in both contexts, weight it by its position, add up the gradient of the loss's numerator.
     model.train()
-    sums = StepSums(parameters[0].device)
-    sizes = [len(prompt) + length for prompt, length in zip(x_tch, rollout.lengths, strict=True)]
-    for rows in micro_batches(sizes, int(config.micro_batch_size)):
-        responses = [rollout.responses[row] for row in rows]
-        with clock("teacher"), teacher.scoring() as scorer:
-            teacher_hidden_BTD = response_hidden(scorer, [x_tch[row] for row in rows], responses)
-            teacher_head_VD = scorer.get_output_embeddings().weight
+    numerator, denominator = torch.zeros((), device=device), torch.zeros((), device=device)
+    for rows in micro_batches([len(x) + len(r.ids) for x, r in zip(x_tch, y, strict=True)], config.micro_batch_size):
+        y_ids = [y[row].ids for row in rows]
+        L = [len(ids) for ids in y_ids]
+        ids_BT, mask_BT = pad_responses(y_ids, device)
+        with clock("teacher"), run.teacher.scoring() as teacher:
+            teacher_MD = response_hidden(teacher, [x_tch[row] for row in rows], y_ids)[mask_BT]
+            teacher_head_VD = teacher.get_output_embeddings().weight
         with clock("student"):
-            student_hidden_BTD = response_hidden(model, [rollout.prompts[row] for row in rows], responses)
-            terms = loss_terms_from_hidden(
-                config.method, student_hidden_BTD, teacher_hidden_BTD, model.get_output_embeddings().weight,
-                *pad_responses(responses, student_hidden_BTD.device), options=config, step=step,
-                teacher_head_weight_VD=teacher_head_VD,
+            student_MD = response_hidden(model, [x_stu[row] for row in rows], y_ids)[mask_BT]
+            scores = score_tokens_from_hidden(
+                method, student_MD, teacher_MD, model.get_output_embeddings().weight, teacher_head_VD,
+                ids_BT[mask_BT], config,
             )  # fmt: skip
-            terms.numerator.backward()
-        sums.add(terms, [picked[slots[row]] for row in rows])
+            r_M = relative_position(L)
+            l_M, w_M = scores.loss, method.token_weight(scores, L, step, config).detach()  # Eqs. (1) and (5)
+            part, count = method.reduction(l_M, w_M, L)  # Eq. (6), as a fraction
+            part.backward()
+        numerator, denominator = numerator + part.detach(), denominator + count
+        tokens.add(r_M, w_M, scores)
+        broken += [] if part.isfinite() else [picked[slots[row]] for row in rows]
 
-    # One division by the whole step's denominator, one update.
+    # Sum over ranks, one division by the whole step's denominator, one update.
     with clock("update"):
-        loss = sums.over_ranks()
-        for parameter in parameters:
-            sum_over_ranks(parameter.grad).div_(sums.denominator)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        sum_over_ranks([numerator, denominator, tokens.table, *(p.grad for p in run.parameters)])
+        denominator.clamp_(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
+        loss = numerator / denominator
+        for parameter in run.parameters:
+            parameter.grad /= denominator
+        grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm)
         if not (loss.isfinite() and grad_norm.isfinite()):
-            raise FloatingPointError(
-                f"step {step}: loss {loss.item()}, gradient norm {grad_norm.item()}, problems {sums.bad or picked}"
-            )
-        learning_rate = scheduler.get_last_lr()[0]
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        teacher.update()
+            where = sorted(index for part in gather_objects(broken) for index in part) or picked
+            raise FloatingPointError(f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}, problems {where}")
+        learning_rate = run.scheduler.get_last_lr()[0]
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad()
+        run.teacher.update()
 
-    texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
-    samples = [
-        {
-            "step": step, "slot": slot, "problem": picked[slot], "text": text, "tokens": length,
-            "finish_reason": "eos" if finished else "length",
-            "correct": answers_match(extract_boxed(text), problem.answer) if problem.answer else None,
-        }
-        for slot, problem, text, length, finished in zip(
-            slots, batch, texts, rollout.lengths, rollout.finished, strict=True
-        )
-    ]  # fmt: skip
+    samples = sample_rows(step, slots, [picked[slot] for slot in slots], batch, y, run)
     metrics = {"step": step, "loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": learning_rate}
-    metrics |= rollout_metrics(samples) | sums.token_metrics() | clock.metrics()
-    metrics["sampled_tokens_per_second"] = round(sum(rollout.lengths) / clock.seconds["sampling"], 1)
+    metrics |= rollout_metrics(samples) | tokens.means() | clock.metrics()
+    metrics["sampled_tokens_per_second"] = round(sum(len(r.ids) for r in y) / clock.seconds["sampling"], 1)
     return metrics, samples
+
+
+def sum_over_ranks(tensors: list[Tensor]) -> None:
+    """Sum in place over all ranks, as one flat tensor; one process leaves them as they are."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def step_problems(num_problems: int, batch_size: int, seed: int, step: int) -> list[int]:
@@ -233,182 +279,145 @@ def pad_responses(responses: list[list[int]], device: torch.device) -> tuple[Ten
     return ids_BT, response_mask(lengths, device)
 
 
+def sample_rows(
+    step: int, slots: range, picked: list[int], batch: list[Problem], y: list[Response], run: Training
+) -> list[dict]:
+    """This rank's rollouts as rows for samples.jsonl, graded."""
+    texts = run.tokenizer.batch_decode([response.ids for response in y], skip_special_tokens=True)
+    return [
+        {
+            "step": step, "slot": slot, "problem": index, "text": text, "tokens": len(response.ids),
+            "finish_reason": "eos" if response.finished else "length",
+            "correct": run.grader.match(extract_boxed(text), problem.answer) if problem.answer else None,
+        }
+        for slot, index, problem, response, text in zip(slots, picked, batch, y, texts, strict=True)
+    ]  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The run
 
 
-def held_out_accuracy(model, tokenizer, problems: list[Problem], config: TrainConfig) -> float:
-    """Avg@N on held-out problems by the evaluation protocol (evaluate.py), all ranks sharing the samples."""
-    jobs = [(index, number) for index in range(len(problems)) for number in range(config.eval_samples)]
-    jobs, size = jobs[rank() :: world_size()], 200
-    correct = 0
-    for start in range(0, len(jobs), size):
-        batch = sample_solutions(
-            model, tokenizer, problems, jobs[start : start + size], seed=config.seed, temperature=1.0, top_p=0.95,
-            top_k=0, max_new_tokens=config.max_new_tokens,
-        )  # fmt: skip
-        correct += sum(is_correct(item, problems) for item in batch)
-    counts = gather_objects((correct, len(jobs)))
-    return sum(right for right, _ in counts) / sum(done for _, done in counts)
-
-
 def parse_config(arguments: list[str] | None = None) -> TrainConfig:
     """Flags over the preset over the paper's defaults; without --model and --preset the preset is `tiny`."""
-    config = FlagParser(TrainConfig, description=__doc__).parse_with_presets(PRESETS, arguments)
+    config = FlagParser(TrainConfig, __doc__).parse(PRESETS, arguments)
     check_config(config)
     return config
 
 
 def check_config(config: TrainConfig) -> None:
     """Raise InputError, naming the flag, for values that cannot work."""
-    get_method(config.method, config)
-    check_sampling(config.rollout_temperature, config.top_p, config.top_k, config.max_new_tokens)
-    size = config.micro_batch_size
-    if size != "auto" and not (size.isdecimal() and int(size) > 0):
-        raise InputError(f"--micro_batch_size {size}: must be at least 1, or auto")
-    if config.engine not in ENGINES:
-        raise InputError(f"--engine {config.engine}: choose one of {', '.join(ENGINES)}")
-    for name in ("num_steps", "batch_size", "save_steps", "eval_samples", "max_length"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} {getattr(config, name)}: must be at least 1")
-    for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
-        if not 0.0 < getattr(config, name) < float("inf"):
-            raise InputError(f"--{name} {getattr(config, name)}: must be positive")
-    if config.seed < 0 or config.lora_rank < 0:
-        raise InputError("--seed and --lora_rank must be at least 0")
-    if not 0.0 <= config.lora_dropout < 1.0 or not 0.0 <= config.ema_decay <= 1.0:
-        raise InputError("--lora_dropout must lie in [0, 1), --ema_decay in [0, 1]")
-    if config.long_prompts not in ("error", "drop"):
-        raise InputError(f"--long_prompts {config.long_prompts}: choose error or drop")
+    resolve_method(config.method, config)
+    assert config.sampling  # checks itself
+    load_prompts(config.prompts)
     if config.resume and config.output_dir is None:
         raise InputError("--resume needs --output_dir, the run to go on with")
 
 
-def fitting_problems(problems: list[Problem], tokenizer, context: int, config: TrainConfig) -> list[Problem]:
-    """The problems whose longer prompt leaves room for a response; others are an error or dropped, never cut."""
-    limit = min(config.max_length, context)
-    kept = []
-    for number, problem in enumerate(problems):
-        longest = max(prompt_lengths(tokenizer, problem))
-        if longest + config.max_new_tokens <= limit:
-            kept.append(problem)
-        elif config.long_prompts == "error":
-            raise InputError(
-                f"{config.data}, problem {number}: a prompt of {longest} tokens and --max_new_tokens "
-                f"{config.max_new_tokens} exceed {limit} (the smaller of --max_length {config.max_length} and the "
-                f"context of {context}); --long_prompts drop leaves such problems out"
-            )
-    if not kept:
-        raise InputError(f"{config.data}: no problem fits into {limit} tokens with its response")
-    return kept
+def choose_prompts(config: TrainConfig, problems: list[Problem]) -> tuple[list[Problem], Prompts]:
+    """The problems with the reference that the teacher is shown, and the prompts of both contexts."""
+    prompts = replace(
+        load_prompts(config.prompts),
+        student_thinking=config.student_thinking,
+        teacher_thinking=config.teacher_thinking,
+    )
+    draw = np.random.default_rng(np.random.SeedSequence((config.seed, REFERENCE_STREAM)))
+    return choose_reference(config.reference, problems, prompts, draw)
 
 
-def prompt_lengths(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> tuple[int, int]:
-    return len(student_prompt(tokenizer, problem)), len(teacher_prompt(tokenizer, problem))
-
-
-def plan(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: Teacher, problems: list[Problem],
-    config: TrainConfig, device: torch.device,
-) -> MemoryPlan:  # fmt: skip
-    """What a step takes on this rank; decides `--micro_batch_size auto`. Raises InputError where it cannot fit."""
-    longest = max(problems, key=lambda problem: len(problem.problem) + len(problem.solution))
-    student_tokens, teacher_tokens = prompt_lengths(tokenizer, longest)
-    sharing = 1 if device.type == "cuda" else world_size()  # ranks on a CPU share its memory
-    free = available_memory(device)
-    memory = plan_memory(
-        model, teacher, student_tokens=student_tokens, teacher_tokens=teacher_tokens,
-        max_new_tokens=config.max_new_tokens, local_batch=-(-config.batch_size // world_size()),
-        micro_batch_size=None if config.micro_batch_size == "auto" else int(config.micro_batch_size),
-        gradient_checkpointing=checkpoints_activations(config, device),
-        available=None if free is None else free // sharing,
-    )  # fmt: skip
-    return min(gather_objects(memory), key=lambda memory: memory.micro_batch_size)
-
-
-def checkpoints_activations(config: TrainConfig, device: torch.device) -> bool:
-    return device.type == "cuda" if config.gradient_checkpointing is None else config.gradient_checkpointing
-
-
-def run_folder(config: TrainConfig) -> Path:
-    """--output_dir, or a folder of its own that no run has taken yet; the same on all ranks."""
-    name = f"{config.preset or Path(config.model).name}-{config.method}-seed{config.seed}"
-    run, number = Path(config.output_dir or f"runs/{name}"), 2
-    while config.output_dir is None and (run / "config.json").exists():
-        run, number = Path(f"runs/{name}-{number}"), number + 1
-    return Path(gather_objects(str(run))[0])
-
-
-def build(config: TrainConfig, device: torch.device):
-    """Model with its adapter, tokenizer, teacher, optimizer and learning-rate schedule, all at their start."""
-    dtype = "float32" if config.dtype == "auto" and config.lora_rank == 0 else config.dtype
-    model, tokenizer = load_model(config.model, dtype, config.attention, device), load_tokenizer(config.model)
+def build(config: TrainConfig, device: torch.device, grader: Grader, prompts: Prompts = PAPER_PROMPTS) -> Training:
+    """Model with its adapter, teacher, optimizer and learning-rate schedule, all at their start."""
+    model, tokenizer = load_model(config.model, config.dtype, config.attention, device), load_tokenizer(config.model)
     torch.manual_seed(config.seed)
     if config.lora_rank > 0:
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
-    teacher = Teacher(model, config.teacher, config.ema_decay)
-    if checkpoints_activations(config, device):
+    if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    parameters = lora_parameters(model) or list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    teacher = Teacher(model, config.teacher, config.ema_decay)
+    optimizer = torch.optim.AdamW(
+        teacher.trained, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+    )
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=config.num_steps)
-    return model, tokenizer, teacher, optimizer, scheduler
+    engine = make_engine(config.engine, model, tokenizer, batch_size=EVALUATED_AT_ONCE)
+    method = resolve_method(config.method, config)
+    return Training(model, tokenizer, teacher, method, engine, optimizer, scheduler, grader, prompts)
+
+
+def settle(config: TrainConfig, device: torch.device, record: dict | None) -> TrainConfig:
+    """The options that this machine decides where the user did not; a resumed run keeps those of its record."""
+    dtype, checkpointing, size = config.dtype, config.gradient_checkpointing, config.micro_batch_size
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and config.lora_rank > 0 else "float32"
+    if checkpointing is None:
+        checkpointing = device.type == "cuda"
+    if size == 0 and record is not None:
+        size = record["config"]["micro_batch_size"]
+    engine, reason = choose_engine(config.engine, device, config.max_new_tokens)
+    say(f"sampling by {engine}: {reason}")
+    return replace(config, dtype=dtype, gradient_checkpointing=checkpointing, micro_batch_size=size, engine=engine)
+
+
+EVALUATED_AT_ONCE = 200  # sequences of generate at a time
+
+
+def score_held_out(log: RunLog, step: int, run: Training, problems: list[Problem], config: TrainConfig) -> None:
+    """Avg@N on held-out problems, sampled by the evaluation protocol and greedy; ranks share the samples."""
+    if not problems or str(step) in log.evaluation:
+        return
+    rows = []
+    for decoding, temperature, count in (("sampled", 1.0, config.eval_samples), ("greedy", 0.0, 1)):
+        jobs = [(config.seed, index, number) for index in range(len(problems)) for number in range(count)]
+        settings, mine = Sampling(temperature, 0.95, 0, config.max_new_tokens), jobs[rank() :: world_size()]
+        for item in solve(run.engine, run.tokenizer, problems, mine, settings, template=run.prompts.evaluation):
+            correct = run.grader.match(extract_boxed(item.text), problems[item.problem].answer)
+            rows.append({"step": step, "decoding": decoding, "correct": correct, **asdict(item)})
+    say(log.evaluate(step, [row for part in gather_objects(rows) for row in part]))
 
 
 def main() -> None:
     disable_progress_bar()
     config = parse_config()
-    device = pick_device(config.device)
-    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if distributed and device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # before the group: NCCL's object collectives use the current device
-    if distributed:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if config.batch_size < world_size():
-            raise InputError(f"--batch_size {config.batch_size}: fewer prompts than the {world_size()} ranks")
-    stop_asked: list[int] = []
-
-    def ask_to_stop(number: int, frame: object) -> None:
-        if stop_asked:  # asked twice: at once
-            raise KeyboardInterrupt
-        stop_asked.append(number)
-
-    signal.signal(signal.SIGTERM, ask_to_stop)
-
+    device = start_ranks(config.device)
+    if config.batch_size < world_size():
+        raise InputError(f"--batch_size {config.batch_size}: fewer prompts than the {world_size()} ranks")
     problems = load_problems(config.data)
     held_out = load_problems(config.eval_data, need_solution=False) if config.eval_data else []
-    model, tokenizer, teacher, optimizer, scheduler = build(config, device)
-    fitting = fitting_problems(problems, tokenizer, context_length(model), config)
-    memory = plan(model, tokenizer, teacher, fitting, config, device)
-    config.dtype = str(model.dtype).removeprefix("torch.")  # a run stays in the precision that `auto` chose
+    folder = run_folder(
+        config.output_dir, f"{config.preset or Path(config.model).name}-{config.method}-seed{config.seed}"
+    )
+    with claimed(folder, config.resume) as record:
+        train(settle(config, device, record), device, folder, record, problems, held_out)
+    stop_ranks()
+
+
+def train(
+    config: TrainConfig, device: torch.device, folder: Path, record: dict | None, problems: list[Problem],
+    held_out: list[Problem],
+) -> None:  # fmt: skip
+    """A run in a folder that is ours, from its start or from its newest checkpoint."""
+    stop_asked = listen_for_sigterm()
+    grader = make_grader(config.grader, [problem.answer for problem in [*problems, *held_out] if problem.answer])
+    problems, prompts = choose_prompts(config, problems)
+    run = build(config, device, grader, prompts)
+    fitting = fitting_problems(problems, run.tokenizer, prompts, context_length(run.model), config)
+    memory = plan_run(run.model, run.tokenizer, run.teacher, fitting, prompts, config, device)
+    config = replace(config, micro_batch_size=memory.micro_batch_size)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if config.method == "reopold" else set())  # its quantile's tokens
-    run = run_folder(config)
-    if rank() == 0:
-        open_run(run, asdict(config), free, config.resume, {"ranks": world_size(), "hardware": str(device)})
-    say(" ".join(f"--{name} {value}" for name, value in asdict(config).items() if value is not None))
-    say(f"{len(fitting)} problems ({len(problems) - len(fitting)} dropped as too long), run folder {run}")
+    pins = pins_of(config, problems, held_out)
+    record_run(folder, record, asdict(config), free, {"ranks": world_size(), "hardware": str(device)}, pins)
+    say(f"{config.method}, {departures(config, PRESETS) or 'the preset as it is'}; all options: {folder}/config.json")
+    say(f"{len(fitting)} problems ({len(problems) - len(fitting)} dropped as too long), graded by {grader.name}")
+    if grader.note:
+        say(grader.note)
     say(str(memory))
-    config.micro_batch_size = str(memory.micro_batch_size)
+    start = resume(folder, run) if config.resume else 0
+    wait_for_all()  # every rank has read before rank 0 writes
 
-    start = 0
-    if config.resume:
-        newest, damaged = newest_checkpoint(run)
-        for line in damaged:
-            say(line)
-        start = load_checkpoint(newest, model, teacher, optimizer, scheduler) if newest else 0
-        say(f"going on from {newest}" if newest else "no checkpoint to go on from: starting anew")
-    gather_objects(None)  # every rank has read before rank 0 writes
-    log = RunLog(run, start)
-    if held_out and "before" not in log.evaluation:
-        log.evaluate("before", held_out_accuracy(model, tokenizer, held_out, config))
-        say(f"held-out accuracy before training: {log.evaluation['before']:.4f} ({len(held_out)} problems)")
-
-    history, warned = [], None
-    steps = range(start, config.num_steps)
-    for step in tqdm(steps, initial=start, total=config.num_steps, disable=quiet(), unit="step"):
-        metrics, samples = train_step(step, model, tokenizer, teacher, fitting, optimizer, scheduler, config)
+    log, history, warned = RunLog(folder, start), [], None
+    for step in tqdm(range(start, config.num_steps), initial=start, total=config.num_steps, disable=hide_bar()):
+        if step % (config.eval_steps or config.num_steps) == 0:
+            score_held_out(log, step, run, held_out, config)
+        metrics, samples = train_step(step, run, fitting, config)
         log.append(metrics, [row for part in gather_objects(samples) for row in part])
         say(step_line(metrics, config.num_steps))
         history.append(metrics)
@@ -417,63 +426,48 @@ def main() -> None:
         stopping = any(gather_objects(bool(stop_asked)))
         if stopping or (step + 1) % config.save_steps == 0 or step + 1 == config.num_steps:
             if rank() == 0:
-                save_checkpoint(run, step + 1, model, find_checkpoint(config.model), teacher, optimizer, scheduler)
-            gather_objects(None)  # no rank runs ahead of a checkpoint that may fail
+                save_checkpoint(
+                    folder,
+                    step + 1,
+                    run.model,
+                    find_checkpoint(config.model),
+                    run.teacher,
+                    run.optimizer,
+                    run.scheduler,
+                )
+            wait_for_all()  # no rank runs ahead of a checkpoint that may fail
         if stopping:
-            say(f"SIGTERM: saved after step {step + 1}; go on with --resume --output_dir {run}")
-            return
+            return say(f"SIGTERM: saved after step {step + 1}; go on with --resume --output_dir {folder}")
 
-    if held_out:
-        log.evaluate("after", held_out_accuracy(model, tokenizer, held_out, config))
-        before, after = log.evaluation["before"], log.evaluation["after"]
-        gain = f"{100 * (after - before):+.1f} points"
-        say(f"held-out accuracy: {before:.4f} -> {after:.4f} ({gain}, {len(held_out)} problems)")
-    say(f"weights: {run}/checkpoint-{config.num_steps}")
+    score_held_out(log, config.num_steps, run, held_out, config)
+    run.engine.close()
+    run.grader.close()
+    return say(f"weights: {folder}/checkpoint-{config.num_steps}")
 
 
-class RunLog:
-    """metrics.jsonl, samples.jsonl and evaluation.json of a run, written by rank 0, step by step."""
-
-    def __init__(self, run: Path, start: int) -> None:
-        self.metrics, self.samples, self.file = run / "metrics.jsonl", run / "samples.jsonl", run / "evaluation.json"
-        self.evaluation = gather_objects(json.loads(self.file.read_text()) if self.file.exists() else {})[0]
-        self.evaluation.pop("after", None)
-        if rank() == 0:
-            keep_lines(self.metrics, start)
-            keep_lines(self.samples, start)
-
-    def append(self, metrics: dict, samples: list[dict]) -> None:
-        if rank() == 0:
-            for path, rows in ((self.metrics, [metrics]), (self.samples, sorted(samples, key=lambda row: row["slot"]))):
-                with path.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
-
-    def evaluate(self, when: str, accuracy: float) -> None:
-        self.evaluation[when] = accuracy
-        if rank() == 0:
-            write_atomically(self.file, json.dumps(self.evaluation, indent=2) + "\n")
+def pins_of(config: TrainConfig, problems: list[Problem], held_out: list[Problem]) -> dict:
+    """What a run's inputs hold, by flag; read once, by the first rank."""
+    if rank() > 0:
+        return gather_objects(None)[0]
+    pins = {"model": model_pin(config.model), "data": problems_pin(problems), "eval_data": problems_pin(held_out)}
+    return gather_objects({**pins, "prompts": asdict(load_prompts(config.prompts))})[0]
 
 
-def say(text: str) -> None:
-    if rank() == 0:
-        tqdm.write(text)
-
-
-def quiet() -> bool | None:
-    """Whether to hide the progress bar: on all ranks but the first, and (None) where the output is no terminal."""
-    return None if rank() == 0 else True
+def resume(folder: Path, run: Training) -> int:
+    """Load the newest whole checkpoint; the number of steps it has behind it."""
+    newest, damaged = newest_checkpoint(folder)
+    for line in damaged:
+        say(line)
+    if newest is None:
+        say("no checkpoint to go on from: starting anew")
+        return 0
+    say(f"going on from {newest}")
+    return load_checkpoint(newest, run.model, run.teacher, run.optimizer, run.scheduler)
 
 
 def cli() -> None:
-    """`main` for the shell: a mistake of the user's, or a run that cannot go on, becomes one line and status 1."""
-    try:
-        main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except (InputError, FloatingPointError, OSError) as error:  # OSError: a full disk under the logs, say
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; --resume with --output_dir goes on from the last checkpoint")
+    """Entry for scripts that add a method of their own (docs: add a method)."""
+    run_script(main)
 
 
 if __name__ == "__main__":

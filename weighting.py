@@ -16,7 +16,7 @@ from torch import Tensor
 
 from problems import InputError
 
-Schedule = Callable[[Tensor], Tensor]
+Schedule = Callable[[Tensor], Tensor]  # r_M -> w_M
 
 
 def relative_position(lengths: list[int]) -> Tensor:
@@ -50,39 +50,31 @@ SCHEDULES: dict[str, Schedule] = {
     "linear_down": lambda r: 1.0 - 0.75 * r,
     "step": partial(step_weight, w_min=0.25, tau=0.30),
 }
-MEAN1 = "_mean1"  # a suffix that any schedule's name may carry
 
 
-def get_schedule(
-    name: str, w_min: float | None = None, tau: float | None = None, s: float | None = None
-) -> tuple[Schedule, bool]:
+def get_schedule(name: str, w_min: float | None = None, tau: float | None = None, s: float | None = None) -> Schedule:
     """A schedule by name or by a JSON file {"w_min", "tau", "s"}; w_min, tau and s override single values of Eq. (5).
 
-    Returns the function and whether each row's weights are to be rescaled to mean 1 (the suffix `_mean1`), which
-    gives a schedule the average learning rate of uniform weights. Raises InputError for an unknown name, a bad file,
-    or values out of range (0 <= w_min <= 1, s > 0).
+    Raises InputError for an unknown name, a bad file, or values out of range (0 <= w_min <= 1, s > 0).
     """
-    rescale = name.endswith(MEAN1)
-    base = name.removesuffix(MEAN1)
-    if base.endswith(".json"):
-        values = _read_schedule_file(Path(base))
-    elif base not in SCHEDULES:
-        known = ", ".join(SCHEDULES)
-        raise InputError(f"--schedule {name}: choose one of {known}, optionally with {MEAN1}, or a .json file")
-    elif base in SIGMOIDS:
-        values = SIGMOIDS[base]
+    if name.endswith(".json"):
+        values = _read_schedule_file(Path(name))
+    elif name not in SCHEDULES:
+        raise InputError(f"--schedule {name}: choose one of {', '.join(SCHEDULES)}, or a .json file")
+    elif name in SIGMOIDS:
+        values = SIGMOIDS[name]
     elif (w_min, tau, s) == (None, None, None):
-        return SCHEDULES[base], rescale
+        return SCHEDULES[name]
     else:
         raise InputError(f"--schedule {name}: w_min, tau and s apply to {', '.join(SIGMOIDS)} only")
-    given = [own if override is None else override for own, override in zip(values, (w_min, tau, s), strict=True)]
-    if not 0.0 <= given[0] <= 1.0:
-        raise InputError(f"--w_min {given[0]}: must lie in [0, 1]")
-    if not -10.0 <= given[1] <= 10.0:
-        raise InputError(f"--tau {given[1]}: must lie in [-10, 10] (the relative position runs from 0 to 1)")
-    if not 0.0 < given[2] < float("inf"):
-        raise InputError(f"--s {given[2]}: must be positive")
-    return partial(position_weight, w_min=given[0], tau=given[1], s=given[2]), rescale
+    w_min, tau, s = (own if given is None else given for own, given in zip(values, (w_min, tau, s), strict=True))
+    if not 0.0 <= w_min <= 1.0:
+        raise InputError(f"--w_min {w_min}: must lie in [0, 1]")
+    if not -10.0 <= tau <= 10.0:
+        raise InputError(f"--tau {tau}: must lie in [-10, 10] (the relative position runs from 0 to 1)")
+    if not 0.0 < s < float("inf"):
+        raise InputError(f"--s {s}: must be positive")
+    return partial(position_weight, w_min=w_min, tau=tau, s=s)
 
 
 def _read_schedule_file(path: Path) -> tuple[float, float, float]:
@@ -91,8 +83,3 @@ def _read_schedule_file(path: Path) -> tuple[float, float, float]:
         return float(content["w_min"]), float(content["tau"]), float(content["s"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--schedule {path}: needs numbers w_min, tau, s ({type(error).__name__}: {error})") from None
-
-
-def rescale_to_mean_one(weight_M: Tensor, lengths: list[int]) -> Tensor:
-    """Divide each row's weights by their mean over the row."""
-    return torch.cat([row / row.mean() for row in weight_M.split(lengths)])

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from itertools import pairwise
-from math import atan, cos, isclose, isnan, pi, sqrt
+from math import isclose, sqrt
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import TYPE_CHECKING
+
+from problems import InputError
 
 if TYPE_CHECKING:
     from experiments.study import Grid
@@ -25,26 +27,23 @@ SEGMENTS = 5  # points of a learning curve in the report
 # Statistics
 
 
+def student_t():
+    """scipy.stats.t, Student's distribution."""
+    try:
+        from scipy.stats import t
+    except ImportError:
+        raise InputError("the study's statistics need scipy: pip install scipy") from None
+    return t
+
+
 def t_two_sided_p(t: float, df: int) -> float:
-    """Pr(|T| >= t) for Student's T: under t = sqrt(df) tan(a) its density is cos(a)^(df - 1) up to a factor."""
-    start = atan(abs(t) / sqrt(df))
-    return _cosine_power(start, pi / 2, df - 1) / _cosine_power(0.0, pi / 2, df - 1)
-
-
-def _cosine_power(low: float, high: float, power: int, pieces: int = 2000) -> float:
-    """The integral of cos^power by Simpson's rule."""
-    width = (high - low) / pieces
-    values = [cos(low + i * width) ** power for i in range(pieces + 1)]
-    return width / 3 * (values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2]))
+    """Pr(|T| >= t) for Student's T."""
+    return float(2.0 * student_t().sf(abs(t), df))
 
 
 def t_quantile(two_sided_p: float, df: int) -> float:
-    """The t whose two-sided p value is the one given, by bisection."""
-    low, high = 0.0, 1e4
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_two_sided_p(middle, df) > two_sided_p else (low, middle)
-    return (low + high) / 2
+    """The t whose two-sided p value is the one given."""
+    return float(student_t().isf(two_sided_p / 2.0, df))
 
 
 @dataclass(frozen=True)
@@ -102,14 +101,18 @@ def detectable(std: float, pairs: int) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """A row's cells by seed. Accuracies in percent; a run whose loss was not finite has none."""
+    """A row's cells by seed, in percent; a run whose loss was not finite has none."""
 
     name: str
-    before: dict[int, float]
-    after: dict[int, float]
+    before: dict[int, dict[str, float]]  # seed -> {"sampled", "greedy"}, held out, before training
+    sampled: dict[int, float]  # held out, after training
+    greedy: dict[int, float]
     training: dict[int, float]  # mean rollout accuracy over all steps: how fast it learned
+    repaired: dict[int, float]  # believed facts that are right after training
+    broken: dict[int, float]  # right facts that are wrong after training
+    leaps: dict[int, float]  # greedy solutions that leap
     curve: list[float]  # rollout accuracy in SEGMENTS equal parts of training, mean over seeds
-    ends: float  # share of the last segment's rollouts that ended with EOS
+    held_out: dict[str, list[float]]  # steps -> sampled accuracy of the seeds, where it was measured along the way
     errors: list[str]
 
 
@@ -124,21 +127,30 @@ def collect(grid: Grid, records: list[dict]) -> list[Row]:
 
 def _row(name: str, cells: list[dict]) -> Row:
     whole = [cell for cell in cells if cell["error"] is None]
+    steps = list(whole[0]["evaluation"]) if whole else []
+    last = max(map(int, steps), default=0)
+
+    def percent(part: str, key: str) -> dict[int, float]:
+        values = {cell["seed"]: cell[part][str(last)][key] for cell in whole}
+        return {seed: 100 * value for seed, value in values.items() if value is not None}
+
     return Row(
         name,
-        {cell["seed"]: 100 * cell["before"] for cell in whole},
-        {cell["seed"]: 100 * cell["after"] for cell in whole},
+        {cell["seed"]: {key: 100 * value for key, value in cell["evaluation"]["0"].items()} for cell in whole},
+        percent("evaluation", "sampled"), percent("evaluation", "greedy"),
         {cell["seed"]: 100 * mean(cell["accuracy"]) for cell in whole},
+        percent("behaviour", "repaired"), percent("behaviour", "broken"), percent("behaviour", "leaps"),
         [100 * mean(values) for values in zip(*(segments(cell["accuracy"]) for cell in whole), strict=True)],
-        mean(segments(cell["eos_rate"])[-1] for cell in whole) if whole else float("nan"),
+        {step: [100 * cell["evaluation"][step]["sampled"] for cell in whole] for step in steps},
         [f"seed {cell['seed']}: {cell['error']}" for cell in cells if cell["error"] is not None],
-    )
+    )  # fmt: skip
 
 
 def untrained(rows: list[Row]) -> Row:
     """The model before training, as a row of its own: the same problems and random numbers at each seed."""
     before = {seed: value for row in rows for seed, value in row.before.items()}
-    return Row("before training", {}, before, {}, [], float("nan"), [])
+    sampled, greedy = ({seed: value[key] for seed, value in before.items()} for key in ("sampled", "greedy"))
+    return Row("before training", {}, sampled, greedy, {}, {}, {}, {}, [], {}, [])
 
 
 def segments(values: list[float]) -> list[float]:
@@ -154,7 +166,7 @@ def segments(values: list[float]) -> list[float]:
 
 def write_report(grid: Grid, records: list[dict], output: Path) -> str:
     """Write OUTPUT/report.md and return its text."""
-    rows = [row for row in collect(grid, records) if row.after or row.errors]
+    rows = [row for row in collect(grid, records) if row.sampled or row.errors]
     rows.insert(0, untrained(rows))
     text = "\n\n".join(part for part in (_header(grid, records, rows), *_answer(grid, rows)) if part) + "\n"
     (output / "report.md").write_text(text, encoding="utf-8")
@@ -162,7 +174,7 @@ def write_report(grid: Grid, records: list[dict], output: Path) -> str:
 
 
 def _header(grid: Grid, records: list[dict], rows: list[Row]) -> str:
-    cells = sum(len(row.after) + len(row.errors) for row in rows[1:])
+    cells = sum(len(row.sampled) + len(row.errors) for row in rows[1:])
     first, seeds = records[0], ", ".join(map(str, grid.seeds))
     commits = ", ".join(sorted({str(record["git_commit"])[:10] for record in records}))
     common = " ".join(f"--{name} {value}" for name, value in grid.common.items())
@@ -181,13 +193,13 @@ def _answer(grid: Grid, rows: list[Row]) -> list[str]:
     if baseline is None:
         return ["The baseline has not been measured yet.", _curves(rows)]
     others = [row for row in rows if row is not baseline]
-    after = {row.name: paired_difference(row.after, baseline.after) for row in others}
-    training = {row.name: paired_difference(row.training, baseline.training) for row in others}
-    settled = holm(after), holm(training)
+    sampled = {row.name: paired_difference(row.sampled, baseline.sampled) for row in others}
+    greedy = {row.name: paired_difference(row.greedy, baseline.greedy) for row in others}
+    settled = holm(sampled), holm(greedy)
     return [
-        _verdict("held-out accuracy after training", after, settled[0], grid.baseline),
-        _verdict("rollout accuracy averaged over training", training, settled[1], grid.baseline),
-        _table(grid, rows, after, training, settled),
+        _verdict("sampled held-out accuracy after training", sampled, settled[0], grid.baseline),
+        _verdict("greedy held-out accuracy after training", greedy, settled[1], grid.baseline),
+        _table(grid, rows, sampled, greedy, settled),
         _contrasts(grid, rows),
         _curves(rows),
         _failures(rows),
@@ -217,19 +229,21 @@ def _verdict(what: str, differences: dict[str, Difference | None], settled: set[
     )
 
 
-def _table(grid: Grid, rows: list[Row], after: dict, training: dict, settled: tuple[set[str], set[str]]) -> str:
+def _table(grid: Grid, rows: list[Row], sampled: dict, greedy: dict, settled: tuple[set[str], set[str]]) -> str:
     lines = [
-        f"| row | held-out % | to {grid.baseline} | % over training | to {grid.baseline} | EOS % at the end |",
-        "|---|---|---|---|---|---|",
+        f"| row | sampled % | to {grid.baseline} | greedy % | to {grid.baseline} | repaired % | broken % | leaps % |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [row.name]
-        for values, differences, sure in ((row.after, after, settled[0]), (row.training, training, settled[1])):
+        for values, differences, sure in ((row.sampled, sampled, settled[0]), (row.greedy, greedy, settled[1])):
             cells += [_mean_std(values), _interval(differences.get(row.name), row.name in sure)]
-        lines.append("| " + " | ".join([*cells, "-" if isnan(row.ends) else f"{100 * row.ends:.0f}"]) + " |")
+        cells += [_mean_std(values) for values in (row.repaired, row.broken, row.leaps)]
+        lines.append("| " + " | ".join(cells) + " |")
     note = (
-        "Mean ± standard deviation over training seeds; difference [95 % interval] paired by seed; ** settled after "
-        "Holm's correction. `% over training` is the mean accuracy of all rollouts of training, at its temperature."
+        "Held-out problems. Mean ± standard deviation over training seeds; difference [95 % interval] paired by seed; "
+        "** settled after Holm's correction. Repaired: facts wrong before and right after; broken: facts right "
+        "before and wrong after; leaps: solutions that take all that is left at once. All three of greedy solutions."
     )
     return "\n".join([*lines, "", note])
 
@@ -239,13 +253,13 @@ def _contrasts(grid: Grid, rows: list[Row]) -> str:
     pairs = [(by_name[a], by_name[b]) for a, b in grid.contrasts if a in by_name and b in by_name]
     if not pairs:
         return ""
-    after = {f"{a.name} - {b.name}": paired_difference(a.after, b.after) for a, b in pairs}
-    training = {f"{a.name} - {b.name}": paired_difference(a.training, b.training) for a, b in pairs}
-    sure = holm(after), holm(training)
-    lines = ["## One thing changed at a time", "", "| contrast | held-out | over training |", "|---|---|---|"]
+    sampled = {f"{a.name} - {b.name}": paired_difference(a.sampled, b.sampled) for a, b in pairs}
+    greedy = {f"{a.name} - {b.name}": paired_difference(a.greedy, b.greedy) for a, b in pairs}
+    sure = holm(sampled), holm(greedy)
+    lines = ["## One thing changed at a time", "", "| contrast | sampled | greedy |", "|---|---|---|"]
     lines += [
-        f"| {name} | {_interval(after[name], name in sure[0])} | {_interval(training[name], name in sure[1])} |"
-        for name in after
+        f"| {name} | {_interval(sampled[name], name in sure[0])} | {_interval(greedy[name], name in sure[1])} |"
+        for name in sampled
     ]
     return "\n".join(lines)
 
@@ -259,6 +273,13 @@ def _curves(rows: list[Row]) -> str:
     lines += ["| row | " + " | ".join(heads) + " |", "|---" * (width + 1) + "|"]
     for row in rows:
         lines += ["| " + " | ".join([row.name, *(f"{value:.1f}" for value in row.curve)]) + " |"] if row.curve else []
+    steps = max((list(row.held_out) for row in rows), key=len)
+    if len(steps) > 2:
+        lines += ["", "Sampled held-out accuracy, %, after so many steps, mean over seeds.", ""]
+        lines += ["| row | " + " | ".join(steps) + " |", "|---" * (len(steps) + 1) + "|"]
+        for row in rows:
+            values = [f"{mean(row.held_out[step]):.1f}" for step in steps if step in row.held_out]
+            lines += ["| " + " | ".join([row.name, *values]) + " |"] if values else []
     return "\n".join(lines)
 
 

@@ -1,12 +1,14 @@
-"""The controlled study: which tokens to weight, under one loss and clip, with the same problems and several seeds.
+"""The controlled study: which tokens to weight, how to clip, what to show the teacher; one thing changed at a time.
 
-    python -m experiments.study                        run what is missing of the grid below, then write the report
+    python -m experiments.study                        what is missing of the embedded world's grid, then the report
+    python -m experiments.study --grid leap            a world in which early teacher tokens mislead
     python -m experiments.study --grid mine.json       a grid of your own, {"common": {}, "seeds": [], "rows": {}}
     python -m experiments.study --report_only          the report again, from the cells measured so far
 
 A cell is one run of train.py: one row's options and one seed. Rows share seeds, hence problems, their order and the
 random numbers of sampling, so rows are compared in pairs. OUTPUT_DIR/cells.jsonl gets one line per finished cell and is
-all that the report is made from; a cell that stands there is never run again.
+all that the report is made from; a cell that stands there is never run again. The rules of experiments/rules.py are
+registered as a fork would register its own.
 """
 
 from __future__ import annotations
@@ -24,76 +26,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from experiments.grids import GRIDS, Grid
 from experiments.report import write_report
 from problems import InputError
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Options are flags of train.py, without the dashes; a row's come on top of the common ones."""
-
-    common: dict[str, object]
-    seeds: list[int]
-    rows: dict[str, dict[str, object]]
-    baseline: str = "OPSD"
-    contrasts: list[tuple[str, str]] = field(default_factory=list)  # (row, row) pairs to compare besides the baseline
-
-    def options(self, row: str) -> dict[str, object]:
-        return {**self.common, **self.rows[row]}
-
-
-def _schedule(name: str) -> dict[str, object]:
-    return {"method": "pwopsd", "schedule": name}
-
-
-GRID = Grid(
-    # Short of the ceiling on purpose: after 30 steps at 1e-3 OPSD is 99 % right, and rows could not be told apart.
-    common={"num_steps": 12, "learning_rate": 5e-4, "eval_samples": 2},
-    seeds=[0, 1, 2, 3, 4, 5],
-    rows={
-        "OPSD": {"method": "opsd"},
-        "EOPD": {"method": "eopd"},
-        # That paper switches its mask at step 50 of 150.
-        "REOPOLD": {"method": "reopold", "switch_step": 4},
-        "PW-OPSD Moderate": {"method": "pwopsd"},
-        # Table 6: weights (uniform, Moderate) x reduction (over tokens, per sequence); the other two cells stand above.
-        "uniform, per sequence": {"method": "opsd", "reduction": "sequence_mean"},
-        "Moderate, over tokens": {"method": "pwopsd", "reduction": "token_mean"},
-        "Mild": _schedule("mild"),
-        "Sharp": _schedule("sharp"),
-        "Aggressive": _schedule("aggressive"),
-        "reversed Moderate": _schedule("reversed"),
-        "linear up": _schedule("linear_up"),
-        "linear down": _schedule("linear_down"),
-        "step": _schedule("step"),
-        "Moderate, mean 1": _schedule("moderate_mean1"),
-        "OPSD, no clip": {"method": "opsd", "clip": "inf"},
-        "OPSD, clip 0.2": {"method": "opsd", "clip": 0.2},
-        "OPSD, clip 0.05": {"method": "opsd", "clip": 0.05},
-        "Moderate, no clip": {"method": "pwopsd", "clip": "inf"},
-        "Moderate, clip 0.2": {"method": "pwopsd", "clip": 0.2},
-        "Moderate, clip 0.05": {"method": "pwopsd", "clip": 0.05},
-        # 0.99 would leave the average near its start for all of so short a run.
-        "OPSD, EMA teacher": {"method": "opsd", "teacher": "ema", "ema_decay": 0.9},
-        "OPSD, live teacher": {"method": "opsd", "teacher": "live"},
-    },
-    contrasts=[
-        ("PW-OPSD Moderate", "reversed Moderate"),
-        ("linear up", "linear down"),
-        ("PW-OPSD Moderate", "uniform, per sequence"),
-        ("reversed Moderate", "uniform, per sequence"),
-        ("Moderate, mean 1", "PW-OPSD Moderate"),
-        ("PW-OPSD Moderate", "Moderate, over tokens"),
-        ("Moderate, no clip", "OPSD, no clip"),
-        ("Moderate, clip 0.2", "OPSD, clip 0.2"),
-        ("Moderate, clip 0.05", "OPSD, clip 0.05"),
-    ],
-)
+from runtime.flags import run_script
 
 
 def read_grid(path: Path) -> Grid:
@@ -143,16 +84,14 @@ def model_id(name: str) -> str:
 
 def run_cell(cell: Cell, output: Path, keep_checkpoints: bool = False) -> dict:
     """Train a cell, or go on with it, and return its line of cells.jsonl. A loss that is not finite is a result too."""
+    import experiments.rules  # noqa: F401  (registers its rows)
     import train
 
     run = output / "runs" / cell.folder
-    run.mkdir(parents=True, exist_ok=True)
-    before = known_before(cell, read_cells(output / "cells.jsonl"))
-    if before is not None and not (run / "evaluation.json").exists():
-        (run / "evaluation.json").write_text(json.dumps({"before": before}))
+    share_start(cell, output, run)
     flags = [f"--{name}={value}" for name, value in {**cell.options, "seed": cell.seed}.items()]
     started, error, argv, on_sigterm = time.time(), None, sys.argv, signal.getsignal(signal.SIGTERM)
-    with (run / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+    with run.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         sys.argv = ["train.py", *flags, f"--output_dir={run}", "--resume=true"]
         try:
             train.main()
@@ -167,29 +106,43 @@ def run_cell(cell: Cell, output: Path, keep_checkpoints: bool = False) -> dict:
     return {**asdict(cell), **measured(run, error), "error": error, "seconds": round(time.time() - started, 1)}
 
 
-def known_before(cell: Cell, records: list[dict]) -> float | None:
-    """Accuracy before training, if another row has measured it: rows share the model and the evaluation's samples."""
+EVALUATION_FILES = ("evaluation.json", "heldout.jsonl")
+
+
+def share_start(cell: Cell, output: Path, run: Path) -> None:
+    """Give a new run the held-out samples before training, if another row has them: they share model and streams."""
 
     def evaluation(options: dict) -> dict:
         return {name: value for name, value in options.items() if name.startswith(("eval_", "max_new_tokens"))}
 
-    for record in records:
+    run.mkdir(parents=True, exist_ok=True)
+    if (run / EVALUATION_FILES[0]).exists():
+        return
+    for record in read_cells(output / "cells.jsonl"):
         same = (record["seed"], record["model_id"]) == (cell.seed, cell.model_id)
-        if same and evaluation(record["options"]) == evaluation(cell.options) and record["before"] is not None:
-            return record["before"]
-    return None
+        other = output / "runs" / Cell(record["row"], record["options"], record["seed"], record["model_id"]).folder
+        if same and evaluation(record["options"]) == evaluation(cell.options) and (other / "heldout.jsonl").exists():
+            rows = [row for row in read_lines(other / "heldout.jsonl") if row["step"] == 0]
+            start = json.loads((other / "evaluation.json").read_text())["0"]
+            (run / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (run / "evaluation.json").write_text(json.dumps({"0": start}))
+            return
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def measured(run: Path, error: str | None) -> dict:
     """What a finished run's files say, short enough to be committed."""
-    evaluation = json.loads((run / "evaluation.json").read_text()) if error is None else {"before": None, "after": None}
-    if "after" not in evaluation:
-        raise InputError(f"{run}: stopped before its end; the same command goes on with it")
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     record = json.loads((run / "config.json").read_text())
+    evaluation, last = json.loads((run / "evaluation.json").read_text()), str(record["config"]["num_steps"])
+    if error is None and last not in evaluation:
+        raise InputError(f"{run}: stopped before its end; the same command goes on with it")
+    steps, held_out = read_lines(run / "metrics.jsonl"), read_lines(run / "heldout.jsonl")
     return {
-        "before": evaluation["before"],
-        "after": evaluation["after"],
+        "evaluation": evaluation,
+        "behaviour": {step: behaviour(held_out, int(step)) for step in evaluation},
         "accuracy": [step["accuracy"] for step in steps],
         "mean_length": [round(step["mean_length"], 2) for step in steps],
         "eos_rate": [step["eos_rate"] for step in steps],
@@ -197,6 +150,22 @@ def measured(run: Path, error: str | None) -> dict:
         "git_commit": record.get("git_commit"),
         "versions": record.get("versions"),
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+    }
+
+
+def behaviour(held_out: list[dict], step: int) -> dict:
+    """What accuracy hides, of the greedy solutions after `step` steps: facts repaired and broken, leaps."""
+    from experiments.worlds import leaps, repaired_and_broken
+
+    before, after = (
+        [row["text"] for row in held_out if row["step"] == number and row["decoding"] == "greedy"]
+        for number in (0, step)
+    )
+    change = repaired_and_broken(before, after)
+    return {
+        "repaired": change.repaired / change.wrong_before if change.wrong_before else None,
+        "broken": change.broken / change.right_before if change.right_before else None,
+        "leaps": sum(map(leaps, after)) / len(after),
     }
 
 
@@ -266,7 +235,7 @@ def visible_gpus() -> list[str]:
 
 def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
     """Run the missing cells, adding each to cells.jsonl as it finishes; returns all of its records."""
-    from checkpoint import write_atomically
+    from runtime.run_folder import write_atomically
 
     path = output / "cells.jsonl"
     records = read_cells(path)
@@ -281,26 +250,35 @@ def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
     return records
 
 
+def command(cell: Cell, output: Path) -> str:
+    """A cell as a line of the shell, for machines on which the study itself does not run."""
+    flags = " ".join(f"--{name} {value}" for name, value in {**cell.options, "seed": cell.seed}.items())
+    return f"torchrun train.py {flags} --output_dir {output / 'runs' / cell.folder}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", type=Path, help="JSON file; default: the grid in this file")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/study"), help="cells.jsonl and report.md")
+    parser.add_argument("--grid", default="embedded", help=f"{', '.join(GRIDS)} (experiments/grids.py), or a JSON file")
+    parser.add_argument("--output_dir", type=Path, help="cells.jsonl and report.md; default runs/study-GRID")
     parser.add_argument("--workers", type=int, default=0, help="cells at a time; default: one per GPU, else per core")
+    parser.add_argument("--dry_run", action="store_true", help="print the missing cells' commands, run nothing")
     parser.add_argument("--report_only", action="store_true", help="run nothing")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    grid = read_grid(args.grid) if args.grid else GRID
+    grid = GRIDS[args.grid] if args.grid in GRIDS else read_grid(Path(args.grid))
+    output = args.output_dir or Path(f"runs/study-{Path(args.grid).stem}")
+    if args.dry_run:
+        return print(
+            "\n".join(command(cell, output) for cell in missing_cells(grid, read_cells(output / "cells.jsonl")))
+        )
     if args.report_only:
-        records = read_cells(args.output_dir / "cells.jsonl")
+        records = read_cells(output / "cells.jsonl")
     else:
-        records = run_grid(grid, args.output_dir, args.workers or len(visible_gpus() or os.sched_getaffinity(0)))
+        records = run_grid(grid, output, args.workers or len(visible_gpus() or os.sched_getaffinity(0)))
     if not records:
-        raise InputError(f"--output_dir {args.output_dir}: no cells have been measured there")
-    print(write_report(grid, records, args.output_dir))
+        raise InputError(f"--output_dir {output}: no cells have been measured there")
+    return print(write_report(grid, records, output))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -1,3 +1,7 @@
+import json
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from test_model import PROMPTS, RESPONSES, randomise
@@ -7,11 +11,16 @@ from problems import InputError, Problem
 from teacher import (
     DIAGNOSTIC_PROMPT,
     EVALUATION_PROMPT,
+    PAPER_PROMPTS,
+    REFERENCES,
     STUDENT_PROMPT,
     TEACHER_PROMPT,
+    Prompts,
     Teacher,
+    choose_reference,
     encode_prompt,
     fill,
+    load_prompts,
     student_prompt,
     teacher_prompt,
 )
@@ -91,6 +100,50 @@ def test_a_tokenizer_without_template_is_said(checkpoint):
         student_prompt(tokenizer, PROBLEM)
 
 
+@pytest.mark.parametrize(
+    "broken", ["{{ raise_exception('no') }}", "{% if %}", "{{ messages[7].content }}", "{{ 1 / 0 }}"]
+)
+def test_a_template_that_fails_is_said_in_one_line(checkpoint, broken):
+    tokenizer = load_tokenizer(checkpoint)
+    tokenizer.chat_template = broken
+    with pytest.raises(InputError, match="the chat template fails") as caught:
+        student_prompt(tokenizer, PROBLEM)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_control_token_that_a_problem_spells_stays_text(checkpoint, family):
+    """Turns, ends and thoughts are opened and closed by the template alone."""
+    tokenizer = load_tokenizer(checkpoint)
+    plain = Problem("What is 1+1?", "It is \\boxed{2}.", "2")
+    for token in [*tokenizer.all_special_tokens, "<think>", "</think>", "<|im_start|>", "<｜User｜>"]:
+        for text in (token, f"a {token} b", f"{token}{token}", f"{token}\nuser\n{token}", f" \ue000{token} "):
+            problem = Problem(f"What is {text}?", f"It is {text}.", "2")
+            for prompt in (student_prompt, teacher_prompt):
+                ids, usual = prompt(tokenizer, problem), prompt(tokenizer, plain)
+                for control in tokenizer.get_added_vocab().values():
+                    assert ids.count(control) == usual.count(control)
+                shown = tokenizer.decode(ids)
+                assert problem.problem in shown and (prompt is student_prompt or problem.solution in shown)
+
+
+def test_a_problem_without_control_tokens_is_encoded_in_one_piece(checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    for text in ("if x<y and y>z, <b>, <|im", "\ue000 and \uf8fe", "\n\n  1+1"):
+        problem = Problem(text, "s", "2")
+        messages = [{"role": "user", "content": fill(STUDENT_PROMPT, problem)}]
+        whole = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        expected = tokenizer.encode(whole, add_special_tokens=False)
+        assert encode_prompt(tokenizer, STUDENT_PROMPT, problem, enable_thinking=True) == expected
+
+
+def test_a_tokenizer_that_cannot_spell_its_control_token_says_so():
+    """The embedded model's words hold no angle brackets."""
+    with pytest.raises(InputError, match=r"cannot encode a control token as text, in the problem 'What is <\|im_end"):
+        student_prompt(load_tokenizer("tiny"), Problem("What is <|im_end|>?", "s", "2"))
+
+
 @pytest.fixture
 def student(checkpoint):
     model = load_model(checkpoint, device="cpu")
@@ -156,3 +209,103 @@ def test_fixed_teacher_of_full_fine_tuning_is_a_copy(checkpoint):
 def test_unknown_teacher_is_said(student):
     with pytest.raises(InputError, match="fixed, ema, live"):
         Teacher(student, "frozen")
+
+
+def test_the_average_of_all_weights_holds_two_copies(checkpoint):
+    """The student and one copy that is scored with and averaged in place: no third set of weights."""
+    student = load_model(checkpoint, device="cpu")
+    teacher = Teacher(student, "ema")
+    storages = {p.data_ptr() for p in [*student.parameters(), *teacher.copy.parameters(), *teacher.average]}
+    assert len(storages) == 2 * len(list(student.parameters()))
+
+
+# What the teacher is shown
+
+SUMS = [Problem(f"{a}+1", f"{a}+1=\\boxed{{{a + 1}}}", str(a + 1)) for a in range(1, 8)]
+
+
+def chosen(kind: str, seed: int = 0) -> tuple[list[Problem], Prompts]:
+    return choose_reference(kind, SUMS, PAPER_PROMPTS, np.random.default_rng(seed))
+
+
+def test_references_by_hand():
+    assert chosen("own") == (SUMS, PAPER_PROMPTS)
+    answers, _ = chosen("answer")
+    assert [p.solution for p in answers] == ["2", "3", "4", "5", "6", "7", "8"]
+    none, prompts = chosen("none")
+    assert {p.solution for p in none} == {""}
+    assert (prompts.teacher, prompts.teacher_thinking) == (STUDENT_PROMPT, True)
+
+
+def test_another_problems_reference_is_never_ones_own_and_each_is_used_once():
+    for seed in range(20):
+        others, _ = chosen("other", seed)
+        assert sorted(p.solution for p in others) == sorted(p.solution for p in SUMS)
+        assert all(given.solution != own.solution for given, own in zip(others, SUMS, strict=True))
+    assert chosen("other", 1) == chosen("other", 1) != chosen("other", 2)
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_the_student_never_sees_the_reference(checkpoint, kind):
+    """The student's ids are those of the bare problem; the teacher's hold what the option says."""
+    tokenizer = load_tokenizer(checkpoint)
+    shown, prompts = chosen(kind)
+    for own, given in zip(SUMS, shown, strict=True):
+        assert (given.problem, given.answer) == (own.problem, own.answer)
+        assert student_prompt(tokenizer, given, prompts) == student_prompt(tokenizer, own)
+        blank = Problem(given.problem, "", "")
+        assert student_prompt(tokenizer, given, prompts) == student_prompt(tokenizer, blank, prompts)
+        text = tokenizer.decode(teacher_prompt(tokenizer, given, prompts))
+        assert ("Reference Solution Begin" in text) == (kind != "none")
+        assert kind == "none" or f"Begin ===\n{given.solution}\n===" in text
+        if kind == "none":
+            assert teacher_prompt(tokenizer, given, prompts) == encode_prompt(tokenizer, STUDENT_PROMPT, own, True)
+
+
+def test_wrong_references_are_said():
+    with pytest.raises(InputError, match="own, other, none, answer"):
+        chosen("hers")
+    with pytest.raises(InputError, match="problem 0 has no answer"):
+        choose_reference("answer", [Problem("a", "b", "")], PAPER_PROMPTS, np.random.default_rng(0))
+    with pytest.raises(InputError, match="only one problem"):
+        choose_reference("other", SUMS[:1], PAPER_PROMPTS, np.random.default_rng(0))
+
+
+# Templates and thinking modes of one's own
+
+
+def test_templates_from_a_file(checkpoint, tmp_path):
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({"teacher": "{problem} \\frac{a}{b} It is {answer}: {solution}"}))
+    prompts = load_prompts(str(path))
+    assert prompts == replace(PAPER_PROMPTS, teacher="{problem} \\frac{a}{b} It is {answer}: {solution}")
+    assert fill(prompts.teacher, SUMS[0]) == "1+1 \\frac{a}{b} It is 2: 1+1=\\boxed{2}"
+    assert load_prompts(None) is PAPER_PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("not json", "cannot be read as JSON"),
+        ("[]", "expected an object with some of student, teacher"),
+        ('{"pupil": "{problem}"}', "expected an object"),
+        ('{"student": 1}', "student: must be a text"),
+        ('{"student": "{question}"}', "student: {problem} is missing"),
+        ('{"student": "{problem} \\\\boxed{answer}"}', "student: must not show {answer}"),
+        ('{"evaluation": "{problem} {solution}"}', "evaluation: must not show {solution}"),
+        ('{"diagnostic": "{problem}"}', "diagnostic: {answer} is missing"),
+    ],
+)
+def test_wrong_templates_name_file_and_template(tmp_path, content, words):
+    path = tmp_path / "prompts.json"
+    path.write_text(content)
+    with pytest.raises(InputError) as caught:
+        load_prompts(str(path))
+    assert str(path) in str(caught.value) and words in str(caught.value)
+
+
+def test_each_context_thinks_as_asked(checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    swapped = replace(PAPER_PROMPTS, student_thinking=True, teacher_thinking=False)
+    assert student_prompt(tokenizer, PROBLEM, swapped) == encode_prompt(tokenizer, STUDENT_PROMPT, PROBLEM, True)
+    assert teacher_prompt(tokenizer, PROBLEM, swapped) == encode_prompt(tokenizer, TEACHER_PROMPT, PROBLEM, False)

@@ -17,7 +17,8 @@ from experiments.worlds import (
     repaired_and_broken,
     trace,
 )
-from problems import answers_match, extract_boxed, tiny_problems, tiny_split
+from problems import extract_boxed, tiny_problems, tiny_split
+from runtime.grading import answers_match
 
 FACTS = [(total, addend) for total in range(1, 55) for addend in range(1, 10)]
 TRY = re.compile(r"(\d+)\+(\d)=(\d+)([;!])")

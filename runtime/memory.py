@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from loss import CHUNK_TOKENS
+from loss import CHUNK_BYTES
 from problems import InputError
 from teacher import Teacher
 
 # Bytes that one block keeps per token for its backward pass over the bytes of its linear maps' inputs and outputs,
 # measured with Qwen3, Llama and Olmo 3 (tests/test_memory.py): norms and rotations keep float32 copies.
 SAVED_PER_LINEAR_BYTE = {4: 1.2, 2: 1.55}
-LOSS_BUFFERS = 6  # [CHUNK_TOKENS, V] float32 tensors that loss.py holds at its peak, one of them to spare
+LOSS_BUFFERS = 6  # tensors of CHUNK_BYTES that loss.py holds at its peak, one of them to spare
 SAMPLING_BUFFERS = 6  # [B, V] float32 tensors of sorting and summing the next token's probabilities
 USABLE = 0.92  # of the free memory: allocators waste some, and kernels have workspaces
 
@@ -105,7 +105,7 @@ def _plan(model, teacher, student_tokens, teacher_tokens, max_new_tokens, local_
     return MemoryPlan(
         weights=frozen + copies, trained=trained, optimizer=3 * trained,
         sampling=cache + SAMPLING_BUFFERS * local_batch * V * 4, activations=activations,
-        loss=LOSS_BUFFERS * CHUNK_TOKENS * V * 4 + states, micro_batch_size=size,
+        loss=LOSS_BUFFERS * min(CHUNK_BYTES, size * max_new_tokens * V * 4) + states, micro_batch_size=size,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What train.py logs of a step. The formulas of the metrics stand in the README."""
+"""What a training step logs, and the warning about a run that looks collapsed. Formulas: docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -9,46 +9,31 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from experiments.ranks import gather_objects, sum_over_ranks
-from loss import LossTerms
+from loss import TokenScores
+from runtime.ranks import gather_objects
 
 
-class StepSums:
-    """What the micro-batches of a step add up to: the loss's fraction and token statistics by tenth of the solution."""
+class TokenMetrics:
+    """Sums of token statistics by tenth of the solution, over a step's micro-batches; `table` adds up over ranks."""
 
     NAMES = ("tokens", "divergence", "weight", "clipped_mass", "student_entropy", "teacher_entropy")
 
     def __init__(self, device: torch.device) -> None:
-        self.numerator, self.denominator = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.deciles = torch.zeros(10, len(self.NAMES), device=device)
-        self.bad: list[int] = []  # problems of micro-batches whose loss is not finite
+        self.table = torch.zeros(10, len(self.NAMES), device=device)
 
-    def add(self, terms: LossTerms, problems: list[int]) -> None:
-        self.numerator += terms.numerator.detach()
-        self.denominator += terms.denominator
-        if not terms.numerator.isfinite():
-            self.bad += problems
-        scores = terms.scores
+    def add(self, r_M: Tensor, weight_M: Tensor, scores: TokenScores) -> None:
         columns = torch.stack(
             [
-                torch.ones_like(terms.weight), scores.loss.detach(), terms.weight, scores.clipped_mass,
+                torch.ones_like(weight_M), scores.loss.detach(), weight_M, scores.clipped_mass,
                 scores.student_entropy, scores.teacher_entropy,
             ],
             dim=1,
         )  # fmt: skip
-        self.deciles.index_add_(0, (terms.relative_position * 10).long().clamp(max=9), columns)
+        self.table.index_add_(0, (r_M.to(self.table.device) * 10).long().clamp(max=9), columns)
 
-    def over_ranks(self) -> Tensor:
-        """Add up all ranks; returns the loss of the whole step."""
-        for tensor in (self.numerator, self.denominator, self.deciles):
-            sum_over_ranks(tensor)
-        self.denominator.clamp_(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
-        self.bad = sorted(problem for part in gather_objects(self.bad) for problem in part)
-        return self.numerator / self.denominator
-
-    def token_metrics(self) -> dict:
+    def means(self) -> dict:
         """Means over the step's tokens, and by tenth of the solution (null where no token lies)."""
-        rows, total = self.deciles.tolist(), self.deciles.sum(dim=0).tolist()
+        rows, total = self.table.tolist(), self.table.sum(dim=0).tolist()
         columns = list(enumerate(self.NAMES))[1:]
         means = {name: total[i] / total[0] for i, name in columns}
         return {**means, "by_decile": {name: [r[i] / r[0] if r[0] else None for r in rows] for i, name in columns}}

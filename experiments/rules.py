@@ -1,0 +1,205 @@
+"""Rules of later work as rows of the table: how else to weight tokens, and how else to clip.
+
+    import experiments.rules        # from here on `--method scgate` and `--schedule suffix` are known to every script
+
+Written as a fork would write it: a schedule of position is a line of weighting.SCHEDULES, a method a row of
+loss.METHODS, and the rest of the file is the function each row needs. Rows of the first table differ from OPSD in the
+weight alone: they train on the clipped divergence of Eq. (1), whatever loss their source uses (said at each rule), so
+the clip is theirs too. A weight that keeps some tokens and drops the others (0 or 1) is divided by the number kept
+(`weighted_mean`), as in the sources; the others are averaged over all tokens (`token_mean`), as in Eq. (1).
+
+A weight carries no gradient. Rules by score see what loss.TokenScores holds, at T_distill. Left out, since their
+sources give a name only: MetaOPD (arXiv 2610.11989), beta-OPSD (arXiv 2607.28582).
+
+Axes: M valid tokens of a batch, row after row; L one row's tokens; V vocabulary. Weights have the signature of every
+token weight, (scores, lengths, step, options) -> [M]; a keyword is a number of the source, set with functools.partial.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+import loss
+import weighting
+from loss import LossOptions, Method, TokenScores
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights by position
+
+
+def prefix(r: Tensor, share: float = 0.3) -> Tensor:
+    """1[r <= share]: the first tokens only.
+
+    On-policy distillation from prefixes (arXiv 2602.15260) and TOPD (arXiv 2605.31490) also stop sampling there, which
+    saves the rollout; here the whole solution is sampled. IW-OPD (arXiv 2606.22600) reports the first 30 % to do about
+    as well as all tokens, and the last 30 % to teach hardly anything.
+    """
+    return (r <= share).float()
+
+
+def suffix(r: Tensor, share: float = 0.3) -> Tensor:
+    """1[r >= 1 - share]: the last tokens only, the limit of Eq. (5) at w_min = 0, tau = 1 - share, s -> 0."""
+    return (r >= 1.0 - share).float()
+
+
+def skip(scores: TokenScores, lengths: list[int], step: int, options: LossOptions, first: int = 3) -> Tensor:
+    """1[t > first], t = 1..L: all but a row's first tokens, where the teacher's own prompt shows most.
+
+    TRL's SDFT trainer, `num_loss_tokens_to_skip` (default 0; 3 in the scripts of SDFT), on a top-k JSD, mean over the
+    tokens kept in each row, then over rows; here over all tokens kept.
+    """
+    position_M = torch.cat([torch.arange(1, length + 1) for length in lengths])
+    return (position_M > first).float().to(scores.loss.device)
+
+
+def shuffled(scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
+    """Moderate's weights in a random order within each row: a control with Eq. (5)'s weights and without its positions.
+
+    Drawn from torch's generator, which train.py seeds at each step.
+    """
+    rows = weighting.SCHEDULES["moderate"](weighting.relative_position(lengths)).split(lengths)
+    return torch.cat([row[torch.randperm(len(row))] for row in rows]).to(scores.loss.device)
+
+
+weighting.SCHEDULES["prefix"] = prefix
+weighting.SCHEDULES["suffix"] = suffix
+loss.METHODS["prefix"] = Method(loss.clipped_divergence, "prefix", loss.weighted_mean, clips=True)
+loss.METHODS["suffix"] = Method(loss.clipped_divergence, "suffix", loss.weighted_mean, clips=True)
+loss.METHODS["shuffled"] = Method(loss.clipped_divergence, shuffled, loss.sequence_mean, clips=True)
+loss.METHODS["skip"] = Method(loss.clipped_divergence, skip, loss.weighted_mean, clips=True)
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights by score, within each row
+
+
+def iw_opd(scores: TokenScores, lengths: list[int], step: int, options: LossOptions, gamma: float = 0.5) -> Tensor:
+    """w_t = 1 + gamma (1 - sum_{k<t} |A_k| / sum_k |A_k|), A = log p_T(y) - log p_S(y), never rising.
+
+    IW-OPD (arXiv 2606.22600; its authors' code, `iw_opd_weight_max` = 1 + gamma; TRL's IW-OPD trainer): the more the
+    prefix already disagrees with the teacher, the less its next token counts. There on the policy-gradient loss
+    -w A log p_S(y) (row `iw_opd_pg`), mean over all tokens. A row with A = 0 everywhere has nothing to divide by: its
+    weights are 1 + gamma.
+    """
+    gap_M = (scores.teacher_logprob - scores.student_logprob).abs()
+    rows = []
+    for gap_L in gap_M.split(lengths):
+        before_L = gap_L.cumsum(0) - gap_L
+        rows.append(1.0 + gamma * (1.0 - before_L / gap_L.sum().clamp(min=1e-8)))
+    return torch.cat(rows)
+
+
+def dash(scores: TokenScores, lengths: list[int], step: int, options: LossOptions, kappa: float = 5.0) -> Tensor:
+    """w_1 = 1, w_t = 1 + lambda_{t-1} w_{t-1}, lambda_t = sigmoid(-kappa (d_t - mean d)), d the row's token losses.
+
+    DASH (arXiv 2608.06243; its published summaries, which agree; the authors' code could not be had): the loss
+    1/T sum_t A_t of the backward recursion A_t = d_t + sg(lambda_t) A_{t+1}, A_T = d_T, in which d_t stands w_t times.
+    d is the clipped divergence there as here (tau_clip 0.05). A token counts more after a run of tokens below the
+    row's mean, and at most t times. There the mean over a rollout's tokens; here over all tokens.
+    """
+    rows = []
+    for loss_L in scores.loss.split(lengths):
+        lambda_L = torch.sigmoid(-kappa * (loss_L - loss_L.mean())).tolist()
+        rows.append(torch.tensor(list(accumulate(lambda_L[:-1], lambda w, gate: 1.0 + gate * w, initial=1.0))))
+    return torch.cat(rows).to(scores.loss)
+
+
+def scgate(scores: TokenScores, lengths: list[int], step: int, options: LossOptions, most: float = 0.99) -> Tensor:
+    """1[p_S(y_t) <= most]: not where the student is sure of its token.
+
+    Neighborhood OPSD (arXiv 2609.39687), Eq. (13), the online gate, which it also tests on plain OPSD with one teacher;
+    divided by the number of tokens kept, on the entry-clipped forward KL (clip 0.06 there).
+    """
+    return (scores.student_logprob.exp() <= most).float()
+
+
+loss.METHODS["iw_opd"] = Method(loss.clipped_divergence, iw_opd, loss.token_mean, clips=True)
+loss.METHODS["dash"] = Method(loss.clipped_divergence, dash, loss.token_mean, clips=True)
+loss.METHODS["scgate"] = Method(loss.clipped_divergence, scgate, loss.weighted_mean, clips=True)
+
+# ---------------------------------------------------------------------------------------------------------------
+# A weight by score, across the rows of one call: a micro-batch in training
+
+
+def tip(scores: TokenScores, lengths: list[int], step: int, options: LossOptions, share: float = 0.5) -> Tensor:
+    """1 for the floor(share L) tokens of each row with the largest s = h + d - h d ("soft or"), else 0.
+
+    TIP (arXiv 2604.14084): h is the student's entropy cut at its 0.98 quantile, d the token's divergence, both scaled
+    to [0, 1] by their minimum and maximum over the tokens given: uncertain tokens, and confident ones that the teacher
+    contradicts. d is the row's own token loss, as in the source, where both are KL(student || teacher) of the full
+    vocabulary (row `tip_reverse`). In row `tip` it is Eq. (1), and tau_clip bounds what one entry adds to d: where the
+    teacher insists on one other token, d saturates unless the clip is inf. The abstract, the authors' README and three
+    re-implementations were read, not the method section: two of them take this d and keep a share of each rollout,
+    one takes the forward divergence on the teacher's top tokens and keeps a share of the batch.
+    """
+    entropy_M = scores.student_entropy
+    h_M = _to_unit_range(entropy_M.clamp(max=torch.quantile(entropy_M, 0.98)))
+    d_M = _to_unit_range(scores.loss)
+    rows = []
+    for score_L in (h_M + d_M - h_M * d_M).split(lengths):
+        best = score_L.argsort(descending=True, stable=True)[: int(share * len(score_L))]
+        rows.append(torch.zeros_like(score_L).index_fill(0, best, 1.0))
+    return torch.cat(rows)
+
+
+def _to_unit_range(value_M: Tensor) -> Tensor:
+    """(x - min) / (max - min); 0 where all are equal."""
+    low, high = value_M.aminmax()
+    return (value_M - low) / (high - low).clamp(min=1e-12)
+
+
+loss.METHODS["tip"] = Method(loss.clipped_divergence, tip, loss.weighted_mean, clips=True)
+
+# ---------------------------------------------------------------------------------------------------------------
+# The losses of two sources, with the same weights; `opd` is the row `iw_opd_pg` is to be compared with
+
+
+def sampled_token(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
+    """-A log p_S(y), A = sg(log p_T(y) - log p_S(y)): the policy gradient of on-policy distillation, no clip."""
+    student_M = student_logp_MV.gather(-1, ids_M[:, None]).squeeze(-1)
+    teacher_M = teacher_logp_MV.gather(-1, ids_M[:, None]).squeeze(-1)
+    return -(teacher_M - student_M).detach() * student_M
+
+
+def reverse_divergence(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
+    """KL(p_S || p_T) = sum_j p_S(j) (log p_S(j) - log p_T(j)), no clip."""
+    return loss.divergence_entries(student_logp_MV, teacher_logp_MV, beta=1.0).sum(dim=-1)
+
+
+loss.METHODS["opd"] = Method(sampled_token, "uniform", loss.token_mean)
+loss.METHODS["iw_opd_pg"] = Method(sampled_token, iw_opd, loss.token_mean)
+loss.METHODS["tip_reverse"] = Method(reverse_divergence, tip, loss.weighted_mean)
+
+# ---------------------------------------------------------------------------------------------------------------
+# Clips of a whole token's divergence d_t, the unclipped sum over its entries (options.beta), at options.tau_clip.
+# At beta = 0, with A the entries below the clip and P_A the teacher's mass on them, the clip by entry of Eq. (1) has
+#     T_distill d(loss)/d(student logit i) = P_A p_S(i) - p_T(i) 1[i in A],
+# which pushes a clipped entry down although the teacher wants it up (arXiv 2609.38995, Eq. (5)). The two below do not:
+# a token under the clip has the plain gradient p_S(i) - p_T(i). Users of OPSD asked for the first (its repository,
+# issues 2 and 24; its author reports the clip by entry to work better); the second is this project's own.
+
+
+def token_clip(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
+    """min(d_t, tau_clip): a token above the clip has no gradient.
+
+    At beta = 0, T_distill d(loss)/d(student logit i) = (p_S(i) - p_T(i)) 1[d_t <= tau_clip].
+    """
+    entries_MV = loss.divergence_entries(student_logp_MV, teacher_logp_MV, options.beta)
+    return entries_MV.sum(dim=-1).clamp(max=options.tau_clip)
+
+
+def scaled_clip(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
+    """d_t sg(min(1, tau_clip / d_t)): the value of `token_clip`; above the clip the plain direction, scaled down.
+
+    At beta = 0, T_distill d(loss)/d(student logit i) = (p_S(i) - p_T(i)) min(1, tau_clip / d_t). Rounding can leave d_t
+    just below 0; the factor is 1 there.
+    """
+    d_M = loss.divergence_entries(student_logp_MV, teacher_logp_MV, options.beta).sum(dim=-1)
+    tiny = torch.finfo(d_M.dtype).tiny
+    return d_M * (options.tau_clip / d_M.detach().clamp(min=tiny)).clamp(max=1.0)
+
+
+loss.METHODS["opsd_token_clip"] = Method(token_clip, "uniform", loss.token_mean)
+loss.METHODS["opsd_scaled_clip"] = Method(scaled_clip, "uniform", loss.token_mean)

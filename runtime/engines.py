@@ -1,0 +1,101 @@
+"""Engines: one way to sample for training, evaluation and diagnosis.
+
+An engine has a `name`, `sample(prompts, keys, settings, on_finished)`, which returns the responses in the order of
+the prompts, and `close()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from problems import InputError
+from rollout import OnFinished, Response, Sampling, StreamKey, sample
+
+ENGINES = ("auto", "generate", "continuous", "server")
+LONG_RESPONSE = (
+    2048  # tokens from which `auto` takes continuous batching on a GPU: padding and thin ends then cost more
+)
+
+
+class Engine(Protocol):
+    name: str
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        keys: Sequence[StreamKey],
+        settings: Sampling,
+        on_finished: OnFinished | None = None,
+    ) -> list[Response]: ...
+
+    def close(self) -> None: ...
+
+
+class GenerateEngine:
+    """`rollout.sample` in batches of at most `batch_size` rows, halved where the memory does not hold one."""
+
+    name = "generate"
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        keys: Sequence[StreamKey],
+        settings: Sampling,
+        on_finished: OnFinished | None = None,
+    ) -> list[Response]:
+        responses: list[Response] = []
+        size = self.batch_size or len(prompts)
+        while len(responses) < len(prompts):
+            start, end = len(responses), min(len(responses) + size, len(prompts))
+            try:
+                batch = sample(self.model, self.tokenizer, prompts[start:end], keys[start:end], settings)
+            except torch.OutOfMemoryError:
+                if end - start == 1:
+                    raise InputError(
+                        f"out of GPU memory with one row of up to {settings.max_new_tokens} new tokens: lower "
+                        "--max_new_tokens, or use --engine continuous or --server"
+                    ) from None
+                size = self.batch_size = (end - start) // 2  # what fits now fits later, too
+                torch.cuda.empty_cache()
+                continue
+            if on_finished is not None:
+                for row, response in enumerate(batch, start=start):
+                    on_finished(row, response)
+            responses += batch
+        return responses
+
+    def close(self) -> None:
+        pass
+
+
+def choose_engine(name: str, device: torch.device, max_new_tokens: int) -> tuple[str, str]:
+    """What `--engine` stands for, and why, in words."""
+    if name not in ENGINES:
+        raise InputError(f"--engine {name}: choose one of {', '.join(ENGINES)}")
+    if name != "auto":
+        return name, "as asked"
+    if device.type == "cpu":
+        return "generate", "on a CPU"
+    if max_new_tokens < LONG_RESPONSE:
+        return "generate", f"responses under {LONG_RESPONSE} tokens"
+    return "continuous", f"responses of up to {max_new_tokens} tokens on a GPU"
+
+
+def make_engine(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None
+) -> Engine:
+    """An engine in this process; `name` is generate or continuous."""
+    if name == "continuous":
+        from runtime.continuous import ContinuousEngine
+
+        return ContinuousEngine(model, tokenizer)
+    return GenerateEngine(model, tokenizer, batch_size)

@@ -1,0 +1,60 @@
+"""Ranks: what torchrun starts, and the few collectives of a run; without torchrun each is the identity."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from model import pick_device
+
+
+def start_ranks(device_name: str) -> torch.device:
+    """This rank's device, current before anything touches another GPU; joins the group that torchrun has started."""
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if distributed and device_name in ("auto", "cuda") and torch.cuda.is_available():
+        device_name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before the group: NCCL's object collectives use the current device
+    if distributed and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop_ranks() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather_objects(value: object) -> list:
+    """Every rank's value, on every rank."""
+    gathered = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def wait_for_all() -> None:
+    gather_objects(None)
+
+
+def say(text: str) -> None:
+    """Print a line on the first rank, above a progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+
+
+def hide_bar() -> bool | None:
+    """tqdm's `disable`: True on all ranks but the first; None hides the bar where the output is no terminal."""
+    return None if rank() == 0 else True

@@ -1,0 +1,278 @@
+import math
+
+import pytest
+import torch
+
+import loss
+from experiments import rules
+from loss import LossOptions, TokenScores, method_loss, method_loss_from_hidden
+from weighting import SCHEDULES, position_weight, relative_position
+
+WEIGHTS = {
+    "skip": rules.skip,
+    "iw_opd": rules.iw_opd,
+    "dash": rules.dash,
+    "scgate": rules.scgate,
+    "tip": rules.tip,
+}
+WITHIN_A_ROW = ["prefix", "suffix", "skip", "iw_opd", "dash", "scgate"]
+ROWS = [*WITHIN_A_ROW, "tip", "opd", "iw_opd_pg", "tip_reverse", "opsd_token_clip", "opsd_scaled_clip"]
+TOKEN_CLIPS = {"opsd_token_clip": rules.token_clip, "opsd_scaled_clip": rules.scaled_clip}
+
+
+def scores_of(length, **given):
+    """TokenScores of `length` tokens: the values given, 0 for the others."""
+    values = {name: torch.zeros(length) for name in TokenScores.__dataclass_fields__}
+    return TokenScores(**{**values, **{name: torch.as_tensor(value) for name, value in given.items()}})
+
+
+def weigh(name, scores, lengths, **numbers):
+    """A rule's weights, [M]."""
+    if name in SCHEDULES:
+        return SCHEDULES[name](relative_position(lengths), **numbers)
+    return WEIGHTS[name](scores, lengths, 0, LossOptions(), **numbers)
+
+
+def random_case(lengths=(7, 4, 1), V=9, D=None, seed=0):
+    """Student and teacher values [B, T, D or V], response ids and mask."""
+    draw = torch.Generator().manual_seed(seed)
+    B, T = len(lengths), max(lengths)
+    student, teacher = 2 * torch.randn(2, B, T, D or V, generator=draw)
+    ids = torch.randint(V, (B, T), generator=draw)
+    return student, teacher, ids, torch.arange(T) < torch.tensor(lengths)[:, None]
+
+
+def random_scores(lengths, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    values = torch.rand(len(TokenScores.__dataclass_fields__), sum(lengths), generator=draw)
+    scores = dict(zip(TokenScores.__dataclass_fields__, values, strict=True))
+    scores["student_logprob"] *= -0.03  # probabilities of .97 to 1, on both sides of SCGate's threshold
+    scores["teacher_logprob"] *= -1.0
+    return scores
+
+
+# A value by hand and the limits, rule by rule
+
+
+def test_prefix_and_suffix():
+    r = relative_position([10])
+    assert weigh("prefix", None, [10]).tolist() == [1.0] * 3 + [0.0] * 7
+    assert weigh("suffix", None, [10]).tolist() == [0.0] * 7 + [1.0] * 3
+    assert rules.prefix(r, share=1.0).all() and rules.suffix(r, share=1.0).all()
+    assert not rules.prefix(r, share=0.0).any() and not rules.suffix(r, share=0.0).any()
+    assert torch.equal(rules.suffix(r), position_weight(r, w_min=0.0, tau=0.7, s=1e-6).round())
+    for length in range(1, 60):
+        r = relative_position([length])
+        assert torch.equal(rules.suffix(r), rules.prefix(r).flip(0)), length
+
+
+def test_skip():
+    scores = scores_of(7)
+    assert weigh("skip", scores, [5, 2]).tolist() == [0, 0, 0, 1, 1, 0, 0]
+    assert weigh("skip", scores, [5, 2], first=1).tolist() == [0, 1, 1, 1, 1, 0, 1]
+    assert weigh("skip", scores, [5, 2], first=0).all()
+
+
+def test_iw_opd():
+    """|A| = 1, 3, 0, 4 of 8: what lies before is 0, 1/8, 1/2, 1/2."""
+    scores = scores_of(4, student_logprob=[-1.0, -4.0, -2.0, -5.0], teacher_logprob=[-2.0, -1.0, -2.0, -1.0])
+    assert weigh("iw_opd", scores, [4]).tolist() == [1.5, 1.4375, 1.25, 1.25]
+    assert weigh("iw_opd", scores, [4], gamma=1.0).tolist() == [2.0, 1.875, 1.5, 1.5]
+    assert weigh("iw_opd", scores, [4], gamma=0.0).tolist() == [1.0] * 4
+    assert weigh("iw_opd", scores_of(3), [3]).tolist() == [1.5] * 3  # the two agree everywhere
+
+
+def test_dash():
+    """d = -ln 3, ln 3, 0 around their mean of 0: lambda = 3/4, 1/4; w = 1, 1 + 3/4, 1 + 1/4 * 7/4."""
+    scores = scores_of(3, loss=[-math.log(3), math.log(3), 0.0])
+    torch.testing.assert_close(weigh("dash", scores, [3], kappa=1.0), torch.tensor([1.0, 1.75, 1.4375]))
+    assert weigh("dash", scores, [3], kappa=0.0).tolist() == [1.0, 1.5, 1.75]  # lambda = 1/2 everywhere
+    low_then_high = scores_of(6, loss=[0.0] * 5 + [1.0])
+    assert weigh("dash", low_then_high, [6], kappa=1e4).tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
+def test_dash_is_the_backward_recursion():
+    """A_t = d_t + sg(lambda_t) A_{t+1}: the sum of A has the gradient w_t at d_t and the value sum w_t d_t."""
+    d = torch.rand(12, requires_grad=True)
+    gate = torch.sigmoid(-5.0 * (d - d.mean())).detach()
+    A = [d[-1]]
+    for t in reversed(range(11)):
+        A.append(d[t] + gate[t] * A[-1])
+    total = torch.stack(A).sum()
+    total.backward()
+    weight = weigh("dash", scores_of(12, loss=d), [12])
+    torch.testing.assert_close(weight, d.grad)
+    torch.testing.assert_close((weight * d).sum(), total)
+
+
+def test_scgate():
+    scores = scores_of(4, student_logprob=torch.tensor([0.2, 0.98, 0.999, 1.0]).log())
+    assert weigh("scgate", scores, [4]).tolist() == [1, 1, 0, 0]
+    assert weigh("scgate", scores, [4], most=0.5).tolist() == [1, 0, 0, 0]
+    assert weigh("scgate", scores, [4], most=1.0).all()
+
+
+def test_tip():
+    """h = 0, 1, 0, .515 (cut at .97), d = 0, 0, 1, .1; s = 0, 1, 1, .564."""
+    given = {"student_entropy": [0.0, 1.0, 0.0, 0.5], "loss": [0.0, 0.0, 2.0, 0.2]}
+    scores = scores_of(4, **given)
+    assert weigh("tip", scores, [4]).tolist() == [0, 1, 1, 0]
+    assert weigh("tip", scores, [4], share=0.75).tolist() == [0, 1, 1, 1]
+    assert weigh("tip", scores, [4], share=1.0).all()
+    assert not weigh("tip", scores, [4], share=0.0).any()
+    confident_and_wrong = scores_of(4, student_entropy=given["student_entropy"])
+    assert weigh("tip", confident_and_wrong, [4]).tolist() == [0, 1, 0, 1]  # by entropy alone the third goes
+    assert weigh("tip", scores_of(4), [4]).tolist() == [1, 1, 0, 0]  # nothing to choose by: the first ones
+
+
+def test_tip_keeps_a_share_of_each_row_and_sees_no_scale():
+    lengths = [6, 3, 1]
+    values = random_scores(lengths)
+    kept = weigh("tip", TokenScores(**values), lengths)
+    assert [int(row.sum()) for row in kept.split(lengths)] == [3, 1, 0]
+    scaled = {**values, "student_entropy": 3 * values["student_entropy"] + 1, "loss": 0.01 * values["loss"] - 2}
+    assert torch.equal(weigh("tip", TokenScores(**scaled), lengths), kept)
+
+
+# What holds for every rule
+
+
+@pytest.mark.parametrize("name", WITHIN_A_ROW)
+def test_a_row_alone_has_the_weights_it_has_in_a_batch(name):
+    lengths = [7, 4, 1]
+    values = random_scores(lengths)
+    together = weigh(name, TokenScores(**values), lengths)
+    parts = zip(*(value.split(lengths) for value in values.values()), strict=True)
+    alone = [weigh(name, TokenScores(*row), [length]) for row, length in zip(parts, lengths, strict=True)]
+    assert torch.equal(together, torch.cat(alone))
+    assert together.unique().numel() > 1
+
+
+@pytest.mark.parametrize("name", [*WITHIN_A_ROW, "tip"])
+def test_weights_are_non_negative_float32_without_gradient(name):
+    lengths = [7, 4, 1]
+    values = random_scores(lengths)
+    values["loss"].requires_grad_()
+    weight = weigh(name, TokenScores(**values), lengths)
+    assert weight.shape == (12,) and weight.dtype == torch.float32
+    assert not weight.requires_grad and weight.min() >= 0
+
+
+@pytest.mark.parametrize("name", [*WITHIN_A_ROW, "tip"])
+def test_a_row_of_the_table_differs_from_opsd_in_the_weight_alone(name):
+    student, teacher, ids, mask = random_case()
+    lengths = mask.sum(1).tolist()
+    logs = [loss.log_probabilities(logits[mask], 1.1) for logits in (student, teacher)]
+    scores = loss.score_tokens(loss.METHODS["opsd"], *logs, ids[mask], LossOptions())
+    weight = weigh(name, scores, lengths)
+    divisor = len(weight) if name in ("iw_opd", "dash") else weight.sum()
+    torch.testing.assert_close(
+        method_loss(name, student, teacher, ids, mask), (weight * scores.loss).sum() / divisor, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_trains_from_hidden_states(name):
+    """Registered: known by name, and in chunks of hidden states what it is on whole logits, value and gradient."""
+    student, teacher, ids, mask = random_case(D=5)
+    head = torch.randn(9, 5, generator=torch.Generator().manual_seed(1))
+    plain, chunked = student.clone().requires_grad_(), student.clone().requires_grad_()
+    expected = method_loss(name, plain @ head.T, teacher @ head.T, ids, mask, clip=2.0)
+    given = method_loss_from_hidden(name, chunked, teacher, head, ids, mask, clip=2.0, chunk_tokens=5)
+    expected.backward()
+    given.backward()
+    torch.testing.assert_close(given, expected)
+    torch.testing.assert_close(chunked.grad, plain.grad)
+    assert plain.grad.any() and not plain.grad[~mask].any()
+
+
+# The losses
+
+
+def gradient_times_temperature(name, student, teacher, ids, **options):
+    """T_distill d(loss)/d(student logits) of one token, [V]."""
+    student = student.clone().requires_grad_()
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    value = method_loss(name, student[None, None], teacher[None, None], ids, mask, temperature=1.1, **options)
+    value.backward()
+    return value.item(), 1.1 * student.grad
+
+
+@pytest.mark.parametrize("clip", [0.05, 0.2, 1.0, None])
+@pytest.mark.parametrize("seed", range(4))
+def test_closed_forms_of_the_three_clips(clip, seed):
+    student, teacher = 2 * torch.randn(2, 9, generator=torch.Generator().manual_seed(seed))
+    p_S, p_T = (student / 1.1).softmax(-1), (teacher / 1.1).softmax(-1)
+    ids, tau = torch.zeros(1, 1, dtype=torch.long), math.inf if clip is None else clip
+    entries = p_T * (p_T / p_S).log()
+    d, kept = entries.sum().item(), (entries <= tau).float()
+
+    value, gradient = gradient_times_temperature("opsd", student, teacher, ids, clip=clip)
+    assert value == pytest.approx(entries.clamp(max=tau).sum().item(), abs=1e-5)
+    torch.testing.assert_close(gradient, (p_T * kept).sum() * p_S - p_T * kept, rtol=1e-4, atol=1e-6)
+
+    value, gradient = gradient_times_temperature("opsd_token_clip", student, teacher, ids, clip=clip)
+    assert value == pytest.approx(min(d, tau), abs=1e-5)
+    torch.testing.assert_close(gradient, (p_S - p_T) * float(d <= tau), rtol=1e-4, atol=1e-6)
+
+    value, gradient = gradient_times_temperature("opsd_scaled_clip", student, teacher, ids, clip=clip)
+    assert value == pytest.approx(min(d, tau), abs=1e-5)
+    torch.testing.assert_close(gradient, (p_S - p_T) * min(1.0, tau / d), rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_clip_by_entry_turns_the_gradient_around():
+    """p_S = .9, .1 and p_T = .5, .5: d = .511; the second entry, .805, is cut, and should be raised."""
+    student, teacher = 1.1 * torch.tensor([0.9, 0.1]).log(), torch.zeros(2)
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    value, gradient = gradient_times_temperature("opsd", student, teacher, ids, clip=0.2)
+    assert value == pytest.approx(0.2 - 0.5 * math.log(1.8), abs=1e-6)
+    assert gradient.tolist() == pytest.approx([-0.05, 0.05], abs=1e-6)
+    value, gradient = gradient_times_temperature("opsd_token_clip", student, teacher, ids, clip=0.2)
+    assert value == pytest.approx(0.2, abs=1e-6) and not gradient.any()
+    value, gradient = gradient_times_temperature("opsd_scaled_clip", student, teacher, ids, clip=0.2)
+    assert value == pytest.approx(0.2, abs=1e-6)
+    assert gradient.tolist() == pytest.approx([0.4 * 0.2 / 0.5108256, -0.4 * 0.2 / 0.5108256], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", TOKEN_CLIPS)
+@pytest.mark.parametrize("clip", [1e-6, 0.05, math.inf])
+@pytest.mark.parametrize("offset", [1e-8, 0.0, -1e-8])
+def test_a_divergence_around_zero_passes_unchanged(name, clip, offset):
+    """Rounding leaves the sum a little off 0, on either side: the factor stays 1 and the gradient finite."""
+    teacher = torch.tensor([[0.0]])  # one entry, log p = 0: d = -log p_S
+    student = torch.tensor([[-offset]], requires_grad=True)
+    value = TOKEN_CLIPS[name](student, teacher, torch.zeros(1, dtype=torch.long), LossOptions(tau_clip=clip))
+    value.sum().backward()
+    assert value.item() == pytest.approx(offset, abs=1e-12)
+    assert student.grad.item() == -1.0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", TOKEN_CLIPS)
+def test_no_clip_is_opsd_without_a_clip(name, beta):
+    case = random_case()
+    torch.testing.assert_close(
+        method_loss(name, *case, clip=None, beta=beta), method_loss("opsd", *case, clip=None, beta=beta)
+    )
+
+
+def test_sampled_token_loss_is_the_policy_gradient():
+    """T d(loss)/d(logit i) = -A (1[i = y] - p_S(i)), A = log p_T(y) - log p_S(y)."""
+    student, teacher = 2 * torch.randn(2, 9, generator=torch.Generator().manual_seed(3))
+    log_S, log_T = (student / 1.1).log_softmax(-1), (teacher / 1.1).log_softmax(-1)
+    ids = torch.tensor([[4]])
+    value, gradient = gradient_times_temperature("opd", student, teacher, ids)
+    A = log_T[4] - log_S[4]
+    assert value == pytest.approx(-(A * log_S[4]).item(), abs=1e-5)
+    one_hot = torch.nn.functional.one_hot(torch.tensor(4), 9)
+    torch.testing.assert_close(gradient, -A * (one_hot - log_S.exp()), rtol=1e-4, atol=1e-6)
+
+
+def test_the_sources_own_losses():
+    """TIP's is the reverse KL, whatever --beta and --tau_clip say; IW-OPD's is the sampled token's."""
+    case = random_case()
+    everywhere = {"reduction": "token_mean", "schedule": "uniform"}
+    torch.testing.assert_close(
+        method_loss("tip_reverse", *case, clip=0.05, **everywhere), method_loss("opsd", *case, clip=None, beta=1.0)
+    )
+    torch.testing.assert_close(method_loss("iw_opd_pg", *case, **everywhere), method_loss("opd", *case))
