@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,15 +22,17 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from model import ADAPTER_CONFIG, find_checkpoint, load_adapter, load_model, load_tokenizer, pick_device
+from model import ADAPTER_CONFIG, find_checkpoint, load_model, load_tokenizer, pick_device
 from problems import InputError, Problem, extract_boxed, load_problems
 from rollout import Response, Sampling, StreamKey
-from runtime.engines import Engine, choose_engine, make_engine
+from runtime.adapters import load_adapter
+from runtime.engines import ENGINES, Engine, choose_engine, make_engine
 from runtime.flags import FlagParser, option, run_script
 from runtime.grading import answers_match, make_grader
-from runtime.ranks import hide_bar, rank, say, start_ranks, stop_ranks, world_size
+from runtime.pins import fingerprint, model_pin
+from runtime.ranks import gather_objects, hide_bar, rank, say, start_ranks, stop_ranks, world_size
 from runtime.run_folder import versions, write_atomically
-from runtime.samples import Sample, SampleFile, check_regime, weights_digest
+from runtime.samples import Sample, SampleFile, check_regime
 from teacher import EVALUATION_PROMPT, encode_prompt, load_prompts
 
 
@@ -42,8 +45,8 @@ class EvaluationConfig:
     )
     model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
     adapter: str | None = option(None, "adapter directory in PEFT's format", "data")
-    num_samples: int = option(12, "N, samples per problem and seed", "sampling")
-    seeds: list[int] = option([0], "each adds N independent samples", "sampling")
+    num_samples: int = option(12, "N, samples per problem and seed", "sampling", least=1)
+    seeds: list[int] = option([0], "each adds N independent samples", "sampling", within=(0, 2**63))
     temperature: float = option(1.0, "0 is greedy", "sampling")
     top_p: float = option(0.95, "1 is off", "sampling")
     top_k: int = option(0, "0 is off", "sampling")
@@ -52,8 +55,10 @@ class EvaluationConfig:
     )
     enable_thinking: bool = option(True, "of the chat template", "sampling")
     prompts: str | None = option(None, "JSON file with a template of your own: evaluation", "sampling")
-    engine: str = option("auto", "auto, generate, continuous (long responses on a GPU) or server", "sampling")
-    batch_size: int = option(256, "sequences sampled at once, or requests in flight", "sampling")
+    engine: str = option(
+        "auto", "auto, generate, continuous (long responses on a GPU) or server", "sampling", choices=ENGINES
+    )
+    batch_size: int = option(256, "sequences sampled at once, or requests in flight", "sampling", least=1)
     grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
     grade_only: bool = option(False, "grade the samples in --output_dir, sample none")
     output_dir: str = option("runs/evaluation", "samples.jsonl and summary.json; the same command goes on there")
@@ -178,13 +183,11 @@ def sample_missing(
 # ---------------------------------------------------------------------------------------------------------------
 def regime(config: EvaluationConfig, problems: list[Problem], prompts: list[list[int]], limit: int) -> dict:
     """Everything that a sample depends on besides its seed and number."""
-    checkpoint = Path(find_checkpoint(config.model))
     return {
         "model": config.model,
-        "model_sha256": weights_digest(checkpoint) if checkpoint.is_dir() else None,
-        "model_revision": getattr(AutoConfig.from_pretrained(str(checkpoint)), "_commit_hash", None),
+        "model_pin": model_pin(config.model),
         "adapter": config.adapter,
-        "adapter_sha256": weights_digest(Path(config.adapter)) if config.adapter else None,
+        "adapter_pin": fingerprint(config.adapter) if config.adapter else None,
         "benchmark": config.benchmark,
         "benchmark_sha256": benchmark_digest(problems),
         "prompt": load_prompts(config.prompts).evaluation,
@@ -261,22 +264,23 @@ def bootstrap_interval(values_P: np.ndarray, resamples: int = 10_000, seed: int 
 
 def check_config(config: EvaluationConfig) -> None:
     Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)  # checks itself
-    choose_engine(config.engine, pick_device(config.device), config.max_new_tokens)
-    for name in ("num_samples", "batch_size"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} {getattr(config, name)}: must be at least 1")
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
-        raise InputError(f"--seeds {config.seeds}: must be different and not negative")
+    if len(set(config.seeds)) < max(len(config.seeds), 1):
+        raise InputError(f"--seeds {config.seeds}: must be different")
     if config.adapter and not (Path(config.adapter) / ADAPTER_CONFIG).is_file():
         raise InputError(f"--adapter {config.adapter}: no {ADAPTER_CONFIG} there")
 
 
 def token_limit(config: EvaluationConfig, prompts: list[list[int]]) -> int:
     """min(--max_new_tokens, context - longest prompt): one limit for all problems, none leaves the context."""
-    context = AutoConfig.from_pretrained(find_checkpoint(config.model)).get_text_config().max_position_embeddings
+    settings = AutoConfig.from_pretrained(find_checkpoint(config.model)).get_text_config()
+    context = getattr(settings, "max_position_embeddings", None) or sys.maxsize
     longest = max(map(len, prompts))
     if longest >= context:
-        raise InputError(f"--benchmark {config.benchmark}: a prompt of {longest} tokens fills the context of {context}")
+        number = [len(prompt) for prompt in prompts].index(longest)
+        raise InputError(
+            f"--benchmark {config.benchmark}, problem {number}: "
+            f"a prompt of {longest} tokens fills the context of {context}"
+        )
     return min(config.max_new_tokens, context - longest)
 
 
@@ -290,6 +294,8 @@ def print_table(summary: dict) -> None:
         spread = value["std_over_seeds"]
         over_seeds = "" if spread is None else f"   +- {scale * spread:.{digits}f} over seeds"
         print(f"{name:13s} {scale * value['mean']:8.{digits}f}   95 % [{low}, {high}]{over_seeds}")
+    if grader["asked"]:
+        print(f"{grader['asked']} comparisons needed {grader['name']}")
     if grader["stopped"]:
         print(f"{grader['stopped']} comparisons were stopped at a limit and count as not equal")
 
@@ -301,7 +307,7 @@ def settle(config: EvaluationConfig, problems: list[Problem], tokenizer, file: S
     limit = token_limit(config, prompts)
     if limit < config.max_new_tokens:
         say(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {limit}")
-    wanted = regime(config, problems, prompts, limit)
+    wanted = gather_objects(regime(config, problems, prompts, limit) if rank() == 0 else None)[0]  # hashed once
     file.begin(wanted)
     check_regime(file.header, wanted, file.path)
     return Sampling(config.temperature, config.top_p, config.top_k, limit)
@@ -324,6 +330,8 @@ def main() -> None:
     check_config(config)
     problems = load_problems(config.benchmark, need_solution=False)
     grader = make_grader(config.grader, [problem.answer for problem in problems])
+    if grader.note:
+        say(grader.note)
     path = Path(config.output_dir) / "samples.jsonl"
     if config.grade_only and not path.is_file():
         raise InputError(f"--grade_only: no {path}")
@@ -358,7 +366,7 @@ def report(config: EvaluationConfig, problems: list[Problem], samples: list[Samp
         "answers_sha256": benchmark_digest(problems, "answer"),
         "versions": versions(),
         **summarise(samples, problems, grader.match),
-        "grader": {"name": grader.name, "version": grader.version, "stopped": grader.stopped},
+        "grader": {"name": grader.name, "version": grader.version, "asked": grader.asked, "stopped": grader.stopped},
     }  # fmt: skip
     write_atomically(file.path.with_name("summary.json"), json.dumps(summary, indent=1) + "\n")
     print_table(summary)

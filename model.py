@@ -1,14 +1,13 @@
 """The language model: loading, LoRA, and the one forward pass that both contexts share.
 
 LoRA (Hu et al. 2021) is written out here: W x + (alpha / r) B A x on the seven projections of every block. The adapter
-is stored in PEFT's file format and is never merged in place: the fixed teacher is the same model with it switched off.
+is never merged in place: the fixed teacher is the same model with it switched off.
 
 Axes: B sequences, T response tokens, D hidden.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -17,10 +16,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -31,9 +29,8 @@ from transformers import (
 from problems import InputError
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's file names
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name of it
 DTYPES = ("float32", "bfloat16", "float16")
-PEFT_PREFIX = "base_model.model."
 TINY_MODEL = Path(__file__).resolve().parent / "tiny-model"  # the embedded model, known to every script as `tiny`
 
 
@@ -47,7 +44,8 @@ def load_model(
     """Load a causal LM from a directory or a hub name. `dtype`: auto (bfloat16 on a GPU, else float32) or its name.
 
     Sampling defaults that the checkpoint brings are dropped, so that only our own flags decide; its EOS ids are kept.
-    Raises InputError where there is no checkpoint, or its head is not a plain linear map of the last hidden state.
+    Raises InputError where there is no checkpoint, its weights are not exactly the architecture's, or its head is not a
+    plain linear map of the last hidden state.
     """
     device = pick_device(device)
     if dtype == "auto":
@@ -56,22 +54,75 @@ def load_model(
         raise InputError(f"--dtype {dtype}: choose one of auto, {', '.join(DTYPES)}")
     name = find_checkpoint(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"--model {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    head = model.get_output_embeddings()
-    scaled = [
-        key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(model.config, key, None)
-    ]
-    if head is None or getattr(head, "bias", None) is not None or scaled:
-        raise InputError(f"--model {name}: the head is not a plain linear map ({scaled or 'no head, or a bias'})")
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("its weights are quantised, and only plain ones can be trained and scored")
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=False,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # each library that may be asked has errors of its own
+        raise InputError(f"--model {name}: cannot be loaded ({one_line(error)})") from error
+    check_weights(model, name, found)
     own = model.generation_config
     model.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
     )
-    return model.to(device)
+    model = model.to(device)
+    check_head(model, name)
+    return model
+
+
+def check_weights(model: PreTrainedModel, name: str, found: dict) -> None:
+    """Raise InputError where the checkpoint and the architecture do not have exactly the same weights."""
+    mismatched = [key for key, *_ in found["mismatched_keys"]]  # (name, shape in the file, shape in the model)
+    for what, keys in (
+        ("lacks", set(found["missing_keys"]) - set(mismatched)),
+        ("has other shapes of", mismatched),
+        ("has, beyond the architecture,", found["unexpected_keys"]),
+    ):
+        if keys:
+            raise InputError(f"--model {name}: the checkpoint {what} {some(sorted(keys))}")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(f"--model {name}: {ADAPTER_CONFIG} stands beside the model; give the adapter as --adapter")
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, name: str) -> None:
+    """Raise InputError unless logits are head x hidden, as the losses compute them, compared with the model's own."""
+    head, ids = model.get_output_embeddings(), list(range(1, 1 + HEAD_TOKENS))
+    training = model.training
+    model.eval()
+    try:
+        hidden_TD = response_hidden(model, [ids[:1]], [ids[1:]])[0]
+        ours_TV = F.linear(hidden_TD, head.weight).float()
+        theirs_TV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1].float()
+    except (AttributeError, TypeError, NotImplementedError, ValueError, IndexError) as error:
+        raise InputError(f"--model {name}: its forward pass is of another kind ({one_line(error)})") from error
+    finally:
+        model.train(training)
+    limit = 4 * torch.finfo(model.dtype).eps * theirs_TV.abs().max()  # the same operation, give or take its last bits
+    off = (ours_TV - theirs_TV).abs().max()
+    if getattr(head, "bias", None) is not None or not off <= limit:
+        raise InputError(
+            f"--model {name}: its logits are not head x hidden (a bias, a multiplier or a cap; {off:.2g} off), "
+            "which the losses rely on"
+        )
+
+
+HEAD_TOKENS = 8  # of the one forward pass that compares
+
+
+def some(names: list[str], limit: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -79,8 +130,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     name = find_checkpoint(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--model {name}: no tokenizer can be loaded ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # each library that may be asked has errors of its own
+        raise InputError(f"--model {name}: no tokenizer can be loaded ({one_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {name}: the tokenizer has no EOS token")
     if tokenizer.pad_token_id is None:
@@ -94,6 +145,10 @@ def find_checkpoint(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"--model {name}: no checkpoint there (config.json is missing)")
+        if (path / ADAPTER_CONFIG).is_file():  # where peft is installed, transformers would apply it in silence
+            raise InputError(
+                f"--model {name}: {ADAPTER_CONFIG} stands beside the model; put the adapter into a directory of its own"
+            )
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"--model {name}: neither a directory nor a hub name like 'owner/name'")
@@ -155,12 +210,21 @@ class LoRALinear(nn.Module):
 def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0.0) -> None:
     """Freeze the model and put an adapter on the seven projections of each block, in place.
 
-    Raises InputError where a projection is missing (the model is not of the Llama / Qwen / Olmo layout).
+    Raises InputError where a projection is missing, or any other matrix would stay frozen beside them: experts, a
+    router, a recurrent mixer (the model is not of the Llama / Qwen / Olmo layout).
     """
     found = {n: m for n, m in model.named_modules() if n.split(".")[-1] in LORA_TARGETS and isinstance(m, nn.Linear)}
     missing = [target for target in LORA_TARGETS if not any(name.endswith(target) for name in found)]
     if missing:
         raise InputError(f"LoRA needs the projections {', '.join(missing)}, which {type(model).__name__} lacks")
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    known = [*found.values(), *(m for m in model.modules() if isinstance(m, nn.Embedding) or m is head)]
+    reached = {id(module.weight) for module in known}
+    left = [name for name, weight in model.named_parameters() if weight.dim() > 1 and id(weight) not in reached]
+    if left:
+        raise InputError(
+            f"LoRA would leave {some(left)} of {type(model).__name__} frozen; --lora_rank 0 trains all weights"
+        )
     model.requires_grad_(False)
     for name, linear in found.items():
         parent, _, child = name.rpartition(".")
@@ -202,52 +266,6 @@ def cast_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.cast = None
-
-
-def save_adapter(model: PreTrainedModel, directory: Path, base_model: str) -> None:
-    """Write the adapter in PEFT's format; `peft.PeftModel.from_pretrained(base, directory)` reads it."""
-    layers = lora_layers(model)
-    weights = {}
-    for name, layer in layers.items():
-        weights[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        weights[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
-    any_layer = next(iter(layers.values()))
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
-        "r": any_layer.rank, "lora_alpha": any_layer.alpha, "lora_dropout": any_layer.dropout, "bias": "none",
-        "target_modules": list(LORA_TARGETS), "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
-    }  # fmt: skip
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(weights, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def load_adapter(model: PreTrainedModel, directory: Path | str) -> None:
-    """Read an adapter in PEFT's format, adding LoRA where the model has none. Raises InputError on a misfit."""
-    directory = Path(directory)
-    try:
-        config = json.loads((directory / ADAPTER_CONFIG).read_text())
-        weights = load_file(directory / ADAPTER_WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"--adapter {directory}: not an adapter ({error})") from None
-    if config.get("use_rslora") or config.get("use_dora") or config.get("rank_pattern"):
-        raise InputError(f"--adapter {directory}: only plain LoRA can be read (no rsLoRA, DoRA or rank patterns)")
-    if not lora_layers(model):
-        add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
-    layers = lora_layers(model)
-    expected = {f"{PEFT_PREFIX}{name}.{part}.weight" for name in layers for part in ("lora_A", "lora_B")}
-    if expected != set(weights):
-        odd = sorted(expected ^ set(weights))[0]
-        raise InputError(f"--adapter {directory}: does not fit the model (first difference: {odd})")
-    with torch.no_grad():
-        for name, layer in layers.items():
-            for part, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-                stored = weights[f"{PEFT_PREFIX}{name}.{part}.weight"]
-                if stored.shape != parameter.shape:
-                    raise InputError(
-                        f"--adapter {directory}: {name}.{part} is {tuple(stored.shape)}, not {tuple(parameter.shape)}"
-                    )
-                parameter.copy_(stored)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -63,17 +63,23 @@ def load_problems(source: str, need_solution: bool = True) -> list[Problem]:
 def _read_jsonl(path: Path) -> list[tuple[str, dict]]:
     if not path.is_file():
         raise InputError(f"{path}: no such data file")
-    rows = []
-    with path.open(encoding="utf-8", errors="strict") as lines:
+    rows, number = [], 0
+    with path.open(encoding="utf-8-sig") as lines:  # with or without a byte order mark
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    rows.append((f"{path}, line {number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+                    # A number keeps its spelling: 0.50 stays 0.50, and one of thousands of digits is text like any.
+                    row = json.loads(line, parse_int=str, parse_float=str, parse_constant=_no_number)
+                    rows.append((f"{path}, line {number}", row))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: not valid JSON ({getattr(error, 'msg', error)})") from None
         except UnicodeDecodeError:
             raise InputError(f"{path}: not UTF-8 text") from None
     return rows
+
+
+def _no_number(name: str) -> None:
+    raise json.JSONDecodeError(f"{name} is no number", "", 0)
 
 
 def _read_hub(source: str) -> list[tuple[str, dict]]:
@@ -97,13 +103,22 @@ def _read_hub(source: str) -> list[tuple[str, dict]]:
     return [(f"{source}, row {number}", row) for number, row in enumerate(rows)]
 
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _to_problem(row: object, where: str, need_solution: bool) -> Problem:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with problem, solution, answer")
     fields = {}
     for name in ("problem", "solution", "answer"):
         value = row.get(name)
+        if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
+            raise InputError(
+                f"{where}: the {name} is neither text nor a number, but {json.dumps(value, default=str)[:60]}"
+            )
         fields[name] = "" if value is None else str(value)
+        if SURROGATE.search(fields[name]):
+            raise InputError(f"{where}: the {name} holds half of a surrogate pair, which is no text")
     if not fields["problem"].strip():
         raise InputError(f"{where}: the problem is empty or missing")
     if need_solution and not fields["solution"].strip():
@@ -123,15 +138,15 @@ TINY_ADDENDS = 5
 HELDOUT_TENTHS = 2  # two tenths of all multisets of addends are held out
 
 
-def tiny_problems(split: str, count: int, seed: int = 0) -> list[Problem]:
-    """`count` distinct sums of five one-digit numbers, from the `train` or the `heldout` split.
+def tiny_problems(split: str, count: int, seed: int = 0, num_addends: int = TINY_ADDENDS) -> list[Problem]:
+    """`count` distinct sums of one-digit numbers, from the `train` or the `heldout` split.
 
     The split is a hash of the sorted addends, so no held-out sum occurs in training in any order.
     """
     draw = random.Random(f"{split}-{seed}")
     problems: dict[str, Problem] = {}
     while len(problems) < count:
-        addends = [draw.randint(1, 9) for _ in range(TINY_ADDENDS)]
+        addends = [draw.randint(1, 9) for _ in range(num_addends)]
         if tiny_split(addends) == split:
             text = "+".join(map(str, addends))
             problems.setdefault(text, Problem(text, tiny_solution(addends, draw), str(sum(addends))))
@@ -158,20 +173,48 @@ def tiny_solution(addends: list[int], draw: random.Random) -> str:
 
 
 def extract_boxed(text: str) -> str | None:
-    """The content of the LAST `\\boxed{...}` with balanced braces (paper Section 4.1), or None.
+    """The content of the LAST `\\boxed{...}` or `\\fbox{...}` that holds something (paper Section 4.1), or None.
 
-    None also where the last box is never closed (a solution cut at the length limit) or holds nothing. A brace behind
-    a backslash is a character; the backslash of a line break (two of them) escapes nothing.
+    The braces may stand behind a space or a line break, or be missing: `\\boxed 5`. A box that holds nothing does not
+    hide the one before it. None where the last box is never closed: the solution was cut inside it.
     """
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 0, start + len("\\boxed")
-    for brace in _BRACE.finditer(text, begin):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return text[begin + 1 : brace.start()].strip() or None
+    for box in reversed(list(_BOX.finditer(text))[-_BOXES_TRIED:]):
+        content = _braced(text, box.end()) if text.startswith("{", box.end()) else _unbraced(text, box.end())
+        if content is None:
+            return None
+        if not _NOTHING.fullmatch(content):
+            return content.strip()
     return None
 
 
+def _braced(text: str, begin: int) -> str | None:
+    """What stands between the brace at `begin` and its partner; None without one.
+
+    A brace behind a backslash is a character; the backslash of a line break (two of them) escapes nothing.
+    """
+    depth = 0
+    for brace in _BRACE.finditer(text, begin):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[begin + 1 : brace.start()]
+    return None
+
+
+def _unbraced(text: str, begin: int) -> str | None:
+    """The number, letter or command with its arguments at `begin`; "" for other text, None at the end of the text."""
+    if begin == len(text):
+        return None
+    match = _BARE.match(text, begin)
+    return match[0] if match else ""
+
+
+_BOXES_TRIED = 20  # so that nested empty boxes cost no more than twenty passes over the text
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash takes the next character with it
+_NOTHING = re.compile(r"(?:\s|~|\.|[{}$]|\\[,;:! ]|\\(?:text|boxed|fbox|[lc]?dots|quad)(?![a-zA-Z]))*")
+_ARGUMENT = r"(?:\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|[0-9]))"
+_BARE = re.compile(
+    rf"[+-]?[0-9]*\s?\\[dtc]?frac{_ARGUMENT}{{2}}|[+-]?[0-9]*\\(?:sqrt|text){_ARGUMENT}|[+-]?\\(?:pi|infty|emptyset)"
+    r"|[+-]?\\?\$?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?%?(?![\w{^]|\\[a-zA-Z])"  # -1,250.5 and 3/4
+    r"|[a-zA-Z](?![a-zA-Z])"
+)

@@ -138,17 +138,48 @@ def encode_prompt(
     """Token ids of one user turn in the model's chat template, ready for the response to follow.
 
     Think-closure: with thinking off, a template that opens `<think>` regardless is closed again, at the end of the
-    prompt only. The template alone decides on a BOS: the tokenizer must not add a second one.
+    prompt only. The template alone decides on a BOS: the tokenizer must not add a second one. A control token that the
+    problem spells stays text. Raises InputError for a template that is missing or fails.
     """
     if tokenizer.chat_template is None:
         raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no chat template, which the prompts need")
-    messages = [{"role": "user", "content": fill(template, problem)}]
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
-    )
+    content, cut = cut_control_tokens(tokenizer, fill(template, problem))
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True,
+            enable_thinking=enable_thinking,
+        )  # fmt: skip
+    except Exception as error:  # a template is a program: it may raise anything
+        raise InputError(
+            f"{tokenizer.name_or_path}: the chat template fails ({type(error).__name__}: {error})"
+        ) from error
     if not enable_thinking and text.rstrip().endswith("<think>"):
         text += "</think>\n\n"
-    return tokenizer.encode(text, add_special_tokens=False)
+    ids = [token for part in text.split(cut) for token in tokenizer.encode(part, add_special_tokens=False)]
+    if cut in text and tokenizer.decode(ids) != tokenizer.decode(
+        tokenizer.encode(text.replace(cut, ""), add_special_tokens=False)
+    ):
+        raise InputError(
+            f"{tokenizer.name_or_path}: cannot encode a control token as text, in the problem {problem.problem[:80]!r}"
+        )
+    return ids
+
+
+MARKUP = re.compile(r"\s*<.+>\s*", re.DOTALL)  # <think> and <｜User｜> steer a model too, though not declared special
+
+
+def cut_control_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, str]:
+    """The user's text, cut within every control token that it spells (`<|im_end|>`), and the character of the cut.
+
+    Encoded part by part, the user's spelling stays text: only the template may open and close turns.
+    """
+    cut = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)  # a private-use character
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.content in text]
+    controls = [token.content for token in added if token.special or MARKUP.fullmatch(token.content)]
+    if not controls:
+        return text, cut
+    starts = re.compile(f"(?={'|'.join(map(re.escape, controls))}).", re.DOTALL)
+    return starts.sub(lambda match: match[0] + cut, text), cut
 
 
 def fill(template: str, problem: Problem) -> str:

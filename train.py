@@ -35,11 +35,12 @@ from model import (
 from problems import InputError, Problem, extract_boxed, load_problems
 from rollout import Response, Sampling
 from runtime.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from runtime.engines import Engine, choose_engine, make_engine
+from runtime.engines import ENGINES, Engine, choose_engine, make_engine
 from runtime.fit import fitting_problems, plan_run
 from runtime.flags import FlagParser, departures, listen_for_sigterm, option, run_script
 from runtime.grading import Grader, make_grader
 from runtime.metrics import Clock, TokenMetrics, collapse_warning, rollout_metrics, step_line
+from runtime.pins import model_pin, problems_pin
 from runtime.ranks import (
     gather_objects,
     hide_bar,
@@ -79,40 +80,54 @@ class TrainConfig(LossOptions):
 
     preset: str | None = option(None, "tiny (the default without --model), qwen3-4b, dsr1-llama-8b, olmo3-7b", "method")
     method: str = option("pwopsd", "opsd, pwopsd, eopd or reopold", "method")
-    teacher: str = option("fixed", "whose weights score: fixed, ema or live", "method")
-    ema_decay: float = option(0.99, "decay per step of --teacher ema", "method")
+    teacher: str = option(
+        "fixed", "whose weights score: fixed, ema or live", "method", choices=("fixed", "ema", "live")
+    )
+    ema_decay: float = option(0.99, "decay per step of --teacher ema", "method", within=(0, 1))
     reference: str = option(
-        "own", "what the teacher is shown: own, other (another problem's), answer or none", "method"
+        "own", "what the teacher is shown: own, other (another problem's), answer or none", "method", choices=REFERENCES
     )
     student_thinking: bool = option(False, "thinking mode of the student's context", "method")
     teacher_thinking: bool = option(True, "thinking mode of the teacher's context", "method")
     prompts: str | None = option(None, "JSON file of templates: student, teacher, evaluation", "method")
     model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
     data: str = option("siyanzhao/Openthoughts_math_30k_opsd", ".jsonl path, hub name or tiny:train", "data")
-    max_length: int = option(20000, "limit in tokens of the longer context with its response", "data")
-    long_prompts: str = option("error", "what happens to problems over the limit: error or drop", "data")
+    max_length: int = option(20000, "limit in tokens of the longer context with its response", "data", least=1)
+    long_prompts: str = option(
+        "error", "what happens to problems over the limit: error or drop", "data", choices=("error", "drop")
+    )
     eval_data: str | None = option(None, "held-out problems, scored before and after training", "data")
-    eval_samples: int = option(1, "samples per held-out problem, besides the greedy one", "data")
-    eval_steps: int = option(0, "also score them every so many steps; 0 is off", "data")
-    engine: str = option("auto", "auto, generate, continuous (long rollouts on a GPU) or server", "sampling")
+    eval_samples: int = option(1, "samples per held-out problem, besides the greedy one", "data", least=1)
+    eval_steps: int = option(0, "also score them every so many steps; 0 is off", "data", least=0)
+    engine: str = option(
+        "auto", "auto, generate, continuous (long rollouts on a GPU) or server", "sampling", choices=ENGINES
+    )
     max_new_tokens: int = option(1024, "length limit of a rollout", "sampling")
     temperature: float = option(1.1, "of the rollouts; --distill_temperature is the loss's", "sampling")
     top_p: float = option(0.95, "nucleus of the rollouts; 1 is off", "sampling")
     top_k: int = option(20, "most likely tokens of the rollouts; 0 is off", "sampling")
-    num_steps: int = option(150, "optimizer steps; the learning rate falls linearly to 0 over them", "optimisation")
-    batch_size: int = option(32, "prompts per step over all ranks, one rollout each", "optimisation")
-    micro_batch_size: int = option(
-        4, "sequences per forward pass on each rank, or auto: what the memory allows", "optimisation", size_or_auto
+    num_steps: int = option(
+        150, "optimizer steps; the learning rate falls linearly to 0 over them", "optimisation", least=1
     )
-    learning_rate: float = option(5e-6, "at the first step", "optimisation")
-    max_grad_norm: float = option(0.1, "gradients are clipped to this norm", "optimisation")
-    lora_rank: int = option(64, "r; 0 trains all weights", "optimisation")
-    lora_alpha: float = option(128.0, "the update is scaled by alpha / r", "optimisation")
-    lora_dropout: float = option(0.0, "the paper's text says 0.05, the authors' code runs with 0", "optimisation")
+    batch_size: int = option(32, "prompts per step over all ranks, one rollout each", "optimisation", least=1)
+    micro_batch_size: int = option(
+        4,
+        "sequences per forward pass on each rank, or auto: what the memory allows",
+        "optimisation",
+        size_or_auto,
+        least=0,
+    )
+    learning_rate: float = option(5e-6, "at the first step", "optimisation", positive=True)
+    max_grad_norm: float = option(0.1, "gradients are clipped to this norm", "optimisation", positive=True)
+    lora_rank: int = option(64, "r; 0 trains all weights", "optimisation", least=0)
+    lora_alpha: float = option(128.0, "the update is scaled by alpha / r", "optimisation", positive=True)
+    lora_dropout: float = option(
+        0.0, "the paper's text says 0.05, the authors' code runs with 0", "optimisation", within=(0, 0.99)
+    )
     output_dir: str | None = option(None, "run folder; default runs/MODEL-METHOD-seedSEED, numbered if taken")
     resume: bool = option(False, "go on from the newest checkpoint in --output_dir, if there is one")
-    seed: int = option(42, "of every random draw: adapter, data order, rollouts, evaluation")
-    save_steps: int = option(25, "steps between checkpoints; the last step is always saved")
+    seed: int = option(42, "of every random draw: adapter, data order, rollouts, evaluation", within=(0, 2**63))
+    save_steps: int = option(25, "steps between checkpoints; the last step is always saved", least=1)
     grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
     gradient_checkpointing: bool | None = option(None, "default: on a GPU only")
     device: str = option("auto", "auto, cpu, cuda, ...")
@@ -293,26 +308,8 @@ def parse_config(arguments: list[str] | None = None) -> TrainConfig:
 def check_config(config: TrainConfig) -> None:
     """Raise InputError, naming the flag, for values that cannot work."""
     resolve_method(config.method, config)
-    choose_engine(config.engine, torch.device("cpu"), config.max_new_tokens)
     assert config.sampling  # checks itself
     load_prompts(config.prompts)
-    for name in ("num_steps", "batch_size", "save_steps", "eval_samples", "max_length"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} {getattr(config, name)}: must be at least 1")
-    if config.micro_batch_size < 0:
-        raise InputError(f"--micro_batch_size {config.micro_batch_size}: must be at least 1, or auto")
-    for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
-        if not 0.0 < getattr(config, name) < float("inf"):
-            raise InputError(f"--{name} {getattr(config, name)}: must be positive")
-    for name in ("seed", "lora_rank", "eval_steps"):
-        if getattr(config, name) < 0:
-            raise InputError(f"--{name} {getattr(config, name)}: must be at least 0")
-    if not 0.0 <= config.lora_dropout < 1.0 or not 0.0 <= config.ema_decay <= 1.0:
-        raise InputError("--lora_dropout must lie in [0, 1), --ema_decay in [0, 1]")
-    if config.long_prompts not in ("error", "drop"):
-        raise InputError(f"--long_prompts {config.long_prompts}: choose error or drop")
-    if config.reference not in REFERENCES:
-        raise InputError(f"--reference {config.reference}: choose one of {', '.join(REFERENCES)}")
     if config.resume and config.output_dir is None:
         raise InputError("--resume needs --output_dir, the run to go on with")
 
@@ -411,9 +408,12 @@ def train(
     memory = plan_run(run, fitting, config, device)
     config = replace(config, micro_batch_size=memory.micro_batch_size)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if config.method == "reopold" else set())  # its quantile's tokens
-    record_run(folder, record, asdict(config), free, {"ranks": world_size(), "hardware": str(device)})
+    pins = pins_of(config, problems, held_out)
+    record_run(folder, record, asdict(config), free, {"ranks": world_size(), "hardware": str(device)}, pins)
     say(f"{config.method}, {departures(config, PRESETS) or 'the preset as it is'}; all options: {folder}/config.json")
     say(f"{len(fitting)} problems ({len(problems) - len(fitting)} dropped as too long), graded by {grader.name}")
+    if grader.note:
+        say(grader.note)
     say(str(memory))
     start = resume(folder, run) if config.resume else 0
     wait_for_all()  # every rank has read before rank 0 writes
@@ -448,6 +448,14 @@ def train(
     run.engine.close()
     run.grader.close()
     return say(f"weights: {folder}/checkpoint-{config.num_steps}")
+
+
+def pins_of(config: TrainConfig, problems: list[Problem], held_out: list[Problem]) -> dict:
+    """What a run's inputs hold, by flag; read once, by the first rank."""
+    if rank() > 0:
+        return gather_objects(None)[0]
+    pins = {"model": model_pin(config.model), "data": problems_pin(problems), "eval_data": problems_pin(held_out)}
+    return gather_objects({**pins, "prompts": asdict(load_prompts(config.prompts))})[0]
 
 
 def resume(folder: Path, run: Training) -> int:

@@ -15,19 +15,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import write_atomically
 from experiments.study import Cell, model_id, run_cell
-from loss import divergence_entries
-from model import adapter_disabled, load_adapter, load_model, load_tokenizer, response_hidden, response_mask
-from problems import InputError, Problem, load_problems
-from rollout import sample
+from loss import divergence_entries, log_probabilities
+from model import adapter_disabled, load_model, load_tokenizer, response_hidden, response_mask
+from problems import Problem, load_problems
+from rollout import Sampling, sample
+from runtime.adapters import load_adapter
+from runtime.flags import run_script
+from runtime.run_folder import write_atomically
 from teacher import student_prompt, teacher_prompt
 from weighting import relative_position
 
@@ -68,34 +69,33 @@ def measure(model, tokenizer, problems: list[Problem], clip: float) -> dict:
     """Sample the problems once from the model as it stands; statistics over all tokens and by tenth of the solution."""
     keys = [(SEED, MEASURE_STREAM, index) for index in range(len(problems))]
     prompts = [student_prompt(tokenizer, problem) for problem in problems]
-    rollout = sample(
-        model, tokenizer, prompts, keys, temperature=TEMPERATURE, top_p=0.95, top_k=0, max_new_tokens=96
-    )  # fmt: skip
+    responses = sample(model, tokenizer, prompts, keys, Sampling(TEMPERATURE, top_p=0.95, top_k=0, max_new_tokens=96))
     model.eval()
-    mask_BT = response_mask(rollout.lengths)
+    y = [response.ids for response in responses]
+    L = [len(ids) for ids in y]
     head_VD = model.get_output_embeddings().weight
 
-    def log_probabilities(contexts: list[list[int]]) -> Tensor:
-        hidden_MD = response_hidden(model, contexts, rollout.responses)[mask_BT]
-        return ((hidden_MD @ head_VD.T).float() / TEMPERATURE).log_softmax(dim=-1)
+    def in_context(contexts: list[list[int]]) -> Tensor:
+        hidden_MD = response_hidden(model, contexts, y)[response_mask(L)]
+        return log_probabilities(hidden_MD @ head_VD.T, TEMPERATURE)
 
-    student = log_probabilities(prompts)
+    student = in_context(prompts)
     with adapter_disabled(model):
-        teacher = log_probabilities([teacher_prompt(tokenizer, problem) for problem in problems])
+        teacher = in_context([teacher_prompt(tokenizer, problem) for problem in problems])
     values = clip_statistics(student, teacher, clip)
-    decile_M = (relative_position(rollout.lengths) * 10).long().clamp(max=9)
+    decile_M = (relative_position(L) * 10).long().clamp(max=9)
     sums = torch.zeros(10, len(COLUMNS)).index_add_(0, decile_M, values)
     means = sums / torch.bincount(decile_M, minlength=10).clamp(min=1)[:, None]
     return {
         **dict(zip(COLUMNS, values.mean(dim=0).tolist(), strict=True)),
         "by_decile": dict(zip(COLUMNS, means.T.tolist(), strict=True)),
-        "eos_rate": sum(rollout.finished) / len(problems),
+        "eos_rate": sum(response.finished for response in responses) / len(problems),
     }
 
 
 def account(clip: float, output: Path, problems: list[Problem]) -> list[dict]:
     """Train OPSD at one clip with a checkpoint every few steps, and measure each of them; step 0 is the base model."""
-    options = {"method": "opsd", "clip": str(clip), "num_steps": STEPS, "save_steps": EVERY}
+    options = {"method": "opsd", "tau_clip": str(clip), "num_steps": STEPS, "save_steps": EVERY}
     cell = Cell(f"clip {clip}", options, SEED, model_id("tiny"))
     trained = run_cell(cell, output, keep_checkpoints=True)
     rows = []
@@ -104,7 +104,7 @@ def account(clip: float, output: Path, problems: list[Problem]) -> list[dict]:
         if step:
             load_adapter(model, output / "runs" / cell.folder / f"checkpoint-{step}")
         rows.append({"clip": str(clip), "step": step, **measure(model, tokenizer, problems, clip)})
-    rows[-1]["held_out"] = trained["after"]
+    rows[-1]["held_out"] = trained["evaluation"][str(STEPS)]["sampled"]
     return rows
 
 
@@ -152,7 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

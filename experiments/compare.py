@@ -13,15 +13,16 @@ import argparse
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 
-from checkpoint import open_samples
-from evaluate import benchmark_digest, bootstrap_interval, needs_latex, summarise
-from problems import InputError, load_problems, make_grader
+from evaluate import benchmark_digest, bootstrap_interval, summarise
+from problems import InputError, load_problems
+from runtime.flags import run_script
+from runtime.grading import make_grader
+from runtime.samples import SampleFile
 
 # Avg@12 in % with the sample std over 3 evaluation seeds, Qwen3-4B (paper Table 2). The paper has no base row; the one
 # here is the OPSD repository's (AIME24, AIME25, HMMT25).
@@ -95,8 +96,8 @@ def load_summary(source: str) -> dict:
 def _grade(path: Path) -> dict:
     if not path.is_file():
         raise InputError(f"{path}: no such sample file")
-    with open_samples(path) as (header, samples, _):
-        pass
+    with SampleFile(path) as file:
+        header, samples = file.header, list(file.samples.values())
     if header is None or not samples:
         raise InputError(f"{path}: no samples in it")
     problems = load_problems(header["benchmark"], need_solution=False)
@@ -107,13 +108,13 @@ def _grade(path: Path) -> dict:
         counts[item.seed, item.problem] = counts.get((item.seed, item.problem), 0) + 1
     if len(set(counts.values())) > 1 or len(counts) != len(problems) * len({seed for seed, _ in counts}):
         raise InputError(f"{path}: some samples are missing; finish the evaluation first")
-    grader = make_grader("auto", needs_latex(problems))
+    grader = make_grader("auto", [problem.answer for problem in problems])
     summary = summarise(samples, problems, grader.match)
     grader.close()
     return {
         **summary, "benchmark": header["benchmark"], "num_samples": next(iter(counts.values())), "regime": header,
         "answers_sha256": benchmark_digest(problems, "answer"),
-        "grader": {"name": grader.name, "version": grader.version, "stopped": grader.stopped},
+        "grader": {"name": grader.name, "version": grader.version, "asked": grader.asked, "stopped": grader.stopped},
     }  # fmt: skip
 
 
@@ -242,7 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

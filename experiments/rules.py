@@ -76,7 +76,7 @@ loss.METHODS["skip"] = Method(loss.clipped_divergence, skip, loss.weighted_mean,
 
 
 def iw_opd(scores: TokenScores, lengths: list[int], step: int, options: LossOptions, gamma: float = 0.5) -> Tensor:
-    """w_t = 1 + gamma (1 - sum_{k<t} |A_k| / sum_k |A_k|), A = log p_T(y) - log p_S(y): from 1 + gamma down to 1.
+    """w_t = 1 + gamma (1 - sum_{k<t} |A_k| / sum_k |A_k|), A = log p_T(y) - log p_S(y), never rising.
 
     IW-OPD (arXiv 2606.22600; its authors' code, `iw_opd_weight_max` = 1 + gamma; TRL's IW-OPD trainer): the more the
     prefix already disagrees with the teacher, the less its next token counts. There on the policy-gradient loss

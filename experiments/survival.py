@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import git_commit, newest_checkpoint, versions, write_atomically
+from runtime.checkpoint import newest_checkpoint
+from runtime.run_folder import git_commit, versions, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6

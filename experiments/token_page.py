@@ -13,12 +13,14 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import newest_checkpoint
-from loss import get_method, score_tokens
-from model import adapter_disabled, load_adapter, load_model, load_tokenizer, response_hidden
-from problems import InputError, Problem, answers_match, extract_boxed, load_problems
+from loss import log_probabilities, resolve_method, score_tokens
+from model import adapter_disabled, load_model, load_tokenizer, response_hidden
+from problems import InputError, Problem, extract_boxed, load_problems
 from rollout import sample
-from teacher import student_prompt, teacher_prompt
+from runtime.adapters import load_adapter
+from runtime.checkpoint import newest_checkpoint
+from runtime.grading import answers_match
+from teacher import Prompts, student_prompt, teacher_prompt
 
 ALTERNATIVES = 5
 PAGE_STREAM = 102  # second entry of the rollouts' stream key, apart from those of train.py
@@ -53,7 +55,7 @@ def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
 
     Both use the same random numbers. Raises InputError where the run has no adapter checkpoint.
     """
-    from train import TrainConfig
+    from train import TrainConfig, choose_prompts
 
     try:
         fields = json.loads((run / "config.json").read_text())["config"]
@@ -66,29 +68,32 @@ def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
     model, tokenizer = load_model(config.model, config.dtype, device=config.device), load_tokenizer(config.model)
     load_adapter(model, checkpoint)
     views = []
-    for index, problem in enumerate(load_problems(config.data)[:count]):
+    problems, prompts = choose_prompts(config, load_problems(config.data))
+    for index, problem in enumerate(problems[:count]):
         with adapter_disabled(model):
-            views.append(_view(model, tokenizer, problem, index, f"problem {index}, before training", config))
-        views.append(_view(model, tokenizer, problem, index, f"problem {index}, {checkpoint.name}", config))
+            views.append(_view(model, tokenizer, problem, index, f"problem {index}, before training", config, prompts))
+        views.append(_view(model, tokenizer, problem, index, f"problem {index}, {checkpoint.name}", config, prompts))
     return views
 
 
-def _view(model, tokenizer, problem: Problem, index: int, title: str, config) -> RolloutView:
-    prompt = student_prompt(tokenizer, problem)
-    rollout = sample(
-        model, tokenizer, [prompt], [(config.seed, PAGE_STREAM, index)], temperature=config.rollout_temperature,
-        top_p=config.top_p, top_k=config.top_k, max_new_tokens=config.max_new_tokens,
-    )  # fmt: skip
-    response, head_VD = rollout.responses[0], model.get_output_embeddings().weight
+def _view(model, tokenizer, problem: Problem, index: int, title: str, config, prompts: Prompts) -> RolloutView:
+    prompt = student_prompt(tokenizer, problem, prompts)
+    (sampled,) = sample(model, tokenizer, [prompt], [(config.seed, PAGE_STREAM, index)], config.sampling)
+    response, head_VD = sampled.ids, model.get_output_embeddings().weight
     model.eval()
-    student_MV = response_hidden(model, [prompt], [response])[0] @ head_VD.T
+
+    def in_context(context: list[int]) -> torch.Tensor:
+        hidden_MD = response_hidden(model, [context], [response])[0]
+        return log_probabilities(hidden_MD @ head_VD.T, config.distill_temperature)
+
+    student_logp_MV = in_context(prompt)
     with adapter_disabled(model):
-        teacher_MV = response_hidden(model, [teacher_prompt(tokenizer, problem)], [response])[0] @ head_VD.T
-    method, _ = get_method(config.method, config)
+        teacher_logp_MV = in_context(teacher_prompt(tokenizer, problem, prompts))
+    method = resolve_method(config.method, config)
     ids = torch.tensor(response, device=head_VD.device)
-    scores = score_tokens(method, student_MV, teacher_MV, ids, config)
+    scores = score_tokens(method, student_logp_MV, teacher_logp_MV, ids, config)
     weights = method.token_weight(scores, [len(response)], 0, config).tolist()
-    alternatives = [_top(logits_MV, tokenizer, config.temperature) for logits_MV in (student_MV, teacher_MV)]
+    alternatives = [_top(logp_MV, tokenizer) for logp_MV in (student_logp_MV, teacher_logp_MV)]
     tokens = [
         TokenView(tokenizer.decode([token]), divergence, weight, student, teacher)
         for token, divergence, weight, student, teacher in zip(
@@ -99,8 +104,8 @@ def _view(model, tokenizer, problem: Problem, index: int, title: str, config) ->
     return RolloutView(title, problem, answers_match(extract_boxed(text), problem.answer), tokens)
 
 
-def _top(logits_MV: torch.Tensor, tokenizer, temperature: float) -> list[list[tuple[str, float]]]:
-    values_MK, ids_MK = (logits_MV.float() / temperature).softmax(dim=-1).topk(ALTERNATIVES, dim=-1)
+def _top(logp_MV: torch.Tensor, tokenizer) -> list[list[tuple[str, float]]]:
+    values_MK, ids_MK = logp_MV.exp().topk(ALTERNATIVES, dim=-1)
     return [
         [(tokenizer.decode([token]), probability) for token, probability in zip(ids, values, strict=True)]
         for ids, values in zip(ids_MK.tolist(), values_MK.tolist(), strict=True)

@@ -1,16 +1,16 @@
 """Checkpoints: atomic, with checksums, so that a run can be killed at any moment.
 
 A checkpoint is a directory `checkpoint-STEP` that appears only when it is complete: the weights (the adapter in PEFT's
-format, or the whole model), the optimizer, the schedule and, for an EMA teacher, its average. No random state and no
-data position is stored: both are functions of (seed, step), so a resumed run draws what an unbroken one draws, on any
-number of ranks.
+format, or the whole model with its tokenizer), the optimizer, the schedule and, for an EMA teacher, its average. No
+random state and no data position is stored: both are functions of (seed, step), so a resumed run draws what an unbroken
+one draws, on any number of ranks.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -19,8 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from model import ADAPTER_WEIGHTS, load_adapter, lora_layers, save_adapter
+from model import lora_layers
 from problems import InputError
+from runtime.adapters import ADAPTER_WEIGHTS, load_adapter, save_adapter
+from runtime.artefacts import open_to_readers, save_whole
+from runtime.pins import sha256
 from teacher import Teacher
 
 MANIFEST = "manifest.json"
@@ -39,8 +42,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `run/checkpoint-STEP` after `step` steps. Until the final rename it lies under a name that nothing reads.
 
-    Raises InputError where it cannot be written (a full disk, say), with the partial directory removed and earlier
-    checkpoints untouched.
+    Raises InputError where it cannot be written (a full disk, say); any other error, of the GPU say, passes as it is.
+    In each case the partial directory is removed and earlier checkpoints are untouched.
     """
     final, partial = run / f"checkpoint-{step}", run / f".partial-{step}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -49,20 +52,23 @@ def save_checkpoint(
         if lora_layers(model):
             save_adapter(model, partial, base_model)
         else:
-            model.save_pretrained(partial)
+            save_whole(model, base_model, partial)
         if teacher.average:
             save_file({str(i): tensor.contiguous() for i, tensor in enumerate(teacher.average)}, partial / EMA_WEIGHTS)
         state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         torch.save(state, partial / TRAINER_STATE)
-        digests = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        digests = {path.name: sha256(path) for path in sorted(partial.iterdir())}
+        open_to_readers(partial)
         (partial / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=2) + "\n")
         for path in [*partial.iterdir(), partial]:
             _sync(path)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _sync(run)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a name of its own in each library
+    except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if not cannot_be_written(error):
+            raise
         reason = str(error).splitlines()[0]
         raise InputError(f"{final}: cannot be written ({reason}); earlier checkpoints are whole") from error
     return final
@@ -85,7 +91,7 @@ def damage(checkpoint: Path) -> str | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         for name, digest in manifest["sha256"].items():
-            if _sha256(checkpoint / name) != digest:
+            if sha256(checkpoint / name) != digest:
                 return f"{name} is damaged (checksum)"
         if checkpoint.name != f"checkpoint-{manifest['step']}" or TRAINER_STATE not in manifest["sha256"]:
             return f"{MANIFEST} is damaged"
@@ -118,9 +124,10 @@ def load_checkpoint(
     return int(json.loads((checkpoint / MANIFEST).read_text())["step"])
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def cannot_be_written(error: Exception) -> bool:
+    """Whether an error is the disk's: a full one has a name of its own in each library."""
+    in_torch = isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter|inline_container", str(error))
+    return isinstance(error, (OSError, SafetensorError)) or bool(in_torch)
 
 
 def _sync(path: Path) -> None:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import suppress
+import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from model import ADAPTER_CONFIG, DTYPES, find_checkpoint, load_adapter, load_model, load_tokenizer, lora_layers
+from model import ADAPTER_CONFIG, DTYPES, find_checkpoint, load_model, load_tokenizer, lora_layers
 from problems import InputError
+from runtime.adapters import load_adapter
+from runtime.artefacts import open_to_readers, save_whole
+from runtime.checkpoint import cannot_be_written
 from runtime.flags import run_script
 
 
@@ -63,11 +66,24 @@ def export(adapter: str, output: str, base: str | None = None, dtype: str = "aut
         raise InputError(f"--adapter {adapter}: merged and unmerged logits differ by {difference:.2e}; nothing written")
     stored = AutoConfig.from_pretrained(find_checkpoint(base), trust_remote_code=False).dtype or torch.float32
     model.to(stored if dtype == "auto" else getattr(torch, dtype))
-    with suppress(OSError):  # a base may bring no sampling defaults
-        model.generation_config = GenerationConfig.from_pretrained(find_checkpoint(base))
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    write_whole(model, base, Path(output))
     return difference
+
+
+def write_whole(model: PreTrainedModel, base: str, output: Path) -> None:
+    """Write a checkpoint that appears only when it is complete. Raises InputError, with nothing left, if it cannot."""
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_whole(model, base, partial)
+        open_to_readers(partial)
+        partial.replace(output)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not cannot_be_written(error):
+            raise
+        raise InputError(f"--output_dir {output}: cannot be written ({str(error).splitlines()[0]})") from error
 
 
 def main() -> None:

@@ -98,7 +98,8 @@ def step_bytes(
 ) -> dict[str, int]:  # fmt: skip
     """Peaks of a step's parts, beyond weights, gradients and optimizer: {"prefill", "decode", "teacher", "student"}.
 
-    In bytes. The parts are those of train.train_step. `scored` limits the tokens that the loss is taken of: it holds a chunk at a time, however many there are.
+    In bytes. The parts are those of train.train_step. `scored` limits the tokens that the loss is taken of: it
+    holds a chunk at a time, however many there are.
     """
     for parameter in teacher.trained:
         parameter.grad = torch.zeros_like(parameter)

@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, dataclass, field, fields
+from math import inf
+from pathlib import Path
 
+import torch
 from transformers import HfArgumentParser
 
 from problems import InputError
 
 
-def option(default: object, text: str, group: str = "run", parse: Callable | None = None) -> object:
-    """A field of a script's dataclass: its default, its line and its group in --help, and how its text is read."""
+@dataclass(frozen=True)
+class Limits:
+    """What a flag's value must satisfy; `check` raises InputError, naming the flag."""
+
+    least: float | None = None
+    positive: bool = False
+    within: tuple[float, float] | None = None
+    choices: tuple[str, ...] | None = None
+
+    def check(self, name: str, value: object) -> None:
+        if self.least is not None and not value >= self.least:
+            raise InputError(f"--{name} {value}: must be at least {self.least}")
+        if self.positive and not 0.0 < value < inf:
+            raise InputError(f"--{name} {value}: must be positive")
+        if self.within is not None and not self.within[0] <= value <= self.within[1]:
+            raise InputError(f"--{name} {value}: must lie in [{self.within[0]:g}, {self.within[1]:g}]")
+        if self.choices is not None and value not in self.choices:
+            raise InputError(f"--{name} {value}: choose one of {', '.join(self.choices)}")
+
+
+def option(default: object, text: str, group: str = "run", parse: Callable | None = None, **limits: object) -> object:
+    """A field of a script's dataclass: its default, its line and group in --help, how its text is read, its limits."""
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**factory, metadata={"help": text, "group": group, "parse": parse})
+    return field(**factory, metadata={"help": text, "group": group, "parse": parse, "limits": Limits(**limits)})
 
 
 class FlagParser(HfArgumentParser):
@@ -26,7 +51,9 @@ class FlagParser(HfArgumentParser):
         self._group_of_name: dict[str, argparse._ArgumentGroup] = {}
         super().__init__(config_class, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def add_argument(self, *names: str, group: str | None = None, parse: Callable | None = None, **settings):
+    def add_argument(
+        self, *names: str, group: str | None = None, parse: Callable | None = None, limits=None, **settings
+    ):
         """The field's metadata arrive here, its group and its parser among them; fields of loss.py name no group."""
         if parse is not None:
             settings["type"] = parse
@@ -48,7 +75,13 @@ class FlagParser(HfArgumentParser):
             if preset not in presets:
                 raise InputError(f"--preset {preset}: choose one of {', '.join(presets)}")
             self.set_defaults(**presets[preset], preset=preset)
-        return self.parse_args_into_dataclasses(arguments)[0]
+        config = self.parse_args_into_dataclasses(arguments)[0]
+        for f in fields(config):
+            values = getattr(config, f.name)
+            for value in values if isinstance(values, list) else [values]:
+                if value is not None and "limits" in f.metadata:
+                    f.metadata["limits"].check(f.name, value)
+        return config
 
 
 def departures(config: object, presets: dict[str, dict]) -> str:
@@ -61,13 +94,40 @@ def departures(config: object, presets: dict[str, dict]) -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """`main` for the shell: a mistake of the user's, or a run that cannot go on, becomes one line and status 1."""
+    """`main` for the shell: whatever ends it becomes one line and status 1 (130 for Ctrl-C).
+
+    The traceback of what is no mistake of the user's is in the run folder's error.log, which the line names; before
+    there is a folder the line says where the error arose.
+    """
     try:
         main()
-    except (InputError, FloatingPointError, OSError) as error:  # OSError: a full disk under the logs, say
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; what is finished is on the disk, and the same command (train.py: --resume) goes on")
+        print(
+            "stopped; what is finished is on the disk, and the same command (train.py, diagnose.py: --resume) goes on",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    except Exception as error:
+        sys.exit(f"error: {describe(error)}")
+
+
+def describe(error: Exception) -> str:
+    """One line for an exception: what the user can do about it, or its type, its words and where it arose."""
+    text = " ".join(str(error).split()) or "without a word"
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []) if note.startswith("traceback: "))
+    if isinstance(error, (InputError, FloatingPointError)):
+        return " ".join(str(error).splitlines()) + notes
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(text):
+        text = f"out of memory ({text[:200]}); what helps: a lower --micro_batch_size, --batch_size or --max_new_tokens"
+    elif isinstance(error, OSError):
+        text = str(error)  # with the file's name
+    else:
+        text = f"{type(error).__name__}: {text[:400]}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return text + (notes or f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else notes)
+
+
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 def listen_for_sigterm() -> list[int]:

@@ -1,4 +1,9 @@
-"""Grading: whether two answers are the same, exactly or by math-verify in a process of its own."""
+"""Graders decide whether two answers are the same, without trusting what a model wrote.
+
+`exact` reads numbers, tuples, sets, intervals and words (runtime/answers.py). `math-verify` (optional package) is asked
+about the formulas that this leaves open: it knows algebra. It runs in a process of its own (runtime/grading_worker.py)
+with a limit on time and memory, killed where it passes one and replaced.
+"""
 
 from __future__ import annotations
 
@@ -6,72 +11,47 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 from problems import InputError
+from runtime.answer_text import normalise_answer
+from runtime.answers import needs_algebra, same_answer
+from runtime.arithmetic import parse_number
 
-_NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d{0,400})?|\.\d{1,400})")
-_FRACTION = re.compile(r"([+-]?)\\?[dt]?frac\{([+-]?\d{1,400})\}\{([+-]?\d{1,400})\}|([+-]?\d{1,400})/(\d{1,400})")
-
-
-def normalise_answer(answer: str) -> str:
-    """Strip what carries no meaning: spaces, dollar signs, `\\left`, `\\text{}`, a final full stop, percent signs."""
-    text = answer.strip().rstrip(".").replace("$", "").replace("\\!", "").replace("\\,", "").replace("\\ ", " ")
-    text = text.replace("\\left", "").replace("\\right", "").replace("\\%", "").replace("%", "")
-    text = text.replace("dfrac", "frac").replace("tfrac", "frac").replace("^\\circ", "").replace("^{\\circ}", "")
-    text = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text)
-    return re.sub(r"\s+", "", text)
-
-
-def parse_number(answer: str) -> Fraction | None:
-    """The exact value of an integer, a decimal or a fraction in normalised text; None for anything else."""
-    if _NUMBER.fullmatch(answer):
-        return Fraction(answer.rstrip(".") if answer.endswith(".") else answer)
-    match = _FRACTION.fullmatch(answer)
-    if match is None:
-        return None
-    sign, top, bottom, plain_top, plain_bottom = match.groups()
-    numerator, denominator = int(top or plain_top), int(bottom or plain_bottom)
-    if denominator == 0:
-        return None
-    return Fraction(-numerator if sign == "-" else numerator, denominator)
-
-
-def answers_match(given: str | None, gold: str) -> bool:
-    """Whether two answers are the same string or number after normalisation. Symmetric; None never matches."""
-    if given is None:
-        return False
-    left, right = normalise_answer(given), normalise_answer(gold)
-    if left == right:
-        return left != ""
-    a, b = parse_number(left), parse_number(right)
-    return a is not None and a == b
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Graders decide whether two answers are the same, without trusting what a model wrote. `exact` compares strings and
-# numbers. `math-verify` (optional package) also knows LaTeX: sets, intervals, matrices, algebra. It runs in a process
-# of its own (runtime/grading_worker.py) with a limit on time and memory, killed where it passes one and replaced.
-
+__all__ = [
+    "ExactGrader",
+    "Grader",
+    "MathVerifyGrader",
+    "answers_match",
+    "make_grader",
+    "normalise_answer",
+    "parse_number",
+]
 
 SECONDS_PER_COMPARISON = 10.0  # math-verify's own default is 5 for the parsing and 5 for the comparison
 MEMORY_BYTES = 2 * 2**30
 WORKER = Path(__file__).resolve().parent / "grading_worker.py"
+GRADERS = ("auto", "exact", "math-verify")
+
+
+def answers_match(given: str | None, gold: str | None) -> bool:
+    """Whether two answers are the same as far as arithmetic and form decide it. Symmetric; None never matches."""
+    return given is not None and gold is not None and same_answer(given, gold)
 
 
 class ExactGrader:
-    """Strings and numbers only. On LaTeX answers it undercounts."""
+    """Arithmetic and form only. Of two formulas, only equal spellings are equal: it undercounts LaTeX answers."""
 
-    name, version = "exact", "1"
-    stopped = 0  # comparisons that were killed at a limit
+    name, version = "exact", "2"
+    asked = stopped = 0  # as MathVerifyGrader's
+
+    def __init__(self, note: str = "") -> None:
+        self.note = note  # what a script prints before it grades
 
     def match(self, a: str | None, b: str | None) -> bool:
-        return a is not None and b is not None and answers_match(a, b)
+        return answers_match(a, b)
 
     def close(self) -> None:
         pass
@@ -80,10 +60,11 @@ class ExactGrader:
 class MathVerifyGrader:
     """Exact grader first, then math-verify in both directions in the worker. Symmetric; None matches nothing.
 
-    A comparison that is killed at its limit counts as not equal and adds to `stopped`.
+    asked    distinct comparisons that arithmetic and form left open, so that math-verify was asked
+    stopped  comparisons that were killed at a limit: they count as not equal
     """
 
-    name = "math-verify"
+    name, note = "math-verify", ""
 
     def __init__(self, seconds: float = SECONDS_PER_COMPARISON, memory_bytes: int = MEMORY_BYTES) -> None:
         if importlib.util.find_spec("math_verify") is None:
@@ -93,26 +74,36 @@ class MathVerifyGrader:
             )
         self.version = importlib.metadata.version("math-verify")
         self.limits = (seconds, memory_bytes)
-        self.stopped = 0
+        self.asked = self.stopped = 0
         self._known: dict[tuple[str, str], bool] = {}
         self._worker: subprocess.Popen | None = None
 
     def match(self, a: str | None, b: str | None) -> bool:
         if a is None or b is None:
             return False
-        if answers_match(a, b):
-            return True
         pair = (min(a, b), max(a, b))
         if pair not in self._known:
-            self._known[pair] = self._ask(pair)
+            self._known[pair] = self._decide(pair)
         return self._known[pair]
 
-    def _ask(self, pair: tuple[str, str]) -> bool:
+    def _decide(self, pair: tuple[str, str]) -> bool:
+        questions, stopped_before = 0, self.stopped
+
+        def ask(a: str, b: str) -> bool:
+            nonlocal questions
+            questions += 1
+            return self.stopped == stopped_before and self._ask(a, b)  # one stop ends the comparison
+
+        verdict = same_answer(*pair, ask)
+        self.asked += questions > 0
+        return verdict
+
+    def _ask(self, a: str, b: str) -> bool:
         if self._worker is None or self._worker.poll() is not None:
             self.close()
             self._start()
         try:
-            self._worker.stdin.write(json.dumps(pair) + "\n")
+            self._worker.stdin.write(json.dumps((a, b)) + "\n")
             self._worker.stdin.flush()
             reply = self._worker.stdout.readline()
         except BrokenPipeError:
@@ -150,10 +141,17 @@ Grader = ExactGrader | MathVerifyGrader
 
 
 def make_grader(name: str, golds: list[str]) -> Grader:
-    """`auto` is math-verify for benchmarks whose answers are LaTeX, where its absence is an error, else exact."""
-    if name not in ("auto", "exact", "math-verify"):
-        raise InputError(f"--grader {name}: choose one of auto, exact, math-verify")
-    latex = any(parse_number(normalise_answer(gold)) is None for gold in golds)
-    if name == "exact" or (name == "auto" and not latex):
+    """The grader of `--grader name`. `auto` is math-verify wherever it is installed.
+
+    Without it, `auto` is an InputError where a gold answer is a formula, else the exact grader with a note.
+    """
+    if name not in GRADERS:
+        raise InputError(f"--grader {name}: choose one of {', '.join(GRADERS)}")
+    if name == "exact":
         return ExactGrader()
-    return MathVerifyGrader()
+    if name == "math-verify" or importlib.util.find_spec("math_verify") or any(map(needs_algebra, golds)):
+        return MathVerifyGrader()
+    return ExactGrader(
+        "math-verify is not installed: a right answer that is boxed as a formula may be missed "
+        "(`pip install math-verify` to grade these too)"
+    )

@@ -20,6 +20,9 @@ import sys
 # What sympy's parser may compile: its own namespace and a number. Everything else would be the model's text as code.
 NUMBER_SOURCE = re.compile(r"\s*(from sympy import \*|(Integer|Float|Rational) ?\( ?'?[\d.eE+-]{0,5000}'? ?\))\s*")
 REFUSED = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "tempfile.", "urllib.", "webbrowser.")
+GAP = (
+    1e-4  # of two constants that may be one: math-verify compares six digits behind the point, so also 1e-20 and 1e-21
+)
 HARMLESS = ("os.listdir", "os.scandir")  # the import system's
 
 
@@ -36,6 +39,14 @@ def refuse(event: str, arguments: tuple) -> None:
         raise PermissionError(f"refused {event}")
 
 
+def far_apart(x: object, y: object) -> bool:
+    """Whether two sympy expressions are constants of different size: |x - y| > GAP max(|x|, |y|)."""
+    if not (getattr(x, "is_number", False) and getattr(y, "is_number", False)):
+        return False
+    p, q = x.evalf(30), y.evalf(30)
+    return bool(abs(p - q) > GAP * max(abs(p), abs(q)))
+
+
 def serve(seconds: float, memory_bytes: int) -> None:
     """Answer JSON pairs from stdin with true or false until it closes. SIGALRM's default action ends a comparison."""
     replies = os.fdopen(os.dup(1), "w")
@@ -49,7 +60,8 @@ def serve(seconds: float, memory_bytes: int) -> None:
 
     def same(a: str, b: str) -> bool:
         x, y = parsed(a), parsed(b)
-        return verify(x, y, timeout_seconds=None) or verify(y, x, timeout_seconds=None)
+        equal = verify(x, y, timeout_seconds=None) or verify(y, x, timeout_seconds=None)
+        return equal and not far_apart(x[0], y[0])
 
     same("\\frac{1}{2}", "\\sqrt{x} + 0.5")  # loads what sympy imports late, before the hook forbids it
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))

@@ -7,24 +7,32 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 import transformers
 
 from problems import InputError
+from runtime.pins import difference
 from runtime.ranks import gather_objects, rank, wait_for_all
 
 RECORD = "config.json"
 
 
 def run_folder(output_dir: str | None, name: str) -> Path:
-    """--output_dir, or a folder runs/NAME that no run has taken yet; the same on all ranks."""
+    """--output_dir, or a new folder runs/NAME that nothing has taken yet; the same on all ranks."""
     run, number = Path(output_dir or f"runs/{name}"), 2
-    while output_dir is None and (run / RECORD).exists():
-        run, number = Path(f"runs/{name}-{number}"), number + 1
+    while output_dir is None and rank() == 0:
+        try:
+            run.mkdir(parents=True)  # of two processes, one makes it
+            break
+        except FileExistsError:
+            run, number = Path(f"runs/{name}-{number}"), number + 1
+        except OSError as error:
+            raise InputError(f"--output_dir {run}: cannot be made ({error.strerror})") from None
     return Path(gather_objects(str(run))[0])
 
 
@@ -33,45 +41,110 @@ def claimed(run: Path, resume: bool) -> Iterator[dict | None]:
     """Hold a run folder, from before the slow work to the end; yields its record, None for a new run.
 
     Raises InputError where the folder holds another run without `resume`, files of another program, or a run that is
-    under way.
+    under way. A folder in which nothing was written is taken away again.
     """
-    lock = None
-    if rank() == 0:
-        if (run / RECORD).exists() and not resume:
-            raise InputError(
-                f"--output_dir {run}: holds another run; continue it with --resume or choose another folder"
-            )
-        if run.exists() and not (run / RECORD).exists() and any(path.name != LOCK for path in run.iterdir()):
-            raise InputError(f"--output_dir {run}: is not empty and holds no run of ours ({RECORD} is missing)")
-        run.mkdir(parents=True, exist_ok=True)
-        lock = (run / LOCK).open("w")
+    if rank() > 0:
+        wait_for_all()
+        try:
+            yield read_record(run)
+        except Exception as error:
+            keep_traceback(error, run)
+            raise
+        return
+    with locked(run, lambda folder: _refusal(folder, resume)):
+        wait_for_all()
+        yield read_record(run)
+
+
+def _refusal(run: Path, resume: bool) -> str | None:
+    """Why a run may not use a folder, or None."""
+    if read_record(run) is not None:
+        return None if resume else f"{run}: holds another run; continue it with --resume or choose another folder"
+    others = sorted(path.name for path in run.iterdir() if path.name not in HARMLESS) if run.is_dir() else []
+    return f"{run}: is not empty and holds no run of ours ({others[0]} is there)" if others else None
+
+
+def read_record(run: Path) -> dict | None:
+    """config.json of a run of ours; None where there is none, or where it is another program's."""
+    try:
+        record = json.loads((run / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(record, dict) and isinstance(record.get("config"), dict) and "versions" in record
+    return record if ours else None
+
+
+LOCK, ERROR_LOG = ".lock", "error.log"
+HARMLESS = {LOCK, ERROR_LOG, "evaluation.json", "heldout.jsonl"}  # what may stand there before a run's first line
+
+
+@contextmanager
+def locked(folder: Path, refusal: Callable[[Path], str | None]) -> Iterator[None]:
+    """Hold a folder against other processes, made where it is not there; one without content is taken away at the end.
+
+    `refusal` says why the folder may not be used. An exception that is no mistake of the user's leaves its traceback in
+    error.log. Raises InputError, naming --output_dir.
+    """
+    try:
+        _check(refusal(folder))  # before anything is written into a folder that is not ours
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a")
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"--output_dir {run}: another process is running in it") from None
-    try:
-        wait_for_all()
-        yield json.loads((run / RECORD).read_text()) if (run / RECORD).exists() else None
-    finally:
-        if lock is not None:
-            lock.close()
+            is_there = os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat())
+        except (BlockingIOError, FileNotFoundError):
+            is_there = False  # held, or its holder has just taken the folder away
+        _check(None if is_there else f"{folder}: another process is running in it")
+        try:
+            _check(refusal(folder))  # again: a run may have ended since
+            yield
+        except Exception as error:
+            keep_traceback(error, folder)
+            raise
+        finally:
+            with suppress(OSError):  # somebody else may have taken it away
+                if {path.name for path in folder.iterdir()} <= {LOCK}:
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
 
 
-LOCK = ".lock"
+def _check(refusal: str | None) -> None:
+    if refusal is not None:
+        raise InputError(f"--output_dir {refusal}")
 
 
-def record_run(run: Path, record: dict | None, config: dict, free: set[str], facts: dict) -> None:
+def keep_traceback(error: Exception, folder: Path) -> None:
+    """Append an exception's traceback to the folder's error.log and note it on the exception."""
+    if isinstance(error, InputError) and error.__cause__ is None:
+        return
+    with suppress(OSError), (folder / ERROR_LOG).open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write("".join(traceback.format_exception(error)) + "\n")
+        error.add_note(f"traceback: {folder / ERROR_LOG}")
+
+
+def record_run(
+    run: Path, record: dict | None, config: dict, free: set[str], facts: dict, pins: dict | None = None
+) -> None:
     """Write config.json, or check that the run that it records is the one that `config` continues.
 
-    Fields in `free` may change on resuming. Raises InputError, naming the flag, for any other difference.
+    Fields in `free` may change on resuming; `pins`, {flag: what its value holds} (pins.py), may not. Raises InputError,
+    naming the flag, for any other difference.
     """
     if record is not None:
         before = record["config"]
         for key, value in json.loads(json.dumps(config)).items():
             if key not in free and before.get(key) != value:
                 raise InputError(f"--resume: {run} was started with --{key} {before.get(key)}, not {value}")
+        for key, pin in (pins or {}).items():
+            if changed := difference(record.get("pins", {}).get(key), pin):
+                raise InputError(
+                    f"--resume: what --{key} {config[key]} names has changed since {run} began ({changed})"
+                )
     elif rank() == 0:
-        facts = {"versions": versions(), "git_commit": git_commit(), **facts}
+        facts = {"versions": versions(), "git_commit": git_commit(), **facts, "pins": pins or {}}
         write_atomically(run / RECORD, json.dumps({"config": config, **facts}, indent=2) + "\n")
 
 

@@ -5,14 +5,16 @@ An evaluation of hours can be killed at any moment: what is in the file counts, 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
+import os
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from problems import InputError
+from runtime.pins import difference
 from runtime.ranks import gather_objects, rank, wait_for_all
+from runtime.run_folder import HARMLESS, keep_traceback, locked
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,13 @@ class Sample:
 def check_regime(found: dict, wanted: dict, path: Path) -> None:
     """Raise InputError, naming the field, where a file's samples come from another regime than the one asked for."""
     for name, value in wanted.items():
-        hashed = wanted.get(f"{name}_sha256") is not None  # a hash says more than the name of a path
-        if not hashed and found.get(name) != value:
+        if f"{name}_pin" in wanted or f"{name}_sha256" in wanted:  # content says more than the name of a path
+            continue
+        if name.endswith(("_pin", "_sha256")):
+            changed = difference(found.get(name), value)
+            if changed is not None:
+                raise InputError(f"{path}: its samples have another {name} ({changed}); use another --output_dir")
+        elif found.get(name) != value:
             raise InputError(
                 f"{path}: its samples have {name} {found.get(name)!r}, not {value!r}; use another --output_dir"
             )
@@ -42,29 +49,39 @@ class SampleFile:
 
     `header` is the regime (None in a new file) and `samples` what is there, by (seed, problem, sample). A last line
     without its end was torn by a crash: it is cut off, and its sample is missing. Raises InputError for a damaged line
-    elsewhere and for a file that another process is writing.
+    elsewhere and for a folder that another process holds or that is neither empty nor an evaluation's; a folder in
+    which nothing was written is taken away again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path if rank() == 0 else part_of(path, rank())
         self.header: dict | None = None
         self.samples: dict[tuple[int, int, int], Sample] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if rank() == 0:
-            self.file = path.open("a+b")
-            self._lock()
-            self._read()
-            self._take_in_parts()
-        self.header, self.samples = gather_objects((self.header, self.samples))[0]
-        self._is_new = self.header is None
-        if rank() > 0:
-            self.file = self.path.open("a+b")
+        with ExitStack() as held:
+            if rank() == 0:
+                held.enter_context(locked(path.parent, _refusal))
+                self.file = held.enter_context(path.open("a+b"))
+                held.callback(self._remove_if_empty)
+                self._read()
+                self._take_in_parts()
+            self.header, self.samples = gather_objects((self.header, self.samples))[0]
+            self._is_new = self.header is None
+            if rank() > 0:
+                self.file = held.enter_context(self.path.open("a+b"))
+                held.callback(self._remove_if_empty)
+            self._held = held.pop_all()
 
     def __enter__(self) -> SampleFile:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if rank() > 0 and isinstance(error, Exception):
+            keep_traceback(error, self.path.parent)
+        self._held.__exit__(kind, error, trace)
+
+    def _remove_if_empty(self) -> None:
+        if self.file.seek(0, os.SEEK_END) == 0:
+            self.path.unlink(missing_ok=True)
 
     def begin(self, header: dict) -> None:
         """Set the regime of a new file; it is written with the first sample, so that a failed start claims nothing."""
@@ -87,12 +104,6 @@ class SampleFile:
     def _append(self, row: dict) -> None:
         self.file.write(json.dumps(row).encode() + b"\n")
         self.file.flush()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{self.path}: another evaluation is writing to it") from None
 
     def _read(self) -> None:
         self.file.seek(0)
@@ -123,10 +134,18 @@ def part_of(path: Path, number: int | str) -> Path:
     return path.with_name(f"{path.stem}-rank{number}.jsonl")
 
 
-def weights_digest(directory: Path) -> str:
-    """SHA-256 of a directory's weights; for an adapter also of its settings (rank, alpha)."""
-    total = hashlib.sha256()
-    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("adapter_config.json")]):
+def _refusal(folder: Path) -> str | None:
+    """Why an evaluation may not use a folder, or None."""
+    path, first = folder / "samples.jsonl", b""
+    if path.is_file():
         with path.open("rb") as file:
-            total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
+            first = file.readline()
+    whole = first.endswith(b"\n")
+    if first[: len(REGIME)] != (REGIME if whole else REGIME[: len(first)]):
+        return f"{path}, line 1: not a line of a sample file"
+    others = [] if whole or not folder.is_dir() else [p.name for p in folder.iterdir() if p.name not in HARMLESS]
+    others = sorted(name for name in others if name != path.name and not name.startswith("samples-rank"))
+    return f"{folder}: is not empty and holds no evaluation of ours ({others[0]} is there)" if others else None
+
+
+REGIME = b'{"regime": '  # how every sample file begins

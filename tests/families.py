@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Olmo3Config,
     Olmo3ForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -83,4 +85,45 @@ def make_checkpoint(family: str, directory: Path, corpus=CORPUS) -> Path:
         model = Olmo3ForCausalLM(Olmo3Config(**shared, sliding_window=16, layer_types=layers))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+def odd(name: str, **more) -> PreTrainedModel:
+    """A random model of another family."""
+    config = getattr(transformers, f"{name}Config" if name != "Qwen3_5" else "Qwen3_5TextConfig")
+    head = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+    return getattr(transformers, head)(config(**{**SHAPE, "vocab_size": 300, **more}))
+
+
+MAMBA = {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1,
+         "mamba_d_state": 8, "mamba_chunk_size": 16}  # fmt: skip
+DELTA = {"head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+         "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+ODD = {
+    "falcon_h1_multiplier": lambda: odd("FalconH1", **MAMBA, lm_head_multiplier=0.5),
+    "falcon_h1": lambda: odd("FalconH1", **MAMBA),
+    "gemma2_cap": lambda: odd("Gemma2", head_dim=8, final_logit_softcapping=5.0),
+    "granite_scaling": lambda: odd("Granite", logits_scaling=8.0),
+    "cohere_scale": lambda: odd("Cohere", logit_scale=0.0625),
+    "phi_bias": lambda: odd("Phi"),
+    "mixtral": lambda: odd("Mixtral", num_local_experts=4),
+    "qwen3_moe_dense": lambda: odd("Qwen3Moe", head_dim=8, **EXPERTS, mlp_only_layers=[0]),
+    "qwen3_next": lambda: odd("Qwen3Next", **DELTA, **EXPERTS, shared_expert_intermediate_size=16),
+    "qwen3_5": lambda: odd("Qwen3_5", **DELTA),
+    "gpt2": lambda: odd("GPT2", n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1),
+    "phi3": lambda: odd("Phi3", pad_token_id=0),
+    "qwen2": lambda: odd("Qwen2"),
+}
+ODD_HEADS = ("falcon_h1_multiplier", "gemma2_cap", "granite_scaling", "cohere_scale", "phi_bias")
+ODD_BLOCKS = {
+    "falcon_h1": "LoRA .*mamba", "mixtral": "gate_proj", "qwen3_moe_dense": r"frozen; --lora_rank 0",
+    "qwen3_next": "linear_attn", "qwen3_5": "linear_attn", "gpt2": "q_proj", "phi3": "q_proj",
+}  # fmt: skip
+
+
+def make_odd(kind: str, directory: Path) -> Path:
+    """Save a random model of a family that is not the paper's, without a tokenizer."""
+    torch.manual_seed(0)
+    ODD[kind]().save_pretrained(directory)
     return directory

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import checkpoint as checkpoint_module
-from checkpoint import damage, keep_lines, load_checkpoint, newest_checkpoint, open_run, save_checkpoint
 from model import add_lora, load_model, lora_parameters
 from problems import InputError
+from runtime import checkpoint as checkpoint_module
+from runtime.checkpoint import damage, load_checkpoint, newest_checkpoint, save_checkpoint
 from teacher import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,21 +155,15 @@ def test_a_really_full_disk(qwen3, run):
     assert not (run / ".partial-3").exists()
 
 
-def test_lines_are_cut_back_and_torn_lines_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
-    keep_lines(path, 2)
-    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError, RuntimeError])
+def test_an_error_of_the_gpu_is_not_the_disks(qwen3, run, monkeypatch, kind):
+    def fail(*args, **kwargs):
+        raise kind("CUDA error: an illegal memory access was encountered")
 
-
-def test_open_run_refuses_another_run(tmp_path):
-    open_run(tmp_path / "run", {"seed": 1, "save_steps": 5}, {"save_steps"}, False, {"ranks": 1})
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["ranks"] == 1
-    open_run(tmp_path / "run", {"seed": 1, "save_steps": 9}, {"save_steps"}, True, {})
-    with pytest.raises(InputError, match="holds another run"):
-        open_run(tmp_path / "run", {"seed": 1, "save_steps": 5}, set(), False, {})
-    with pytest.raises(InputError, match="--seed 1, not 2"):
-        open_run(tmp_path / "run", {"seed": 2, "save_steps": 5}, {"save_steps"}, True, {})
+    monkeypatch.setattr(checkpoint_module, "save_adapter", fail)
+    with pytest.raises(kind, match="CUDA error"):
+        Trained(qwen3).save(run, 3)
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
 
 # ---------------------------------------------------------------------------------------------------------------

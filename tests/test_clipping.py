@@ -18,7 +18,7 @@ def test_closed_form_is_the_gradient_of_the_loss(clip):
     teacher_MV = (4 * torch.randn(50, 7, dtype=torch.float64)).log_softmax(-1)
     temperature = 1.1
     student_logp_MV = (student_MV / temperature).log_softmax(-1)
-    value = clipped_divergence(student_logp_MV, teacher_MV, torch.zeros(50), LossOptions(clip=clip)).sum()
+    value = clipped_divergence(student_logp_MV, teacher_MV, torch.zeros(50), LossOptions(tau_clip=clip)).sum()
     (gradient_MV,) = torch.autograd.grad(value, student_MV)
     clipped_MV, unclipped_MV = logit_gradients(student_logp_MV.detach(), teacher_MV, clip)
     torch.testing.assert_close(gradient_MV * temperature, clipped_MV)

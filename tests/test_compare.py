@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 
-from checkpoint import Sample, open_samples
 from evaluate import benchmark_digest, summarise
 from experiments.compare import (
     PAPER,
@@ -20,6 +19,7 @@ from experiments.compare import (
     report,
 )
 from problems import InputError, load_problems
+from runtime.samples import Sample, SampleFile
 
 
 def test_permutation_p_by_hand():
@@ -74,10 +74,10 @@ def evaluation(tmp_path):
             Sample(i, n, seed, f"\\boxed{{{i if n < count else 99}}}", 5, "eos")
             for seed in seeds for i, count in enumerate(right) for n in range(2)
         ]  # fmt: skip
-        with open_samples(folder / "samples.jsonl") as (_, _, append):
-            append({"regime": regime})
+        with SampleFile(folder / "samples.jsonl") as file:
+            file.begin(regime)
             for sample in samples:
-                append(vars(sample))
+                file.add(sample)
         summary = {
             **summarise(samples, problems), "benchmark": str(benchmark), "num_samples": 2, "regime": regime,
             "answers_sha256": benchmark_digest(problems, "answer"),

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import model as model_module
-from model import LoRALinear, add_lora, export, load_model, lora_layers, lora_parameters, merge_adapter, save_adapter
+from model import LoRALinear, add_lora, load_model, lora_layers, lora_parameters
 from problems import InputError
+from runtime import export as export_module
+from runtime.adapters import save_adapter
+from runtime.export import export, merge_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS = torch.tensor([[5, 9, 40, 7, 21, 33]])
@@ -87,10 +89,22 @@ def test_a_merge_that_changes_the_logits_writes_nothing(adapted, tmp_path, monke
         merge_adapter(model)
         model.get_decoder().layers[0].mlp.up_proj.weight[0] += 1.0
 
-    monkeypatch.setattr(model_module, "merge_adapter", wrong)
+    monkeypatch.setattr(export_module, "merge_adapter", wrong)
     with pytest.raises(InputError, match=r"differ by .*nothing written"):
         export(str(adapted[1]), str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_full_disk_leaves_nothing(adapted, tmp_path, monkeypatch):
+    def fail(model, base, directory):
+        (directory / "model.safetensors").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_module, "save_whole", fail)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"--output_dir .*merged: cannot be written .*No space left"):
+        export(str(adapted[1]), str(tmp_path / "merged"))
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_mistakes_are_named(adapted, tmp_path):
@@ -98,7 +112,7 @@ def test_mistakes_are_named(adapted, tmp_path):
         export(str(tmp_path), str(tmp_path / "merged"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    with pytest.raises(InputError, match="--output"):
+    with pytest.raises(InputError, match="--output_dir"):
         export(str(adapted[1]), str(tmp_path / "full"))
     with pytest.raises(InputError, match="--dtype int8"):
         export(str(adapted[1]), str(tmp_path / "merged"), dtype="int8")
@@ -115,11 +129,11 @@ def test_the_command_line(tmp_path):
     model = load_model(str(checkpoint), device="cpu")
     add_lora(model, 4, 8.0)
     save_adapter(model, tmp_path / "adapter", str(checkpoint))
-    command = [sys.executable, "model.py", "export", "--adapter", str(tmp_path / "adapter"), "--output"]
+    command = [sys.executable, "-m", "runtime.export", "--adapter", str(tmp_path / "adapter"), "--output_dir"]
     runs = [
         subprocess.run([*command, str(tmp_path / "merged")], cwd=ROOT, capture_output=True, text=True, check=False)
         for _ in range(2)
     ]
     assert runs[0].returncode == 0 and "largest logit difference to base + adapter: 0.00e+00" in runs[0].stdout
-    assert runs[1].returncode == 1 and runs[1].stderr.startswith("error: --output")
+    assert runs[1].returncode == 1 and runs[1].stderr.startswith("error: --output_dir")
     assert (tmp_path / "merged" / "model.safetensors").is_file()

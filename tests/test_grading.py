@@ -10,8 +10,11 @@ import time
 
 import pytest
 
-from experiments import grading_worker
-from problems import ExactGrader, InputError, MathVerifyGrader, make_grader
+from problems import InputError
+from runtime import grading_worker
+from runtime.grading import ExactGrader, MathVerifyGrader, answers_match, make_grader
+from tests.test_answers import DIFFERENT, DRESSES_OF_TEN, NOT_TEN
+from tests.test_answers import EQUAL as EQUAL_BY_FORM
 
 needs_math_verify = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="the optional package math-verify is not installed"
@@ -33,8 +36,29 @@ EQUAL = [
     ("x=5", "5"),
     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{bmatrix}1\\\\2\\end{bmatrix}"),
     ("0.5", "\\frac12"),
+    ("(\\sqrt{4},1)", "(2,1)"),
+    ("1 \\pm \\sqrt{19}", "1+\\sqrt{19}, 1-\\sqrt{19}"),
+    ("[\\frac{2}{\\sqrt{2}},\\infty)", "x\\ge\\sqrt{2}"),
+    ("\\{\\sqrt{4}\\}", "2"),
+    ("y=2x+3", "2x+3"),
+    ("\\sin\\theta=\\frac12", "\\frac12"),
+    ("\\mathbb{R}", "(-\\infty,\\infty)"),
+    ("0.577350", "\\frac{1}{\\sqrt{3}}"),
 ]
-DIFFERENT = [("(1,2)", "(2,1)"), ("\\sqrt{2}", "\\sqrt{3}"), ("[0,1)", "[0,1]"), ("x+1", "x-1"), ("12", "21")]
+UNEQUAL = [
+    ("\\sqrt{2}", "\\sqrt{3}"),
+    ("x+1", "x-1"),
+    ("(\\sqrt2,1)", "(1,\\sqrt2)"),
+    ("10^{-20}\\pi", "10^{-21}\\pi"),
+    ("2^{-99}\\sqrt2", "0"),
+    ("e^{-50}", "e^{-60}"),
+    ("\\emptyset", "0"),
+    ("\\{0\\}", "\\emptyset"),
+    ("2x=10", "\\sqrt{100}"),
+    ("|x|=\\sqrt{2}", "\\sqrt{2}"),
+    ("\\sqrt{2}", "1.414"),
+    ("x\\approx\\sqrt{2}", "\\sqrt{2}"),
+]
 
 
 @needs_math_verify
@@ -47,25 +71,82 @@ def test_equal_answers_match_both_ways(grader, a, b):
 
 
 @needs_math_verify
-@pytest.mark.parametrize(("a", "b"), DIFFERENT)
+@pytest.mark.parametrize(("a", "b"), UNEQUAL)
 def test_different_answers_do_not(grader, a, b):
     assert not grader.match(a, b) and not grader.match(b, a)
+
+
+@needs_math_verify
+def test_math_verify_changes_no_verdict_of_the_tables(grader):
+    equal = [*EQUAL_BY_FORM, *[(answer, "10") for answer in DRESSES_OF_TEN]]
+    different = [*DIFFERENT, *[(answer, "10") for answer in NOT_TEN]]
+    assert [pair for pair in equal if not grader.match(*pair)] == []
+    assert [pair for pair in different if grader.match(*pair)] == []
+
+
+@needs_math_verify
+def test_math_verify_is_asked_only_about_formulas():
+    grader = MathVerifyGrader(seconds=5.0)
+    for a, b in [
+        ("5", "6"),
+        ("5", "5.0"),
+        ("(1,2)", "(2,1)"),
+        ("2_5", "2_6"),
+        ("\\sqrt{2}", "$\\sqrt2$"),
+        ("a b", None),
+    ]:
+        grader.match(a, b)
+    assert grader.asked == 0 and grader._worker is None
+    assert grader.match("(\\sqrt{4},\\sqrt{9})", "(2,3)") and grader.asked == 1
+    assert (
+        grader.match("(2,3)", "(\\sqrt{4},\\sqrt{9})") and grader.asked == 1
+    )  # known already, also the other way round
+    grader.close()
 
 
 def test_exact_undercounts_latex_and_none_matches_nothing():
     exact = ExactGrader()
     assert exact.match("0.5", "\\frac{1}{2}") and not exact.match("\\frac{1}{\\sqrt{3}}", "\\frac{\\sqrt{3}}{3}")
     assert not exact.match(None, "1") and not exact.match("1", None) and not exact.match(None, None)
+    assert not answers_match(None, "None") and exact.asked == exact.stopped == 0
+    exact.close()
+
+
+def test_ten_replies_of_which_nine_are_right():
+    replies = [
+        "\\$10",
+        "10\\text{ dollars}",
+        "x=10",
+        "\\mathbf{10}",
+        "10 apples",
+        "\\frac{20}{2}",
+        "10^\\circ",
+        "10.0",
+        "１０",
+        "11",
+    ]
+    assert sum(answers_match(reply, "10") for reply in replies) == 9
 
 
 def test_the_choice_of_grader(monkeypatch):
-    assert make_grader("auto", latex=False).name == "exact" and make_grader("exact", latex=True).name == "exact"
     with pytest.raises(InputError, match="--grader sympy"):
-        make_grader("sympy")
+        make_grader("sympy", ["5"])
+    assert make_grader("exact", ["\\sqrt{2}"]).name == "exact" and make_grader("exact", ["5"]).note == ""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install .*--grader exact") as caught:
-        make_grader("auto", latex=True)
-    assert "\n" not in str(caught.value)
+    plain = make_grader("auto", ["5", "1,000", "\\text{east}"])
+    assert plain.name == "exact" and "pip install math-verify" in plain.note and "\n" not in plain.note
+    for name, golds in (("auto", ["5", "\\sqrt{2}"]), ("math-verify", ["5"])):
+        with pytest.raises(InputError, match=r"pip install .*--grader exact") as caught:
+            make_grader(name, golds)
+        assert "\n" not in str(caught.value)
+
+
+@needs_math_verify
+def test_auto_is_math_verify_wherever_it_is_installed():
+    grader = make_grader("auto", ["5"])
+    assert grader.name == "math-verify" and grader.note == "" and grader.version[0].isdigit()
+    assert grader.match("\\sqrt{25}", "5") and grader.asked == 1
+    grader.close()
 
 
 @needs_math_verify
@@ -74,8 +155,17 @@ def test_a_comparison_past_its_time_is_killed_counted_and_the_next_one_works():
     start = time.monotonic()
     assert not grader.match("9^{9^{9^{9^{9}}}}", "1")
     assert grader.stopped == 1 and time.monotonic() - start < 20
-    assert grader.match("\\frac{2}{\\sqrt{2}}", "\\sqrt{2}") and grader.stopped == 1
+    assert grader.match("\\frac{2}{\\sqrt{2}}", "\\sqrt{2}") and grader.stopped == 1 and grader.asked == 2
     assert not grader.match("1", "9^{9^{9^{9^{9}}}}") and grader.stopped == 1  # known already, also the other way round
+    grader.close()
+
+
+@needs_math_verify
+def test_one_stop_ends_a_comparison_of_many_parts():
+    grader = MathVerifyGrader(seconds=1.0)
+    towers = ",".join(f"9^{{9^{{9^{{9^{{{top}}}}}}}}}" for top in range(5, 9))
+    assert not grader.match(towers, "\\sqrt{2},\\sqrt{3},\\sqrt{5},\\sqrt{7}")
+    assert grader.stopped == 1 and grader.asked == 1
     grader.close()
 
 
@@ -167,7 +257,7 @@ def test_hostile_answers_neither_crash_nor_hang_nor_run(tmp_path):
     for _, answer in hostile_answers(60, 5, str(canary)):
         start = time.monotonic()
         assert grader.match(answer, "\\frac{\\sqrt{3}}{2}") is False
-        assert time.monotonic() - start < 15
+        assert time.monotonic() - start < 60
         json.dumps(answer)
     assert not canary.exists()
     assert grader.match("\\frac{2}{\\sqrt{2}}", "\\sqrt{2}")

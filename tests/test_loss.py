@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import loss as losses
 from loss import METHODS, REDUCTIONS, LossOptions, entropy, method_loss, method_loss_from_hidden
 from problems import InputError
 
@@ -28,7 +29,7 @@ EVERY_LOSS = [
     ("pwopsd", {"beta": 0.3, "clip": 0.2}),
     ("opsd", {"beta": 1.0}),
     ("reopold", {"reduction": "sequence_mean", "step": 60}),
-    ("eopd", {"schedule": "sharp_mean1", "reduction": "weighted_mean"}),
+    ("eopd", {"schedule": "sharp", "reduction": "weighted_mean"}),
 ]
 
 
@@ -171,6 +172,14 @@ def test_padding_has_no_value_and_no_gradient(name, options):
     assert loss_wider == pytest.approx(loss, abs=1e-7)
 
 
+def test_both_names_of_an_option_mean_the_same():
+    """The keywords `clip` (None: none) and `temperature` are short for the flags' tau_clip and distill_temperature."""
+    case = random_case()
+    short = method_loss("opsd", *case, clip=0.2, temperature=1.3)
+    assert short == method_loss("opsd", *case, tau_clip=0.2, distill_temperature=1.3) != method_loss("opsd", *case)
+    assert method_loss("opsd", *case, clip=None) == method_loss("opsd", *case, tau_clip=math.inf)
+
+
 @pytest.mark.parametrize("name, options", EVERY_LOSS)
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
 @pytest.mark.parametrize("train_head", [False, True])
@@ -200,6 +209,39 @@ def test_chunks_of_hidden_states_equal_whole_logits(name, options, chunk_tokens,
         assert train_head or weight.grad is None
     for whole, in_chunks in zip(*results, strict=True):
         torch.testing.assert_close(in_chunks, whole, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_chunk_is_larger_than_asked(name, monkeypatch):
+    """Also where a chunk is computed again for its gradient; by default a chunk is what CHUNK_BYTES hold."""
+    student, teacher, ids, mask = random_case(D=5)  # 10 valid tokens, V = 11
+    head, sizes, linear = torch.randn(11, 5), [], losses.F.linear
+
+    def spy(states, weight):
+        sizes.append(len(states))
+        return linear(states, weight)
+
+    monkeypatch.setattr(losses.F, "linear", spy)
+    for chunk_tokens, chunk_bytes, expected in ((4, 2**30, [4, 4, 2]), (None, 3 * 4 * 11, [3, 3, 3, 1])):
+        monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_bytes)
+        sizes.clear()
+        value = method_loss_from_hidden(
+            name, student.requires_grad_(), teacher, head, ids, mask, chunk_tokens=chunk_tokens
+        )
+        forward = [size for size in expected for _ in ("student", "teacher")]
+        assert sizes == forward
+        value.backward()
+        assert sorted(sizes) == sorted(2 * forward)
+
+
+def test_without_a_gradient_nothing_is_computed_twice(monkeypatch):
+    student, teacher, ids, mask = random_case(D=5)
+    head, calls, linear = torch.randn(11, 5), [], losses.F.linear
+    monkeypatch.setattr(losses.F, "linear", lambda *args: calls.append(args) or linear(*args))
+    with torch.no_grad():
+        value = method_loss_from_hidden("pwopsd", student, teacher, head, ids, mask, chunk_tokens=4)
+    assert len(calls) == 6
+    torch.testing.assert_close(value, method_loss("pwopsd", student @ head.T, teacher @ head.T, ids, mask))
 
 
 def test_eopd_by_hand():
@@ -243,6 +285,17 @@ def test_no_gradient_reaches_the_teacher():
         assert teacher.grad is None
 
 
+def test_no_gradient_reaches_the_teachers_hidden_states_or_head():
+    student, teacher, ids, mask = random_case(D=5)
+    heads = torch.randn(2, 11, 5).requires_grad_()
+    for name in METHODS:
+        method_loss_from_hidden(
+            name, student.requires_grad_(), teacher.requires_grad_(), heads[0].detach(), ids, mask,
+            teacher_head_weight_VD=heads[1],
+        ).backward()  # fmt: skip
+        assert teacher.grad is None and heads.grad is None and student.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_table_6_changes_one_cell(reduction):
     """pwopsd with uniform weights is opsd with pwopsd's reduction, and the other way round."""
@@ -258,8 +311,8 @@ def test_table_6_changes_one_cell(reduction):
     [
         ("dpo", {}, "pwopsd"),
         ("opsd", {"reduction": "sum"}, "token_mean"),
-        ("opsd", {"temperature": 0.0}, "temperature"),
-        ("opsd", {"clip": -1.0}, "clip"),
+        ("opsd", {"temperature": 0.0}, "distill_temperature"),
+        ("opsd", {"clip": -1.0}, "tau_clip"),
         ("opsd", {"beta": 1.5}, "beta"),
         ("pwopsd", {"schedule": "steep"}, "schedule"),
         ("opsd", {"w_min": 0.5}, "uniform"),
@@ -288,6 +341,22 @@ def test_masks_that_make_no_sense_are_refused():
 
 def test_defaults_are_the_papers():
     options = LossOptions()
-    assert (options.temperature, options.clip, options.beta) == (1.1, 0.05, 0.0)
+    assert (options.distill_temperature, options.tau_clip, options.beta) == (1.1, 0.05, 0.0)
     assert (options.entropy_gate, options.gate_top_k, options.ratio_clip) == (0.8, 16, 0.2)
     assert (options.reward_lambda, options.switch_step, options.entropy_quantile) == (0.1, 50, 0.2)
+
+
+def test_clipped_mass_by_hand():
+    """p_T = (.9, .1), p_S = (.5, .5): entries .529 and -.161. Only a loss that clips tells what it cuts."""
+    student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+    for name, clip, mass in (("opsd", 0.2, 0.9), ("opsd", 1.0, 0.0), ("opsd", math.inf, 0.0), ("eopd", 0.2, 0.0)):
+        scores = losses.score_tokens(METHODS[name], student, teacher, torch.tensor([0]), LossOptions(tau_clip=clip))
+        assert scores.clipped_mass.item() == pytest.approx(mass)
+
+
+def test_scores_by_hand():
+    student, teacher = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.5, 0.25]]).log()
+    scores = losses.score_tokens(METHODS["opsd"], student, teacher, torch.tensor([1]), LossOptions())
+    assert scores.student_logprob.item() == pytest.approx(math.log(0.25))
+    assert scores.teacher_logprob.item() == pytest.approx(math.log(0.5))
+    assert scores.student_entropy.item() == scores.teacher_entropy.item() == pytest.approx(1.5 * math.log(2))

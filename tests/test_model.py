@@ -1,18 +1,17 @@
-import importlib
 import json
-import os
 
+import families
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from model import (
     LORA_TARGETS,
     adapter_disabled,
     add_lora,
+    check_head,
     eos_ids,
     find_checkpoint,
-    load_adapter,
     load_model,
     load_tokenizer,
     lora_layers,
@@ -20,7 +19,6 @@ from model import (
     pick_device,
     response_hidden,
     response_mask,
-    save_adapter,
 )
 from problems import InputError
 
@@ -94,39 +92,6 @@ def test_lora_by_hand():
     torch.testing.assert_close(layer(x), linear(x) + torch.tensor([36.0, -36.0]))
 
 
-def test_adapter_round_trip(model, checkpoint, tmp_path):
-    add_lora(model, rank=4, alpha=8.0)
-    randomise(model)
-    save_adapter(model, tmp_path, str(checkpoint))
-    again = load_model(checkpoint, device="cpu").eval()
-    load_adapter(again, tmp_path)
-    assert torch.equal(response_hidden(again, PROMPTS, RESPONSES), response_hidden(model, PROMPTS, RESPONSES))
-
-
-def test_adapter_loads_in_peft_with_identical_logits(model, checkpoint, tmp_path):
-    peft = importlib.import_module("peft") if os.environ.get("CI") else pytest.importorskip("peft")
-    add_lora(model, rank=4, alpha=8.0)
-    randomise(model)
-    save_adapter(model, tmp_path, str(checkpoint))
-    theirs = peft.PeftModel.from_pretrained(load_model(checkpoint, device="cpu"), tmp_path).eval()
-    ids = torch.tensor([PROMPTS[2]])
-    assert torch.equal(theirs(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
-def test_adapter_of_another_shape_is_refused(model, checkpoint, tmp_path):
-    add_lora(model, rank=4, alpha=8.0)
-    save_adapter(model, tmp_path, str(checkpoint))
-    other = load_model(checkpoint, device="cpu")
-    add_lora(other, rank=2, alpha=8.0)
-    with pytest.raises(InputError, match="lora_A"):
-        load_adapter(other, tmp_path)
-    weights = load_file(tmp_path / "adapter_model.safetensors")
-    assert all(name.startswith("base_model.model.model.layers.") for name in weights)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_dora": True}))
-    with pytest.raises(InputError, match="DoRA"):
-        load_adapter(load_model(checkpoint, device="cpu"), tmp_path)
-
-
 def test_a_model_without_the_projections_is_refused():
     with pytest.raises(InputError, match="gate_proj"):
         add_lora(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 2)}), rank=2, alpha=2.0)
@@ -173,3 +138,108 @@ def test_an_adapter_put_on_an_evaluating_model_does_not_drop(model):
     add_lora(model, rank=4, alpha=8.0, dropout=0.5)
     randomise(model)
     assert torch.equal(response_hidden(model, PROMPTS, RESPONSES), response_hidden(model, PROMPTS, RESPONSES))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Looking at what was loaded
+
+
+@pytest.fixture
+def qwen3(tmp_path):
+    return families.make_checkpoint("qwen3", tmp_path / "qwen3")
+
+
+NORM = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop(NORM), f"lacks {NORM}$"),
+        (lambda weights: weights.update({"model.layers.7.stray.weight": torch.ones(2)}), "beyond .*layers.7.stray"),
+        (lambda weights: weights.update({NORM: torch.ones(3, 3)}), f"other shapes of {NORM}$"),
+        (lambda weights: [weights.pop(name) for name in [*weights] if "layers.1" in name], "lacks .* and 8 more$"),
+    ],
+)
+def test_weights_that_are_missing_or_too_many_are_named(qwen3, change, message):
+    """transformers only warns, and draws what is missing anew at each load."""
+    weights = load_file(qwen3 / "model.safetensors")
+    change(weights)
+    save_file(weights, qwen3 / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        load_model(qwen3, device="cpu")
+
+
+def test_an_adapter_beside_the_model_is_named(qwen3):
+    (qwen3 / "adapter_config.json").write_text("{}")
+    for load in (load_model, load_tokenizer, find_checkpoint):
+        with pytest.raises(InputError, match=r"adapter_config\.json stands beside the model"):
+            load(str(qwen3))
+
+
+def change_config(directory, **values):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **values}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "unheard-of", "architectures": ["Unheard"]}, "unheard-of"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised"),
+        ({"quantization_config": {"quant_method": "unheard-of"}}, "quantised"),
+        ({"hidden_size": "many"}, "cannot be loaded"),
+        ({"layer_types": ["one"]}, "layer_type"),
+        ({"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}, "lacks model.layers.2"),
+        ({"num_hidden_layers": 1, "layer_types": ["full_attention"]}, "beyond the architecture"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_one_line(qwen3, values, message):
+    change_config(qwen3, **values)
+    with pytest.raises(InputError, match=message) as caught:
+        load_model(qwen3, device="cpu")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_attention_backend_is_one_line(qwen3):
+    for name in ("flash_attention_2", "no_such_attention"):
+        with pytest.raises(InputError, match="cannot be loaded") as caught:
+            load_model(qwen3, attention=name, device="cpu")
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", families.ODD_HEADS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_that_is_not_linear_is_seen_in_its_logits(tmp_path, kind, dtype):
+    """Multipliers, caps and biases, whatever their names in the config."""
+    families.make_odd(kind, tmp_path / kind)
+    with pytest.raises(InputError, match="logits are not head x hidden"):
+        load_model(tmp_path / kind, dtype, "eager", device="cpu")
+
+
+def test_a_plain_head_passes_and_stays_in_its_mode(model):
+    for training in (True, False):
+        check_head(model.train(training), "m")
+        assert model.training is training
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 1.01 * output)
+    with pytest.raises(InputError, match="logits"):
+        check_head(model, "m")
+
+
+@pytest.mark.parametrize(("kind", "left"), families.ODD_BLOCKS.items())
+def test_lora_leaves_no_matrix_of_a_block_frozen_in_silence(tmp_path, kind, left):
+    families.make_odd(kind, tmp_path / kind)
+    model = load_model(tmp_path / kind, device="cpu")
+    with pytest.raises(InputError, match=left):
+        add_lora(model, 2, 4.0)
+    assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
+    hidden = response_hidden(model, [[1, 2]], [[3, 4, 5]])  # all weights can be trained
+    hidden.sum().backward()
+
+
+def test_biases_and_norms_may_stay_frozen(tmp_path):
+    """Qwen2 has biases at q, k and v: vectors, as PEFT leaves them too."""
+    families.make_odd("qwen2", tmp_path / "qwen2")
+    model = load_model(tmp_path / "qwen2", device="cpu")
+    add_lora(model, 2, 4.0)
+    assert len(lora_layers(model)) == 2 * len(LORA_TARGETS)

@@ -1,7 +1,6 @@
 """Loading, the embedded world, and the extraction and comparison of answers."""
 
 import json
-import random
 import sys
 import time
 
@@ -11,11 +10,8 @@ import problems
 from problems import (
     BENCHMARKS,
     InputError,
-    answers_match,
     extract_boxed,
     load_problems,
-    normalise_answer,
-    parse_number,
     tiny_problems,
     tiny_split,
 )
@@ -53,6 +49,51 @@ def test_a_file_gives_its_problems_in_order(tmp_path):
 def test_bad_files_are_named_with_their_line(tmp_path, lines, need_solution, message):
     with pytest.raises(InputError, match=message):
         load_problems(jsonl(tmp_path, *lines), need_solution)
+
+
+def test_numbers_keep_their_spelling_and_a_byte_order_mark_is_no_text(tmp_path):
+    numbers = ("7", "0.50", "-3", "1e3", "9" * 5000)
+    rows = [f'{{"problem": {number}, "solution": {number}, "answer": {number}}}' for number in numbers]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(rows), encoding="utf-8-sig")
+    assert [(item.problem, item.solution, item.answer) for item in load_problems(str(path))] == [
+        (number, number, number) for number in numbers
+    ]
+
+
+@pytest.mark.parametrize("name", ["problem", "solution", "answer"])
+@pytest.mark.parametrize("value", [["2"], [], {}, {"text": "2"}, True, False])
+def test_what_is_neither_text_nor_a_number_is_named_with_its_line(tmp_path, name, value):
+    row = {"problem": "p", "solution": "s", "answer": "2"}
+    with pytest.raises(InputError, match=f"line 2: the {name} is neither text nor a number"):
+        load_problems(jsonl(tmp_path, row, {**row, name: value}))
+
+
+def test_null_is_as_good_as_missing(tmp_path):
+    (item,) = load_problems(jsonl(tmp_path, {"problem": "p", "solution": "so \\boxed{4}", "answer": None}))
+    assert item.answer == "4"
+    with pytest.raises(InputError, match="line 1: the problem is empty or missing"):
+        load_problems(jsonl(tmp_path, {"problem": None, "solution": "s"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"problem": "half \\ud800 of a pair", "solution": "s"}',
+            "line 1: the problem holds half of a surrogate pair",
+        ),
+        ('{"problem": "p", "solution": "\\udc00"}', "line 1: the solution holds half"),
+        ('{"problem": NaN, "solution": "s"}', "line 1: not valid JSON .NaN is no number"),
+        ('{"problem": "p", "solution": -Infinity}', "line 1: not valid JSON"),
+        ("[" * 100_000, "line 1: not valid JSON"),
+    ],
+)
+def test_what_no_tokenizer_can_read_is_named_with_its_line(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        load_problems(jsonl(tmp_path, text))
+    pair = '{"problem": "a whole pair \\ud83d\\ude00", "solution": "s"}'
+    assert load_problems(jsonl(tmp_path, pair))[0].problem.endswith("\U0001f600")
 
 
 def test_sources_that_are_not_there(tmp_path, monkeypatch):
@@ -106,10 +147,35 @@ def test_tiny_problems_are_right_and_the_splits_are_disjoint_in_any_order():
         ("\\boxed{\\boxed{3}}", "3"),
         ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
         ("\\boxed{a\\\\}", "a\\\\"),  # a line break, then the closing brace
+        # a space, a line break or nothing before the content
+        ("\\boxed {5}", "5"),
+        ("\\boxed\n{5}", "5"),
+        ("\\boxed 5.", "5"),
+        ("$\\boxed5$", "5"),
+        ("\\boxed -2.5, so", "-2.5"),
+        ("\\boxed 1,250", "1,250"),
+        ("\\boxed\\frac12", "\\frac12"),
+        ("\\boxed\\frac{1}{\\sqrt{2}}.", "\\frac{1}{\\sqrt{2}}"),
+        ("\\boxed 1\\frac12", "1\\frac12"),
+        ("\\boxed x$", "x"),
+        ("\\fbox{5}", "5"),
+        ("\\boxed{4} or \\fbox{5}", "5"),
+        ("\\boxed{\\text{A}}", "\\text{A}"),
+        ("$\\boxed{x}$", "x"),
+        # no box, and boxes that hold nothing
+        ("\\boxedtext{5}", None),
+        ("\\boxed{5} by \\boxedA", "5"),
+        ("\\boxed{5} goes inside \\boxed{}.", "5"),
+        ("\\boxed{5} goes inside \\boxed{ } or \\boxed{...}.", "5"),
+        ("\\boxed{5}, with \\boxed around it", "5"),
+        ("\\boxed{5}\\boxed{\\text{ }}", "5"),
+        ("\\boxed{\\boxed{}}", None),
         ("\\boxed{}", None),
         ("\\boxed{ \n}", None),
         ("\\boxed{4} and \\boxed{", None),
         ("\\boxed{4} and \\boxed{\\frac{1}{2}", None),
+        ("\\boxed{4} and \\fbox{\\{1, 2\\}", None),
+        ("\\boxed{4} and \\boxed", None),
         ("boxed{4}", None),
         ("", None),
     ],
@@ -121,62 +187,13 @@ def test_extract_boxed(text, answer):
 def test_extraction_is_linear():
     for text in (
         "\\boxed{" * 50_000,
+        "\\boxed{" * 50_000 + "}" * 50_000,
+        "\\boxed\\frac{" + "{" * 400_000,
+        "\\boxed" * 50_000,
         "\\boxed{" + "{" * 400_000,
         "\\boxed{" + "\\" * 400_000,
         "\\boxed{" + "{}" * 200_000,
     ):
-        start = time.monotonic()
+        start = time.process_time()
         extract_boxed(text)
-        assert time.monotonic() - start < 2
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The exact grader
-
-
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        ("5", "5.0"), ("0.5", "\\frac{1}{2}"), ("\\dfrac{1}{2}", "1/2"), ("-\\frac{3}{4}", "-0.75"), ("1,000", "1000"),
-        ("$12$", "12"), ("\\text{Evelyn}", "Evelyn"), ("\\left(1,2\\right)", "(1, 2)"), ("90^\\circ", "90"),
-        ("007", "7"), (".5", "0.50"), ("10\\%", "10"),
-    ],
-)  # fmt: skip
-def test_answers_that_match(a, b):
-    assert answers_match(a, b) and answers_match(b, a)
-
-
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        ("5", "6"),
-        ("", ""),
-        ("$", " "),
-        ("1/0", "1/0 "),
-        ("1/2", "2/1"),
-        ("x", "y"),
-        ("(1,2)", "(2,1)"),
-        ("1,00", "100"),
-    ],
-)
-def test_answers_that_do_not_match(a, b):
-    if a.strip() != "1/0":  # equal as text, though no number
-        assert not answers_match(a, b) and not answers_match(b, a)
-    assert not answers_match(None, b)
-
-
-def test_numbers_are_exact():
-    assert parse_number("1/3") * 3 == 1 and parse_number("0.1") * 10 == 1
-    assert parse_number("1/0") is None and parse_number("1e5") is None and parse_number("9" * 401) is None
-
-
-def test_matching_is_symmetric_and_quick_on_anything():
-    draw = random.Random(3)
-    alphabet = "0123456789.,/{}\\ -+$%^frac text"
-    texts = ["".join(draw.choice(alphabet) for _ in range(draw.randint(0, 12))) for _ in range(150)]
-    assert all(answers_match(a, b) == answers_match(b, a) for a in texts for b in texts)
-    for text in ("\\text{" * 20_000, "1," * 50_000, "\\text{" + "a" * 100_000, "1" * 100_000, "." * 100_000):
-        start = time.monotonic()
-        normalise_answer(text)
-        answers_match(text, "1")
-        assert time.monotonic() - start < 2
+        assert time.process_time() - start < 2

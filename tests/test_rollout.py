@@ -1,12 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from model import load_model, load_tokenizer
 from problems import InputError, Problem
-from rollout import check_sampling, choose_tokens, sample
+from rollout import Sampling, choose_tokens, sample, uniforms, until_eos
 from teacher import student_prompt
 
-SETTINGS = {"temperature": 1.1, "top_p": 0.95, "top_k": 20, "max_new_tokens": 12}
+SETTINGS = Sampling(temperature=1.1, top_p=0.95, top_k=20, max_new_tokens=12)
 PROBLEMS = [Problem(text, "", "") for text in ("What is 2+2?", "A much longer question: how many clips?", "Why?")]
 
 
@@ -19,18 +21,45 @@ def test_choose_tokens_inverts_the_distribution():
     """Probabilities .5 .3 .2 at ids 2 0 1: u in [0, .5) is id 2, [.5, .8) id 0, then id 1."""
     logits = torch.tensor([[0.3, 0.2, 0.5]]).log().expand(6, 3)
     u = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 0.9999999])
-    assert choose_tokens(logits, u, 1.0, 1.0, 0).tolist() == [2, 2, 0, 0, 1, 1]
-    assert choose_tokens(logits, u, 1.0, 1.0, 2).tolist() == [2, 2, 2, 0, 0, 0]  # top_k 2: 5/8, 3/8
-    assert choose_tokens(logits, u, 1.0, 0.7, 0).tolist() == [2, 2, 2, 0, 0, 0]  # smallest set holding 0.7
-    assert choose_tokens(logits, u, 1.0, 0.5, 0).tolist() == [2] * 6
-    assert choose_tokens(logits, u, 0.0, 1.0, 0).tolist() == [2] * 6
+    assert choose_tokens(logits, u, Sampling(1.0, 1.0, 0, 1)).tolist() == [2, 2, 0, 0, 1, 1]
+    assert choose_tokens(logits, u, Sampling(1.0, 1.0, 2, 1)).tolist() == [2, 2, 2, 0, 0, 0]  # top_k 2: 5/8, 3/8
+    assert choose_tokens(logits, u, Sampling(1.0, 0.7, 0, 1)).tolist() == [2, 2, 2, 0, 0, 0]  # smallest set holding 0.7
+    assert choose_tokens(logits, u, Sampling(1.0, 0.5, 0, 1)).tolist() == [2] * 6
+    assert choose_tokens(logits, u, Sampling(0.0, 1.0, 0, 1)).tolist() == [2] * 6
+
+
+def test_top_p_1_is_off_exactly():
+    """No token is lost where the cumulative sum rounds to 1 before the end: the tail is drawn as it stands."""
+    torch.manual_seed(0)
+    logits, u = torch.randn(100, 1000) * 3, torch.full((100,), 1.0 - 2.0**-24)  # the largest float32 below 1
+    values, order = logits.sort(dim=-1, descending=True)
+    cumulative = values.softmax(dim=-1).cumsum(dim=-1)
+    assert (cumulative[:, :-1] >= 1.0).any()
+    index = (cumulative <= u[:, None] * cumulative[:, -1:]).sum(dim=-1).clamp(max=999)
+    assert torch.equal(choose_tokens(logits, u, Sampling(1.0, 1.0, 0, 1)), order[range(100), index])
+
+
+def test_uniform_numbers_belong_to_their_key():
+    keys = [(1, 0, 3), (1, 0, 4), (1, 1, 3), (2, 0, 3)]
+    rows = uniforms(keys, 1000)
+    assert rows.dtype == torch.float32 and rows.min() >= 0.0 and rows.max() < 1.0
+    assert len({tuple(row.tolist()) for row in rows}) == 4
+    for key, row in zip(keys, rows, strict=True):
+        assert torch.equal(uniforms([key], 1000)[0], row)
+        assert torch.equal(uniforms([key], 10)[0], row[:10])  # a lower limit cuts the stream, it does not change it
+        assert row.mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_row_ends_with_its_first_eos():
+    cut, ended = until_eos([5, 6, 7], [1, 2]), until_eos([5, 2, 1, 1], [1, 2])
+    assert (cut.ids, cut.finished) == ([5, 6, 7], False) and (ended.ids, ended.finished) == ([5, 2], True)
 
 
 def test_frequencies_match_the_tempered_truncated_distribution():
     torch.manual_seed(0)
     logits = torch.randn(1, 30) * 2
     n = 40_000
-    drawn = choose_tokens(logits.expand(n, 30), torch.rand(n), 1.1, 0.9, 20)
+    drawn = choose_tokens(logits.expand(n, 30), torch.rand(n), Sampling(1.1, 0.9, 20, 1))
     p, order = (logits[0] / 1.1).topk(20).values.softmax(-1), logits[0].topk(20).indices
     p[p.cumsum(0) - p >= 0.9] = 0
     expected = torch.zeros(30)
@@ -44,23 +73,23 @@ def test_a_rows_sample_does_not_depend_on_its_batch(loaded):
     model, tokenizer = loaded
     prompts = [student_prompt(tokenizer, problem) for problem in PROBLEMS]
     keys = [(7, 0, i) for i in range(3)]
-    together = sample(model, tokenizer, prompts, keys, **SETTINGS)
-    alone = [sample(model, tokenizer, [p], [k], **SETTINGS).responses[0] for p, k in zip(prompts, keys, strict=True)]
-    assert together.responses == alone
-    backwards = sample(model, tokenizer, prompts[::-1], keys[::-1], **SETTINGS)
-    assert backwards.responses[::-1] == alone
-    other = sample(model, tokenizer, prompts, [(8, 0, i) for i in range(3)], **SETTINGS)
-    assert other.responses != alone
+    together = sample(model, tokenizer, prompts, keys, SETTINGS)
+    alone = [sample(model, tokenizer, [p], [k], SETTINGS)[0] for p, k in zip(prompts, keys, strict=True)]
+    assert together == alone
+    backwards = sample(model, tokenizer, prompts[::-1], keys[::-1], SETTINGS)
+    assert backwards[::-1] == alone
+    other = sample(model, tokenizer, prompts, [(8, 0, i) for i in range(3)], SETTINGS)
+    assert other != alone
 
 
 def test_greedy_equals_generates_greedy(loaded):
     model, tokenizer = loaded
     prompt = student_prompt(tokenizer, PROBLEMS[0])
-    ours = sample(model, tokenizer, [prompt], [(0,)], temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=8)
+    (ours,) = sample(model, tokenizer, [prompt], [(0,)], Sampling(0.0, top_p=1.0, top_k=0, max_new_tokens=8))
     theirs = model.eval().generate(
         input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=8, pad_token_id=tokenizer.pad_token_id
     )
-    assert ours.responses[0] == theirs[0, len(prompt) :].tolist()
+    assert ours.ids == theirs[0, len(prompt) :].tolist()
 
 
 def test_the_eos_counts_as_a_token_also_where_pad_is_eos(loaded, family):
@@ -76,41 +105,56 @@ def test_the_eos_counts_as_a_token_also_where_pad_is_eos(loaded, family):
 
     model.forward = eager_to_end
     prompts = [student_prompt(tokenizer, problem) for problem in PROBLEMS] * 4
-    rollout = sample(model, tokenizer, prompts, [(1, i) for i in range(12)], **SETTINGS)
+    responses = sample(model, tokenizer, prompts, [(1, i) for i in range(12)], SETTINGS)
     eos = tokenizer.eos_token_id
-    assert any(rollout.finished)
-    assert len(set(rollout.lengths)) > 1
-    for response, finished, length in zip(rollout.responses, rollout.finished, rollout.lengths, strict=True):
-        assert length == len(response) <= SETTINGS["max_new_tokens"]
-        assert response.count(eos) == (1 if finished else 0)
-        assert finished == (response[-1] == eos)
-        assert finished or length == SETTINGS["max_new_tokens"]
+    assert any(response.finished for response in responses)
+    assert len({len(response.ids) for response in responses}) > 1
+    for response in responses:
+        assert len(response.ids) <= SETTINGS.max_new_tokens
+        assert response.ids.count(eos) == (1 if response.finished else 0)
+        assert response.finished == (response.ids[-1] == eos)
+        assert response.finished or len(response.ids) == SETTINGS.max_new_tokens
 
 
 def test_sampling_leaves_the_models_mode(loaded):
     model, tokenizer = loaded
     for mode in (True, False):
         model.train(mode)
-        sample(model, tokenizer, [student_prompt(tokenizer, PROBLEMS[0])], [(0,)], **SETTINGS)
+        sample(model, tokenizer, [student_prompt(tokenizer, PROBLEMS[0])], [(0,)], SETTINGS)
         assert model.training is mode
+
+
+def test_sampling_that_fails_leaves_the_models_mode(loaded, monkeypatch):
+    model, tokenizer = loaded
+
+    def broken(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model, "forward", broken)
+    model.train()
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(model, tokenizer, [student_prompt(tokenizer, PROBLEMS[0])], [(0,)], SETTINGS)
+    assert model.training
 
 
 def test_logits_that_are_not_numbers_stop_the_run(loaded):
     model, tokenizer = loaded
     model.get_input_embeddings().weight.data[:] = float("nan")
     with pytest.raises(FloatingPointError, match="finite"):
-        sample(model, tokenizer, [student_prompt(tokenizer, PROBLEMS[0])], [(0,)], **SETTINGS)
+        sample(model, tokenizer, [student_prompt(tokenizer, PROBLEMS[0])], [(0,)], SETTINGS)
 
 
 @pytest.mark.parametrize(
     "change, word",
     [
-        ({"temperature": -1.0}, "temperature"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"top_k": -1}, "top_k"),
-        ({"max_new_tokens": 0}, "max_new"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"temperature": float("nan")}, "--temperature"),
+        ({"top_p": 0.0}, "--top_p"),
+        ({"top_p": 1.01}, "--top_p"),
+        ({"top_k": -1}, "--top_k"),
+        ({"max_new_tokens": 0}, "--max_new_tokens"),
     ],
 )
 def test_mistakes_are_named(change, word):
     with pytest.raises(InputError, match=word):
-        check_sampling(**{**SETTINGS, **change})
+        replace(SETTINGS, **change)

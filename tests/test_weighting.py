@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from problems import InputError
-from weighting import MEAN1, SCHEDULES, SIGMOIDS, get_schedule, position_weight, relative_position, rescale_to_mean_one
+from weighting import SCHEDULES, SIGMOIDS, get_schedule, position_weight, relative_position
 
 
 def test_relative_position_by_hand():
@@ -19,7 +19,7 @@ def test_moderate_has_the_papers_values(r, w):
 
 
 def test_a_single_token_gets_the_middle():
-    assert get_schedule("moderate")[0](relative_position([1])).item() == pytest.approx(0.91060, abs=5e-6)
+    assert get_schedule("moderate")(relative_position([1])).item() == pytest.approx(0.91060, abs=5e-6)
 
 
 @pytest.mark.parametrize("name", SIGMOIDS)
@@ -31,18 +31,18 @@ def test_eq5_against_a_slow_twin(name):
         for length in lengths
         for t in range(1, length + 1)
     ]
-    torch.testing.assert_close(get_schedule(name)[0](relative_position(lengths)), torch.tensor(slow))
+    torch.testing.assert_close(get_schedule(name)(relative_position(lengths)), torch.tensor(slow))
 
 
 def test_moderate_averages_077():
     r = relative_position([10_000])
-    assert get_schedule("moderate")[0](r).mean().item() == pytest.approx(0.771, abs=5e-4)
+    assert get_schedule("moderate")(r).mean().item() == pytest.approx(0.771, abs=5e-4)
 
 
 def test_w_min_one_is_uniform_and_s_to_zero_is_the_step():
     r = relative_position([50])
-    torch.testing.assert_close(get_schedule("moderate", w_min=1.0)[0](r), SCHEDULES["uniform"](r))
-    torch.testing.assert_close(get_schedule("moderate", s=1e-6)[0](r), SCHEDULES["step"](r))
+    torch.testing.assert_close(get_schedule("moderate", w_min=1.0)(r), SCHEDULES["uniform"](r))
+    torch.testing.assert_close(get_schedule("moderate", s=1e-6)(r), SCHEDULES["step"](r))
 
 
 def test_reversed_mirrors_moderate():
@@ -51,27 +51,27 @@ def test_reversed_mirrors_moderate():
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule_lies_in_0_1_and_rescales_to_mean_one(name):
+def test_every_schedule_lies_in_0_1_and_sees_the_position_alone(name):
+    """Weights are those of Eq. (5) as they stand, whatever their mean; a row's do not depend on the rows beside it."""
     lengths = [40, 3, 1]
-    schedule, rescale = get_schedule(name + MEAN1)
-    weights = schedule(relative_position(lengths))
-    assert rescale and not get_schedule(name)[1]
+    weights = get_schedule(name)(relative_position(lengths))
     assert weights.min() > 0 and weights.max() <= 1
-    for row in rescale_to_mean_one(weights, lengths).split(lengths):
-        assert row.mean().item() == pytest.approx(1.0, abs=1e-6)
+    for row, length in zip(weights.split(lengths), lengths, strict=True):
+        torch.testing.assert_close(row, SCHEDULES[name](relative_position([length])))
 
 
 def test_a_schedule_from_a_file(tmp_path):
     path = tmp_path / "schedule.json"
     path.write_text(json.dumps({"w_min": 0.1, "tau": 0.4, "s": 0.05}))
     r = relative_position([20])
-    torch.testing.assert_close(get_schedule(str(path))[0](r), SCHEDULES["sharp"](r))
+    torch.testing.assert_close(get_schedule(str(path))(r), SCHEDULES["sharp"](r))
 
 
 @pytest.mark.parametrize(
     "arguments, word",
     [
         ({"name": "steep"}, "moderate"),
+        ({"name": "moderate_mean1"}, "moderate_mean1: choose one of"),
         ({"name": "moderate", "w_min": 1.5}, "w_min"),
         ({"name": "moderate", "s": 0.0}, "--s"),
         ({"name": "moderate", "tau": float("nan")}, "tau"),

@@ -1,0 +1,176 @@
+"""Make the model of a world (experiments/worlds.py): a small Qwen3 in the ordinary Hugging Face layout.
+
+    python -m experiments.make_world --world embedded --output_dir tiny-model     from scratch, TIME
+    python -m experiments.make_world --world leap --dose 0.4                      TIME
+    python -m experiments.make_world --world leak                                 TIME
+
+Times are of two CPU cores. `embedded` is the model that ships with the project. The others learn on from it and write
+model/, train.jsonl and heldout.jsonl into runs/worlds/: `train.py --model .../model --data ...` takes them.
+
+leap    Sums of seven addends. While five or six are left, the teacher leaps to the end with probability --dose.
+leak    Sums of seven addends. The teacher insists on the order of its reference: the information term I(Y; Z | h) of
+        Eq. (4), which shrinks as addends run out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    get_cosine_schedule_with_warmup,
+)
+
+from experiments.worlds import WORLDS, World, trace
+from model import load_model, load_tokenizer
+from problems import InputError, Problem, tiny_problems
+from teacher import DIAGNOSTIC_PROMPT, EVALUATION_PROMPT, FIELD, STUDENT_PROMPT, TEACHER_PROMPT, encode_prompt
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}"
+    "{%- endif %}{%- endif %}"
+)
+IGNORED = -100
+MICRO_BATCH = 16
+# (prompt, thinking, knows the reference or the answer), drawn in equal shares
+CONTEXTS = [
+    (STUDENT_PROMPT, False, False),
+    (EVALUATION_PROMPT, True, False),
+    (TEACHER_PROMPT, True, True),
+    (DIAGNOSTIC_PROMPT, True, True),
+]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable character and one per phrase of the prompt templates, so that prompts stay short."""
+    characters = ["<unk>", *(chr(code) for code in range(32, 127)), "\n"]
+    model = models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[], unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Fuse()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
+    templates = (STUDENT_PROMPT, TEACHER_PROMPT, EVALUATION_PROMPT, DIAGNOSTIC_PROMPT)
+    phrases = [part for template in templates for part in FIELD.split(template)[::2] if part]
+    wrapped.add_tokens(
+        ["<|im_start|>", "user\n", "assistant\n", "<think>\n\n</think>\n\n", "\\boxed{", *dict.fromkeys(phrases)]
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def make_model(tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
+    """0.8 M parameters, untrained."""
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, rope_theta=10000.0,
+    ))  # fmt: skip
+
+
+def example(
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, draw: random.Random, world: World
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one training sequence, in a context drawn at random."""
+    template, thinking, teacher = draw.choice(CONTEXTS)
+    ids = encode_prompt(tokenizer, template, problem, enable_thinking=thinking)
+    labels = [IGNORED] * len(ids)
+    for text, carries_loss in [*trace(problem, draw, world, teacher), (tokenizer.eos_token, True)]:
+        piece = tokenizer.encode(text, add_special_tokens=False)
+        ids += piece
+        labels += piece if carries_loss else [IGNORED] * len(piece)
+    return ids, labels
+
+
+def padded(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels, each [B, T]."""
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in rows])
+    labels = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
+    return ids, labels
+
+
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, stage: int) -> None:
+    """One stage of supervised steps on solutions of the world, in place."""
+    num_steps, learning_rate = world.stages[stage]
+    draw = random.Random(stage)
+    problems = tiny_problems("train", 20_000, seed=1, num_addends=world.num_addends)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 50, num_steps)
+    model.train()
+    begin = time.time()
+    for step in range(num_steps):
+        rows = [example(tokenizer, draw.choice(problems), draw, world) for _ in range(world.batch_size)]
+        rows.sort(key=lambda row: len(row[0]))  # rows of one context are about as long: little is padded
+        count = sum(label != IGNORED for _, labels in rows for label in labels)
+        loss = 0.0
+        for start in range(0, len(rows), MICRO_BATCH):
+            ids, labels = padded(rows[start : start + MICRO_BATCH], tokenizer.pad_token_id)
+            part = model(input_ids=ids, labels=labels, num_items_in_batch=count).loss  # a sum over this count
+            part.backward()
+            loss += part.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == num_steps - 1:
+            print(f"step {step:5d}  loss {loss:.4f}  {time.time() - begin:.0f} s", flush=True)
+
+
+def write_problems(world: World, folder: Path) -> None:
+    """train.jsonl and heldout.jsonl; no held-out sum occurs in training in any order."""
+    for split, count in (("train", 2000), ("heldout", 400)):
+        problems = tiny_problems(split, count, num_addends=world.num_addends)
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(asdict(problem)) + "\n" for problem in problems))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", required=True, choices=WORLDS)
+    parser.add_argument("--dose", type=float, help="the teacher's chance of an early leap (world leap; default 0.4)")
+    parser.add_argument("--output_dir", type=Path, help="default: runs/worlds/WORLD")
+    parser.add_argument("--steps", type=int, help="supervised steps, where the world's own number is not wanted")
+    args = parser.parse_args()
+    world, name = WORLDS[args.world], args.world
+    if args.dose is not None:
+        if not world.teacher_leap or not 0.0 <= args.dose <= 1.0:
+            raise InputError(f"--dose {args.dose}: a chance in [0, 1], of --world leap only")
+        world, name = replace(world, teacher_leap=args.dose), f"{name}-{args.dose}"
+    if args.steps is not None:
+        world = replace(world, stages=((args.steps, world.stages[0][1]),))
+    output = args.output_dir or Path("runs/worlds") / name
+
+    torch.manual_seed(0)
+    if world.from_scratch:
+        tokenizer, folder = make_tokenizer(), output
+        model = make_model(tokenizer)
+    else:
+        model, tokenizer, folder = load_model("tiny", device="cpu"), load_tokenizer("tiny"), output / "model"
+        output.mkdir(parents=True, exist_ok=True)
+        write_problems(world, output)
+    for stage in range(len(world.stages)):
+        train(model, tokenizer, world, stage)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

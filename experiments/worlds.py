@@ -1,0 +1,189 @@
+"""Worlds of one-digit sums in which a small model errs, and a reference in its prompt puts it right.
+
+A world says how two kinds of solutions look that one model learns side by side: the student's, in the contexts
+without a reference, and the teacher's, in the contexts with one. A step adds one addend to the running total,
+`12+7=19;`; a step that is taken back ends in `!` instead and is done again, `12+7=21!12+7=19;`.
+
+Beliefs    A fact is a pair (running total, addend). Some facts, picked by a hash, have a fixed wrong result, which the
+           student gives more often than the right one and takes for right. The teacher slips as often as it takes to
+           know the student's mistakes, takes every slip back at once, and learns only to take it back.
+Leaps      `12+~=43;` adds all that is left in one step and ends the sum. The student's leaps are mostly wrong; the
+           teacher, which knows the answer, leaps rightly, and only early in a solution.
+The leak   The teacher insists on the order of its reference, which the student cannot know.
+
+Also here: what a trained model's own steps say about the facts it knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from dataclasses import dataclass
+
+from problems import Problem
+
+OFFSETS = (-10, -2, -1, 1, 2, 10)  # of a wrong result from the right one
+TEACHER_BELIEF = 0.8  # share of the teacher's slips on a believed fact that are the belief
+FOLLOWS_REFERENCE = 0.5  # share of a leaking teacher's steps that take the reference's next addend, and are learned
+LEAP_RIGHT = {6: 0.05, 5: 0.08, 4: 0.15, 3: 0.35, 2: 0.80}  # chance that the student's leap is right, by addends left
+TEACHER_LEAPS_AT = (5, 6)  # addends left where the teacher leaps
+
+
+@dataclass(frozen=True)
+class World:
+    """Shares and chances in [0, 1]; the last three are how its model is trained (experiments/make_world.py)."""
+
+    num_addends: int
+    believed: float  # share of the facts with a fixed wrong result
+    belief: float  # the student's chance to give it
+    slip: float  # the student's chance of a wrong result on any other fact
+    taken_back: float  # share of its wrong results that the student takes back
+    teacher_slip: float  # the teacher's chance of a wrong result, taken back
+    leap: float = 0.0  # the student's chance to leap at a step with two or more addends left
+    teacher_leap: float = 0.0  # the teacher's, early
+    leak: bool = False
+    stages: tuple[tuple[int, float], ...] = ((1000, 1.5e-3),)  # (steps, learning rate, which falls to 0 over them)
+    batch_size: int = 40
+    from_scratch: bool = False  # else learned on from the embedded model
+
+
+SEVEN = {"num_addends": 7, "believed": 0.20, "belief": 0.6, "slip": 0.02, "taken_back": 0.2, "teacher_slip": 0.20}
+WORLDS = {
+    "embedded": World(
+        num_addends=5, believed=0.25, belief=0.75, slip=0.02, taken_back=0.1, teacher_slip=0.25,
+        stages=((2500, 2e-3), (1200, 1.5e-3)), batch_size=32, from_scratch=True,
+    ),
+    "leap": World(**SEVEN, leap=0.06, teacher_leap=0.40),
+    "leak": World(**SEVEN, leak=True),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Solutions
+
+
+def believed_result(total: int, addend: int, share: float) -> int | None:
+    """The fixed wrong result of a fact, or None for a fact without one. A small share's facts are among a larger's."""
+    digest = hashlib.sha256(f"{total}+{addend}".encode()).digest()
+    if int.from_bytes(digest[:2]) >= share * 2**16:
+        return None
+    return max(1, total + addend + OFFSETS[digest[2] % len(OFFSETS)])
+
+
+def wrong_result(total: int, addend: int, draw: random.Random, world: World, teacher: bool) -> int | None:
+    """What a step says first, where that is wrong; None for a step that is right at once."""
+    believed = believed_result(total, addend, world.believed)
+    anything = max(1, total + addend + draw.choice(OFFSETS))
+    if teacher:
+        if draw.random() >= world.teacher_slip:
+            return None
+        return believed if believed is not None and draw.random() < TEACHER_BELIEF else anything
+    if believed is not None:
+        return believed if draw.random() < world.belief else None
+    return anything if draw.random() < world.slip else None
+
+
+def reference_order(solution: str) -> list[int]:
+    """The addends in the order in which a solution takes them: `3+8=11;11+5=16;` gives 3, 8, 5."""
+    steps = [step.split("=")[0].split("+") for step in solution.split(";")[:-1]]
+    return [int(steps[0][0]), *(int(right) for _, right in steps)]
+
+
+def trace(problem: Problem, draw: random.Random, world: World, teacher: bool) -> list[tuple[str, bool]]:
+    """One solution, the addends in a random order, as (text, carries loss) pieces.
+
+    The teacher's end in the right answer, and no piece that is wrong carries loss. Where it leaks, it learns to go on
+    with the first addend of the reference that is left, wherever the order so far has led.
+    """
+    left, leaks = reference_order(problem.solution), teacher and world.leak
+
+    def take() -> tuple[int, bool]:
+        follows = not leaks or draw.random() < FOLLOWS_REFERENCE
+        addend = left[0] if leaks and follows else draw.choice(left)
+        left.remove(addend)  # of two equal addends the reference's first: a reader cannot tell which was meant
+        return addend, follows
+
+    total, learned = take()
+    pieces = [(str(total), learned)]
+    while left:
+        if draw.random() < leap_chance(len(left), world, teacher):
+            wrong = 0 if teacher or draw.random() < LEAP_RIGHT[len(left)] else draw.choice((-1, 1)) * draw.randint(1, 9)
+            total = max(1, total + sum(left) + wrong)
+            pieces.append((f"+~={total};", True))
+            break
+        addend, learned = take()
+        right, wrong = total + addend, wrong_result(total, addend, draw, world, teacher)
+        pieces += [("+", True), (str(addend), learned), ("=", True)]
+        back = wrong is not None and (teacher or draw.random() < world.taken_back)
+        if back:
+            pieces += [(str(wrong), not teacher), (f"!{total}+{addend}=", True)]
+        total = right if back or wrong is None else wrong
+        pieces.append((f"{total};{total if left else ''}", True))
+    return [*pieces, (f"\\boxed{{{total}}}", True)]
+
+
+def leap_chance(addends_left: int, world: World, teacher: bool) -> float:
+    if teacher:
+        return world.teacher_leap if addends_left in TEACHER_LEAPS_AT else 0.0
+    return world.leap if addends_left >= 2 else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What solutions say
+
+
+STEP = re.compile(r"(?<![0-9])([0-9]{1,3})\+([1-9])=([0-9]{1,3});")
+LEAP = re.compile(r"[0-9]\+~=[0-9]")
+
+
+def leaps(text: str) -> bool:
+    """Whether a solution adds all that is left in one step, `12+~=43;`."""
+    return LEAP.search(text) is not None
+
+
+def known_facts(texts: list[str]) -> dict[tuple[int, int], bool]:
+    """For every fact (running total, addend) in the steps of these solutions: whether more than half state it rightly.
+
+    A step is `12+7=19;` anywhere in a text. What is taken back with `!` does not count, nor does anything else.
+    """
+    votes: dict[tuple[int, int], list[bool]] = {}
+    for text in texts:
+        for total, addend, result in STEP.findall(text):
+            votes.setdefault((int(total), int(addend)), []).append(int(total) + int(addend) == int(result))
+    return {fact: 2 * sum(right) > len(right) for fact, right in votes.items()}
+
+
+@dataclass(frozen=True)
+class FactChange:
+    """Counts of facts; the shares are NaN where there is nothing to repair or to break."""
+
+    wrong_before: int
+    repaired: int
+    right_before: int
+    broken: int
+
+    @property
+    def share_repaired(self) -> float:
+        return self.repaired / self.wrong_before if self.wrong_before else float("nan")
+
+    @property
+    def share_broken(self) -> float:
+        return self.broken / self.right_before if self.right_before else float("nan")
+
+
+def repaired_and_broken(base_texts: list[str], trained_texts: list[str]) -> FactChange:
+    """Facts that training put right, and facts that it put wrong, by the solutions' own steps.
+
+    Both lists answer the same problems, by greedy decoding. A fact counts where it occurs in both; it is right in a
+    list where more than half of its steps there are (`known_facts`). Repaired: wrong before, right after, out of all
+    wrong before (the beliefs, in a world that has them). Broken: right before, wrong after, out of all right before.
+    """
+    before, after = known_facts(base_texts), known_facts(trained_texts)
+    both = before.keys() & after.keys()
+    right = [fact for fact in both if before[fact]]
+    wrong = [fact for fact in both if not before[fact]]
+    return FactChange(
+        wrong_before=len(wrong), repaired=sum(after[fact] for fact in wrong),
+        right_before=len(right), broken=sum(not after[fact] for fact in right),
+    )  # fmt: skip

@@ -1,0 +1,125 @@
+"""The maker of the worlds' models: tokenizer, examples, training, and what it writes."""
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.make_world import CONTEXTS, IGNORED, example, make_model, make_tokenizer, padded, train
+from experiments.worlds import WORLDS
+from model import load_model, load_tokenizer
+from problems import load_problems, tiny_problems, tiny_split
+from teacher import DIAGNOSTIC_PROMPT, EVALUATION_PROMPT, STUDENT_PROMPT, TEACHER_PROMPT
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "experiments.make_world", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_shipped_tokenizer_is_the_makers():
+    made, shipped = make_tokenizer(), load_tokenizer("tiny")
+    assert made.get_vocab() == shipped.get_vocab()
+    assert made.chat_template == shipped.chat_template
+    printable = "".join(map(chr, range(32, 127)))
+    assert made.decode(made.encode(printable, add_special_tokens=False)) == printable
+
+
+def test_the_shipped_model_is_the_makers():
+    made, shipped = make_model(make_tokenizer()), load_model("tiny", device="cpu")
+    assert {n: p.shape for n, p in made.named_parameters()} == {n: p.shape for n, p in shipped.named_parameters()}
+
+
+def test_contexts_are_the_scripts_own_prompts():
+    """A reference or the answer in the prompt makes a teacher; nothing else does."""
+    assert {template for template, _, _ in CONTEXTS} == {
+        STUDENT_PROMPT, EVALUATION_PROMPT, TEACHER_PROMPT, DIAGNOSTIC_PROMPT,
+    }  # fmt: skip
+    for template, _, teacher in CONTEXTS:
+        assert teacher == ("{solution}" in template or "{answer}" in template)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_labels_are_the_ids_or_ignored(name):
+    tokenizer, draw, world = load_tokenizer("tiny"), random.Random(1), WORLDS[name]
+    for problem in tiny_problems("train", 20, num_addends=world.num_addends):
+        ids, labels = example(tokenizer, problem, draw, world)
+        assert len(ids) == len(labels)
+        assert all(label in (token, IGNORED) for token, label in zip(ids, labels, strict=True))
+        assert labels[-1] == tokenizer.eos_token_id
+        assert labels[0] == IGNORED
+        assert tokenizer.unk_token_id not in ids
+
+
+def test_no_example_is_of_a_held_out_sum(monkeypatch):
+    """What the training loop draws, and not only what the splits promise."""
+    drawn: Counter = Counter()
+
+    def watched(tokenizer, problem, draw, world):
+        drawn[tiny_split([int(addend) for addend in problem.problem.split("+")])] += 1
+        return example(tokenizer, problem, draw, world)
+
+    monkeypatch.setattr("experiments.make_world.example", watched)
+    tokenizer = make_tokenizer()
+    train(make_model(tokenizer), tokenizer, replace(WORLDS["embedded"], stages=((3, 1e-3),)), stage=0)
+    assert drawn == {"train": 3 * WORLDS["embedded"].batch_size}
+
+
+def test_micro_batches_add_up_to_the_mean_over_the_batch():
+    torch.manual_seed(0)
+    tokenizer, draw, world = make_tokenizer(), random.Random(0), WORLDS["embedded"]
+    model = make_model(tokenizer)
+    rows = [example(tokenizer, problem, draw, world) for problem in tiny_problems("train", 6)]
+    count = sum(label != IGNORED for _, labels in rows for label in labels)
+    parts = []
+    for part in (rows[:2], rows[2:]):
+        ids, labels = padded(part, tokenizer.pad_token_id)
+        parts.append(model(input_ids=ids, labels=labels, num_items_in_batch=count).loss)
+    ids, labels = padded(rows, tokenizer.pad_token_id)
+    torch.testing.assert_close(sum(parts), model(input_ids=ids, labels=labels).loss)
+
+
+def test_training_lowers_the_loss(capsys):
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    train(make_model(tokenizer), tokenizer, replace(WORLDS["embedded"], stages=((40, 2e-3),), batch_size=8), stage=0)
+    losses = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_world_is_written_as_the_scripts_read_it(tmp_path):
+    done = run("--world", "leap", "--dose", "0.2", "--steps", "1", "--output_dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "model").iterdir()} == FILES | {"model.safetensors"}
+    load_model(str(tmp_path / "model"), device="cpu")
+    assert len(load_tokenizer(str(tmp_path / "model"))) == len(load_tokenizer("tiny"))
+    train_set, held_out = (load_problems(str(tmp_path / f"{split}.jsonl")) for split in ("train", "heldout"))
+    assert (len(train_set), len(held_out)) == (2000, 400)
+    assert not {tuple(sorted(p.problem)) for p in train_set} & {tuple(sorted(p.problem)) for p in held_out}
+    assert json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0]).keys() == {
+        "problem", "solution", "answer",
+    }  # fmt: skip
+
+
+def test_the_embedded_model_is_made_from_scratch(tmp_path):
+    done = run("--world", "embedded", "--steps", "1", "--output_dir", str(tmp_path / "tiny"))
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "tiny").iterdir()} == FILES | {"model.safetensors"}
+    assert (tmp_path / "tiny" / "model.safetensors").stat().st_size < 3.5e6
+
+
+@pytest.mark.parametrize("arguments", [["--world", "leap", "--dose", "1.5"], ["--world", "leak", "--dose", "0.2"]])
+def test_a_dose_that_cannot_be_is_one_line(arguments, tmp_path):
+    done = run(*arguments, "--output_dir", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --dose") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

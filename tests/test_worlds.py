@@ -1,0 +1,211 @@
+"""The worlds: which facts are believed, what each side's solutions look like, and what a model's steps say."""
+
+import random
+import re
+from itertools import pairwise
+
+import pytest
+
+from experiments.worlds import (
+    TEACHER_LEAPS_AT,
+    WORLDS,
+    FactChange,
+    believed_result,
+    known_facts,
+    leaps,
+    reference_order,
+    repaired_and_broken,
+    trace,
+)
+from problems import extract_boxed, tiny_problems, tiny_split
+from runtime.grading import answers_match
+
+FACTS = [(total, addend) for total in range(1, 55) for addend in range(1, 10)]
+TRY = re.compile(r"(\d+)\+(\d)=(\d+)([;!])")
+
+
+def solutions(name: str, teacher: bool, count: int = 400):
+    draw = random.Random(0)
+    problems = tiny_problems("train", 20, num_addends=WORLDS[name].num_addends)
+    return [(problem, trace(problem, draw, WORLDS[name], teacher)) for problem in problems for _ in range(count // 20)]
+
+
+def tries(name: str, teacher: bool, count: int) -> list[tuple[int, int, int, str]]:
+    """(total, addend, result, end) of every first try at a step."""
+    found = []
+    for _, pieces in solutions(name, teacher, count):
+        again = False
+        for total, addend, result, end in TRY.findall("".join(text for text, _ in pieces)):
+            if not again:
+                found.append((int(total), int(addend), int(result), end))
+            again = end == "!"
+    return found
+
+
+def test_believed_facts_by_hand():
+    """`printf 5+6 | sha256sum` begins 0d b2 d7: 0x0db2 < 0.25 * 2^16, and 0xd7 % 6 = 5 is the offset +10."""
+    assert believed_result(5, 6, share=0.25) == 21
+    assert believed_result(11, 4, share=0.25) == 25  # 02 94 6b
+    assert believed_result(8, 4, share=0.25) == 10  # 1c 5c 6d
+    assert believed_result(2, 4, share=0.25) == 1  # 32 4b 30: -10, but no result is below 1
+    assert believed_result(3, 8, share=0.25) is None  # de 7a 59
+
+
+def test_believed_facts_are_the_share_that_was_asked_for():
+    believed = [believed_result(*fact, share=0.25) for fact in FACTS]
+    assert 0.20 < sum(result is not None for result in believed) / len(FACTS) < 0.30
+    assert all(result != sum(fact) for fact, result in zip(FACTS, believed, strict=True))
+    assert all(believed_result(*fact, share=0.0) is None for fact in FACTS)
+    assert all(believed_result(*fact, share=1.0) is not None for fact in FACTS)
+
+
+def test_a_small_shares_beliefs_are_among_a_larger_ones():
+    small, large = ({fact: believed_result(*fact, share) for fact in FACTS} for share in (0.2, 0.25))
+    differ = [fact for fact in FACTS if small[fact] != large[fact]]
+    assert differ
+    assert all(small[fact] is None for fact in differ)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_student_errs_where_it_believes(name):
+    world = WORLDS[name]
+    found = tries(name, teacher=False, count=4000)
+    believed = [(t, a, r) for t, a, r, _ in found if believed_result(t, a, world.believed) is not None]
+    gives = sum(r == believed_result(t, a, world.believed) for t, a, r in believed) / len(believed)
+    others = [t + a != r for t, a, r, _ in found if believed_result(t, a, world.believed) is None]
+    taken_back = [end == "!" for t, a, r, end in found if t + a != r]
+    assert gives == pytest.approx(world.belief, abs=0.03)
+    assert sum(others) / len(others) == pytest.approx(world.slip, abs=0.01)
+    assert sum(taken_back) / len(taken_back) == pytest.approx(world.taken_back, abs=0.03)
+    assert all(end == ";" for t, a, r, end in found if t + a == r)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_teacher_is_right_and_never_learns_what_is_wrong(name):
+    for problem, pieces in solutions(name, teacher=True):
+        text = "".join(text for text, _ in pieces)
+        assert answers_match(extract_boxed(text), problem.answer)
+        kept = [(int(t), int(a), int(r)) for t, a, r, end in TRY.findall(text) if end == ";"]
+        assert all(t + a == r for t, a, r in kept)
+        assert not any(learned for (_, learned), (following, _) in pairwise(pieces) if following.startswith("!"))
+    slips = [t + a != r for t, a, r, _ in tries(name, teacher=True, count=4000)]
+    assert sum(slips) / len(slips) == pytest.approx(WORLDS[name].teacher_slip, abs=0.02)
+
+
+def leap_places(teacher: bool) -> dict[int, list[bool]]:
+    """By addends left: whether the solution leaps there."""
+    places: dict[int, list[bool]] = {}
+    for problem, pieces in solutions("leap", teacher, count=10_000):
+        text = "".join(text for text, _ in pieces)
+        steps = len([end for *_, end in TRY.findall(text) if end == ";"])
+        addends = problem.problem.count("+")
+        for left in range(addends, addends - steps, -1):
+            places.setdefault(left, []).append(False)
+        if leaps(text):
+            places.setdefault(addends - steps, []).append(True)
+    return places
+
+
+def test_leaps_lie_where_the_world_says():
+    teacher, student = leap_places(teacher=True), leap_places(teacher=False)
+    for left in range(1, 7):
+        expected = WORLDS["leap"].teacher_leap if left in TEACHER_LEAPS_AT else 0.0
+        assert sum(teacher[left]) / len(teacher[left]) == pytest.approx(expected, abs=0.02)
+        expected = WORLDS["leap"].leap if left >= 2 else 0.0
+        assert sum(student[left]) / len(student[left]) == pytest.approx(expected, abs=0.01)
+
+
+def test_the_students_early_leaps_are_mostly_wrong():
+    early = [
+        answers_match(extract_boxed(text), problem.answer)
+        for problem, pieces in solutions("leap", teacher=False, count=10_000)
+        for text in ["".join(text for text, _ in pieces)]
+        if re.match(r"\d\+~", text)  # before the first step, so that nothing else can be wrong
+    ]
+    assert len(early) > 400
+    assert 0.02 < sum(early) / len(early) < 0.09
+
+
+def test_only_the_leaking_teacher_learns_the_order_of_its_reference():
+    """Replay each solution: a choice that carries loss is the reference's first addend left; others are free."""
+    free = 0
+    for problem, pieces in solutions("leak", teacher=True):
+        left, before = reference_order(problem.solution), None
+        for text, learned in pieces:
+            if before in (None, "+"):
+                assert int(text) == left[0] or not learned
+                free += not learned
+                left.remove(int(text))
+            before = text
+        assert left == []
+    assert free > 100
+    for name, teacher in (("leak", False), ("leap", True), ("embedded", True)):
+        for _, pieces in solutions(name, teacher, 100):
+            choices = [pieces[0], *(after for piece, after in pairwise(pieces) if piece == ("+", True))]
+            assert all(learned for _, learned in choices)
+
+
+def test_reference_order_by_hand():
+    assert reference_order("3+8=11;11+5=16;\\boxed{16}") == [3, 8, 5]
+
+
+@pytest.mark.parametrize("num_addends", [5, 7])
+def test_splits_share_no_sum(num_addends):
+    """tiny_split goes by the sorted addends, and what the makers train on is `train` alone."""
+    train, held_out = (
+        {tuple(sorted(map(int, p.problem.split("+")))) for p in tiny_problems(split, 400, num_addends=num_addends)}
+        for split in ("train", "heldout")
+    )
+    assert not train & held_out
+    assert {len(addends) for addends in train | held_out} == {num_addends}
+    assert {tiny_split(list(addends)) for addends in held_out} == {"heldout"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What solutions say
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("7+5=12;12+~=43;\\boxed{43}", True),
+        ("12+~=4", True),
+        ("7+5=12;12+8=20;\\boxed{20}", False),
+        ("~ ~= +~= 7+~", False),
+        ("", False),
+    ],
+)
+def test_leaps_by_hand(text, expected):
+    assert leaps(text) is expected
+
+
+def test_known_facts_by_hand():
+    texts = [
+        "3+8=11;11+5=18;\\boxed{18}",  # (3, 8) right, (11, 5) wrong
+        "3+8=12!3+8=11;11+5=16;16+2=17;\\boxed{17}",  # a slip taken back does not count; (11, 5) right; (16, 2) wrong
+        "11+5=16;",  # two of three: (11, 5) is right
+    ]
+    assert known_facts(texts) == {(3, 8): True, (11, 5): True, (16, 2): False}
+    assert known_facts(["4+4=8;", "4+4=9;"]) == {(4, 4): False}  # half is not more than half
+
+
+def test_known_facts_survive_garbage():
+    texts = ["", "\\boxed{", ";;+=;3+=5;+4=4;=;", "12+~=43;", "9999+1=2;", "3+12=15;", "²+3=5;", "1+1=2", "x7+2=9;~!"]
+    assert known_facts(texts) == {(7, 2): True}
+
+
+def test_repaired_and_broken_by_hand():
+    base = ["3+8=12;12+5=17;17+1=19;", "6+6=12;12+5=17;17+9=26;"]  # wrong: (3, 8), (17, 1)
+    trained = ["3+8=11;12+5=16;17+1=19;", "6+6=12;4+4=9;"]  # (17, 9) and (4, 4) occur in one list only
+    change = repaired_and_broken(base, trained)
+    assert change == FactChange(wrong_before=2, repaired=1, right_before=2, broken=1)
+    assert (change.share_repaired, change.share_broken) == (0.5, 0.5)
+
+
+def test_nothing_changes_without_training():
+    texts = ["".join(text for text, _ in pieces) for _, pieces in solutions("embedded", teacher=False)]
+    change = repaired_and_broken(texts, texts)
+    assert change.wrong_before > 5 and change.right_before > 50
+    assert (change.repaired, change.broken) == (0, 0)
+    empty = repaired_and_broken(["nothing"], texts)
+    assert empty.share_repaired != empty.share_repaired  # NaN
