@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from runtime.grading import answers_match, make_grader
 from runtime.ranks import hide_bar, rank, say, start_ranks, stop_ranks, world_size
 from runtime.run_folder import versions, write_atomically
 from runtime.samples import Sample, SampleFile, check_regime, weights_digest
+from runtime.server import ServerEngine, checkpoint_eos_ids
 from teacher import EVALUATION_PROMPT, encode_prompt
 
 
@@ -52,6 +54,10 @@ class EvaluationConfig:
     )
     enable_thinking: bool = option(True, "of the chat template", "sampling")
     engine: str = option("auto", "auto, generate, continuous (long responses on a GPU) or server", "sampling")
+    server: str | None = option(
+        None, "address of an OpenAI-compatible server of --model, for --engine server", "sampling"
+    )
+    served_model: str | None = option(None, "the server's name for --model, where it is another", "sampling")
     batch_size: int = option(256, "sequences sampled at once, or requests in flight", "sampling")
     grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
     grade_only: bool = option(False, "grade the samples in --output_dir, sample none")
@@ -129,7 +135,7 @@ def solve(
             text = tokenizer.decode(response.ids, skip_special_tokens=True)
         seed, index, number = jobs[row]
         end = "eos" if response.finished else "length"
-        samples[row] = Sample(index, number, seed, text, len(response.ids), end)
+        samples[row] = Sample(index, number, seed, text, response.tokens or len(response.ids), end)
         if on_sample is not None:
             on_sample(samples[row])
 
@@ -162,14 +168,31 @@ def sample_missing(
         file.add(item)
         bar.update()
 
+    name, reason = choose_engine(config.engine, pick_device(config.device), settings.max_new_tokens, config.server)
+    say(f"sampling by {name}: {reason}")
+    with closing(connect(config, tokenizer) if name == "server" else load(config, tokenizer, name)) as engine:
+        solve(engine, tokenizer, problems, mine, settings, config.enable_thinking, keep)
+
+
+def load(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> Engine:
+    """An engine in this process, with the model and its adapter."""
     model = load_model(config.model, config.dtype, device=config.device)
     if config.adapter:
         load_adapter(model, config.adapter)
-    name, reason = choose_engine(config.engine, model.device, settings.max_new_tokens)
-    say(f"sampling by {name}: {reason}")
-    engine = make_engine(name, model, tokenizer, config.batch_size)
-    solve(engine, tokenizer, problems, mine, settings, config.enable_thinking, keep)
-    engine.close()
+    return make_engine(name, model, tokenizer, config.batch_size)
+
+
+def connect(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """The engine of --server; every rank has the adapter loaded under a name of its own."""
+    ends = checkpoint_eos_ids(config.model, tokenizer)
+    engine = ServerEngine(config.server, config.served_model or config.model, tokenizer, ends, config.batch_size)
+    if config.adapter:
+        try:
+            engine.use_adapter(Path(config.adapter), Path(config.adapter).name)
+        except BaseException:
+            engine.close()
+            raise
+    return engine
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -191,13 +214,15 @@ def regime(config: EvaluationConfig, problems: list[Problem], prompts: list[list
         "top_p": config.top_p,
         "top_k": config.top_k,
         "max_new_tokens": limit,
-        "engine": choose_engine(config.engine, pick_device(config.device), limit)[0],
+        "engine": choose_engine(config.engine, pick_device(config.device), limit, config.server)[0],
         "dtype": _dtype_name(config),
     }
 
 
-def _dtype_name(config: EvaluationConfig) -> str:
-    """What `auto` stands for on this machine (model.load_model)."""
+def _dtype_name(config: EvaluationConfig) -> str | None:
+    """What `auto` stands for on this machine (model.load_model); None where a server decides."""
+    if config.server:
+        return None
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if pick_device(config.device).type == "cuda" else "float32"
@@ -258,7 +283,7 @@ def bootstrap_interval(values_P: np.ndarray, resamples: int = 10_000, seed: int 
 
 def check_config(config: EvaluationConfig) -> None:
     Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)  # checks itself
-    choose_engine(config.engine, pick_device(config.device), config.max_new_tokens)
+    choose_engine(config.engine, pick_device(config.device), config.max_new_tokens, config.server)
     for name in ("num_samples", "batch_size"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name} {getattr(config, name)}: must be at least 1")

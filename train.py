@@ -11,6 +11,7 @@ once, which is the exact mean over the whole step whatever the split.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from loss import LossOptions, Method, resolve_method, score_tokens_from_hidden
 from model import (
     add_lora,
     context_length,
+    eos_ids,
     find_checkpoint,
     load_model,
     load_tokenizer,
@@ -36,13 +38,14 @@ from model import (
 from problems import InputError, Problem, extract_boxed, load_problems
 from rollout import Response, Sampling
 from runtime.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from runtime.engines import Engine, choose_engine, make_engine
+from runtime.engines import Engine, choose_engine, make_engine, publish, withdraw
 from runtime.fit import fitting_problems, plan_run
 from runtime.flags import FlagParser, departures, listen_for_sigterm, option, run_script
 from runtime.grading import Grader, make_grader
-from runtime.metrics import Clock, TokenMetrics, collapse_warning, rollout_metrics, step_line
+from runtime.metrics import Clock, TokenMetrics, collapse_warning, gap_warning, rollout_metrics, sampler_gap, step_line
 from runtime.ranks import gather_objects, hide_bar, rank, say, start_ranks, stop_ranks, wait_for_all, world_size
 from runtime.run_folder import RunLog, claimed, record_run, run_folder
+from runtime.server import ServerEngine
 from teacher import Teacher, student_prompt, teacher_prompt
 from weighting import relative_position
 
@@ -71,6 +74,10 @@ class TrainConfig(LossOptions):
     eval_samples: int = option(1, "samples per held-out problem, besides the greedy one", "data")
     eval_steps: int = option(0, "also score them every so many steps; 0 is off", "data")
     engine: str = option("auto", "auto, generate, continuous (long rollouts on a GPU) or server", "sampling")
+    server: str | None = option(
+        None, "address of a vLLM that serves --model with LoRA, for --engine server", "sampling"
+    )
+    served_model: str | None = option(None, "the server's name for --model, where it is another", "sampling")
     max_new_tokens: int = option(1024, "length limit of a rollout", "sampling")
     temperature: float = option(1.1, "of the rollouts; --distill_temperature is the loss's", "sampling")
     top_p: float = option(0.95, "nucleus of the rollouts; 1 is off", "sampling")
@@ -116,6 +123,7 @@ PRESETS: dict[str, dict] = {
 # What may differ when a run is taken up again: how it is computed, not what.
 FREE_ON_RESUME = {
     "resume", "output_dir", "device", "micro_batch_size", "gradient_checkpointing", "save_steps", "engine",
+    "server", "served_model",
 }  # fmt: skip
 
 
@@ -147,7 +155,7 @@ def train_step(step: int, run: Training, problems: list[Problem], config: TrainC
     Raises FloatingPointError, naming step and problems, where the loss or its gradient is not finite.
     """
     model, method, device = run.model, run.method, run.model.device
-    clock, tokens, broken = Clock(), TokenMetrics(device), []
+    clock, broken = Clock(), []
     slots = range(rank(), config.batch_size, world_size())
     picked = step_problems(len(problems), config.batch_size, config.seed, step)
     batch = [problems[picked[slot]] for slot in slots]
@@ -159,6 +167,8 @@ def train_step(step: int, run: Training, problems: list[Problem], config: TrainC
     keys = [(config.seed, ROLLOUT_STREAM, step, slot) for slot in slots]
     with clock("sampling"):
         y = run.engine.sample(x_stu, keys, config.sampling)
+    tells_logprobs = all(response.logprobs is not None for response in y)
+    tokens = TokenMetrics(device, with_gap=tells_logprobs)
 
     # Score every token in both contexts, weight it by its position, add up the gradient of the loss's numerator.
     model.train()
@@ -181,7 +191,11 @@ def train_step(step: int, run: Training, problems: list[Problem], config: TrainC
             part, count = method.reduction(l_M, w_M, L)  # Eq. (6), as a fraction
             part.backward()
         numerator, denominator = numerator + part.detach(), denominator + count
-        tokens.add(r_M, w_M, scores)
+        gap_M = None
+        if tells_logprobs:
+            sampler_logp_M = torch.tensor([logp for row in rows for logp in y[row].logprobs], device=device)
+            gap_M = sampler_gap(student_MD, model.get_output_embeddings().weight, ids_BT[mask_BT], sampler_logp_M)
+        tokens.add(r_M, w_M, scores, gap_M)
         broken += [] if part.isfinite() else [picked[slots[row]] for row in rows]
 
     # Sum over ranks, one division by the whole step's denominator, one update.
@@ -277,7 +291,9 @@ def parse_config(arguments: list[str] | None = None) -> TrainConfig:
 def check_config(config: TrainConfig) -> None:
     """Raise InputError, naming the flag, for values that cannot work."""
     resolve_method(config.method, config)
-    choose_engine(config.engine, torch.device("cpu"), config.max_new_tokens)
+    engine, _ = choose_engine(config.engine, torch.device("cpu"), config.max_new_tokens, config.server)
+    if engine == "server" and config.lora_rank == 0:
+        raise InputError("--engine server trains an adapter, which the server loads: --lora_rank must be above 0")
     assert config.sampling  # checks itself
     for name in ("num_steps", "batch_size", "save_steps", "eval_samples", "max_length"):
         if getattr(config, name) < 1:
@@ -311,9 +327,22 @@ def build(config: TrainConfig, device: torch.device, grader: Grader) -> Training
         teacher.trained, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
     )
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=config.num_steps)
-    engine = make_engine(config.engine, model, tokenizer, batch_size=EVALUATED_AT_ONCE)
+    if config.engine == "server":
+        engine = connect(config, model, tokenizer)
+    else:
+        engine = make_engine(config.engine, model, tokenizer, batch_size=EVALUATED_AT_ONCE)
     method = resolve_method(config.method, config)
     return Training(model, tokenizer, teacher, method, engine, optimizer, scheduler, grader)
+
+
+def connect(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """The engine of --server, which must return token ids: the loss is on the very tokens that were sampled."""
+    ends = eos_ids(model, tokenizer)
+    engine = ServerEngine(config.server, config.served_model or config.model, tokenizer, ends, EVALUATED_AT_ONCE)
+    if not engine.returns_ids:
+        engine.close()
+        raise InputError(f"--server {config.server}: returns no token ids, which training needs; vLLM does")
+    return engine
 
 
 def settle(config: TrainConfig, device: torch.device, record: dict | None) -> TrainConfig:
@@ -325,12 +354,12 @@ def settle(config: TrainConfig, device: torch.device, record: dict | None) -> Tr
         checkpointing = device.type == "cuda"
     if size == 0 and record is not None:
         size = record["config"]["micro_batch_size"]
-    engine, reason = choose_engine(config.engine, device, config.max_new_tokens)
+    engine, reason = choose_engine(config.engine, device, config.max_new_tokens, config.server)
     say(f"sampling by {engine}: {reason}")
     return replace(config, dtype=dtype, gradient_checkpointing=checkpointing, micro_batch_size=size, engine=engine)
 
 
-EVALUATED_AT_ONCE = 200  # sequences of generate at a time
+EVALUATED_AT_ONCE = 200  # sequences of generate at a time, or requests in flight
 
 
 def score_held_out(log: RunLog, step: int, run: Training, problems: list[Problem], config: TrainConfig) -> None:
@@ -381,17 +410,28 @@ def train(
     say(str(memory))
     start = resume(folder, run) if config.resume else 0
     wait_for_all()  # every rank has read before rank 0 writes
+    with closing(run.engine), closing(run.grader):
+        take_steps(start, run, fitting, held_out, folder, config, stop_asked)
+    withdraw(folder)
 
-    log, history, warned = RunLog(folder, start), [], None
+
+def take_steps(
+    start: int, run: Training, problems: list[Problem], held_out: list[Problem], folder: Path, config: TrainConfig,
+    stop_asked: list[int],
+) -> None:  # fmt: skip
+    log, history, warned, doubted = RunLog(folder, start), [], None, None
     for step in tqdm(range(start, config.num_steps), initial=start, total=config.num_steps, disable=hide_bar()):
+        publish(run.engine, run.model, folder, step)
         if step % (config.eval_steps or config.num_steps) == 0:
             score_held_out(log, step, run, held_out, config)
-        metrics, samples = train_step(step, run, fitting, config)
+        metrics, samples = train_step(step, run, problems, config)
         log.append(metrics, [row for part in gather_objects(samples) for row in part])
         say(step_line(metrics, config.num_steps))
         history.append(metrics)
         if not warned and (warned := collapse_warning(history, config.max_new_tokens)):
             say(f"warning: after step {step + 1} the run looks collapsed: {warned}")
+        if not doubted and config.lora_dropout == 0.0 and (doubted := gap_warning(metrics, run.model.dtype)):
+            say(f"warning: after step {step + 1}: {doubted}")
         stopping = any(gather_objects(bool(stop_asked)))
         if stopping or (step + 1) % config.save_steps == 0 or step + 1 == config.num_steps:
             if rank() == 0:
@@ -408,9 +448,8 @@ def train(
         if stopping:
             return say(f"SIGTERM: saved after step {step + 1}; go on with --resume --output_dir {folder}")
 
+    publish(run.engine, run.model, folder, config.num_steps)
     score_held_out(log, config.num_steps, run, held_out, config)
-    run.engine.close()
-    run.grader.close()
     return say(f"weights: {folder}/checkpoint-{config.num_steps}")
 
 
