@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from transformers import (
 from experiments.worlds import WORLDS, World, trace
 from model import load_model, load_tokenizer
 from problems import InputError, Problem, tiny_problems
+from runtime.flags import run_script
 from teacher import DIAGNOSTIC_PROMPT, EVALUATION_PROMPT, FIELD, STUDENT_PROMPT, TEACHER_PROMPT, encode_prompt
 
 CHAT_TEMPLATE = (
@@ -170,7 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)
