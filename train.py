@@ -148,7 +148,7 @@ PRESETS: dict[str, dict] = {
     # tau_clip 0.05 harms a model of this size (docs/study.md); the rest is scale.
     "tiny": {
         "model": "tiny", "data": "tiny:train", "eval_data": "tiny:heldout", "num_steps": 20, "tau_clip": 1.0,
-        "max_new_tokens": 96, "micro_batch_size": 32, "learning_rate": 1e-3, "max_grad_norm": 1.0,
+        "max_new_tokens": 96, "micro_batch_size": 32, "learning_rate": 2e-3, "max_grad_norm": 1.0,
         "lora_rank": 16, "lora_alpha": 32.0, "top_k": 0,
     },
     "qwen3-4b": {"model": "Qwen/Qwen3-4B", "long_prompts": "drop"},
