@@ -117,14 +117,15 @@ def connect(
 ) -> Engine:  # fmt: skip
     """The engine of `--server`, with an adapter loaded there by name; every rank has a name of its own.
 
-    `needs_ids`: training is on the very tokens that were sampled. Raises InputError where the server cannot.
+    `needs_ids`: training and diagnosis are on the very tokens that were sampled. Raises InputError where the server
+    cannot.
     """
     from runtime.server import ServerEngine
 
     engine = ServerEngine(server, model, tokenizer, ends, in_flight)
     try:
         if needs_ids and not engine.returns_ids:
-            raise InputError(f"--server {server}: returns no token ids, which training needs; vLLM does")
+            raise InputError(f"--server {server}: returns no token ids, which training and diagnosis need; vLLM does")
         if adapter is not None:
             engine.use_adapter(Path(adapter), Path(adapter).name)
     except BaseException:
