@@ -41,7 +41,7 @@ from runtime.fit import fitting_problems, plan_run
 from runtime.flags import FlagParser, departures, listen_for_sigterm, option, run_script
 from runtime.grading import Grader, make_grader
 from runtime.metrics import Clock, TokenMetrics, collapse_warning, rollout_metrics, step_line
-from runtime.pins import model_pin, problems_pin
+from runtime.pins import run_pins
 from runtime.ranks import gather_objects, hide_bar, rank, say, start_ranks, stop_ranks, wait_for_all, world_size
 from runtime.run_folder import RunLog, claimed, record_run, run_folder
 from teacher import (
@@ -403,7 +403,7 @@ def train(
     memory = plan_run(run.model, run.tokenizer, run.teacher, fitting, prompts, config, device)
     config = replace(config, micro_batch_size=memory.micro_batch_size)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if config.method == "reopold" else set())  # its quantile's tokens
-    pins = pins_of(config, problems, held_out)
+    pins = run_pins(config.model, load_prompts(config.prompts), data=problems, eval_data=held_out)
     record_run(folder, record, asdict(config), free, {"ranks": world_size(), "hardware": str(device)}, pins)
     say(f"{config.method}, {departures(config, PRESETS) or 'the preset as it is'}; all options: {folder}/config.json")
     say(f"{len(fitting)} problems ({len(problems) - len(fitting)} dropped as too long), graded by {grader.name}")
@@ -443,14 +443,6 @@ def train(
     run.engine.close()
     run.grader.close()
     return say(f"weights: {folder}/checkpoint-{config.num_steps}")
-
-
-def pins_of(config: TrainConfig, problems: list[Problem], held_out: list[Problem]) -> dict:
-    """What a run's inputs hold, by flag; read once, by the first rank."""
-    if rank() > 0:
-        return gather_objects(None)[0]
-    pins = {"model": model_pin(config.model), "data": problems_pin(problems), "eval_data": problems_pin(held_out)}
-    return gather_objects({**pins, "prompts": asdict(load_prompts(config.prompts))})[0]
 
 
 def resume(folder: Path, run: Training) -> int:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 from transformers.utils import cached_file
 
 from model import find_checkpoint, one_line
 from problems import InputError, Problem
+from runtime.ranks import gather_objects, rank
 
 # Weights of every format and their indices, configs, generation defaults, tokenizers, templates, adapters.
 PINNED = {
@@ -69,6 +70,14 @@ def model_pin(name: str) -> dict[str, str]:
 def problems_pin(problems: list[Problem]) -> str:
     """SHA-256 of problems in their order, wherever they come from: a file, the hub, the embedded world."""
     return hashlib.sha256(json.dumps([astuple(problem) for problem in problems]).encode()).hexdigest()
+
+
+def run_pins(model: str, prompts: object, **problems: list[Problem]) -> dict:
+    """What a run's inputs hold, by flag; read by the first rank, the same on all. `prompts` is a dataclass."""
+    if rank() > 0:
+        return gather_objects(None)[0]
+    pins = {"model": model_pin(model), "prompts": asdict(prompts)}
+    return gather_objects(pins | {flag: problems_pin(some) for flag, some in problems.items()})[0]
 
 
 def difference(found: object, wanted: object) -> str | None:
