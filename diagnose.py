@@ -454,7 +454,7 @@ def main() -> None:
     with claimed(folder, config.resume) as record:
         run = prepare(config, device, folder)
         facts = {"ranks": world_size(), "hardware": str(device)}
-        pins = run_pins(config.model, run.prompts, data=run.problems)
+        pins = run_pins(config, run.problems, [])
         record_run(folder, record, asdict(run.config), FREE_ON_RESUME, facts, pins)
         say(f"{departures(config, PRESETS) or 'the preset as it is'}; all options: {folder}/config.json")
         diagnose(run)

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 from model import find_checkpoint, one_line
 from problems import InputError, Problem
 from runtime.ranks import gather_objects, rank
+from teacher import load_prompts
 
 # Weights of every format and their indices, configs, generation defaults, tokenizers, templates, adapters.
 PINNED = {
@@ -72,14 +73,6 @@ def problems_pin(problems: list[Problem]) -> str:
     return hashlib.sha256(json.dumps([astuple(problem) for problem in problems]).encode()).hexdigest()
 
 
-def run_pins(model: str, prompts: object, **problems: list[Problem]) -> dict:
-    """What a run's inputs hold, by flag; read by the first rank, the same on all. `prompts` is a dataclass."""
-    if rank() > 0:
-        return gather_objects(None)[0]
-    pins = {"model": model_pin(model), "prompts": asdict(prompts)}
-    return gather_objects(pins | {flag: problems_pin(some) for flag, some in problems.items()})[0]
-
-
 def difference(found: object, wanted: object) -> str | None:
     """The first part in which two pins differ, in words; None where they are the same."""
     if found == wanted:
@@ -97,3 +90,11 @@ def _short(value: object) -> str:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def run_pins(config, problems: list[Problem], held_out: list[Problem]) -> dict:
+    """What the inputs of a training run hold, by flag; read once, by the first rank."""
+    if rank() > 0:
+        return gather_objects(None)[0]
+    pins = {"model": model_pin(config.model), "data": problems_pin(problems), "eval_data": problems_pin(held_out)}
+    return gather_objects({**pins, "prompts": asdict(load_prompts(config.prompts))})[0]
