@@ -11,7 +11,7 @@ once, which is the exact mean over the whole step whatever the split.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +37,21 @@ from rollout import Response, Sampling
 from runtime.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from runtime.engines import ENGINES, Engine, choose_engine, make_engine
 from runtime.fit import fitting_problems, plan_run
-from runtime.flags import FlagParser, departures, listen_for_sigterm, option, run_script
+from runtime.flags import FlagParser, Sigterm, departures, option, run_script
 from runtime.grading import Grader, make_grader
-from runtime.metrics import Clock, TokenMetrics, collapse_warning, rollout_metrics, step_line
+from runtime.metrics import (
+    COLLAPSE_WINDOW,
+    Clock,
+    CollapseError,
+    TokenMetrics,
+    collapse_warning,
+    repeats,
+    rollout_metrics,
+    step_line,
+)
 from runtime.pins import model_pin, problems_pin
 from runtime.ranks import (
+    check_same_start,
     gather_objects,
     hide_bar,
     rank,
@@ -127,6 +137,7 @@ class TrainConfig(LossOptions):
     output_dir: str | None = option(None, "run folder; default runs/MODEL-METHOD-seedSEED, numbered if taken")
     resume: bool = option(False, "go on from the newest checkpoint in --output_dir, if there is one")
     seed: int = option(42, "of every random draw: adapter, data order, rollouts, evaluation", within=(0, 2**63))
+    stop_on_collapse: bool = option(False, "end a run that looks collapsed, instead of a warning only")
     save_steps: int = option(25, "steps between checkpoints; the last step is always saved", least=1)
     grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
     gradient_checkpointing: bool | None = option(None, "default: on a GPU only")
@@ -154,7 +165,8 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 # What may differ when a run is taken up again: how it is computed, not what.
 FREE_ON_RESUME = {
-    "resume", "output_dir", "device", "micro_batch_size", "gradient_checkpointing", "save_steps", "engine",
+    "resume", "output_dir", "stop_on_collapse", "device", "micro_batch_size", "gradient_checkpointing", "save_steps",
+    "engine",
 }  # fmt: skip
 
 
@@ -171,6 +183,7 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     grader: Grader
     prompts: Prompts
+    stop: Sigterm = field(default_factory=Sigterm)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -181,8 +194,12 @@ class Training:
 # One step of Algorithm 1
 
 
-def train_step(step: int, run: Training, problems: list[Problem], config: TrainConfig) -> tuple[dict, list[dict]]:
+def train_step(
+    step: int, run: Training, problems: list[Problem], config: TrainConfig
+) -> tuple[dict, list[dict]] | None:
     """Algorithm 1, one step over all ranks. Returns its metrics and this rank's rollouts, as rows for samples.jsonl.
+
+    Returns None, with nothing changed, where SIGTERM came while it was sampling.
 
     Raises FloatingPointError, naming step and problems, where the loss or its gradient is not finite.
     """
@@ -197,8 +214,10 @@ def train_step(step: int, run: Training, problems: list[Problem], config: TrainC
     x_stu = [student_prompt(run.tokenizer, problem, run.prompts) for problem in batch]
     x_tch = [teacher_prompt(run.tokenizer, problem, run.prompts) for problem in batch]
     keys = [(config.seed, ROLLOUT_STREAM, step, slot) for slot in slots]
-    with clock("sampling"):
+    with clock("sampling"), run.stop.leaving():
         y = run.engine.sample(x_stu, keys, config.sampling)
+    if any(gather_objects(run.stop.asked)):
+        return None
 
     # Score every token in both contexts, weight it by its position, add up the gradient of the loss's numerator.
     model.train()
@@ -243,7 +262,7 @@ def train_step(step: int, run: Training, problems: list[Problem], config: TrainC
 
     samples = sample_rows(step, slots, [picked[slot] for slot in slots], batch, y, run)
     metrics = {"step": step, "loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": learning_rate}
-    metrics |= rollout_metrics(samples) | tokens.means() | clock.metrics()
+    metrics |= rollout_metrics(samples, [repeats(response.ids) for response in y]) | tokens.means() | clock.metrics()
     metrics["sampled_tokens_per_second"] = round(sum(len(r.ids) for r in y) / clock.seconds["sampling"], 1)
     return metrics, samples
 
@@ -400,12 +419,12 @@ def train(
     held_out: list[Problem],
 ) -> None:  # fmt: skip
     """A run in a folder that is ours, from its start or from its newest checkpoint."""
-    stop_asked = listen_for_sigterm()
     grader = make_grader(config.grader, [problem.answer for problem in [*problems, *held_out] if problem.answer])
     problems, prompts = choose_prompts(config, problems)
     run = build(config, device, grader, prompts)
-    fitting = fitting_problems(problems, run.tokenizer, prompts, context_length(run.model), config)
-    memory = plan_run(run, fitting, config, device)
+    run.stop.listen()
+    fit = fitting_problems(problems, run.tokenizer, prompts, context_length(run.model), config)
+    memory, fitting = plan_run(run, fit, config, device), fit.problems
     config = replace(config, micro_batch_size=memory.micro_batch_size)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if config.method == "reopold" else set())  # its quantile's tokens
     pins = pins_of(config, problems, held_out)
@@ -416,30 +435,31 @@ def train(
         say(grader.note)
     say(str(memory))
     start = resume(folder, run) if config.resume else 0
+    check_same_start([(name, p) for name, p in run.model.named_parameters() if p.requires_grad])
     wait_for_all()  # every rank has read before rank 0 writes
 
     log, history, warned = RunLog(folder, start), [], None
     for step in tqdm(range(start, config.num_steps), initial=start, total=config.num_steps, disable=hide_bar()):
         if step % (config.eval_steps or config.num_steps) == 0:
             score_held_out(log, step, run, held_out, config)
-        metrics, samples = train_step(step, run, fitting, config)
+        done = train_step(step, run, fitting, config)
+        if done is None:
+            if step > start and rank() == 0:
+                save(folder, step, run, config)
+            wait_for_all()
+            return say(f"SIGTERM: step {step + 1} left; go on with --resume --output_dir {folder}")
+        metrics, samples = done
         log.append(metrics, [row for part in gather_objects(samples) for row in part])
         say(step_line(metrics, config.num_steps))
         history.append(metrics)
         if not warned and (warned := collapse_warning(history, config.max_new_tokens)):
             say(f"warning: after step {step + 1} the run looks collapsed: {warned}")
-        stopping = any(gather_objects(bool(stop_asked)))
+            if config.stop_on_collapse:
+                raise CollapseError(f"--stop_on_collapse, step {step + 1}: {warned}; {last_good(folder, step)}")
+        stopping = any(gather_objects(run.stop.asked))
         if stopping or (step + 1) % config.save_steps == 0 or step + 1 == config.num_steps:
             if rank() == 0:
-                save_checkpoint(
-                    folder,
-                    step + 1,
-                    run.model,
-                    find_checkpoint(config.model),
-                    run.teacher,
-                    run.optimizer,
-                    run.scheduler,
-                )
+                save(folder, step + 1, run, config)
             wait_for_all()  # no rank runs ahead of a checkpoint that may fail
         if stopping:
             return say(f"SIGTERM: saved after step {step + 1}; go on with --resume --output_dir {folder}")
@@ -448,6 +468,19 @@ def train(
     run.engine.close()
     run.grader.close()
     return say(f"weights: {folder}/checkpoint-{config.num_steps}")
+
+
+def save(folder: Path, step: int, run: Training, config: TrainConfig) -> None:
+    """Write the checkpoint after `step` steps."""
+    save_checkpoint(
+        folder, step, run.model, find_checkpoint(config.model), run.teacher, run.optimizer, run.scheduler
+    )  # fmt: skip
+
+
+def last_good(folder: Path, step: int) -> str:
+    """The newest checkpoint from before the steps that look collapsed, in words."""
+    sound = [n for n in range(1, step + 2 - COLLAPSE_WINDOW) if (folder / f"checkpoint-{n}").is_dir()]
+    return f"the last good checkpoint is {folder}/checkpoint-{sound[-1]}" if sound else "no checkpoint is from before"
 
 
 def pins_of(config: TrainConfig, problems: list[Problem], held_out: list[Problem]) -> dict:

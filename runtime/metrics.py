@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loss import TokenScores
+from problems import InputError
 from runtime.ranks import gather_objects
 
 
@@ -39,28 +40,60 @@ class TokenMetrics:
         return {**means, "by_decile": {name: [r[i] / r[0] if r[0] else None for r in rows] for i, name in columns}}
 
 
-def rollout_metrics(samples: list[dict]) -> dict:
-    """Over all ranks: accuracy on the problems that have an answer, mean length, share that ended with EOS."""
+def rollout_metrics(samples: list[dict], repeating: list[bool]) -> dict:
+    """Over all ranks: accuracy where a problem has an answer, mean length, shares that ended and that repeat."""
     graded = [row["correct"] for row in samples if row["correct"] is not None]
     ended = [row["finish_reason"] == "eos" for row in samples]
-    counts = [sum(graded), len(graded), sum(row["tokens"] for row in samples), sum(ended), len(samples)]
-    correct, count, tokens, eos, rows = (sum(column) for column in zip(*gather_objects(counts), strict=True))
-    return {"accuracy": correct / count if count else None, "mean_length": tokens / rows, "eos_rate": eos / rows}
+    counts = [sum(graded), len(graded), sum(row["tokens"] for row in samples), sum(ended), sum(repeating), len(samples)]
+    correct, count, tokens, eos, loops, rows = (sum(column) for column in zip(*gather_objects(counts), strict=True))
+    return {
+        "accuracy": correct / count if count else None, "mean_length": tokens / rows, "eos_rate": eos / rows,
+        "repetition": loops / rows,
+    }  # fmt: skip
+
+
+def repeats(ids: list[int], tail: int = 200, run: int = 20) -> bool:
+    """Whether some run of 20 tokens stands twice within the last 200."""
+    last = ids[-tail:]
+    runs = [tuple(last[start : start + run]) for start in range(len(last) - run + 1)]
+    return len(set(runs)) < len(runs)
 
 
 COLLAPSE_WINDOW = 5  # steps; a single step's accuracy is a mean over few rollouts
+SHORT = 0.25  # of the length at the start; self-distillation alone may halve it
+LOOPING = 0.25  # share of rollouts that repeat themselves, besides what did so at the start
+
+
+class CollapseError(InputError):
+    """A run that `--stop_on_collapse` ends."""
 
 
 def collapse_warning(history: list[dict], limit: int) -> str | None:
-    """One line if, over the last steps, every rollout was cut at `limit` tokens or a rate fell to half its best."""
+    """One line if the last steps look collapsed, else None; each number is a mean over COLLAPSE_WINDOW steps.
+
+    Every rollout was cut at `limit` tokens; accuracy or the share that ends fell to half its best; the length fell to
+    a quarter of its start; or the share that repeats itself rose by a quarter of all rollouts over its start.
+    """
     ends = range(COLLAPSE_WINDOW, len(history) + 1)
     windows = [history[end - COLLAPSE_WINDOW : end] for end in ends]
-    if windows and all(step["mean_length"] >= limit for step in windows[-1]):
+    if not windows:
+        return None
+    if all(step["mean_length"] >= limit for step in windows[-1]):
         return f"every rollout of the last {COLLAPSE_WINDOW} steps was cut at --max_new_tokens {limit}"
+
+    def means(name: str) -> list[float]:
+        return [sum(step.get(name) or 0.0 for step in window) / COLLAPSE_WINDOW for window in windows]
+
+    over = f"(means over {COLLAPSE_WINDOW} steps)"
     for name in ("accuracy", "eos_rate"):
-        means = [sum(step[name] or 0.0 for step in window) / COLLAPSE_WINDOW for window in windows]
-        if means and means[-1] <= max(means) / 2 > 0.0:
-            return f"{name} fell from {max(means):.2f} to {means[-1]:.2f} (means over {COLLAPSE_WINDOW} steps)"
+        values = means(name)
+        if values[-1] <= max(values) / 2 > 0.0:
+            return f"{name} fell from {max(values):.2f} to {values[-1]:.2f} {over}"
+    length, loops = means("mean_length"), means("repetition")
+    if length[-1] <= SHORT * length[0]:
+        return f"mean_length fell from {length[0]:.1f} at the start to {length[-1]:.1f} tokens {over}"
+    if loops[-1] >= loops[0] + LOOPING:
+        return f"repetition rose from {loops[0]:.2f} at the start to {loops[-1]:.2f} of the rollouts {over}"
     return None
 
 
