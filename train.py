@@ -444,10 +444,10 @@ def train(
             score_held_out(log, step, run, held_out, config)
         done = train_step(step, run, fitting, config)
         if done is None:
-            if step > start and rank() == 0:
+            if rank() == 0 and step > start and not (folder / f"checkpoint-{step}").exists():
                 save(folder, step, run, config)
             wait_for_all()
-            return say(f"SIGTERM: step {step + 1} left; go on with --resume --output_dir {folder}")
+            return say(f"SIGTERM: saved after step {step}; go on with --resume --output_dir {folder}")
         metrics, samples = done
         log.append(metrics, [row for part in gather_objects(samples) for row in part])
         say(step_line(metrics, config.num_steps))

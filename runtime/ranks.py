@@ -81,8 +81,8 @@ def check_same_start(named: list[tuple[str, Tensor]]) -> None:
 
     Ranks draw the adapter themselves, from the same seed: other versions or GPUs could draw another one unnoticed.
     """
-    sums = [int(tensor.detach().contiguous().view(torch.uint8).long().sum()) for _, tensor in named]
-    ordered = [float(tensor.detach().double().flatten()[::7].sum()) for _, tensor in named]
+    sums = [int(tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64)) for _, tensor in named]
+    ordered = [float(tensor.detach().flatten()[::7].double().sum()) for _, tensor in named]
     everyone = gather_objects(list(zip(sums, ordered, strict=True)))
     for other, theirs in enumerate(everyone):
         for (name, _), first, here in zip(named, everyone[0], theirs, strict=True):
