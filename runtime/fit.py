@@ -12,9 +12,10 @@ from problems import InputError, Problem
 from runtime.fake_step import StepShape
 from runtime.memory import MemoryPlan, Planned, available_memory, plan_memory
 from runtime.ranks import gather_objects, hide_bar, rank, world_size
-from teacher import Prompts, fill, student_prompt, teacher_prompt
+from teacher import Prompts, encode_prompt, fill, render_prompt
 
 LONGEST = 32  # problems that are tokenised although they fit: one of them has the longest prompt
+BATCH = 256  # problems encoded together
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,30 @@ CLOSURE = "</think>\n\n"  # what teacher.encode_prompt may add
 def count_tokens(
     tokenizer: PreTrainedTokenizerBase, prompts: Prompts, problems: list[Problem], wanted: list[int]
 ) -> dict[int, tuple[int, int]]:
-    """Tokens of the student's and the teacher's prompt of the wanted problems; ranks share the work."""
-    bar = tqdm(wanted[rank() :: world_size()], desc="measuring prompts", unit="problem", disable=hide_bar())
-    mine = {
-        i: (
-            len(student_prompt(tokenizer, problems[i], prompts)),
-            len(teacher_prompt(tokenizer, problems[i], prompts)),
-        )
-        for i in bar
-    }
-    return {i: pair for part in gather_objects(mine) for i, pair in part.items()}
+    """Tokens of the student's and the teacher's prompt of the wanted problems; ranks share the work, cores a batch."""
+    mine = wanted[rank() :: world_size()]
+    counted: dict[int, tuple[int, int]] = {}
+    with tqdm(total=len(mine), desc="measuring prompts", unit="problem", disable=hide_bar()) as bar:
+        for start in range(0, len(mine), BATCH):
+            batch = [problems[i] for i in mine[start : start + BATCH]]
+            pairs = zip(
+                _lengths(tokenizer, prompts.student, batch, prompts.student_thinking),
+                _lengths(tokenizer, prompts.teacher, batch, prompts.teacher_thinking),
+                strict=True,
+            )
+            counted |= dict(zip(mine[start : start + BATCH], pairs, strict=True))
+            bar.update(len(batch))
+    return {i: pair for part in gather_objects(counted) for i, pair in part.items()}
+
+
+def _lengths(tokenizer, template: str, problems: list[Problem], thinking: bool) -> list[int]:
+    """Tokens of each prompt, together where none of them spells a control token."""
+    texts, cuts = zip(*(render_prompt(tokenizer, template, problem, thinking) for problem in problems), strict=True)
+    lengths = [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    return [
+        len(encode_prompt(tokenizer, template, problem, thinking)) if cut in text else length
+        for problem, text, cut, length in zip(problems, texts, cuts, lengths, strict=True)
+    ]
 
 
 def plan_run(run, fit: Fit, config, device: torch.device) -> MemoryPlan:
