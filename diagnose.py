@@ -1,14 +1,14 @@
 """The branch-viability diagnostic (paper Section 3.2, Appendices A and B): where can the teacher's tokens be trusted?
 
-    python diagnose.py                                     the embedded model, a few minutes on two cores
-    python diagnose.py --preset qwen3-4b                   the paper's protocol
+    python diagnose.py                                            the embedded model, a few minutes on two cores
+    torchrun --nproc_per_node 4 diagnose.py --preset qwen3-4b     the paper's protocol, shared over GPUs
 
 At uncertain positions of a student's right solution, the teacher's top tokens are forced one by one and the student
-goes on alone: does it still get there? Phases A to F each leave a JSONL file in the run folder and take up what they
-find there, so --resume goes on after an interruption; G, the statistics, is experiments/diagnose_report.py.
+goes on alone: does it still get there? Phases A to E each leave a JSONL file in the run folder and take up what they
+find there, so --resume goes on after an interruption; F and G (viability.py) make labels and Table 1 of them.
 
 Beyond the paper, the same positions also get the student's own top tokens, and nothing at all (the student simply goes
-on), with equal budgets: what a prefix has already cost is not the teacher's fault.
+on), with equal budgets: what a prefix has already cost is not the teacher's fault (experiments/diagnose_report.py).
 
 Axes: T response tokens, V vocabulary, K children of a candidate, N rollouts of a child, M dropout passes, C candidates.
 """
@@ -16,120 +16,140 @@ Axes: T response tokens, V vocabulary, K children of a candidate, N rollouts of 
 from __future__ import annotations
 
 import json
-import sys
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from model import context_length, eos_ids, load_model, load_tokenizer, response_hidden
 from problems import InputError, Problem, extract_boxed, load_problems
-from rollout import Sampling
-from runtime.engines import Engine, choose_engine, make_engine
-from runtime.flags import FlagParser, option, run_script
-from runtime.grading import answers_match, make_grader
+from rollout import Sampling, StreamKey
+from runtime.engines import ENGINES, Engine, choose_engine, make_engine
+from runtime.flags import FlagParser, departures, option, run_script
+from runtime.grading import Grader, make_grader
+from runtime.phases import run_phase
+from runtime.ranks import gather_objects, rank, say, start_ranks, stop_ranks, world_size
 from runtime.run_folder import claimed, record_run, run_folder, write_atomically
-from teacher import DIAGNOSTIC_PROMPT, encode_prompt, student_prompt
-from viability import LABELS, LabelRule, label_children, table1
+from teacher import PAPER_PROMPTS, Prompts, encode_prompt, load_prompts
+from viability import LabelRule, by_spine, labels, table1, table1_lines, to_columns, truncated_entropy, uncertainty
 
 # Streams of random numbers, told apart by the second entry of their key (rollout.py); train.py uses 1 to 3.
 PICK_STREAM, SPINE_STREAM, DROPOUT_STREAM, CONTINUATION_STREAM = 11, 12, 13, 14
+SPINES, CANDIDATES, ROLLOUTS = "spines (phase A)", "candidates (phases B, C, D)", "continuations (phase E)"
 
 
-@dataclass
+@dataclass(frozen=True)
 class DiagnoseConfig(LabelRule):
-    """Options of diagnose.py. Defaults are the paper's (Appendices A, B); presets change what they name."""
+    """Options of diagnose.py. Defaults are the paper's (Appendices A, B); a preset changes what it names."""
 
-    preset: str | None = field(default=None, metadata={"help": "tiny (default without --model) or qwen3-4b"})
-    model: str = field(default="tiny", metadata={"help": "directory or hub name; `tiny` is the embedded model"})
-    data: list[str] = field(
-        default_factory=lambda: ["tiny:heldout"],
-        metadata={"help": "one or more sources: .jsonl, hub name, tiny:heldout"},
-    )
-    num_problems: list[int] = field(
-        default_factory=lambda: [84], metadata={"help": "problems drawn from each source, without replacement"}
-    )
-    output_dir: str | None = field(default=None, metadata={"help": "run folder; default runs/diagnose-PRESET"})
-    resume: bool = field(default=False, metadata={"help": "go on with the run in the folder, if there is one"})
-    seed: int = 42
-    context: int = field(default=32768, metadata={"help": "tokens of prompt, prefix and continuation together"})
-    spine_tokens: int = field(default=16384, metadata={"help": "A: tokens of a spine"})
-    fallback_temperature: float = field(default=0.7, metadata={"help": "A: used where the greedy spine has no box"})
-    incorrect_spines: bool = field(default=False, metadata={"help": "B: also wrong spines, reported apart"})
-    top_valid: int = field(default=16, metadata={"help": "B: teacher's top valid tokens in h_trunc"})
-    candidates: int = field(default=5, metadata={"help": "C: at most this many per problem"})
-    min_p2: float = field(default=0.02, metadata={"help": "C: least teacher probability of the second token"})
-    min_ratio: float = field(default=0.10, metadata={"help": "C: least p2 / p1"})
-    min_spacing: int = field(default=64, metadata={"help": "C: least distance of two candidates, in tokens"})
-    dropout_passes: int = field(default=5, metadata={"help": "D: M"})
-    dropout: float = field(default=0.1, metadata={"help": "D: p"})
-    dropout_layers: int = field(default=4, metadata={"help": "D: the last layers, whose outputs are dropped out"})
-    temperature: float = field(default=1.0, metadata={"help": "E: of the continuations"})
-    top_p: float = field(default=0.95, metadata={"help": "E: of the continuations (and of the fallback in A)"})
-    bootstraps: int = field(default=2000, metadata={"help": "G: resamples of whole problems"})
-    bootstrap_seed: int = field(default=0, metadata={"help": "G: seed of the resamples"})
-    engine: str = field(default="generate", metadata={"help": "generate, or continuous: continuous batching (GPU)"})
-    batch_size: int = field(default=32, metadata={"help": "sequences sampled between two writes to the run folder"})
-    grader: str = field(default="auto", metadata={"help": "math-verify, exact, or auto: by the problems' answers"})
-    device: str = "auto"
-    dtype: str = field(default="auto", metadata={"help": "auto (bfloat16 on a GPU, else float32) or its name"})
+    preset: str | None = option(None, "tiny (the default without --model) or qwen3-4b", "data")
+    model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
+    data: list[str] = option(["tiny:heldout"], "one or more sources: .jsonl, hub name, tiny:heldout", "data")
+    num_problems: list[int] = option([84], "problems drawn from each source, without replacement", "data")
+    prompts: str | None = option(None, "JSON file of templates: student, diagnostic", "data")
+    context: int = option(32768, "tokens of prompt, prefix and continuation together", "data", least=2)
+    student_thinking: bool = option(True, "the student's prompts think; the paper's numbers say so", SPINES)
+    spine_tokens: int = option(16384, "length limit of a spine", SPINES, least=1)
+    fallback_temperature: float = option(0.7, "used where the greedy spine has no box", SPINES, positive=True)
+    incorrect_spines: bool = option(False, "follow wrong spines, too, reported apart", CANDIDATES)
+    top_valid: int = option(16, "B: teacher's top valid tokens in h_trunc", CANDIDATES)
+    candidates: int = option(5, "C: at most this many per problem", CANDIDATES, least=1)
+    min_p2: float = option(0.02, "C: least teacher probability of the second token", CANDIDATES, within=(0, 1))
+    min_ratio: float = option(0.10, "C: least p2 / p1", CANDIDATES, within=(0, 1))
+    min_spacing: int = option(64, "C: least distance of two candidates, in tokens", CANDIDATES, least=1)
+    dropout_passes: int = option(5, "D: M", CANDIDATES, least=2)
+    dropout: float = option(0.1, "D: p", CANDIDATES)
+    dropout_layers: int = option(4, "D: the last layers, whose outputs are dropped out", CANDIDATES, least=1)
+    temperature: float = option(1.0, "of the continuations", ROLLOUTS)
+    top_p: float = option(0.95, "of the continuations (and of the fallback in A)", ROLLOUTS)
+    engine: str = option("auto", "auto, generate, continuous (long responses on a GPU) or server", choices=ENGINES)
+    server: str | None = option(None, "URL of an OpenAI-compatible server, for --engine server")
+    served_model: str | None = option(None, "the model's name there, where it is not --model")
+    batch_size: int = option(32, "sequences that a rank samples between two writes to the run folder", least=1)
+    output_dir: str | None = option(None, "run folder; default runs/diagnose-PRESET, numbered if taken")
+    resume: bool = option(False, "go on with the run in --output_dir, if there is one")
+    seed: int = option(42, "of every random draw but the bootstrap's", least=0)
+    grader: str = option("auto", "math-verify, exact, or auto: math-verify where answers are LaTeX")
+    device: str = option("auto", "auto, cpu, cuda, ...")
+    dtype: str = option("auto", "auto (bfloat16 on a GPU, else float32) or its name")
 
 
 PRESETS: dict[str, dict] = {
-    # A solution has about 35 tokens with a choice every 7 to 8: spacing 4 lets each choice be a candidate.
+    # A solution has about 35 tokens with a choice every 7 to 8: spacing 2 lets each choice be a candidate.
     "tiny": {
         "num_problems": [300], "children": 2, "min_spacing": 2, "context": 96, "spine_tokens": 72, "batch_size": 500,
+        "student_thinking": False,
     },
     # Continuous batching holds as many rows as fit at a time: the larger the batch, the rarer its thin end.
     "qwen3-4b": {
-        "model": "Qwen/Qwen3-4B", "num_problems": [24, 30, 30], "engine": "continuous", "batch_size": 512,
+        "model": "Qwen/Qwen3-4B", "num_problems": [24, 30, 30], "batch_size": 512,
         "data": ["HuggingFaceH4/MATH-500:test", "HuggingFaceH4/aime_2024:train", "yentinglin/aime_2025:train"],
     },
 }  # fmt: skip
-ENGINES = {"generate": sample, "continuous": sample_continuous}
 # What may differ when a run is taken up again: how it is computed, and phases F and G, which are always done anew.
 FREE_ON_RESUME = {
-    "resume", "output_dir", "device", "engine", "batch_size", "bootstraps", "bootstrap_seed",
+    "resume", "output_dir", "device", "engine", "server", "served_model", "batch_size", "bootstraps", "bootstrap_seed",
     "diversity_viability", "diversity_children", "uncertain_viability",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the phases work with. A problem is known by its index."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+    grader: Grader
+    problems: list[Problem]
+    config: DiagnoseConfig
+    folder: Path
+    prompts: Prompts = PAPER_PROMPTS
+
+    def student_prompt(self, problem: int) -> list[int]:
+        """The student's context: in phases A, B and E. Paper: silent on thinking, see docs/diagnostic.md."""
+        thinks = self.config.student_thinking
+        return encode_prompt(self.tokenizer, self.prompts.student, self.problems[problem], enable_thinking=thinks)
+
+    def teacher_prompt(self, problem: int) -> list[int]:
+        """The privileged context: in phases B and D."""
+        return encode_prompt(self.tokenizer, self.prompts.diagnostic, self.problems[problem], enable_thinking=True)
+
+    def sample(self, prompts: list[list[int]], keys: list[StreamKey], settings: Sampling) -> list[list[int]]:
+        responses = self.engine.sample(prompts, keys, settings)
+        if any(response.text is not None for response in responses):
+            raise InputError("--engine server: the server returns text alone, and the diagnostic needs token ids")
+        return [response.ids for response in responses]
+
+    def graded(self, problem: int, ids: list[int]) -> dict:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        answer = extract_boxed(text)
+        return {"answer": answer, "correct": self.grader.match(answer, self.problems[problem].answer), "text": text}
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Phase A
 
 
-def spines(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: list[Problem],
-    config: DiagnoseConfig,
-    path: Path,
-    match: Callable = answers_match,
-) -> list[dict]:
+def spines(run: Diagnosis) -> list[dict]:
     """Greedy solutions in the student's context; where one boxes no answer, another at the fallback temperature."""
+    config = run.config
 
     def solve(indices: list[int], temperature: float) -> dict[int, dict]:
-        prompts = [student_prompt(tokenizer, problems[i]) for i in indices]
-        rollout = ENGINES[config.engine](
-            model, tokenizer, prompts, [(config.seed, SPINE_STREAM, i) for i in indices],
-            temperature=temperature, top_p=config.top_p, top_k=0,
-            max_new_tokens=config.spine_tokens,
-        )  # fmt: skip
-        texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
-        rows = zip(indices, texts, rollout.responses, strict=True)
+        keys = [(config.seed, SPINE_STREAM, i) for i in indices]
+        settings = Sampling(temperature, config.top_p, 0, config.spine_tokens)
+        responses = run.sample([run.student_prompt(i) for i in indices], keys, settings)
         return {
-            i: {"problem": i, "temperature": temperature, "answer": extract_boxed(text), "text": text, "ids": ids,
-                "correct": match(extract_boxed(text), problems[i].answer)}
-            for i, text, ids in rows
-        }  # fmt: skip
+            i: {"problem": i, "temperature": temperature, **run.graded(i, ids), "ids": ids}
+            for i, ids in zip(indices, responses, strict=True)
+        }
 
     def work(jobs: list[tuple]) -> list[dict]:
         indices = [i for (i,) in jobs]
@@ -139,7 +159,8 @@ def spines(
             rows |= solve(unboxed, config.fallback_temperature)
         return [rows[i] for i in indices]
 
-    return run_phase(path, ("problem",), [(i,) for i in range(len(problems))], work, config.batch_size)
+    jobs = [(i,) for i in range(len(run.problems))]
+    return run_phase(run.folder / "A_spines.jsonl", ("problem",), jobs, work, config.batch_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -165,37 +186,19 @@ def valid_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     return valid_V
 
 
-def truncated_entropy(probability_TV: Tensor, valid_V: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """h_trunc = -sum_j q_j log q_j in nats, q the `top` most likely valid tokens renormalised.
-
-    Returns h [T] with those tokens' probabilities in the full vocabulary and their ids, both [T, top], likeliest first.
-    """
-    top_TK, ids_TK = probability_TV.masked_fill(~valid_V, 0.0).topk(min(top, int(valid_V.sum())), dim=-1)
-    q_TK = top_TK / top_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.special.entr(q_TK).sum(dim=-1), top_TK, ids_TK
-
-
 POSITIONS_AT_ONCE = 256  # bounds the memory of [T, V] probabilities
 
 
 @torch.no_grad()
-def teacher_pass(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: list[Problem],
-    spine_rows: list[dict],
-    config: DiagnoseConfig,
-    path: Path,
-) -> list[dict]:
+def teacher_pass(run: Diagnosis, spine_rows: list[dict]) -> list[dict]:
     """Score each kept spine in both contexts: h_trunc and the teacher's top valid tokens, and the student's own.
 
     The plausibility test of phase C uses the first two probabilities. Paper: silent on whether they are renormalised;
     here they are those of the full vocabulary.
     """
-    model.eval()
-    valid_V = valid_tokens(model, tokenizer).to(model.device)
-    kept = {row["problem"]: row for row in spine_rows if row["correct"] or config.incorrect_spines}
-    keep = config.children
+    model, config = run.model.eval(), run.config
+    valid_V = valid_tokens(model, run.tokenizer).to(model.device)
+    spine_of = {row["problem"]: row["ids"] for row in spine_rows if row["correct"] or config.incorrect_spines}
 
     def score(prompt: list[int], ids: list[int]) -> tuple[list[float], list[list[float]], list[list[int]]]:
         hidden_TD = response_hidden(model, [prompt], [ids])[0]
@@ -203,21 +206,17 @@ def teacher_pass(
         for part_TD in hidden_TD.split(POSITIONS_AT_ONCE):
             probability_TV = model.get_output_embeddings()(part_TD).float().softmax(dim=-1)
             h_T, p_TK, ids_TK = truncated_entropy(probability_TV, valid_V, config.top_valid)
-            for column, tensor in zip(columns, (h_T, p_TK[:, :keep], ids_TK[:, :keep]), strict=True):
-                column.extend(tensor.tolist())
+            for column, tensor in zip(columns, (h_T, p_TK, ids_TK), strict=True):
+                column.extend((tensor[:, : config.children] if tensor.dim() == 2 else tensor).tolist())
         return columns
 
     def work(jobs: list[tuple]) -> list[dict]:
         ((i,),) = jobs
-        h, p, teacher_ids = score(diagnostic_prompt(tokenizer, problems[i]), kept[i]["ids"])
-        _, _, student_ids = score(student_prompt(tokenizer, problems[i]), kept[i]["ids"])
+        h, p, teacher_ids = score(run.teacher_prompt(i), spine_of[i])
+        _, _, student_ids = score(run.student_prompt(i), spine_of[i])
         return [{"problem": i, "h_trunc": h, "teacher_p": p, "teacher_ids": teacher_ids, "student_ids": student_ids}]
 
-    return run_phase(path, ("problem",), [(i,) for i in kept], work, 1)
-
-
-def diagnostic_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
-    return encode_prompt(tokenizer, DIAGNOSTIC_PROMPT, problem, enable_thinking=True)
+    return run_phase(run.folder / "B_teacher.jsonl", ("problem",), [(i,) for i in spine_of], work, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -242,13 +241,7 @@ def pick_positions(h: list[float], p: list[list[float]], end: int, config: Diagn
     return sorted(picked)
 
 
-def candidates(
-    tokenizer: PreTrainedTokenizerBase,
-    spine_rows: list[dict],
-    teacher_rows: list[dict],
-    config: DiagnoseConfig,
-    path: Path,
-) -> list[dict]:
+def candidates(run: Diagnosis, spine_rows: list[dict], teacher_rows: list[dict]) -> list[dict]:
     """The most uncertain positions of each spine, none behind a `\\boxed`, with the tokens to force there."""
     spine_of = {row["problem"]: row for row in spine_rows}
     teacher_of = {row["problem"]: row for row in teacher_rows}
@@ -256,15 +249,15 @@ def candidates(
     def work(jobs: list[tuple]) -> list[dict]:
         ((i,),) = jobs
         row, spine = teacher_of[i], spine_of[i]
-        end = first_boxed(tokenizer, spine["ids"])
+        end = first_boxed(run.tokenizer, spine["ids"])
         found = [
             {"position": t, "length": len(spine["ids"]), "h_trunc": row["h_trunc"][t], "teacher_p": row["teacher_p"][t],
              "teacher": row["teacher_ids"][t], "student": row["student_ids"][t], "spine_correct": spine["correct"]}
-            for t in pick_positions(row["h_trunc"], row["teacher_p"], end, config)
+            for t in pick_positions(row["h_trunc"], row["teacher_p"], end, run.config)
         ]  # fmt: skip
         return [{"problem": i, "candidates": found}]
 
-    return run_phase(path, ("problem",), [(i,) for i in teacher_of], work, 1)
+    return run_phase(run.folder / "C_candidates.jsonl", ("problem",), [(i,) for i in teacher_of], work, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -290,41 +283,17 @@ def dropout_hooks(model: PreTrainedModel, layers: int, p: float, generator: torc
             handle.remove()
 
 
-def uncertainty(probability_MCV: Tensor) -> dict[str, Tensor]:
-    """Scores of M dropout passes at C candidates, each [C], in nats.
-
-    H_full = H(mean_m p^m);  MI = H(mean_m p^m) - mean_m H(p^m);
-    kappa = sum_j mu_j (1 - mu_j) / sum_j var_j - 1: the precision of the Dirichlet whose marginal variances
-    mu_j (1 - mu_j) / (kappa + 1) sum to the measured ones (unbiased over m); log kappa = log max(kappa, 1e-6).
-    Paper: "moment matching" only; summing over j weights each entry by its own size.
-    """
-    mean_CV = probability_MCV.mean(dim=0)
-    H_full = torch.special.entr(mean_CV).sum(dim=-1)
-    H_each = torch.special.entr(probability_MCV).sum(dim=-1).mean(dim=0)
-    variance = probability_MCV.var(dim=0).sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    kappa = (mean_CV * (1.0 - mean_CV)).sum(dim=-1) / variance - 1.0
-    return {"entropy": H_full, "mutual_information": H_full - H_each, "log_kappa": kappa.clamp(min=1e-6).log()}
-
-
 @torch.no_grad()
-def dropout_scores(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: list[Problem],
-    spine_rows: list[dict],
-    candidate_rows: list[dict],
-    config: DiagnoseConfig,
-    path: Path,
-) -> list[dict]:
+def dropout_scores(run: Diagnosis, spine_rows: list[dict], candidate_rows: list[dict]) -> list[dict]:
     """MC-dropout scores of the teacher at each candidate: M passes of a problem in one batch and stream."""
-    model.eval()
+    model, config = run.model.eval(), run.config
     spine_of = {row["problem"]: row["ids"] for row in spine_rows}
     positions_of = {row["problem"]: [c["position"] for c in row["candidates"]] for row in candidate_rows}
 
     def work(jobs: list[tuple]) -> list[dict]:
         ((i,),) = jobs
         positions = positions_of[i]
-        prompt, ids = diagnostic_prompt(tokenizer, problems[i]), spine_of[i][: max(positions) + 1]
+        prompt, ids = run.teacher_prompt(i), spine_of[i][: max(positions) + 1]
         M, key = config.dropout_passes, np.random.SeedSequence((config.seed, DROPOUT_STREAM, i))
         generator = torch.Generator(model.device).manual_seed(int(key.generate_state(1)[0]))
         with dropout_hooks(model, config.dropout_layers, config.dropout, generator):
@@ -333,30 +302,23 @@ def dropout_scores(
         scores = {name: score_C.tolist() for name, score_C in uncertainty(probability_MCV).items()}
         return [{"problem": i, "positions": positions, **scores}]
 
-    return run_phase(path, ("problem",), [(i,) for i, found in positions_of.items() if found], work, 1)
+    jobs = [(i,) for i, positions in positions_of.items() if positions]
+    return run_phase(run.folder / "D_dropout.jsonl", ("problem",), jobs, work, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Phase E
 
 
-def continuations(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: list[Problem],
-    spine_rows: list[dict],
-    candidate_rows: list[dict],
-    config: DiagnoseConfig,
-    path: Path,
-    match: Callable = answers_match,
-) -> list[dict]:
+def continuations(run: Diagnosis, spine_rows: list[dict], candidate_rows: list[dict]) -> list[dict]:
     """Student continuations behind each forced token, and as many with none forced (`token` null), for all arms.
 
     A token that both teacher and student propose is sampled once and counts in both arms: the same experiment. A row
     may use the context up to its last token, whatever it is batched with.
     """
+    config = run.config
     spine_of = {row["problem"]: row["ids"] for row in spine_rows}
-    prompt_of = {row["problem"]: student_prompt(tokenizer, problems[row["problem"]]) for row in candidate_rows}
+    prompt_of = {row["problem"]: run.student_prompt(row["problem"]) for row in candidate_rows}
     jobs = []
     for row in candidate_rows:
         for c in row["candidates"]:
@@ -364,135 +326,52 @@ def continuations(
             jobs += [(row["problem"], c["position"], token, n) for token in forced for n in range(config.rollouts)]
             jobs += [(row["problem"], c["position"], None, n) for n in range(config.children * config.rollouts)]
 
-    def prefix(job: tuple) -> tuple[list[int], list[int]]:
+    def start(job: tuple) -> list[int]:
+        """The spine up to the position, and the forced token."""
         problem, position, token, _ = job
-        return prompt_of[problem], spine_of[problem][:position] + ([] if token is None else [token])
+        return spine_of[problem][:position] + ([] if token is None else [token])
 
     def work(jobs: list[tuple]) -> list[dict]:
-        pieces = [prefix(job) for job in jobs]
-        prompts = [prompt + start for prompt, start in pieces]
+        prompts = [prompt_of[job[0]] + start(job) for job in jobs]
         keys = [(config.seed, CONTINUATION_STREAM, i, t, 0 if v is None else v + 1, n) for i, t, v, n in jobs]
         rooms = [config.context - len(prompt) for prompt in prompts]
-        rollout = ENGINES[config.engine](
-            model, tokenizer, prompts, keys,
-            temperature=config.temperature, top_p=config.top_p, top_k=0, max_new_tokens=max(rooms),
-        )  # fmt: skip
-        responses = [response[:room] for response, room in zip(rollout.responses, rooms, strict=True)]
-        texts = tokenizer.batch_decode(
-            [start + response for (_, start), response in zip(pieces, responses, strict=True)], skip_special_tokens=True
-        )
-        return [
-            {"problem": i, "position": t, "token": v, "sample": n, "answer": extract_boxed(text),
-             "correct": match(extract_boxed(text), problems[i].answer), "tokens": len(response), "text": text}
-            for (i, t, v, n), text, response in zip(jobs, texts, responses, strict=True)
-        ]  # fmt: skip
+        responses = run.sample(prompts, keys, Sampling(config.temperature, config.top_p, 0, max(rooms)))
+        rows = []
+        for job, response, room in zip(jobs, responses, rooms, strict=True):
+            ids, (i, t, v, n) = response[:room], job
+            row = {"problem": i, "position": t, "token": v, "sample": n, "tokens": len(ids)}
+            rows.append(row | run.graded(i, start(job) + ids))
+        return rows
 
-    jobs.sort(key=lambda job: sum(map(len, prefix(job))))  # so that little is padded
-    return run_phase(path, ("problem", "position", "token", "sample"), jobs, work, config.batch_size)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Phase F
-
-
-def labels(
-    candidate_rows: list[dict], dropout_rows: list[dict], continuation_rows: list[dict], config: DiagnoseConfig
-) -> list[dict]:
-    """One row per candidate: its scores, and for each arm the viability of every child and the label by the same rule.
-
-    The unforced arm has no children: its rollouts, in their order, form as many groups of the same size.
-    """
-    correct: dict[tuple, list[bool]] = {}
-    for row in sorted(continuation_rows, key=lambda row: row["sample"]):
-        correct.setdefault((row["problem"], row["position"], row["token"]), []).append(row["correct"])
-    scores = {
-        (row["problem"], t): {name: row[name][c] for name in ("entropy", "mutual_information", "log_kappa")}
-        for row in dropout_rows
-        for c, t in enumerate(row["positions"])
-    }
-    rows = []
-    for problem, c in ((row["problem"], c) for row in candidate_rows for c in row["candidates"]):
-        at = (problem, c["position"])
-        free_KN = np.reshape(correct[*at, None], (config.children, config.rollouts))
-        viability = {arm: [float(np.mean(correct[*at, v])) for v in c[arm]] for arm in ("teacher", "student")}
-        viability["unforced"] = free_KN.mean(axis=1).tolist()
-        label = {arm: LABELS[int(label_children(np.array(values), config))] for arm, values in viability.items()}
-        rows.append({"problem": problem, **c, **scores[at], "viability": viability, "label": label})
-    return rows
+    jobs.sort(key=lambda job: len(prompt_of[job[0]]) + len(start(job)))  # so that little is padded
+    job_fields = ("problem", "position", "token", "sample")
+    return run_phase(run.folder / "E_continuations.jsonl", job_fields, jobs, work, config.batch_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The run
 
 
-def run_phase(
-    path: Path, fields: tuple[str, ...], jobs: list[tuple], work: Callable[[list[tuple]], list[dict]], batch_size: int
-) -> list[dict]:
-    """The rows of a phase in the order of its jobs: those in its file, and the others, computed and appended by batch.
-
-    A job is the tuple of the values that its row has under `fields`; `work` turns jobs into one row each.
-    """
-    done = {tuple(row[name] for name in fields): row for row in read_rows(path)}
-    left = [job for job in jobs if job not in done]
-    with path.open("a", encoding="utf-8") as file:
-        for start in tqdm(range(0, len(left), batch_size), desc=path.stem, disable=not left):
-            batch = left[start : start + batch_size]
-            try:
-                rows = work(batch)
-            except torch.OutOfMemoryError:
-                raise InputError(
-                    f"{path}: out of GPU memory with {len(batch)} of its rows at once: lower --batch_size, use "
-                    "--engine continuous or a larger GPU; --resume goes on behind the finished rows"
-                ) from None
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            done |= dict(zip(batch, rows, strict=True))
-    return [done[job] for job in jobs]
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Rows of a phase's file, none if it is not there yet. A last line torn by an interruption is cut off."""
-    if not path.is_file():
-        return []
-    *whole, torn = path.read_text(encoding="utf-8").split("\n")
-    if torn:
-        write_atomically(path, "".join(line + "\n" for line in whole))
-    try:
-        return [json.loads(line) for line in whole]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not a file of this program ({error}); remove it to repeat the phase") from None
-
-
 def parse_config(arguments: list[str] | None = None) -> DiagnoseConfig:
     """Flags over the preset over the paper's defaults; without --model and --preset the preset is `tiny`."""
-    config = FlagParser(DiagnoseConfig, description=__doc__).parse_with_presets(PRESETS, arguments)
+    config = FlagParser(DiagnoseConfig, __doc__).parse(PRESETS, arguments)
     check_config(config)
     return config
 
 
 def check_config(config: DiagnoseConfig) -> None:
     """Raise InputError, naming the flag, for values that cannot work."""
-    check_sampling(config.temperature, config.top_p, 0, config.spine_tokens)
-    at_least = {
-        "children": 2, "rollouts": 1, "candidates": 1, "min_spacing": 1, "dropout_passes": 2, "dropout_layers": 1,
-        "bootstraps": 1, "batch_size": 1, "diversity_children": 1, "context": 2,
-    }  # fmt: skip
-    for name, least in at_least.items():
-        if getattr(config, name) < least:
-            raise InputError(f"--{name} {getattr(config, name)}: must be at least {least}")
-    if config.engine not in ENGINES:
-        raise InputError(f"--engine {config.engine}: choose one of {', '.join(ENGINES)}")
-    for name in ("min_p2", "min_ratio", "dropout", "diversity_viability", "uncertain_viability"):
-        if not 0.0 <= getattr(config, name) <= 1.0:
-            raise InputError(f"--{name} {getattr(config, name)}: must lie in [0, 1]")
+    assert Sampling(config.temperature, config.top_p, 0, 1)  # checks itself
     if config.top_valid < config.children:
         raise InputError(f"--top_valid {config.top_valid}: must be at least --children, here {config.children}")
     if not 0.0 < config.dropout < 1.0:
         raise InputError(f"--dropout {config.dropout}: must lie strictly between 0 and 1")
-    if not config.fallback_temperature > 0.0:
-        raise InputError(f"--fallback_temperature {config.fallback_temperature}: must be positive")
     if len(config.data) != len(config.num_problems):
         raise InputError("--num_problems needs one number for each source of --data")
+    if (config.engine == "server") != (config.server is not None):
+        raise InputError("--engine server and --server URL need each other")
+    if config.resume and config.output_dir is None:
+        raise InputError("--resume needs --output_dir, the run to go on with")
 
 
 def draw_problems(config: DiagnoseConfig) -> list[Problem]:
@@ -507,41 +386,77 @@ def draw_problems(config: DiagnoseConfig) -> list[Problem]:
     return drawn
 
 
-def main() -> None:
-    disable_progress_bar()  # of loading weights
-    config = parse_config()
-    problems = draw_problems(config)
-    grader = make_grader(config.grader, needs_latex(problems))
-    config.grader = f"{grader.name} {grader.version}"  # what graded the rows of the run; checked on resuming
-    model, tokenizer = load_model(config.model, config.dtype, device=config.device), load_tokenizer(config.model)
+def prepare(config: DiagnoseConfig, device: torch.device, folder: Path) -> Diagnosis:
+    """Everything a run needs; its config holds what this machine decided (engine, dtype) and what grades."""
+    problems, prompts = draw_problems(config), load_prompts(config.prompts)
+    grader = make_grader(config.grader, [problem.answer for problem in problems])
+    model, tokenizer = load_model(config.model, config.dtype, device=device), load_tokenizer(config.model)
+    name, reason = choose_engine(config.engine, device, config.context)
+    say(f"sampling by {name}: {reason}")
+    if grader.note:
+        say(grader.note)
+    config = replace(
+        config, engine=name, dtype=str(model.dtype).removeprefix("torch."), grader=f"{grader.name} {grader.version}"
+    )
+    engine = open_engine(model, tokenizer, config)
+    run = Diagnosis(model, tokenizer, engine, grader, problems, config, folder, prompts)
     if config.context > context_length(model):
         raise InputError(f"--context {config.context}: the model's is {context_length(model)}")
-    longest = max(len(prompt(tokenizer, p)) for p in problems for prompt in (student_prompt, diagnostic_prompt))
+    longest = max(len(prompt(i)) for i in range(len(problems)) for prompt in (run.student_prompt, run.teacher_prompt))
     if longest + config.spine_tokens >= config.context:
         raise InputError(
             f"--context {config.context}: no room behind a prompt of {longest} and {config.spine_tokens} spine tokens"
         )
-    run = Path(config.output_dir or f"runs/diagnose-{config.preset or Path(config.model).name}")
-    open_run(run, asdict(config), FREE_ON_RESUME, config.resume, {})
-    common = model, tokenizer, problems
-    spine_rows = spines(*common, config, run / "A_spines.jsonl", grader.match)
-    teacher_rows = teacher_pass(*common, spine_rows, config, run / "B_teacher.jsonl")
-    candidate_rows = candidates(tokenizer, spine_rows, teacher_rows, config, run / "C_candidates.jsonl")
-    dropout_rows = dropout_scores(*common, spine_rows, candidate_rows, config, run / "D_dropout.jsonl")
-    continuation_rows = continuations(
-        *common, spine_rows, candidate_rows, config, run / "E_continuations.jsonl", grader.match
-    )
-    grader.close()
-    rows = labels(candidate_rows, dropout_rows, continuation_rows, config)
-    write_atomically(run / "F_labels.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def open_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: DiagnoseConfig) -> Engine:
+    """The engine of phases A and E; B and D pass through the model here whatever samples."""
+    if config.engine == "server":
+        from runtime.server import ServerEngine
+
+        name = config.served_model or config.model
+        return ServerEngine(config.server, name, tokenizer, eos_ids(model, tokenizer), config.batch_size)
+    return make_engine(config.engine, model, tokenizer, config.batch_size)
+
+
+def diagnose(run: Diagnosis) -> None:
+    """Phases A to G in the run's folder."""
+    spine_rows = spines(run)
+    teacher_rows = teacher_pass(run, spine_rows)
+    candidate_rows = candidates(run, spine_rows, teacher_rows)
+    dropout_rows = dropout_scores(run, spine_rows, candidate_rows)
+    continuation_rows = continuations(run, spine_rows, candidate_rows)
+    run.engine.close()
+    run.grader.close()
+    stopped = sum(gather_objects(run.grader.stopped))
+    if rank() > 0:
+        return
+    rows = labels(candidate_rows, dropout_rows, continuation_rows, run.config)
+    write_atomically(run.folder / "F_labels.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     right = sum(row["correct"] for row in spine_rows)
     print(f"{len(spine_rows)} problems, {right} spines right, {len(continuation_rows)} continuations, "
-          f"grader {config.grader}, {grader.stopped} comparisons stopped at a limit")  # fmt: skip
-    print(report(rows, run, config, config.bootstraps, config.bootstrap_seed))
+          f"grader {run.config.grader}, {stopped} comparisons stopped at a limit")  # fmt: skip
+    results = {"rule": {field.name: getattr(run.config, field.name) for field in fields(LabelRule)}}
+    for name, members in by_spine(rows).items():
+        results[name] = table1(to_columns(members, run.config))
+        print(f"\n{name}: " + "\n".join(table1_lines(results[name])))
+    write_atomically(run.folder / "table1.json", json.dumps(results, indent=2) + "\n")
+    print(f"\ncontrols, null, Figure 1, schedule: python -m experiments.diagnose_report {run.folder}")
+
+
+def main() -> None:
+    disable_progress_bar()  # of loading weights
+    config = parse_config()
+    device = start_ranks(config.device)
+    folder = run_folder(config.output_dir, f"diagnose-{config.preset or Path(config.model).name}")
+    with claimed(folder, config.resume) as record:
+        run = prepare(config, device, folder)
+        record_run(folder, record, asdict(run.config), FREE_ON_RESUME, {"ranks": world_size(), "hardware": str(device)})
+        say(f"{departures(config, PRESETS) or 'the preset as it is'}; all options: {folder}/config.json")
+        diagnose(run)
+    stop_ranks()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -192,6 +192,10 @@ def resolve_method(name: str, options: LossOptions) -> Method:
         raise InputError(f"--reward_lambda {options.reward_lambda}: must lie in (0, 1)")
     if not 0.0 <= options.entropy_quantile <= 1.0:
         raise InputError(f"--entropy_quantile {options.entropy_quantile}: must lie in [0, 1]")
+    if options.gate_top_k < 1:
+        raise InputError(f"--gate_top_k {options.gate_top_k}: must be at least 1")
+    if not options.ratio_clip >= 0.0:
+        raise InputError(f"--ratio_clip {options.ratio_clip}: must be at least 0")
     row = METHODS[name]
     if options.reduction is not None:
         if options.reduction not in REDUCTIONS:

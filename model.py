@@ -64,7 +64,7 @@ def load_model(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each library that may be asked has errors of its own
-        raise InputError(f"--model {name}: cannot be loaded ({first_line(error)})") from error
+        raise InputError(f"--model {name}: cannot be loaded ({one_line(error)})") from error
     check_weights(model, name, found)
     own = model.generation_config
     model.generation_config = GenerationConfig(
@@ -100,7 +100,7 @@ def check_head(model: PreTrainedModel, name: str) -> None:
         ours_TV = F.linear(hidden_TD, head.weight).float()
         theirs_TV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1].float()
     except (AttributeError, TypeError, NotImplementedError, ValueError, IndexError) as error:
-        raise InputError(f"--model {name}: its forward pass is of another kind ({first_line(error)})") from error
+        raise InputError(f"--model {name}: its forward pass is of another kind ({one_line(error)})") from error
     finally:
         model.train(training)
     limit = 4 * torch.finfo(model.dtype).eps * theirs_TV.abs().max()  # the same operation, give or take its last bits
@@ -120,9 +120,9 @@ def some(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line; its type where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def one_line(error: Exception) -> str:
+    """What an exception says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -131,7 +131,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # each library that may be asked has errors of its own
-        raise InputError(f"--model {name}: no tokenizer can be loaded ({first_line(error)})") from error
+        raise InputError(f"--model {name}: no tokenizer can be loaded ({one_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {name}: the tokenizer has no EOS token")
     if tokenizer.pad_token_id is None:

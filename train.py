@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
@@ -42,7 +41,17 @@ from runtime.flags import FlagParser, departures, listen_for_sigterm, option, ru
 from runtime.grading import Grader, make_grader
 from runtime.metrics import Clock, TokenMetrics, collapse_warning, rollout_metrics, step_line
 from runtime.pins import model_pin, problems_pin
-from runtime.ranks import gather_objects, hide_bar, rank, say, start_ranks, stop_ranks, wait_for_all, world_size
+from runtime.ranks import (
+    gather_objects,
+    hide_bar,
+    rank,
+    say,
+    start_ranks,
+    stop_ranks,
+    sum_over_ranks,
+    wait_for_all,
+    world_size,
+)
 from runtime.run_folder import RunLog, claimed, record_run, run_folder
 from teacher import (
     PAPER_PROMPTS,
@@ -239,15 +248,6 @@ def train_step(step: int, run: Training, problems: list[Problem], config: TrainC
     return metrics, samples
 
 
-def sum_over_ranks(tensors: list[Tensor]) -> None:
-    """Sum in place over all ranks, as one flat tensor; one process leaves them as they are."""
-    if dist.is_initialized():
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-
 def step_problems(num_problems: int, batch_size: int, seed: int, step: int) -> list[int]:
     """The problems of a step, a function of (seed, step) alone: epoch after epoch, each in a new order."""
     orders: dict[int, np.ndarray] = {}
@@ -334,13 +334,18 @@ def build(config: TrainConfig, device: torch.device, grader: Grader, prompts: Pr
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     teacher = Teacher(model, config.teacher, config.ema_decay)
-    optimizer = torch.optim.AdamW(
-        teacher.trained, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
-    )
+    optimizer = make_optimizer(teacher.trained, config)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=config.num_steps)
     engine = make_engine(config.engine, model, tokenizer, batch_size=EVALUATED_AT_ONCE)
     method = resolve_method(config.method, config)
     return Training(model, tokenizer, teacher, method, engine, optimizer, scheduler, grader, prompts)
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW, parameter by parameter (foreach False): updating all at once would take as much memory again."""
+    return torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False
+    )
 
 
 def settle(config: TrainConfig, device: torch.device, record: dict | None) -> TrainConfig:
@@ -400,7 +405,7 @@ def train(
     problems, prompts = choose_prompts(config, problems)
     run = build(config, device, grader, prompts)
     fitting = fitting_problems(problems, run.tokenizer, prompts, context_length(run.model), config)
-    memory = plan_run(run.model, run.tokenizer, run.teacher, fitting, prompts, config, device)
+    memory = plan_run(run, fitting, config, device)
     config = replace(config, micro_batch_size=memory.micro_batch_size)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if config.method == "reopold" else set())  # its quantile's tokens
     pins = pins_of(config, problems, held_out)

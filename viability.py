@@ -1,33 +1,88 @@
-"""Statistics of the diagnostic: the label rule, AUROC with a bootstrap of problems, the null world, the fit of Eq. (5).
+"""Viability: which branches of a solution still reach the answer, and which scores foretell it (paper Appendix B).
 
-Pure numpy. In every AUROC label 1 is real-uncertain and 0 diversity; gray candidates take no part.
+Pure functions of the diagnostic's phases: the scores of B and D, the labels of F, which come from the viability of a
+candidate's children, and Table 1 (G): how well each score tells the labels apart. In every AUROC label 1 is
+real-uncertain and 0 diversity; gray candidates take no part. A score is oriented beforehand: higher is more suspect.
 
-Axes: C candidates, K children of a candidate, N rollouts of a child, P problems, R bootstrap resamples, G grid points.
+Axes: T response tokens, V vocabulary, M dropout passes, C candidates, K children of a candidate, N rollouts of a child,
+P problems, R bootstrap resamples.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import product
-from math import comb
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from problems import InputError
+
+ARMS = ("teacher", "student", "unforced")  # whose tokens are forced; the paper has the first alone
 LABELS = ("diversity", "real-uncertain", "gray")  # by the integers of label_children
 DIVERSITY, UNCERTAIN, GRAY = range(3)
 
 
-@dataclass
-class LabelRule:
-    """Phase F: how a candidate is labelled from the viability of its children. Defaults are the paper's."""
+# ---------------------------------------------------------------------------------------------------------------
+# Phases B and D: scores of uncertainty
 
-    children: int = field(default=3, metadata={"help": "C: K, tokens forced at a candidate"})
-    rollouts: int = field(default=6, metadata={"help": "E: N, continuations of each child"})
-    diversity_viability: float = field(default=0.75, metadata={"help": "F: least viability of a good child"})
-    diversity_children: int = field(default=2, metadata={"help": "F: good children that make a candidate `diversity`"})
-    uncertain_viability: float = field(
-        default=0.40, metadata={"help": "F: `real-uncertain` if all children and their mean stay below"}
-    )
+
+def truncated_entropy(probability_TV: Tensor, valid_V: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """h_trunc = -sum_j q_j log q_j in nats, q the `top` most likely valid tokens renormalised.
+
+    Returns h [T] with those tokens' probabilities in the full vocabulary and their ids, both [T, top], likeliest first.
+    """
+    top_TK, ids_TK = probability_TV.masked_fill(~valid_V, 0.0).topk(min(top, int(valid_V.sum())), dim=-1)
+    q_TK = top_TK / top_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.special.entr(q_TK).sum(dim=-1), top_TK, ids_TK
+
+
+def uncertainty(probability_MCV: Tensor) -> dict[str, Tensor]:
+    """Scores of M dropout passes at C candidates, each [C], in nats.
+
+    H_full = H(mean_m p^m);  MI = H(mean_m p^m) - mean_m H(p^m);
+    kappa = sum_j mu_j (1 - mu_j) / sum_j var_j - 1: the precision of the Dirichlet whose marginal variances
+    mu_j (1 - mu_j) / (kappa + 1) sum to the measured ones (unbiased over m); log kappa = log max(kappa, 1e-6).
+    Paper: "moment matching" only; summing over j weights each entry by its own size.
+    """
+    mean_CV = probability_MCV.mean(dim=0)
+    H_full = torch.special.entr(mean_CV).sum(dim=-1)
+    H_each = torch.special.entr(probability_MCV).sum(dim=-1).mean(dim=0)
+    variance = probability_MCV.var(dim=0).sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    kappa = (mean_CV * (1.0 - mean_CV)).sum(dim=-1) / variance - 1.0
+    return {"entropy": H_full, "mutual_information": H_full - H_each, "log_kappa": kappa.clamp(min=1e-6).log()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Phase F: labels
+
+
+def _option(default: float, text: str) -> object:
+    return field(default=default, metadata={"help": text, "group": "labels (phase F) and statistics (G)"})
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """How a candidate is labelled from its children, and resampled. Defaults are the paper's.
+
+    Raises InputError, naming the flag, for values that cannot work.
+    """
+
+    children: int = _option(3, "K, tokens forced at a candidate")
+    rollouts: int = _option(6, "continuations of each child")
+    diversity_viability: float = _option(0.75, "least viability of a good child")
+    diversity_children: int = _option(2, "good children that make a candidate `diversity`")
+    uncertain_viability: float = _option(0.40, "`real-uncertain` if all children and their mean stay below")
+    bootstraps: int = _option(2000, "resamples of whole problems")
+    bootstrap_seed: int = _option(0, "seed of the resamples")
+
+    def __post_init__(self) -> None:
+        for name, least in (("children", 2), ("rollouts", 1), ("diversity_children", 1), ("bootstraps", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        for name in ("diversity_viability", "uncertain_viability"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise InputError(f"--{name} {getattr(self, name)}: must lie in [0, 1]")
 
 
 def label_children(viability_CK: np.ndarray, rule: LabelRule) -> np.ndarray:
@@ -37,8 +92,92 @@ def label_children(viability_CK: np.ndarray, rule: LabelRule) -> np.ndarray:
     return np.where(good, DIVERSITY, np.where(bad, UNCERTAIN, GRAY))
 
 
+def labels(
+    candidate_rows: list[dict], dropout_rows: list[dict], continuation_rows: list[dict], rule: LabelRule
+) -> list[dict]:
+    """One row per candidate: its scores, and for each arm the viability of every child and the label by the same rule.
+
+    The unforced arm has no children: its rollouts, in their order, form as many groups of the same size.
+    """
+    correct: dict[tuple, list[bool]] = {}
+    for row in sorted(continuation_rows, key=lambda row: row["sample"]):
+        correct.setdefault((row["problem"], row["position"], row["token"]), []).append(row["correct"])
+    scores = {
+        (row["problem"], t): {name: row[name][c] for name in ("entropy", "mutual_information", "log_kappa")}
+        for row in dropout_rows
+        for c, t in enumerate(row["positions"])
+    }
+    rows = []
+    for problem, c in ((row["problem"], c) for row in candidate_rows for c in row["candidates"]):
+        at = (problem, c["position"])
+        free_KN = np.reshape(correct[*at, None], (rule.children, rule.rollouts))
+        viability = {arm: [float(np.mean(correct[*at, v])) for v in c[arm]] for arm in ("teacher", "student")}
+        viability["unforced"] = free_KN.mean(axis=1).tolist()
+        label = {arm: LABELS[int(label_children(np.array(values), rule))] for arm, values in viability.items()}
+        rows.append({"problem": problem, **c, **scores[at], "viability": viability, "label": label})
+    return rows
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# Statistics
+# Phase G: candidates in columns
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Columns over C candidates, and the resamples that all intervals share."""
+
+    problem: np.ndarray  # [C], 0..P-1
+    position: np.ndarray  # [C], tokens of the spine before the candidate
+    length: np.ndarray  # [C], L of the spine
+    score: dict[str, np.ndarray]  # each [C], higher is more suspect
+    viability: dict[str, np.ndarray]  # arm -> [C, K]
+    label: dict[str, np.ndarray]  # arm -> [C]
+    counts: np.ndarray  # [R, P], how often a resample holds each problem
+
+    @property
+    def r(self) -> np.ndarray:
+        """r~ = (position + 0.5) / L, [C]."""
+        return (self.position + 0.5) / self.length
+
+
+POSITION = "1 - r"
+# Paper, Table 1: AUROC and its interval.
+PAPER = {"H(p)": "0.51 [.50,.84]", "MI": "0.51 [.50,.62]", "log kappa": "0.54 [.50,.69]", "h_trunc": "0.57 [.51,.72]",
+         POSITION: "0.83 [.66,.95]"}  # fmt: skip
+
+
+def by_spine(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows of phase F on right spines, the paper's, and on wrong ones, reported apart; only kinds that have rows."""
+    parts = {name: [row for row in rows if row["spine_correct"] == right]
+             for name, right in (("right spines", True), ("wrong spines", False))}  # fmt: skip
+    return {name: members for name, members in parts.items() if members}
+
+
+def to_columns(rows: list[dict], rule: LabelRule) -> Candidates:
+    """Rows of phase F as columns, with the five scores of Table 1."""
+
+    def column(name: str) -> np.ndarray:
+        return np.array([row[name] for row in rows])
+
+    _, problem_C = np.unique(column("problem"), return_inverse=True)
+    position_C, length_C = column("position"), column("length")
+    score = {
+        "H(p)": column("entropy"),
+        "MI": column("mutual_information"),
+        "log kappa": -column("log_kappa"),  # a low precision is suspect
+        "h_trunc": column("h_trunc"),
+        POSITION: 1.0 - (position_C + 0.5) / length_C,
+    }
+    return Candidates(
+        problem_C, position_C, length_C, score,
+        {arm: np.array([row["viability"][arm] for row in rows]) for arm in ARMS},
+        {arm: np.array([LABELS.index(row["label"][arm]) for row in rows]) for arm in ARMS},
+        resamples(problem_C.max() + 1, rule.bootstraps, rule.bootstrap_seed),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Phase G: statistics
 
 
 def centre(score_C: np.ndarray, problem_C: np.ndarray) -> np.ndarray:
@@ -50,8 +189,7 @@ def centre(score_C: np.ndarray, problem_C: np.ndarray) -> np.ndarray:
 def midranks(x: np.ndarray) -> np.ndarray:
     """Ranks 1..n; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2.0)[inverse]
+    return (np.cumsum(counts) - (counts - 1) / 2.0)[inverse]
 
 
 def auroc(score: np.ndarray, label: np.ndarray) -> float:
@@ -94,14 +232,6 @@ def bootstrap_auroc(score: np.ndarray, label: np.ndarray, problem_C: np.ndarray,
         return ((counts_RP @ wins_PP) * counts_RP).sum(axis=1) / (n1_R * n0_R)
 
 
-def bootstrap_mean(value_C: np.ndarray, problem_C: np.ndarray, counts_RP: np.ndarray) -> np.ndarray:
-    """Mean over candidates in each resample, [R]; nan where none is left."""
-    P = counts_RP.shape[1]
-    sums, sizes = np.bincount(problem_C, value_C, minlength=P), np.bincount(problem_C, minlength=P)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (counts_RP @ sums) / (counts_RP @ sizes)
-
-
 def interval(values_R: np.ndarray) -> list[float] | None:
     """95 % percentile interval over the resamples that have a value; None where none has."""
     values = values_R[np.isfinite(values_R)]
@@ -109,74 +239,52 @@ def interval(values_R: np.ndarray) -> list[float] | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The null: a teacher as good as the student, in a world where only what remains to be done matters
+# Table 1
 
 
-def null_probabilities(viability_C: np.ndarray, rule: LabelRule) -> tuple[np.ndarray, np.ndarray]:
-    """P(real-uncertain) and P(diversity) of a candidate whose K children all reach the answer with this probability.
+def auroc_of(data: Candidates, score_C: np.ndarray, arm: str = "teacher") -> tuple[dict, np.ndarray] | None:
+    """A row of Table 1 and its AUROC per resample, from the labels of an arm; None where a class has no candidate.
 
-    Exact: each outcome of K children with N rollouts, labelled by the run's own rule, times its binomial probability.
+    Paper: lower ends at .50, as if each resample were oriented anew. Here: the orientation is fixed; the interval of
+    max(a, 1 - a) stands beside it, for comparison.
     """
-    K, N = rule.children, rule.rollouts
-    pmf_NC = np.array([comb(N, k) * viability_C**k * (1.0 - viability_C) ** (N - k) for k in range(N + 1)])
-    totals = {UNCERTAIN: np.zeros_like(viability_C), DIVERSITY: np.zeros_like(viability_C), GRAY: 0.0}
-    for outcome in product(range(N + 1), repeat=K):
-        label = int(label_children(np.array(outcome) / N, rule))
-        totals[label] = totals[label] + pmf_NC[list(outcome)].prod(axis=0)
-    return totals[UNCERTAIN], totals[DIVERSITY]
-
-
-def fit_survival(remaining_C: np.ndarray, viability_C: np.ndarray) -> float:
-    """The survival q of one remaining token, by maximum likelihood of viability = q^remaining."""
-    q_G = np.exp(-np.geomspace(1e-6, 3.0, 2000))
-    p_GC = np.clip(q_G[:, None] ** remaining_C, 1e-12, 1.0 - 1e-12)
-    likelihood_G = (viability_C * np.log(p_GC) + (1.0 - viability_C) * np.log(1.0 - p_GC)).sum(axis=1)
-    return float(q_G[likelihood_G.argmax()])
-
-
-def simulate_null(
-    viability_C: np.ndarray, score_C: np.ndarray, problem_C: np.ndarray, rule: LabelRule, count: int, seed: int
-) -> np.ndarray:
-    """AUROC of a score in `count` null worlds on the given candidates; nan where a world lacks a class."""
-    uncertain_C, diversity_C = null_probabilities(viability_C, rule)
-    draw, values = np.random.default_rng(seed), []
-    for _ in range(count):
-        u_C = draw.random(len(viability_C))
-        label_C = np.where(u_C < uncertain_C, UNCERTAIN, np.where(u_C >= 1.0 - diversity_C, DIVERSITY, GRAY))
-        values.append(centred_auroc(score_C, label_C, problem_C))
-    return np.array(values)
-
-
-def centred_auroc(score_C: np.ndarray, label_C: np.ndarray, problem_C: np.ndarray) -> float:
-    used = label_C != GRAY
-    label = label_C[used]
+    used = data.label[arm] != GRAY
+    label, problem_C = data.label[arm][used], data.problem[used]
     if not ((label == UNCERTAIN).any() and (label == DIVERSITY).any()):
-        return float("nan")
-    return auroc(centre(score_C[used], problem_C[used]), label)
+        return None
+    score = centre(score_C[used], problem_C)
+    point, values_R = auroc(score, label), bootstrap_auroc(score, label, problem_C, data.counts)
+    return {
+        "auroc": point,
+        "interval": interval(values_R),
+        "interval_reoriented": interval(np.maximum(values_R, 1.0 - values_R)),
+        "auprc": auprc(score, label),
+    }, values_R
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# From the diagnostic to a schedule
+def table1(data: Candidates) -> dict:
+    """Table 1 with its counts; a row is None where a class has no candidate."""
+    rows = {name: auroc_of(data, score_C) for name, score_C in data.score.items()}
+    return {
+        "problems": int(data.counts.shape[1]),
+        "candidates": len(data.problem),
+        "labels": {name: int((data.label["teacher"] == code).sum()) for code, name in enumerate(LABELS)},
+        "table1": {name: row and row[0] for name, row in rows.items()},
+    }
 
 
-TAU_GRID, S_GRID = np.linspace(-0.5, 1.0, 76), np.geomspace(0.01, 1.0, 41)
-
-
-def fit_schedule(
-    r_C: np.ndarray, reliability_C: np.ndarray, problem_C: np.ndarray, counts_RP: np.ndarray
-) -> np.ndarray:
-    """Least squares of Eq. (5), w = w_min + (1 - w_min) * sigmoid((r - tau) / s), to a reliability; [R, 3].
-
-    Columns w_min, tau, s. The ideal weight of Eqs. (2)-(3) is the reliability itself, so no scale is fitted. For given
-    tau and s the squared error is a parabola in w_min, solved exactly; tau and s are searched on a grid, which no
-    local optimum can trap.
-    """
-    tau_G, s_G = (grid.ravel() for grid in np.meshgrid(TAU_GRID, S_GRID))
-    sigmoid_GC = 1.0 / (1.0 + np.exp(-np.clip((r_C - tau_G[:, None]) / s_G[:, None], -50.0, 50.0)))
-    # error = sum_C (rest + w_min * down)^2 with down = 1 - sigmoid, rest = sigmoid - reliability: a sum over problems.
-    down_GC, rest_GC = 1.0 - sigmoid_GC, sigmoid_GC - reliability_C
-    in_problem_CP = np.eye(counts_RP.shape[1])[problem_C]
-    A, B, C = ((x_GC @ in_problem_CP) @ counts_RP.T for x_GC in (down_GC**2, down_GC * rest_GC, rest_GC**2))
-    w_min_GR = np.clip(-B / np.maximum(A, 1e-12), 0.0, 1.0)
-    best_R = (A * w_min_GR**2 + 2.0 * B * w_min_GR + C).argmin(axis=0)
-    return np.stack([w_min_GR[best_R, np.arange(len(best_R))], tau_G[best_R], s_G[best_R]], axis=1)
+def table1_lines(result: dict) -> list[str]:
+    """Table 1 as text."""
+    counts = ", ".join(f"{result['labels'][name]} {name}" for name in ("real-uncertain", "diversity", "gray"))
+    lines = [
+        f"{result['candidates']} candidates in {result['problems']} problems: {counts} (left out)",
+        f"{'Table 1':18s} {'AUROC [95 %, fixed]':22s} {'[re-oriented]':15s} {'AUPRC':7s} paper (8 / 271)",
+    ]
+    for name, row in result["table1"].items():
+        if row is None:
+            lines.append(f"{name:18s} no candidate of one class: no number")
+            continue
+        (low, high), (again_low, again_high) = row["interval"], row["interval_reoriented"]
+        cells = f"{row['auroc']:.3f} [{low:.2f}, {high:.2f}]", f"[{again_low:.2f}, {again_high:.2f}]"
+        lines.append(f"{name:18s} {cells[0]:22s} {cells[1]:15s} {row['auprc']:.3f}   {PAPER.get(name, '')}")
+    return lines

@@ -27,13 +27,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from checkpoint import git_commit, versions, write_atomically
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config, PreTrainedModel, Qwen3Config
 
 import rollout
 import train
-from checkpoint import git_commit, versions, write_atomically
 from loss import CHUNK_TOKENS, method_loss_from_hidden
 from model import load_tokenizer
 from problems import InputError, load_problems

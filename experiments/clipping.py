@@ -104,7 +104,7 @@ def account(clip: float, output: Path, problems: list[Problem]) -> list[dict]:
         if step:
             load_adapter(model, output / "runs" / cell.folder / f"checkpoint-{step}")
         rows.append({"clip": str(clip), "step": step, **measure(model, tokenizer, problems, clip)})
-    rows[-1]["held_out"] = trained["after"]
+    rows[-1]["held_out"] = trained["evaluation"][str(STEPS)]["sampled"]
     return rows
 
 

@@ -130,4 +130,21 @@ def leap_map() -> Grid:
     return Grid({**LEAP_WORLD, "num_steps": 80, "eval_steps": 20}, [0], rows, baseline="OPSD, 0.0003, clip 1.0")
 
 
-GRIDS = {"embedded": EMBEDDED, "leap": LEAP, "leap-map": leap_map()}
+# What to run first with eight GPUs and a week (docs/study.md): the questions of the small worlds at 1.7 B, with as many
+# training seeds as tell a third of a point apart. The checkpoint of step 100 is the one to evaluate.
+WEEK = Grid(
+    common={"preset": "qwen3-4b", "model": "Qwen/Qwen3-1.7B", "num_steps": 150},
+    seeds=[0, 1, 2, 3, 4, 5, 6, 7],
+    rows={
+        "OPSD": {"method": "opsd"},
+        **{name: POSITION[name] for name in ("uniform, per sequence", "reversed Moderate", "Moderate, shuffled")},
+        "PW-OPSD Moderate": {"method": "pwopsd"},
+        "Aggressive": POSITION["Aggressive"],
+        "OPSD, no clip": CLIPS["no clip"],
+        "Moderate, no clip": {"method": "pwopsd", "tau_clip": "inf"},
+        "another's reference": TEACHERS["another's reference"],
+    },
+    contrasts=[("PW-OPSD Moderate", "Moderate, shuffled"), ("Moderate, no clip", "OPSD, no clip")],
+)
+
+GRIDS = {"embedded": EMBEDDED, "leap": LEAP, "leap-map": leap_map(), "week": WEEK}

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from experiments.grids import GRIDS, Grid
 from experiments.report import collect, paired_difference
-from experiments.study import GRID, Grid, read_cells, read_grid
+from experiments.study import read_cells, read_grid
 from problems import InputError
 from runtime.flags import run_script
 from weighting import SCHEDULES
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
 SMOOTHING = 5  # steps; a step's accuracy is a mean over few rollouts
 
 
-def figure(width: float, height: float, columns: int = 1):
+def figure(width: float, height: float, columns: int = 1, rows: int = 1):
     """An empty figure and its axes, drawn without a screen. Raises InputError where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("pictures need matplotlib: pip install matplotlib") from None
     drawn = Figure(figsize=(width, height), layout="constrained", dpi=150)
-    axes = drawn.subplots(1, columns, squeeze=False)[0]
+    axes = drawn.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="0.9")
@@ -119,19 +120,20 @@ def divergence_by_position(metrics: list[dict], label: str) -> Figure:
 
 
 def study_figure(grid: Grid, records: list[dict]) -> Figure:
-    """Each row's paired difference to the baseline with its 95 % interval, after training and averaged over it."""
+    """Each row's paired difference to the baseline with its 95 % interval, held out, sampled and greedy."""
     rows = {row.name: row for row in collect(grid, records)}
     baseline = rows.pop(grid.baseline)
-    rows = {name: row for name, row in rows.items() if row.after}
+    rows = {name: row for name, row in rows.items() if row.sampled}
     drawn, axes = figure(11, 1.2 + 0.27 * len(rows), columns=2)
-    titles = ("held-out accuracy after training", "rollout accuracy over training")
-    for axis, title, column in zip(axes, titles, ("after", "training"), strict=True):
+    for axis, column in zip(axes, ("sampled", "greedy"), strict=True):
         axis.axvline(0, color="0.4", linewidth=1)
         for place, row in enumerate(rows.values()):
             d = paired_difference(getattr(row, column), getattr(baseline, column))
             if d is not None:
                 axis.errorbar(d.mean, place, xerr=d.half, fmt="o", color="C0", markersize=4, capsize=2)
-        axis.set(title=title, xlabel=f"points, minus {grid.baseline}", ylim=(len(rows) - 0.5, -0.5))
+        axis.set(
+            title=f"held-out accuracy, {column}", xlabel=f"points, minus {grid.baseline}", ylim=(len(rows) - 0.5, -0.5)
+        )
         axis.set_xscale("symlog", linthresh=10)  # a collapse must not squeeze the rows that can be compared
         axis.set_xticks([-50, -20, -10, -5, 0, 5, 10], labels=["-50", "-20", "-10", "-5", "0", "5", "10"])
         axis.title.set_size(10)
@@ -150,6 +152,32 @@ def study_curves(grid: Grid, records: list[dict]) -> Figure:
         axis.plot(range(1, len(means) + 1), means, **style)
     axis.set(xlabel="step", ylabel="accuracy of the rollouts", ylim=(0, 1))
     axis.legend(fontsize=8, frameon=False, loc="lower right")
+    return drawn
+
+
+def study_map(grid: Grid, records: list[dict]) -> Figure:
+    """Sampled held-out accuracy along training, mean over seeds: a panel a learning rate and clip, a line a row."""
+    panels: dict[tuple, dict[str, list[list[float]]]] = {}
+    for record in records:
+        if record["error"] is None and "learning_rate" in record["options"]:
+            place = (float(record["options"]["learning_rate"]), str(record["options"]["tau_clip"]))
+            curve = [100 * value["sampled"] for value in record["evaluation"].values()]
+            panels.setdefault(place, {}).setdefault(record["row"].split(",")[0], []).append(curve)
+    rates, clips = (sorted({place[i] for place in panels}, key=float) for i in (0, 1))
+    drawn, axes = figure(2.6 * len(clips), 2.3 * len(rates), columns=len(clips), rows=len(rates))
+    steps = [int(step) for step in records[0]["evaluation"]]
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    for axis, (rate, clip) in zip(axes, [(rate, clip) for rate in rates for clip in clips], strict=True):
+        for name, curves in panels.get((rate, clip), {}).items():
+            means = [sum(column) / len(column) for column in zip(*curves, strict=True)]
+            axis.plot(steps, means, marker="o", markersize=3, color=f"C{names.index(name)}", label=name)
+        axis.set(title=f"learning rate {rate:g}, clip {clip}", ylim=(0, 100))
+        axis.title.set_size(8)
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    drawn.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False
+    )
+    drawn.supylabel("held-out accuracy, sampled, %", fontsize=9)
     return drawn
 
 
@@ -190,7 +218,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders of train.py")
     parser.add_argument("--html", action="store_true", help="write a page of tokens per run instead of pictures")
     parser.add_argument("--study", type=Path, help="a folder with the cells.jsonl of experiments.study")
-    parser.add_argument("--grid", type=Path, help="the study's grid, where it is not the one in study.py")
+    parser.add_argument("--grid", default="embedded", help=f"the study's grid: {', '.join(GRIDS)}, or a JSON file")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/plots"), help="where pictures and pages go")
     args = parser.parse_args()
     if not args.runs and not args.study:
@@ -200,8 +228,10 @@ def main() -> None:
         records = read_cells(args.study / "cells.jsonl")
         if not records:
             raise InputError(f"--study {args.study}: no cells have been measured there")
-        grid = read_grid(args.grid) if args.grid else GRID
+        grid = GRIDS[args.grid] if args.grid in GRIDS else read_grid(Path(args.grid))
         pictures = {"study": study_figure(grid, records), "study_curves": study_curves(grid, records)}
+        if "eval_steps" in grid.common:
+            pictures = {"study_map": study_map(grid, records)}
         paths += save(pictures, args.output_dir)
     if args.html:
         paths += [write_page(run, args.output_dir) for run in args.runs]

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from itertools import pairwise
-from math import atan, cos, isclose, pi, sqrt
+from math import isclose, sqrt
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import TYPE_CHECKING
+
+from problems import InputError
 
 if TYPE_CHECKING:
     from experiments.study import Grid
@@ -25,26 +27,23 @@ SEGMENTS = 5  # points of a learning curve in the report
 # Statistics
 
 
+def student_t():
+    """scipy.stats.t, Student's distribution."""
+    try:
+        from scipy.stats import t
+    except ImportError:
+        raise InputError("the study's statistics need scipy: pip install scipy") from None
+    return t
+
+
 def t_two_sided_p(t: float, df: int) -> float:
-    """Pr(|T| >= t) for Student's T: under t = sqrt(df) tan(a) its density is cos(a)^(df - 1) up to a factor."""
-    start = atan(abs(t) / sqrt(df))
-    return _cosine_power(start, pi / 2, df - 1) / _cosine_power(0.0, pi / 2, df - 1)
-
-
-def _cosine_power(low: float, high: float, power: int, pieces: int = 2000) -> float:
-    """The integral of cos^power by Simpson's rule."""
-    width = (high - low) / pieces
-    values = [cos(low + i * width) ** power for i in range(pieces + 1)]
-    return width / 3 * (values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2]))
+    """Pr(|T| >= t) for Student's T."""
+    return float(2.0 * student_t().sf(abs(t), df))
 
 
 def t_quantile(two_sided_p: float, df: int) -> float:
-    """The t whose two-sided p value is the one given, by bisection."""
-    low, high = 0.0, 1e4
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_two_sided_p(middle, df) > two_sided_p else (low, middle)
-    return (low + high) / 2
+    """The t whose two-sided p value is the one given."""
+    return float(student_t().isf(two_sided_p / 2.0, df))
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,8 @@ def collect(grid: Grid, records: list[dict]) -> list[Row]:
 
 def _row(name: str, cells: list[dict]) -> Row:
     whole = [cell for cell in cells if cell["error"] is None]
-    last = max((int(step) for cell in whole for step in cell["evaluation"]), default=0)
+    steps = list(whole[0]["evaluation"]) if whole else []
+    last = max(map(int, steps), default=0)
 
     def percent(part: str, key: str) -> dict[int, float]:
         values = {cell["seed"]: cell[part][str(last)][key] for cell in whole}
@@ -141,7 +141,7 @@ def _row(name: str, cells: list[dict]) -> Row:
         {cell["seed"]: 100 * mean(cell["accuracy"]) for cell in whole},
         percent("behaviour", "repaired"), percent("behaviour", "broken"), percent("behaviour", "leaps"),
         [100 * mean(values) for values in zip(*(segments(cell["accuracy"]) for cell in whole), strict=True)],
-        {step: [100 * cell["evaluation"][step]["sampled"] for cell in whole] for step in (whole[0]["evaluation"] if whole else ())},
+        {step: [100 * cell["evaluation"][step]["sampled"] for cell in whole] for step in steps},
         [f"seed {cell['seed']}: {cell['error']}" for cell in cells if cell["error"] is not None],
     )  # fmt: skip
 
@@ -242,8 +242,8 @@ def _table(grid: Grid, rows: list[Row], sampled: dict, greedy: dict, settled: tu
         lines.append("| " + " | ".join(cells) + " |")
     note = (
         "Held-out problems. Mean ± standard deviation over training seeds; difference [95 % interval] paired by seed; "
-        "** settled after Holm's correction. Repaired: believed facts that are right after training; broken: facts right "
-        "before and wrong after; leaps: solutions that take all that is left at once. These three from greedy solutions."
+        "** settled after Holm's correction. Repaired: facts wrong before and right after; broken: facts right "
+        "before and wrong after; leaps: solutions that take all that is left at once. All three of greedy solutions."
     )
     return "\n".join([*lines, "", note])
 

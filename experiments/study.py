@@ -250,23 +250,34 @@ def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
     return records
 
 
+def command(cell: Cell, output: Path) -> str:
+    """A cell as a line of the shell, for machines on which the study itself does not run."""
+    flags = " ".join(f"--{name} {value}" for name, value in {**cell.options, "seed": cell.seed}.items())
+    return f"torchrun train.py {flags} --output_dir {output / 'runs' / cell.folder}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", default="embedded", help=f"{', '.join(GRIDS)} (experiments/grids.py), or a JSON file")
     parser.add_argument("--output_dir", type=Path, help="cells.jsonl and report.md; default runs/study-GRID")
     parser.add_argument("--workers", type=int, default=0, help="cells at a time; default: one per GPU, else per core")
+    parser.add_argument("--dry_run", action="store_true", help="print the missing cells' commands, run nothing")
     parser.add_argument("--report_only", action="store_true", help="run nothing")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     grid = GRIDS[args.grid] if args.grid in GRIDS else read_grid(Path(args.grid))
     output = args.output_dir or Path(f"runs/study-{Path(args.grid).stem}")
+    if args.dry_run:
+        return print(
+            "\n".join(command(cell, output) for cell in missing_cells(grid, read_cells(output / "cells.jsonl")))
+        )
     if args.report_only:
         records = read_cells(output / "cells.jsonl")
     else:
         records = run_grid(grid, output, args.workers or len(visible_gpus() or os.sched_getaffinity(0)))
     if not records:
         raise InputError(f"--output_dir {output}: no cells have been measured there")
-    print(write_report(grid, records, output))
+    return print(write_report(grid, records, output))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from rollout import sample
 from runtime.adapters import load_adapter
 from runtime.checkpoint import newest_checkpoint
 from runtime.grading import answers_match
-from teacher import student_prompt, teacher_prompt
+from teacher import Prompts, student_prompt, teacher_prompt
 
 ALTERNATIVES = 5
 PAGE_STREAM = 102  # second entry of the rollouts' stream key, apart from those of train.py
@@ -55,7 +55,7 @@ def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
 
     Both use the same random numbers. Raises InputError where the run has no adapter checkpoint.
     """
-    from train import TrainConfig
+    from train import TrainConfig, choose_prompts
 
     try:
         fields = json.loads((run / "config.json").read_text())["config"]
@@ -68,15 +68,16 @@ def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
     model, tokenizer = load_model(config.model, config.dtype, device=config.device), load_tokenizer(config.model)
     load_adapter(model, checkpoint)
     views = []
-    for index, problem in enumerate(load_problems(config.data)[:count]):
+    problems, prompts = choose_prompts(config, load_problems(config.data))
+    for index, problem in enumerate(problems[:count]):
         with adapter_disabled(model):
-            views.append(_view(model, tokenizer, problem, index, f"problem {index}, before training", config))
-        views.append(_view(model, tokenizer, problem, index, f"problem {index}, {checkpoint.name}", config))
+            views.append(_view(model, tokenizer, problem, index, f"problem {index}, before training", config, prompts))
+        views.append(_view(model, tokenizer, problem, index, f"problem {index}, {checkpoint.name}", config, prompts))
     return views
 
 
-def _view(model, tokenizer, problem: Problem, index: int, title: str, config) -> RolloutView:
-    prompt = student_prompt(tokenizer, problem)
+def _view(model, tokenizer, problem: Problem, index: int, title: str, config, prompts: Prompts) -> RolloutView:
+    prompt = student_prompt(tokenizer, problem, prompts)
     (sampled,) = sample(model, tokenizer, [prompt], [(config.seed, PAGE_STREAM, index)], config.sampling)
     response, head_VD = sampled.ids, model.get_output_embeddings().weight
     model.eval()
@@ -87,7 +88,7 @@ def _view(model, tokenizer, problem: Problem, index: int, title: str, config) ->
 
     student_logp_MV = in_context(prompt)
     with adapter_disabled(model):
-        teacher_logp_MV = in_context(teacher_prompt(tokenizer, problem))
+        teacher_logp_MV = in_context(teacher_prompt(tokenizer, problem, prompts))
     method = resolve_method(config.method, config)
     ids = torch.tensor(response, device=head_VD.device)
     scores = score_tokens(method, student_logp_MV, teacher_logp_MV, ids, config)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from problems import InputError, Problem
-from runtime.memory import MemoryPlan, available_memory, plan_memory
+from runtime.fake_step import StepShape
+from runtime.memory import MemoryPlan, Planned, available_memory, plan_memory
 from runtime.ranks import gather_objects, world_size
-from teacher import Prompts, Teacher, student_prompt, teacher_prompt
+from teacher import Prompts, student_prompt, teacher_prompt
 
 
 def fitting_problems(
@@ -36,19 +37,20 @@ def prompt_lengths(tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts
     return len(student_prompt(tokenizer, problem, prompts)), len(teacher_prompt(tokenizer, problem, prompts))
 
 
-def plan_run(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: Teacher, problems: list[Problem],
-    prompts: Prompts, config, device: torch.device,
-) -> MemoryPlan:  # fmt: skip
-    """What a step takes on this rank; decides `--micro_batch_size auto`. Raises InputError where it cannot fit."""
+def plan_run(run, problems: list[Problem], config, device: torch.device) -> MemoryPlan:
+    """What a step of `run` (train.Training) takes on this rank; decides `--micro_batch_size auto`.
+
+    Raises InputError where it cannot fit.
+    """
     longest = max(problems, key=lambda problem: len(problem.problem) + len(problem.solution))
-    student_tokens, teacher_tokens = prompt_lengths(tokenizer, longest, prompts)
-    sharing = 1 if device.type == "cuda" else world_size()  # ranks on a CPU share its memory
+    student_tokens, teacher_tokens = prompt_lengths(run.tokenizer, longest, run.prompts)
+    local_batch = -(-config.batch_size // world_size())
+    sampled = min(local_batch, run.engine.batch_size) if run.engine.name == "generate" else 0
+    shape = StepShape(student_tokens, teacher_tokens, config.max_new_tokens, sampled, config.micro_batch_size)
+    planned = Planned(
+        run.model, run.teacher, run.method, config, config.sampling, config.gradient_checkpointing, world_size()
+    )
     free = available_memory(device)
-    memory = plan_memory(
-        model, teacher, student_tokens=student_tokens, teacher_tokens=teacher_tokens,
-        max_new_tokens=config.max_new_tokens, local_batch=-(-config.batch_size // world_size()),
-        micro_batch_size=config.micro_batch_size or None, gradient_checkpointing=config.gradient_checkpointing,
-        available=None if free is None else free // sharing,
-    )  # fmt: skip
+    sharing = 1 if device.type == "cuda" else world_size()  # ranks on a CPU share its memory
+    memory = plan_memory(planned, shape, local_batch, None if free is None else free // sharing)
     return min(gather_objects(memory), key=lambda memory: memory.micro_batch_size)

@@ -1,124 +1,147 @@
-"""What a training step takes, told before the first one; the plan behind `--micro_batch_size auto`."""
+"""What a training step takes, told before the first one; the plan behind `--micro_batch_size auto`.
+
+Weights, gradients and optimizer are counted. What the passes take is measured on fake tensors (runtime/fake_step.py)
+with two shallow models of the same kind, and extended to the model's depth: every part's peak grows by the same number
+of bytes with each block.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from loss import CHUNK_BYTES
+from loss import CHUNK_BYTES, LossOptions, Method
 from problems import InputError
+from rollout import Sampling
+from runtime.fake_step import StepShape, fake_model, step_bytes
+from runtime.ranks import BUCKET_BYTES
 from teacher import Teacher
 
-# Bytes that one block keeps per token for its backward pass over the bytes of its linear maps' inputs and outputs,
-# measured with Qwen3, Llama and Olmo 3 (tests/test_memory.py): norms and rotations keep float32 copies.
-SAVED_PER_LINEAR_BYTE = {4: 1.2, 2: 1.55}
-LOSS_BUFFERS = 6  # tensors of CHUNK_BYTES that loss.py holds at its peak, one of them to spare
-SAMPLING_BUFFERS = 6  # [B, V] float32 tensors of sorting and summing the next token's probabilities
 USABLE = 0.92  # of the free memory: allocators waste some, and kernels have workspaces
+UNKNOWN_MEMORY_SIZE = 4  # sequences: the paper's micro-batch, where nothing is known
+UPDATE_COPIES = 3  # AdamW's temporaries, each of the largest parameter
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of a training step on one rank. Sampling and scoring take turns, so the larger of the two counts."""
+    """Bytes of a training step on one rank. Its parts take turns, so the largest of them counts."""
 
     weights: int  # frozen ones, with the teacher's copies
     trained: int  # the adapter, or all weights
     optimizer: int  # gradients and AdamW's two moments
-    sampling: int  # key-value cache of the whole local batch
-    activations: int  # of one micro-batch, student's forward and backward
-    loss: int  # chunk of logits, hidden states of both contexts
+    sampling: int  # key-value cache of the rows sampled together, the next token's probabilities
+    teacher: int  # one micro-batch in the teacher's context
+    student: int  # one micro-batch in the student's context: forward, loss and backward
+    update: int  # gradients on their way over the ranks, AdamW's temporaries
     micro_batch_size: int
+    trouble: str | None = None  # why sampling, teacher and student could not be measured; they are then 0
 
     @property
     def total(self) -> int:
         fixed = self.weights + self.trained + self.optimizer
-        return fixed + max(self.sampling, self.activations + self.loss)
+        return fixed + max(self.sampling, self.teacher, self.student, self.update)
 
     def __str__(self) -> str:
-        parts = [f"{f.name} {getattr(self, f.name) / 2**30:.2f}" for f in fields(self) if f.name != "micro_batch_size"]
+        if self.trouble is not None:
+            return (
+                f"memory of a step: cannot be told for this model ({self.trouble}); {self.micro_batch_size} sequences"
+            )
+        parts = [f"{f.name} {getattr(self, f.name) / 2**30:.2f}" for f in fields(self)[:-2]]
         return f"memory in GiB: {', '.join(parts)}; peak {self.total / 2**30:.2f} ({self.micro_batch_size} sequences)"
 
 
-def plan_memory(
-    model: PreTrainedModel,
-    teacher: Teacher,
-    *,
-    student_tokens: int,
-    teacher_tokens: int,
-    max_new_tokens: int,
-    local_batch: int,
-    micro_batch_size: int | None,
-    gradient_checkpointing: bool,
-    available: int | None,
-) -> MemoryPlan:
-    """What a step takes at worst: every rollout as long as `max_new_tokens` after the longest prompt of each context.
+@dataclass(frozen=True)
+class Planned:
+    """What a plan is made for."""
 
-    `micro_batch_size` None chooses the largest power of two, or the whole local batch, that fits into `available`
+    model: PreTrainedModel
+    teacher: Teacher
+    method: Method
+    options: LossOptions
+    settings: Sampling
+    gradient_checkpointing: bool
+    ranks: int = 1
+
+
+def plan_memory(run: Planned, shape: StepShape, local_batch: int, available: int | None) -> MemoryPlan:
+    """What a step takes at worst: every rollout as long as it may be, after the longest prompt of each context.
+
+    `shape.micro_batch_size` 0 chooses the largest power of two, or the whole local batch, that fits into `available`
     bytes (free memory of the device before anything but the model was allocated; None: unknown, nothing is refused).
-    Raises InputError, with what would help, where the step cannot fit.
+    Raises InputError, with what would help, where the step cannot fit. Where the model's code does not run on fake
+    tensors, the plan says so and nothing is refused.
     """
-
-    def plan(size: int) -> MemoryPlan:
-        return _plan(
-            model, teacher, student_tokens, teacher_tokens, max_new_tokens, local_batch, size, gradient_checkpointing
-        )
-
+    size = shape.micro_batch_size
     powers = [2**n for n in range(local_batch.bit_length()) if 2**n < local_batch]
-    sizes = [local_batch, *reversed(powers)] if micro_batch_size is None else [min(micro_batch_size, local_batch)]
-    plans = [plan(size) for size in sizes]
-    resident = plans[0].weights + plans[0].trained  # already allocated, so no longer part of `available`
+    sizes = [min(size, local_batch)] if size else [local_batch, *reversed(powers)]
     if available is None:
-        return plans[0] if micro_batch_size is not None else plan(min(local_batch, UNKNOWN_MEMORY_SIZE))
-    for candidate in plans:
-        if candidate.total - resident <= USABLE * available:
-            return candidate
-    raise InputError(
-        f"{plans[-1]}, but {(available + resident) / 2**30:.2f} are there; {_advice(plans[-1], gradient_checkpointing)}"
-    )
+        sizes = [sizes[0] if size else min(local_batch, UNKNOWN_MEMORY_SIZE)]
+    for candidate in sizes:
+        plan = _plan(run, replace(shape, micro_batch_size=candidate))
+        if plan.trouble is not None:
+            return replace(plan, micro_batch_size=candidate if size else min(local_batch, UNKNOWN_MEMORY_SIZE))
+        resident = plan.weights + plan.trained  # already allocated, so no longer part of `available`
+        if available is None or plan.total - resident <= USABLE * available:
+            return plan
+    advice = _advice(plan, run.gradient_checkpointing)
+    raise InputError(f"{plan}, but {(available + resident) / 2**30:.2f} are there; {advice}")
 
 
-UNKNOWN_MEMORY_SIZE = 4  # the paper's micro-batch, where the free memory cannot be read
-
-
-def _plan(model, teacher, student_tokens, teacher_tokens, max_new_tokens, local_batch, size, checkpointing):
-    trained = _bytes(p for p in model.parameters() if p.requires_grad)
-    frozen = _bytes(p for p in model.parameters() if not p.requires_grad)
-    copies = _bytes(teacher.average) + (_bytes(teacher.copy.parameters()) if teacher.copy is not None else 0)
-    head = model.get_output_embeddings().weight
-    V, D, itemsize = *head.shape, head.element_size()
-    blocks = list(model.get_decoder().layers)
-    linears = {name.split(".")[-1 - name.endswith(".base")]: m for name, m in blocks[0].named_modules()
-               if isinstance(m, nn.Linear)}  # fmt: skip
-    kept = sum(m.in_features + m.out_features for m in linears.values()) * itemsize
-    kept = int(kept * SAVED_PER_LINEAR_BYTE.get(itemsize, 1.55))  # bytes per token and block
-    # With checkpointing a block's input is kept and one block at a time recomputed; its gradients take as much again.
-    per_token = len(blocks) * D * itemsize + 2 * kept if checkpointing else (len(blocks) + 1) * kept
-    student, context = student_tokens + max_new_tokens, teacher_tokens + max_new_tokens
-    activations = size * max(student * per_token, context * kept)  # the teacher's pass keeps no more than one block
-    cache = local_batch * student * len(blocks) * 2 * linears["k_proj"].out_features * itemsize
-    states = 4 * size * max_new_tokens * D * itemsize  # of both contexts, their gradient, and the gradient kept
+def _plan(run: Planned, shape: StepShape) -> MemoryPlan:
+    parameters, teacher = list(run.model.parameters()), run.teacher
+    copies = teacher.average if teacher.copy is None else teacher.copy.parameters()
+    trained = [p for p in parameters if p.requires_grad]
+    largest = max(_bytes([p]) for p in trained)
+    try:
+        taken, trouble = _pass_bytes(run, shape), None
+    except Exception as error:  # whatever a model's own code raises on tensors without content
+        taken, trouble = {}, f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
     return MemoryPlan(
-        weights=frozen + copies, trained=trained, optimizer=3 * trained,
-        sampling=cache + SAMPLING_BUFFERS * local_batch * V * 4, activations=activations,
-        loss=LOSS_BUFFERS * min(CHUNK_BYTES, size * max_new_tokens * V * 4) + states, micro_batch_size=size,
+        weights=_bytes(p for p in parameters if not p.requires_grad) + _bytes(copies),
+        trained=_bytes(trained), optimizer=3 * _bytes(trained),
+        sampling=max(taken.get("prefill", 0), taken.get("decode", 0)),
+        teacher=taken.get("teacher", 0), student=taken.get("student", 0),
+        update=max(UPDATE_COPIES * largest, min(_bytes(trained), max(BUCKET_BYTES, largest)) * (run.ranks > 1)),
+        micro_batch_size=shape.micro_batch_size, trouble=trouble,
     )  # fmt: skip
 
 
+def _pass_bytes(run: Planned, shape: StepShape) -> dict[str, int]:
+    """Peaks of the passes by part, at the model's depth."""
+    depth, shallow = run.model.config.num_hidden_layers, _two_depths(run.model)
+    scored = 4 * max(1, CHUNK_BYTES // (4 * run.model.config.vocab_size))
+    peaks = []
+    for layers in shallow:
+        with fake_model(run.model, layers, run.gradient_checkpointing) as (model, live):
+            teacher = Teacher(model, run.teacher.kind)
+            peaks.append(step_bytes(model, teacher, shape, run.method, run.options, run.settings, live, scored))
+    first, last = peaks[0], peaks[-1]
+    steps = (depth - shallow[0]) / max(1, shallow[-1] - shallow[0])
+    return {name: int(first[name] + steps * (last[name] - first[name])) for name in first}
+
+
+def _two_depths(model: PreTrainedModel) -> list[int]:
+    """One period of the blocks' kinds (Olmo's windows: four blocks) and one block, and a period more."""
+    depth, kinds = model.config.num_hidden_layers, getattr(model.config, "layer_types", None) or ["all alike"]
+    period = 1 + max(kinds.index(kind) for kind in set(kinds))
+    return [period + 1, 2 * period + 1] if 2 * period + 1 < depth else [depth]
+
+
 def _advice(plan: MemoryPlan, checkpointing: bool) -> str:
+    largest = max(plan.sampling, plan.teacher, plan.student, plan.update)
     advice = []
-    if plan.activations + plan.loss > plan.sampling:
+    if largest == plan.sampling:
+        advice += ["a lower --batch_size or more ranks", "a lower --max_new_tokens"]
+    elif largest > plan.update:
         advice += ["a lower --micro_batch_size"] if plan.micro_batch_size > 1 else ["a lower --max_length"]
         advice += [] if checkpointing else ["--gradient_checkpointing true"]
-    else:
-        advice += ["a lower --batch_size or more ranks", "a lower --max_new_tokens"]
     if plan.optimizer > plan.weights:
         advice += ["LoRA (--lora_rank 64)"]
-    return "what helps: " + ", ".join(advice) + ", or a larger device"
+    return "what helps: " + ", ".join([*advice, "a larger device"])
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
 
-from transformers import AutoConfig
+from transformers.utils import cached_file
 
-from model import find_checkpoint
+from model import find_checkpoint, one_line
 from problems import InputError, Problem
 
 # Weights of every format and their indices, configs, generation defaults, tokenizers, templates, adapters.
@@ -48,12 +49,16 @@ def fingerprint(name: str) -> dict[str, str]:
 def revision(name: str) -> str:
     """The commit of a hub model, as it would be loaded now."""
     try:
-        found = getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "_commit_hash", None)
+        path = cached_file(name, "config.json")
     except Exception as error:  # the hub's errors have no common base class
-        raise InputError(f"--model {name}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise InputError(f"--model {name}: cannot be read ({one_line(error)})") from error
+    found = SNAPSHOT.search(Path(path).as_posix())
     if found is None:
         raise InputError(f"--model {name}: the hub names no revision of it; download it and pass the directory")
-    return found
+    return found[1]
+
+
+SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})/")  # where the hub's cache keeps the files of a commit
 
 
 def model_pin(name: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from model import pick_device
@@ -43,6 +44,32 @@ def gather_objects(value: object) -> list:
     if dist.is_initialized():
         dist.all_gather_object(gathered, value)
     return gathered
+
+
+BUCKET_BYTES = 2**30  # an adapter's gradients go over the ranks in one piece, those of all weights in a few
+
+
+def sum_over_ranks(tensors: list[Tensor]) -> None:
+    """Sum float32 tensors in place over all ranks, joined into pieces of BUCKET_BYTES; one process leaves them be."""
+    if not dist.is_initialized():
+        return
+    bucket: list[Tensor] = []
+    for tensor, following in zip(tensors, [*tensors[1:], None], strict=True):
+        bucket.append(tensor)
+        if following is None or sum(map(_size, bucket)) + _size(following) > BUCKET_BYTES:
+            _sum_joined(bucket)
+            bucket = []
+
+
+def _sum_joined(bucket: list[Tensor]) -> None:
+    flat = torch.cat([tensor.flatten() for tensor in bucket])
+    dist.all_reduce(flat)
+    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def wait_for_all() -> None:

@@ -103,7 +103,7 @@ EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok":
 ODD = {
     "falcon_h1_multiplier": lambda: odd("FalconH1", **MAMBA, lm_head_multiplier=0.5),
     "falcon_h1": lambda: odd("FalconH1", **MAMBA),
-    "gemma2_cap": lambda: odd("Gemma2", head_dim=8),
+    "gemma2_cap": lambda: odd("Gemma2", head_dim=8, final_logit_softcapping=5.0),
     "granite_scaling": lambda: odd("Granite", logits_scaling=8.0),
     "cohere_scale": lambda: odd("Cohere", logit_scale=0.0625),
     "phi_bias": lambda: odd("Phi"),

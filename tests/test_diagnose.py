@@ -1,7 +1,11 @@
 import json
 import math
+import os
+import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,50 +15,89 @@ import diagnose
 from diagnose import (
     PRESETS,
     DiagnoseConfig,
+    Diagnosis,
     candidates,
     continuations,
-    diagnostic_prompt,
     draw_problems,
     dropout_hooks,
     dropout_scores,
     first_boxed,
-    labels,
     parse_config,
     pick_positions,
-    read_rows,
-    run_phase,
     spines,
     teacher_pass,
-    truncated_entropy,
-    uncertainty,
     valid_tokens,
 )
 from model import load_model, load_tokenizer, response_hidden
 from problems import InputError, Problem, load_problems
-from rollout import Rollout
+from rollout import Response
+from runtime.continuous import ContinuousEngine
+from runtime.engines import GenerateEngine
+from runtime.grading import ExactGrader
+from runtime.phases import read_rows
 from teacher import student_prompt
+from viability import labels, truncated_entropy, uncertainty
 
-SMALL = {"num_problems": [4], "children": 2, "rollouts": 2, "min_spacing": 2, "context": 96, "spine_tokens": 72}
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {
+    "num_problems": [4], "children": 2, "rollouts": 2, "min_spacing": 2, "context": 96, "spine_tokens": 72,
+    "student_thinking": False, "batch_size": 64,
+}  # fmt: skip
+
+
+class FixedEngine:
+    """Answers by a function of (prompts, keys, settings) instead of a model."""
+
+    name = "fixed"
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def sample(self, prompts, keys, settings, on_finished=None):
+        return [Response(ids, finished=True) for ids in self.answer(prompts, keys, settings)]
+
+    def close(self):
+        pass
+
+
+def forbidden(*args, **settings):
+    pytest.fail("computed again, or by the wrong engine")
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return load_model("tiny", device="cpu"), load_tokenizer("tiny"), load_problems("tiny:heldout", False)[:4]
+def tiny(tmp_path_factory):
+    """A run of four problems with right spines of the embedded model, of which no phase is done."""
+    model, tokenizer = load_model("tiny", device="cpu"), load_tokenizer("tiny")
+    config, folder = DiagnoseConfig(**SMALL), tmp_path_factory.mktemp("choice")
+    run = Diagnosis(model, tokenizer, GenerateEngine(model, tokenizer), ExactGrader(), [], config, folder)
+    some = replace(run, problems=load_problems("tiny:heldout", False)[:30])
+    right = [row["problem"] for row in spines(some) if row["correct"]]
+    return replace(run, problems=[some.problems[i] for i in right[:4]])
+
+
+@pytest.fixture
+def fresh(tiny, tmp_path):
+    """The same run in a folder of its own; returns a function of what differs."""
+    return lambda **changes: replace(tiny, folder=tmp_path, **changes)
 
 
 @pytest.fixture(scope="module")
 def small_run(tiny, tmp_path_factory):
     """Phases A to E on four problems, and their files."""
-    run, config = tmp_path_factory.mktemp("run"), DiagnoseConfig(**SMALL, batch_size=64)
-    return run, config, all_phases(*tiny, config, run)
+    run = replace(tiny, folder=tmp_path_factory.mktemp("run"))
+    return run, all_phases(run)
 
 
-def all_phases(model, tokenizer, problems, config, run):
-    A = spines(model, tokenizer, problems, config, run / "A.jsonl")
-    B = teacher_pass(model, tokenizer, problems, A, config, run / "B.jsonl")
-    C = candidates(tokenizer, A, B, config, run / "C.jsonl")
-    D = dropout_scores(model, tokenizer, problems, A, C, config, run / "D.jsonl")
-    return A, B, C, D, continuations(model, tokenizer, problems, A, C, config, run / "E.jsonl")
+def all_phases(run):
+    A = spines(run)
+    B = teacher_pass(run, A)
+    C = candidates(run, A, B)
+    D = dropout_scores(run, A, C)
+    return A, B, C, D, continuations(run, A, C)
+
+
+def small(**changes):
+    return DiagnoseConfig(**(SMALL | changes))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -76,7 +119,7 @@ def test_valid_tokens_of_each_family(checkpoint):
 
 
 def test_ids_behind_the_tokenizer_and_eos_ids_are_not_valid(tiny):
-    model, tokenizer, _ = tiny
+    model, tokenizer = tiny.model, tiny.tokenizer
     wide = load_model("tiny", device="cpu")
     wide.resize_token_embeddings(len(tokenizer) + 5, mean_resizing=False)
     digit = tokenizer.convert_tokens_to_ids("7")
@@ -103,22 +146,21 @@ def direct_probabilities(model, prompt, ids, t):
     return model(input_ids=torch.tensor([[*prompt, *ids]])).logits[:, len(prompt) - 1 + t].softmax(dim=-1)
 
 
-def test_teacher_pass_scores_each_position_in_both_contexts(tiny, small_run, tmp_path):
+def test_teacher_pass_scores_each_position_in_both_contexts(small_run, fresh):
     """Eight tokens of each context, so that a swapped prompt or a shifted position cannot go unseen."""
-    model, tokenizer, problems = tiny
-    A, config = small_run[2][0], DiagnoseConfig(**(SMALL | {"children": 8}))
-    valid, differs = valid_tokens(model, tokenizer), []
-    for row in teacher_pass(model, tokenizer, problems, A, config, tmp_path / "B.jsonl"):
-        problem, ids = problems[row["problem"]], A[row["problem"]]["ids"]
+    run, (A, *_) = fresh(config=small(children=8)), small_run[1]
+    valid, differs = valid_tokens(run.model, run.tokenizer), []
+    for row in teacher_pass(run, A):
+        i, ids = row["problem"], A[row["problem"]]["ids"]
         assert len(row["h_trunc"]) == len(row["teacher_ids"]) == len(row["student_ids"]) == len(ids)
         for t in (0, len(ids) // 2, len(ids) - 1):
-            teacher = direct_probabilities(model, diagnostic_prompt(tokenizer, problem), ids, t)
-            student = direct_probabilities(model, student_prompt(tokenizer, problem), ids, t)
-            h, p, top = truncated_entropy(teacher, valid, config.top_valid)
+            teacher = direct_probabilities(run.model, run.teacher_prompt(i), ids, t)
+            student = direct_probabilities(run.model, student_prompt(run.tokenizer, run.problems[i]), ids, t)
+            h, p, top = truncated_entropy(teacher, valid, run.config.top_valid)
             assert row["h_trunc"][t] == pytest.approx(h.item(), rel=1e-3, abs=1e-7)
             assert row["teacher_p"][t] == pytest.approx(p[0, :8].tolist(), rel=1e-3)
             assert row["teacher_ids"][t] == top[0, :8].tolist()
-            own = truncated_entropy(student, valid, config.top_valid)[2][0, :8].tolist()
+            own = truncated_entropy(student, valid, run.config.top_valid)[2][0, :8].tolist()
             assert row["student_ids"][t] == own
             differs.append(own != row["teacher_ids"][t])
     assert sum(differs) >= len(differs) / 2  # else the contexts could be exchanged
@@ -147,7 +189,7 @@ def test_positions_need_a_plausible_second_token():
 
 
 def test_nothing_behind_the_box(tiny):
-    _, tokenizer, _ = tiny
+    tokenizer = tiny.tokenizer
     ids = tokenizer.encode("3+8=11;\\boxed{11}", add_special_tokens=False)
     t = first_boxed(tokenizer, ids)
     assert tokenizer.decode(ids[: t - 1]) == "3+8=11;" and tokenizer.decode(ids[:t]) == "3+8=11;\\boxed{"
@@ -209,16 +251,15 @@ def test_hooked_dropout_keeps_the_mean(checkpoint):
     assert (hidden.mean(dim=0) - plain[0]).abs().max() < 0.05 * plain.abs().max()
 
 
-def test_dropout_is_read_at_the_candidate_in_the_teachers_context(tiny, small_run, tmp_path):
+def test_dropout_is_read_at_the_candidate_in_the_teachers_context(small_run, fresh):
     """Without dropout all passes agree: the entropy is the teacher's over the full vocabulary."""
-    model, tokenizer, problems = tiny
-    A, C = small_run[2][0], small_run[2][2]
-    rows = dropout_scores(*tiny, A, C, DiagnoseConfig(**SMALL, dropout=0.0), tmp_path / "D.jsonl")
+    run, (A, _, C, *_) = fresh(config=small(dropout=0.0)), small_run[1]
+    rows = dropout_scores(run, A, C)
     assert sum(len(row["positions"]) for row in rows) > 4
     for row in rows:
-        prompt, ids = diagnostic_prompt(tokenizer, problems[row["problem"]]), A[row["problem"]]["ids"]
+        prompt, ids = run.teacher_prompt(row["problem"]), A[row["problem"]]["ids"]
         for t, entropy in zip(row["positions"], row["entropy"], strict=True):
-            p = direct_probabilities(model, prompt, ids, t)
+            p = direct_probabilities(run.model, prompt, ids, t)
             assert entropy == pytest.approx(-(p * p.log()).sum().item(), rel=1e-3)
 
 
@@ -226,9 +267,9 @@ def test_dropout_is_read_at_the_candidate_in_the_teachers_context(tiny, small_ru
 # The phases together
 
 
-def test_phases_on_the_embedded_model(small_run, tiny):
-    _, config, (A, B, C, D, E) = small_run
-    _, tokenizer, problems = tiny
+def test_phases_on_the_embedded_model(small_run):
+    run, (A, B, C, D, E) = small_run
+    config, tokenizer = run.config, run.tokenizer
     assert [row["problem"] for row in A] == [0, 1, 2, 3]
     kept = {row["problem"] for row in A if row["correct"]}
     assert kept == {row["problem"] for row in B} == {row["problem"] for row in C}
@@ -249,100 +290,136 @@ def test_phases_on_the_embedded_model(small_run, tiny):
         start = tokenizer.decode(A[row["problem"]]["ids"][: row["position"]])
         forced = "" if row["token"] is None else tokenizer.decode([row["token"]])
         assert row["text"].startswith(start + forced)
-        room = config.context - len(student_prompt(tokenizer, problems[row["problem"]])) - row["position"]
+        room = config.context - len(run.student_prompt(row["problem"])) - row["position"]
         assert row["tokens"] <= room - (row["token"] is not None)
     assert all(np.isfinite(row[name]).all() for row in D for name in ("entropy", "mutual_information", "log_kappa"))
 
 
-def test_a_run_taken_up_at_any_phase_equals_an_unbroken_one(small_run, tiny, tmp_path):
+def test_a_run_taken_up_at_any_phase_equals_an_unbroken_one(small_run, fresh):
     """Files cut within each phase, the last line torn, and another batch size: the same rows."""
-    run, _, whole = small_run
-    for name in "ABCDE":
-        lines = (run / f"{name}.jsonl").read_text().splitlines(keepends=True)
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines[: len(lines) // 2]) + lines[-1][:9])
-    again = all_phases(*tiny, DiagnoseConfig(**SMALL, batch_size=23), tmp_path)
-    assert again == whole
+    whole, run = small_run[1], fresh(config=small(batch_size=23))
+    for path in small_run[0].folder.iterdir():
+        lines = path.read_text().splitlines(keepends=True)
+        (run.folder / path.name).write_text("".join(lines[: len(lines) // 2]) + lines[-1][:9])
+    assert len(list(run.folder.iterdir())) == 5 and all_phases(run) == whole
 
 
-def forbidden(*args, **settings):
-    pytest.fail("computed again, or by the wrong engine")
-
-
-def test_finished_phases_touch_no_model(small_run, tiny, monkeypatch):
-    run, config, whole = small_run
-    monkeypatch.setitem(diagnose.ENGINES, "generate", forbidden)
+def test_finished_phases_touch_no_model(small_run, monkeypatch):
+    run, whole = small_run
     monkeypatch.setattr(diagnose, "response_hidden", forbidden)
-    assert all_phases(*tiny, config, run) == whole
+    assert all_phases(replace(run, engine=FixedEngine(forbidden))) == whole
 
 
-def test_engines_sample_the_same_rows(small_run, tiny, tmp_path, monkeypatch):
-    _, _, (A, _, C, _, E) = small_run
-    monkeypatch.setitem(diagnose.ENGINES, "generate", forbidden)
-    config = DiagnoseConfig(**SMALL, engine="continuous", batch_size=64)
-    assert spines(*tiny, config, tmp_path / "A.jsonl") == A
-    assert continuations(*tiny, A, C[:1], config, tmp_path / "E.jsonl") == [row for row in E if row["problem"] == 0]
+def test_engines_sample_the_same_rows(small_run, tiny, fresh):
+    A, _, C, _, E = small_run[1]
+    run = fresh(engine=ContinuousEngine(tiny.model, tiny.tokenizer))
+    assert spines(run) == A
+    assert continuations(run, A, C[:1]) == [row for row in E if row["problem"] == C[0]["problem"]]
 
 
-def test_a_lack_of_gpu_memory_is_one_line_and_the_run_goes_on(small_run, tiny, tmp_path, monkeypatch):
-    _, config, (A, *_) = small_run
-    small = DiagnoseConfig(**SMALL, batch_size=2)
-    calls, real = [], diagnose.ENGINES["generate"]
+def test_two_ranks_leave_the_rows_of_one(tmp_path):
+    """Eleven problems, so that the last round is uneven; the same rows in the same files, and the same table."""
+    text = "--num_problems 11 --rollouts 1 --batch_size 7 --bootstraps 20 --device cpu --seed 1 --output_dir"
+    flags = text.split()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for run, command in (("one", [sys.executable]), ("two", launcher)):
+        command = [*command, "diagnose.py", *flags, str(tmp_path / run)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, env=environment).stdout
+        assert output.count("problems, ") == 1  # one rank speaks
+    one, two = ({path.name for path in (tmp_path / run).iterdir()} for run in ("one", "two"))
+    assert one == two and len(one) == 9
+    for name in ("A_spines", "B_teacher", "C_candidates", "D_dropout", "E_continuations", "F_labels"):
+        rows = [sorted((tmp_path / run / f"{name}.jsonl").read_text().splitlines()) for run in ("one", "two")]
+        assert rows[0] == rows[1] and rows[0], name
+    assert (tmp_path / "one/table1.json").read_text() == (tmp_path / "two/table1.json").read_text()
+    assert json.loads((tmp_path / "two/config.json").read_text())["ranks"] == 2
 
-    def scarce(*args, **settings):
-        calls.append(args)
+
+def test_a_lack_of_gpu_memory_is_one_line_and_the_run_goes_on(small_run, fresh):
+    A, calls = small_run[1][0], []
+    run = fresh(config=small(batch_size=2))
+
+    def scarce(prompts, keys, settings):
+        calls.append(prompts)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*args, **settings)
+        return [response.ids for response in run.engine.sample(prompts, keys, settings)]
 
-    monkeypatch.setitem(diagnose.ENGINES, "generate", scarce)
-    with pytest.raises(InputError, match=r"A\.jsonl: out of GPU memory .*--batch_size"):
-        spines(*tiny, small, tmp_path / "A.jsonl")
-    assert read_rows(tmp_path / "A.jsonl") == A[:2]
-    assert spines(*tiny, config, tmp_path / "A.jsonl") == A and len(calls) == 3
+    with pytest.raises(InputError, match=r"A_spines\.jsonl: out of GPU memory"):
+        spines(replace(run, engine=FixedEngine(scarce)))
+    assert read_rows(run.folder / "A_spines.jsonl") == A[:2]
+    assert spines(replace(run, engine=FixedEngine(scarce))) == A and len(calls) == 3
 
 
-def test_spines_without_a_box_are_sampled_again(tiny, tmp_path, monkeypatch):
-    model, tokenizer, problems = tiny
-    boxed = tokenizer.encode("\\boxed{" + problems[1].answer + "}", add_special_tokens=False)
-    calls = []
+def test_spines_without_a_box_are_sampled_again(fresh):
+    run, calls = fresh(), []
+    boxed = run.tokenizer.encode("\\boxed{" + run.problems[1].answer + "}", add_special_tokens=False)
 
-    def fake(model, tokenizer, prompts, keys, *, temperature, **settings):
-        calls.append((temperature, [key[-1] for key in keys]))
-        plain = [boxed if temperature or key[-1] != 1 else boxed[:1] for key in keys]
-        return Rollout(prompts, plain, [True] * len(prompts))
+    def answer(prompts, keys, settings):
+        calls.append((settings.temperature, [key[-1] for key in keys]))
+        return [boxed if settings.temperature or key[-1] != 1 else boxed[:1] for key in keys]
 
-    monkeypatch.setitem(diagnose.ENGINES, "generate", fake)
-    rows = spines(model, tokenizer, problems, DiagnoseConfig(**SMALL), tmp_path / "A.jsonl")
+    rows = spines(replace(run, engine=FixedEngine(answer)))
     assert calls == [(0.0, [0, 1, 2, 3]), (0.7, [1])]
     assert [row["temperature"] for row in rows] == [0.0, 0.7, 0.0, 0.0] and rows[1]["correct"]
 
 
-def test_wrong_spines_stay_out_unless_asked_for(tiny, tmp_path):
-    model, tokenizer, problems = tiny
-    ids = tokenizer.encode("3+8=11;\\boxed{11}", add_special_tokens=False)
-    rows = [{"problem": 0, "ids": ids, "correct": False}, {"problem": 1, "ids": ids, "correct": True}]
+@pytest.mark.parametrize("thinks", [True, False])
+def test_student_thinking_reaches_the_prompts_of_phases_a_b_and_e(fresh, checkpoint, family, thinks):
+    """With each family's template: the student's context is sampled from and scored; the teacher's stays as it is."""
+    model, tokenizer = load_model(checkpoint, device="cpu"), load_tokenizer(checkpoint)
+    sampled, scored = [], []
+    config = DiagnoseConfig(student_thinking=thinks, rollouts=1, min_spacing=1, min_p2=0.0, min_ratio=0.0, context=400)
+    problem = Problem("1+1?", "", "2")
+
+    def answer(prompts, keys, settings):
+        sampled.extend(prompts)
+        return [tokenizer.encode("2 \\boxed{2}", add_special_tokens=False)] * len(prompts)
+
+    def spy(model, prompts, responses):
+        scored.extend(prompts)
+        return response_hidden(model, prompts, responses)
+
+    run = fresh(model=model, tokenizer=tokenizer, config=config, problems=[problem], engine=FixedEngine(answer))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diagnose, "response_hidden", spy)
+        all_phases(run)
+    texts = [tokenizer.decode(ids) for ids in [*sampled, *scored]]
+    student = [text for text in texts if "privileged" not in text]
+    assert len(sampled) > 3 and len(student) == len(sampled) + 1 and len(texts) > len(student)
+    closed = (
+        "<think>\n\n</think>" if family == "qwen3" else "<think></think>" if family == "olmo3" else "<think>\n</think>"
+    )
+    assert all((closed in text) == (not thinks) for text in student), student[0]
+    assert not any("</think>" in text for text in texts if "privileged" in text)
+
+
+def test_wrong_spines_stay_out_unless_asked_for(fresh, tmp_path):
     for asked, expected in ((False, [1]), (True, [0, 1])):
-        config = DiagnoseConfig(**SMALL, incorrect_spines=asked)
-        found = teacher_pass(model, tokenizer, problems, rows, config, tmp_path / f"{asked}.jsonl")
-        assert [row["problem"] for row in found] == expected
+        run = replace(fresh(config=small(incorrect_spines=asked)), folder=tmp_path / str(asked))
+        run.folder.mkdir()
+        ids = run.tokenizer.encode("3+8=11;\\boxed{11}", add_special_tokens=False)
+        rows = [{"problem": 0, "ids": ids, "correct": False}, {"problem": 1, "ids": ids, "correct": True}]
+        assert [row["problem"] for row in teacher_pass(run, rows)] == expected
 
 
-def test_continuations_have_streams_of_their_own_and_end_at_the_context(small_run, tiny, tmp_path, monkeypatch):
+def test_continuations_have_streams_of_their_own_and_end_at_the_context(small_run, fresh):
     """Each row is cut at its own last position of the context, not at its batch's."""
-    _, config, (A, _, C, _, E) = small_run
-    keys, seven = [], tiny[1].convert_tokens_to_ids("7")
+    A, _, C, _, E = small_run[1]
+    run, keys = fresh(), []
+    seven = run.tokenizer.convert_tokens_to_ids("7")
 
-    def fake(model, tokenizer, prompts, stream_keys, *, max_new_tokens, **settings):
+    def answer(prompts, stream_keys, settings):
         keys.extend(stream_keys)
-        assert max_new_tokens == config.context - min(map(len, prompts))
-        return Rollout(prompts, [[seven] * max_new_tokens for _ in prompts], [False] * len(prompts))
+        assert settings.max_new_tokens == run.config.context - min(map(len, prompts))
+        return [[seven] * settings.max_new_tokens for _ in prompts]
 
-    monkeypatch.setitem(diagnose.ENGINES, "generate", fake)
-    rows = continuations(*tiny, A, C, config, tmp_path / "E.jsonl")
+    rows = continuations(replace(run, engine=FixedEngine(answer)), A, C)
     assert len(set(keys)) == len(keys) == len(E)
     for row in rows:
-        prefix = len(student_prompt(tiny[1], tiny[2][row["problem"]])) + row["position"] + (row["token"] is not None)
-        assert prefix + row["tokens"] == config.context
+        prefix = len(run.student_prompt(row["problem"])) + row["position"] + (row["token"] is not None)
+        assert prefix + row["tokens"] == run.config.context
 
 
 def test_labels_of_every_arm_by_hand():
@@ -365,7 +442,7 @@ def test_labels_of_every_arm_by_hand():
 def test_defaults_are_the_papers_protocol():
     config = parse_config(["--preset", "qwen3-4b"])
     assert config.num_problems == [24, 30, 30] and len(config.data) == 3 and config.model == "Qwen/Qwen3-4B"
-    assert config.engine == "continuous"  # 32K tokens a row: nothing padded
+    assert config.student_thinking and not parse_config([]).student_thinking
     expected = {
         "context": 32768, "spine_tokens": 16384, "fallback_temperature": 0.7, "top_valid": 16, "candidates": 5,
         "min_p2": 0.02, "min_ratio": 0.10, "min_spacing": 64, "children": 3, "dropout_passes": 5, "dropout": 0.1,
@@ -393,32 +470,13 @@ def test_problems_are_drawn_without_replacement_from_each_source(tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--preset no", "--children 1", "--top_valid 1", "--engine vllm", "--grader_name exact", "--dropout 0",
+    ["--preset no", "--children 1", "--top_valid 1", "--engine vllm", "--engine server", "--server http://x",
+     "--no_such 1", "--dropout 0", "--resume", "--rollouts 0", "--diversity_viability 1.5", "--context 1", "--seed -1",
      "--dropout 1", "--min_p2 2", "--temperature -1", "--dropout_passes 1", "--data a b", "--fallback_temperature 0"],
 )  # fmt: skip
 def test_mistakes_are_named(flags):
     with pytest.raises(InputError, match=flags.split()[0] if flags != "--data a b" else "--num_problems"):
         parse_config(flags.split())
-
-
-def test_a_file_that_is_not_ours_is_named(tmp_path):
-    path = tmp_path / "A.jsonl"
-    path.write_text("not json\n{}\n")
-    with pytest.raises(InputError, match=r"A\.jsonl"):
-        read_rows(path)
-
-
-def test_run_phase_keeps_the_order_of_the_jobs(tmp_path):
-    done = []
-
-    def work(jobs):
-        done.extend(jobs)
-        return [{"a": a, "b": b, "sum": a + (b or 0)} for a, b in jobs]
-
-    path, fields = tmp_path / "x.jsonl", ("a", "b")
-    run_phase(path, fields, [(1, None), (2, 5)], work, 1)
-    rows = run_phase(path, fields, [(3, 4), (2, 5), (1, None)], work, 10)
-    assert [row["sum"] for row in rows] == [7, 7, 1] and done == [(1, None), (2, 5), (3, 4)]
 
 
 class BracedGrader:
@@ -438,23 +496,44 @@ class BracedGrader:
 
 def test_the_grader_is_chosen_by_the_answers_used_and_pinned(tiny, tmp_path, monkeypatch):
     data, run, asked = tmp_path / "data.jsonl", tmp_path / "run", []
-    lines = [json.dumps({"problem": p.problem, "answer": f"\\{{{p.answer}\\}}"}) + "\n" for p in tiny[2]]
+    lines = [json.dumps({"problem": p.problem, "answer": f"\\{{{p.answer}\\}}"}) + "\n" for p in tiny.problems]
     data.write_text("".join(lines))
 
     def grader(version):
-        return lambda name, latex: asked.append((name, latex)) or BracedGrader(version)
+        return lambda name, golds: asked.append((name, golds)) or BracedGrader(version)
 
     flags = f"diagnose.py --data {data} --num_problems 4 --rollouts 1 --context 100 --output_dir {run}"
     monkeypatch.setattr(sys, "argv", flags.split())
     monkeypatch.setattr(diagnose, "make_grader", grader("1.0"))
-    monkeypatch.setattr(diagnose, "report", lambda *rest: "")
     diagnose.main()
-    assert asked == [("auto", True)]
+    assert [(name, sorted(golds)) for name, golds in asked] == [
+        ("auto", sorted(f"\\{{{p.answer}\\}}" for p in tiny.problems))
+    ]
     assert json.loads((run / "config.json").read_text())["config"]["grader"] == "braced 1.0"
     assert all(row["correct"] for row in read_rows(run / "A_spines.jsonl"))
     assert any(row["correct"] for row in read_rows(run / "E_continuations.jsonl"))
     monkeypatch.setattr(sys, "argv", [*flags.split(), "--resume"])
     diagnose.main()  # the same grader: goes on
+    monkeypatch.setattr(sys, "argv", [*flags.split(), "--resume", "--student_thinking"])
+    with pytest.raises(InputError, match="--student_thinking False, not True"):
+        diagnose.main()
+    monkeypatch.setattr(sys, "argv", [*flags.split(), "--resume"])
     monkeypatch.setattr(diagnose, "make_grader", grader("2.0"))
     with pytest.raises(InputError, match=r"--grader braced 1\.0"):
         diagnose.main()
+
+
+def test_a_run_ends_with_table_1_and_names_the_report(tmp_path, monkeypatch, capsys):
+    """table1.json says by which rule it was made; a resumed run may change it, since labels are made anew."""
+    flags = f"diagnose.py --num_problems 8 --rollouts 2 --seed 3 --output_dir {tmp_path / 'run'}".split()
+    tables = []
+    for more in ([], ["--resume", "--bootstraps", "30", "--diversity_viability", "0.5"]):
+        monkeypatch.setattr(sys, "argv", [*flags, *more])
+        diagnose.main()
+        output = capsys.readouterr().out
+        tables.append(json.loads((tmp_path / "run/table1.json").read_text()))
+        counts = tables[-1]["right spines"]["labels"]
+        assert f"{counts['diversity']} diversity" in output
+        assert f"python -m experiments.diagnose_report {tmp_path / 'run'}" in output
+    assert [table["rule"]["diversity_viability"] for table in tables] == [0.75, 0.5]
+    assert [table["rule"]["bootstraps"] for table in tables] == [2000, 30]

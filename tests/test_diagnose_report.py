@@ -1,20 +1,23 @@
 import json
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
-from experiments import diagnose_report
-from experiments.diagnose_report import INDEX, POSITION, REMAINING, analyse, difference, report, to_columns, verdict
-from experiments.diagnose_statistics import LABELS, LabelRule, auroc, centre, label_children
+from experiments import diagnose_controls, diagnose_report
+from experiments.diagnose_controls import INDEX, REMAINING, analyse, difference
+from experiments.diagnose_report import verdict, write_report
+from problems import InputError
+from viability import LABELS, POSITION, LabelRule, auroc, centre, label_children, table1, to_columns
 from weighting import SCHEDULES, get_schedule, relative_position
 
-RULE = LabelRule()
+RULE = LabelRule(bootstraps=300)
 
 
 @pytest.fixture(autouse=True)
 def few_simulations(monkeypatch):
-    monkeypatch.setattr(diagnose_report, "SIMULATIONS", 50)
+    monkeypatch.setattr(diagnose_controls, "SIMULATIONS", 50)
 
 
 def a_world(teacher_factor=lambda r: 1.0, problems=60, seed=0, base=lambda r: 0.25 + 0.7 * r):
@@ -35,8 +38,16 @@ def a_world(teacher_factor=lambda r: 1.0, problems=60, seed=0, base=lambda r: 0.
     return rows
 
 
-def analysed(rows, bootstraps=300):
-    return analyse(to_columns(rows, bootstraps, 0), RULE, 0)
+def analysed(rows):
+    return analyse(rows, RULE)[1]
+
+
+def a_folder(path, rows, rule=RULE):
+    """A run's folder as diagnose.py leaves it, as far as the report reads it."""
+    path.mkdir(exist_ok=True)
+    (path / "F_labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "table1.json").write_text(json.dumps({"rule": asdict(rule)}))
+    return path
 
 
 def test_a_faultless_teacher_is_told_from_a_faulty_one():
@@ -66,9 +77,9 @@ def test_log_kappa_is_oriented_to_suspect_low_precision():
     rows = a_world()
     for row in rows:
         row["log_kappa"] = -5.0 if row["label"]["teacher"] == "real-uncertain" else 5.0
-    data = to_columns(rows, 10, 0)
+    data = to_columns(rows, RULE)
     assert (data.score["log kappa"] == [-row["log_kappa"] for row in rows]).all()
-    assert analyse(data, RULE, 0)["table1"]["log kappa"]["auroc"] > 0.9
+    assert analysed(rows)["table1"]["log kappa"]["auroc"] > 0.9
 
 
 def test_scores_of_position_by_hand():
@@ -76,7 +87,7 @@ def test_scores_of_position_by_hand():
     rows = a_world(problems=1)
     for row, position in zip(rows, (3, 4, 5, 6, 7), strict=True):
         row.update(position=position, length=10)
-    score = to_columns(rows, 10, 0).score
+    score = analyse(rows, RULE)[0].score
     assert score[POSITION][0] == pytest.approx(0.65) and score[REMAINING][0] == 7.0 and score[INDEX][0] == -3.0
     assert all((np.diff(score[name]) < 0).all() for name in (POSITION, REMAINING, INDEX))
 
@@ -91,6 +102,7 @@ def test_point_estimate_is_the_centred_auroc_of_labelled_candidates():
     result = analysed(rows)
     assert result["table1"][POSITION]["auroc"] == expected
     assert result["labels"]["gray"] == len(rows) - len(labelled)
+    assert result["table1"].items() >= table1(to_columns(rows, RULE))["table1"].items()  # as diagnose.py prints it
 
 
 def test_paired_difference_of_a_score_with_itself_is_zero():
@@ -103,34 +115,52 @@ def test_paired_difference_of_a_score_with_itself_is_zero():
 
 
 def test_one_class_gives_no_number_but_a_report(tmp_path):
-    rows = a_world(base=lambda r: 0.99)
-    text = report(rows, tmp_path, RULE, 50, 0)
-    table = json.loads((tmp_path / "table1.json").read_text())["right spines"]
-    assert table["table1"][POSITION] is None and table["labels"]["real-uncertain"] == 0
-    assert "no candidate of one class: no number" in text and "says nothing about any score" in text
-    assert report([], tmp_path, RULE, 50, 0).startswith("no candidate")
+    text = write_report([a_folder(tmp_path, a_world(base=lambda r: 0.99))], tmp_path)
+    result = json.loads((tmp_path / "controls.json").read_text())["right spines"]
+    assert result["table1"][POSITION] is None and result["labels"]["real-uncertain"] == 0
+    assert f"| AUROC of {POSITION} | - |" in text and "says nothing about any score" in text
+
+
+def test_mistakes_are_named(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"no finished run of diagnose\.py"):
+        write_report([tmp_path], tmp_path)
+    with pytest.raises(InputError, match="found no candidate"):
+        write_report([a_folder(tmp_path, [])], tmp_path)
+    monkeypatch.setattr(sys, "argv", ["diagnose_report", "a", "b"])
+    with pytest.raises(InputError, match="--output_dir"):
+        diagnose_report.main()
 
 
 def test_wrong_spines_are_reported_apart(tmp_path):
     rows = a_world(problems=20)
     wrong = [{**row, "problem": row["problem"] + 100, "spine_correct": False} for row in a_world(problems=7, seed=5)]
-    text = report(rows + wrong, tmp_path, RULE, 50, 0)
-    table = json.loads((tmp_path / "table1.json").read_text())
-    assert (table["right spines"]["problems"], table["wrong spines"]["problems"]) == (20, 7)
-    assert "== right spines" in text and "== wrong spines" in text
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    report(rows, alone, RULE, 50, 0)
-    assert json.loads((alone / "table1.json").read_text())["right spines"] == table["right spines"]
+    text = write_report([a_folder(tmp_path / "both", rows + wrong)], tmp_path / "both")
+    results = json.loads((tmp_path / "both/controls.json").read_text())
+    assert (results["right spines"]["problems"], results["wrong spines"]["problems"]) == (20, 7)
+    assert "| | both | both, wrong spines |" in text
+    write_report([a_folder(tmp_path / "alone", rows)], tmp_path / "alone")
+    assert json.loads((tmp_path / "alone/controls.json").read_text())["right spines"] == results["right spines"]
+    assert (tmp_path / "alone/schedule.json").read_text() == (tmp_path / "both/schedule.json").read_text()
+
+
+def test_runs_side_by_side_have_the_numbers_that_each_has_alone(tmp_path):
+    runs = [a_folder(tmp_path / name, a_world(seed=seed, problems=20)) for name, seed in (("one", 0), ("two", 7))]
+    cells = [write_report([run], run).splitlines() for run in runs]
+    both = write_report(runs, tmp_path / "both").splitlines()
+    assert both[0] == "| | one | two |" and not (tmp_path / "both/schedule.json").exists()
+    rows = [line for line in both if line.startswith("| ")]
+    assert len(rows) > 30
+    for together, one, two in zip(both[2 : len(rows)], cells[0][2:], cells[1][2:], strict=False):
+        assert together == one.rstrip(" |") + " | " + two.split(" | ", 1)[1], together
 
 
 def test_schedule_file_is_what_training_reads(tmp_path):
-    report(a_world(), tmp_path, RULE, 50, 0)
+    write_report([a_folder(tmp_path, a_world())], tmp_path)
     content = json.loads((tmp_path / "schedule.json").read_text())
-    schedule, rescale = get_schedule(str(tmp_path / "schedule.json"))
+    schedule = get_schedule(str(tmp_path / "schedule.json"))
     r = relative_position([50])
     w = content["w_min"] + (1 - content["w_min"]) / (1 + np.exp(-(r.numpy() - content["tau"]) / content["s"]))
-    assert not rescale and schedule(r).numpy() == pytest.approx(w, abs=1e-6)
+    assert schedule(r).numpy() == pytest.approx(w, abs=1e-6)
     assert not np.allclose(w, SCHEDULES["moderate"](r).numpy(), atol=0.05)
     assert content["at_the_edge"] == []
     flat = analysed(a_world(base=lambda r: 0.6))["schedule"]["teacher"]  # no rise up to 1 within [0, 1]
@@ -141,14 +171,16 @@ def test_schedule_file_is_what_training_reads(tmp_path):
 
 def test_figure_and_its_absence(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    report(a_world(problems=20), tmp_path, RULE, 50, 0)
-    assert (tmp_path / "figure1.png").read_bytes()[:4] == b"\x89PNG"
-    svg = (tmp_path / "figure1.svg").read_text()
+    run = a_folder(tmp_path / "run", a_world(problems=20))
+    write_report([run], run)
+    assert (run / "figure1.png").read_bytes()[:4] == b"\x89PNG"
+    svg = (run / "figure1.svg").read_text()
     assert "<svg" in svg
-    report(a_world(problems=20), tmp_path, RULE, 50, 0)
-    assert (tmp_path / "figure1.svg").read_text() == svg  # the same picture, to the byte
+    write_report([run], run)
+    assert (run / "figure1.svg").read_text() == svg  # the same picture, to the byte
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    other = tmp_path / "without"
-    other.mkdir()
-    assert "pip install matplotlib" in report(a_world(problems=20), other, RULE, 50, 0)
-    assert (other / "table1.json").exists() and not (other / "figure1.png").exists()
+    other = a_folder(tmp_path / "without", a_world(problems=20))
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        write_report([other], other)
+    assert (other / "report.md").exists() and (other / "controls.json").exists()
+    assert not (other / "figure1.png").exists()

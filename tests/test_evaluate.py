@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,24 +11,26 @@ import pytest
 import evaluate
 from evaluate import (
     EvaluationConfig,
-    Sample,
     avg_at_n,
     bootstrap_interval,
     check_config,
-    is_correct,
     maj_at_n,
-    needs_latex,
     pass_at_k,
     pass_at_n,
-    sample_solutions,
+    score,
+    solve,
     stream_keys,
     summarise,
     token_limit,
 )
 from model import add_lora, load_model, load_tokenizer, lora_parameters
 from problems import InputError, Problem, tiny_problems
+from rollout import Response, Sampling
+from runtime.engines import make_engine
+from runtime.grading import answers_match
+from runtime.samples import Sample
 
-SETTINGS = {"temperature": 1.0, "top_p": 0.95, "top_k": 0, "max_new_tokens": 48}
+SETTINGS = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=48)
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +119,10 @@ def test_bootstrap_interval_of_many_values_is_the_normal_one():
     assert bootstrap_interval(values) == [low, high] and bootstrap_interval(np.ones(5)) == [1.0, 1.0]
 
 
-def test_which_answers_need_latex():
-    assert not needs_latex([Problem("", "", answer) for answer in ("5", "-1.5", "1,000", "\\frac{1}{2}")])
-    assert needs_latex([Problem("", "", "5"), Problem("", "", "\\sqrt{2}")])
-
-
-def test_is_correct_reads_the_last_box():
-    problems = [Problem("a", "", "7")]
-    assert is_correct(item(0, "\\boxed{6} no, \\boxed{7.0}"), problems) and not is_correct(item(0, "7"), problems)
+def test_the_last_box_counts():
+    problem = Problem("a", "", "7")
+    for text, mark in (("\\boxed{6} no, \\boxed{7.0}", 1.0), ("\\boxed{7} no, \\boxed{6}", 0.0), ("7", 0.0)):
+        assert score([item(0, text)], problem, answers_match)["avg"] == mark
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -132,44 +131,45 @@ def test_is_correct_reads_the_last_box():
 
 def test_streams_differ_by_seed_benchmark_problem_and_sample_only():
     problems, others = tiny_problems("heldout", 3), tiny_problems("train", 3)
-    jobs = [(0, 0), (0, 1), (1, 0), (1, 1)]
-    keys = [key for part in (problems, others) for seed in (0, 1) for key in stream_keys(part, jobs, seed)]
+    jobs = [(seed, index, number) for seed in (0, 1) for index in (0, 1) for number in (0, 1)]
+    keys = [key for part in (problems, others) for key in stream_keys(part, jobs)]
     streams = {tuple(np.random.SeedSequence(key).generate_state(4).tolist()) for key in keys}
     assert len(streams) == 16
-    assert stream_keys(problems, [(1, 0)], 0) == stream_keys(list(problems), [(0, 0), (1, 0)], 0)[1:]
+    assert stream_keys(problems, [(0, 1, 0)]) == stream_keys(list(problems), [(0, 0, 0), (0, 1, 0)])[1:]
 
 
 @pytest.mark.parametrize("engine", ["generate", "continuous"])
 def test_a_sample_is_the_same_whatever_is_sampled_beside_it_and_on_either_engine(tiny, engine):
     model, tokenizer = tiny
     problems = tiny_problems("heldout", 6)
-    jobs = [(index, number) for index in range(6) for number in range(2)]
+    jobs = [(3, index, number) for index in range(6) for number in range(2)]
     seen = []
     model.train()
-    together = sample_solutions(model, tokenizer, problems, jobs, seed=3, **SETTINGS)
-    assert [(s.problem, s.sample, s.seed) for s in together] == [(*job, 3) for job in jobs]
+    together = solve(make_engine("generate", *tiny), tokenizer, problems, jobs, SETTINGS)
+    assert [(s.seed, s.problem, s.sample) for s in together] == jobs
     assert len({s.text for s in together}) > 6
     part = jobs[7:2:-2]
-    again = sample_solutions(model, tokenizer, problems, part, seed=3, engine=engine, on_sample=seen.append, **SETTINGS)
+    again = solve(make_engine(engine, *tiny, 2), tokenizer, problems, part, SETTINGS, on_sample=seen.append)
     assert again == [together[jobs.index(job)] for job in part]
     assert sorted(seen, key=again.index) == again and model.training
     model.eval()
 
 
 def test_continuous_batching_honours_the_limit_greedy_and_nan(tiny):
-    model, tokenizer = tiny
-    problems, jobs = tiny_problems("heldout", 3), [(0, 0), (1, 0), (2, 0)]
+    tokenizer = tiny[1]
+    plain, continuous = make_engine("generate", *tiny), make_engine("continuous", *tiny)
+    problems, jobs = tiny_problems("heldout", 3), [(0, 0, 0), (0, 1, 0), (0, 2, 0)]
     for changes in ({"max_new_tokens": 7}, {"temperature": 0.0}, {"top_k": 1}):
-        settings = SETTINGS | changes
-        plain = sample_solutions(model, tokenizer, problems, jobs, seed=0, **settings)
-        assert sample_solutions(model, tokenizer, problems, jobs, seed=0, engine="continuous", **settings) == plain
+        settings = replace(SETTINGS, **changes)
+        expected = solve(plain, tokenizer, problems, jobs, settings)
+        assert solve(continuous, tokenizer, problems, jobs, settings) == expected
         if "max_new_tokens" in changes:
-            assert all(s.tokens == 7 and s.finish_reason == "length" for s in plain)
-    parameter = lora_parameters(model)[0]
+            assert all(s.tokens == 7 and s.finish_reason == "length" for s in expected)
+    parameter = lora_parameters(tiny[0])[0]
     kept = parameter.detach().clone()
     parameter.data[0, 0] = float("nan")
     with pytest.raises(FloatingPointError):
-        sample_solutions(model, tokenizer, problems, jobs, seed=0, engine="continuous", **SETTINGS)
+        solve(continuous, tokenizer, problems, jobs, SETTINGS)
     parameter.data.copy_(kept)
 
 
@@ -265,12 +265,11 @@ def test_a_response_stays_within_the_context(tiny):
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [
-        ({"num_samples": 0}, "--num_samples"), ({"batch_size": 0}, "--batch_size"), ({"engine": "vllm"}, "--engine"),
-        ({"seeds": [0, 0]}, "--seeds"), ({"seeds": []}, "--seeds"), ({"seeds": [-1]}, "--seeds"),
-        ({"top_p": 0.0}, "--top_p"), ({"adapter": "nowhere"}, "--adapter"),
+        ({"seeds": [0, 0]}, "--seeds"), ({"seeds": []}, "--seeds"), ({"top_p": 0.0}, "--top_p"),
+        ({"adapter": "nowhere"}, "--adapter nowhere"),
     ],
 )  # fmt: skip
-def test_wrong_flags_are_named(changes, flag):
+def test_options_that_do_not_fit_together_are_named(changes, flag):
     with pytest.raises(InputError, match=flag):
         check_config(EvaluationConfig(**changes))
 
@@ -283,32 +282,40 @@ def test_a_flag_or_an_adapter_that_does_not_exist_writes_nothing(run):
     assert not (run.folder / "nothing").exists()
 
 
-def test_a_server_takes_no_adapter(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="--server takes no --adapter"):
-        check_config(EvaluationConfig(server="http://x", adapter=str(tmp_path)))
+class Calculator:
+    """An engine that answers every sum rightly and in the opposite order; it may stop after some rows."""
 
+    name = "calculator"
 
-def test_the_server_is_asked_for_exactly_what_is_missing(run, monkeypatch):
-    """--server without a server: what goes out and what is kept (tests/test_server.py has the real one)."""
-    asked = []
+    def __init__(self, tokenizer, stop_after=None):
+        self.tokenizer, self.stop_after, self.asked, self.closed = tokenizer, stop_after, [], False
 
-    def complete_all(url, model, prompts, seeds, settings, in_flight):
-        asked.append((url, len(prompts), len(set(seeds)), settings, in_flight))
+    def sample(self, prompts, keys, settings, on_finished=None):
+        self.asked.append((len(prompts), len(set(keys)), settings))
+        responses = {}
         for row in reversed(range(len(prompts))):
-            yield evaluate_completion(row, prompts[row])
+            if len(responses) == self.stop_after:
+                raise InputError("--server: gone")
+            numbers = self.tokenizer.decode(prompts[row]).split("user\n")[1].split("\n")[0]
+            total = sum(map(int, numbers.split("+")))
+            responses[row] = Response([], True, text=f"\\boxed{{{total}}}")
+            on_finished(row, responses[row])
+        return [responses[row] for row in range(len(prompts))]
 
-    def evaluate_completion(row, prompt):
-        from experiments.server import Completion
+    def close(self):
+        self.closed = True
 
-        numbers = prompt.split("user\n")[1].split("\n")[0]
-        return Completion(row, f"\\boxed{{{sum(map(int, numbers.split('+')))}}}", 9, "eos")
 
-    monkeypatch.setattr(evaluate, "complete_all", complete_all)
-    summary, _ = run("served", "--server", "http://there", "--seeds", 0, 1)
-    assert summary["metrics"]["avg"]["mean"] == 1.0 and summary["regime"]["engine"] == "server"
-    url, count, seeds, settings, in_flight = asked[0]
-    assert (url, count, seeds, in_flight) == ("http://there", 32, 32, 5)
-    assert settings["top_k"] == 0 and settings["max_tokens"] == 48 and settings["eos_token_id"]
-    run("served", "--server", "http://elsewhere", "--seeds", 0, 1, 2)
-    assert asked[1][1] == 16
+def test_an_engine_is_asked_for_exactly_what_is_missing_and_what_it_gave_is_kept(run, monkeypatch):
+    """Any engine may stand behind the script; one that returns texts and no ids, as a server may."""
+    tokenizer = load_tokenizer("tiny")
+    broken, whole = Calculator(tokenizer, stop_after=20), Calculator(tokenizer)
+    engines = iter([broken, whole, whole])
+    monkeypatch.setattr(evaluate, "make_engine", lambda *args, **kwargs: next(engines))
+    with pytest.raises(InputError, match="gone"):
+        run("served", "--seeds", 0, 1)
+    assert len((run.folder / "served" / "samples.jsonl").read_bytes().splitlines()) == 1 + 20
+    summary, lines = run("served", "--seeds", 0, 1)
+    assert summary["metrics"]["avg"]["mean"] == 1.0 and len(lines) == 1 + 32 and whole.closed
+    run("served", "--seeds", 0, 1, 2)
+    assert broken.asked == [(32, 32, SETTINGS)] and whole.asked == [(12, 12, SETTINGS), (16, 16, SETTINGS)]

@@ -5,14 +5,17 @@ function of its weight. Both then train and stand in the study's table without a
 """
 
 import json
+import sys
 
+import pytest
 import torch
 
 import loss
+import train
 import weighting
 from experiments.report import write_report
 from experiments.study import Grid, run_grid
-from loss import LossOptions, Method, TokenScores, clipped_divergence, method_loss
+from loss import LossOptions, Method, TokenScores, clipped_divergence, method_loss, token_mean
 
 
 def middle(r: torch.Tensor) -> torch.Tensor:
@@ -27,7 +30,7 @@ def confidence(scores: TokenScores, lengths: list[int], step: int, options: Loss
 
 def test_a_new_weighting_trains_and_stands_in_the_table(monkeypatch, tmp_path):
     monkeypatch.setitem(weighting.SCHEDULES, "middle", middle)
-    monkeypatch.setitem(loss.METHODS, "confident", Method(clipped_divergence, confidence, "token_mean"))
+    monkeypatch.setitem(loss.METHODS, "confident", Method(clipped_divergence, confidence, token_mean))
 
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text(json.dumps({"problem": "2+2+2+2+2", "answer": "10"}) + "\n")
@@ -53,8 +56,31 @@ def test_a_new_weighting_trains_and_stands_in_the_table(monkeypatch, tmp_path):
             assert 0.0 < steps[0]["weight"] < 1.0
 
 
+def test_a_fork_that_wraps_a_clipping_loss_logs_what_is_clipped(monkeypatch, tmp_path):
+    """`clips` says so, whatever function stands in the row; without it nothing is logged as clipped."""
+
+    def half(student_logp_MV, teacher_logp_MV, ids_M, options):
+        return 0.5 * clipped_divergence(student_logp_MV, teacher_logp_MV, ids_M, options)
+
+    monkeypatch.setitem(loss.METHODS, "half", Method(half, "late_half", token_mean, clips=True))
+    monkeypatch.setitem(loss.METHODS, "silent", Method(half, "late_half", token_mean))
+    monkeypatch.setitem(weighting.SCHEDULES, "late_half", lambda r: (r >= 0.5).float())
+    steps = {}
+    for method in ("half", "silent", "opsd"):
+        run = tmp_path / method
+        flags = ["--num_steps", "1", "--batch_size", "4", "--eval_data", "", "--device", "cpu", "--tau_clip", "0.05"]
+        monkeypatch.setattr(sys, "argv", ["train.py", "--method", method, *flags, "--output_dir", str(run)])
+        train.main()
+        steps[method] = json.loads((run / "metrics.jsonl").read_text())
+    half_step, silent, opsd = steps.values()
+    assert half_step["clipped_mass"] == opsd["clipped_mass"] > 0.0 == silent["clipped_mass"]
+    assert half_step["loss"] == silent["loss"]
+    assert half_step["divergence"] == pytest.approx(0.5 * opsd["divergence"], rel=1e-5)
+    assert half_step["by_decile"]["weight"] == [0.0] * 5 + [1.0] * 5
+
+
 def test_the_new_method_is_what_its_row_says(monkeypatch):
-    monkeypatch.setitem(loss.METHODS, "confident", Method(clipped_divergence, confidence, "token_mean"))
+    monkeypatch.setitem(loss.METHODS, "confident", Method(clipped_divergence, confidence, token_mean))
     torch.manual_seed(0)
     student_BTV, teacher_BTV = torch.randn(2, 1, 3, 5)
     ids_BT, mask_BT = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool)

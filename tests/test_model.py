@@ -189,8 +189,9 @@ def change_config(directory, **values):
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised"),
         ({"quantization_config": {"quant_method": "unheard-of"}}, "quantised"),
         ({"hidden_size": "many"}, "cannot be loaded"),
-        ({"num_hidden_layers": 3}, "lacks model.layers.2"),
-        ({"num_hidden_layers": 1}, "beyond the architecture"),
+        ({"layer_types": ["one"]}, "layer_type"),
+        ({"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}, "lacks model.layers.2"),
+        ({"num_hidden_layers": 1, "layer_types": ["full_attention"]}, "beyond the architecture"),
     ],
 )
 def test_a_config_that_does_not_fit_is_one_line(qwen3, values, message):

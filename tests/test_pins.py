@@ -1,6 +1,7 @@
 """Pins: every file that a sample depends on changes them, no other does."""
 
 import os
+from functools import partial
 
 import families
 import pytest
@@ -72,11 +73,8 @@ def test_a_hub_model_is_pinned_by_its_revision(tmp_path, monkeypatch):
     base.rename(snapshot)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
-    find = runtime.pins.AutoConfig.from_pretrained
-    monkeypatch.setattr(
-        runtime.pins.AutoConfig, "from_pretrained",
-        lambda name, **more: find(name, cache_dir=tmp_path / "hub", local_files_only=True, **more),
-    )  # fmt: skip
+    find = partial(runtime.pins.cached_file, cache_dir=tmp_path / "hub", local_files_only=True)
+    monkeypatch.setattr(runtime.pins, "cached_file", find)
     assert model_pin("owner/name") == {"revision": "a" * 40}
     with pytest.raises(InputError, match="owner/other"):
         model_pin("owner/other")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments import plots
-from experiments.study import Grid
+from experiments.grids import Grid
 from experiments.token_page import RolloutView, TokenView, render, view_rollouts
 from problems import InputError, Problem
 from weighting import position_weight
@@ -70,8 +70,9 @@ def test_study_picture_shows_the_paired_difference():
     pytest.importorskip("matplotlib")
     grid = Grid({}, [0, 1, 2], {"OPSD": {"a": 0}, "other": {"a": 1}})
     records = [
-        {"options": {"a": a}, "seed": seed, "before": 0.1, "after": 0.5 + 0.1 * a * seed, "accuracy": [0.5],
-         "eos_rate": [1.0], "error": None}
+        {"options": {"a": a}, "seed": seed, "accuracy": [0.5], "error": None,
+         "evaluation": {step: {"sampled": 0.5 + 0.1 * a * seed, "greedy": 0.1} for step in ("0", "2")},
+         "behaviour": {step: {"repaired": 0.5, "broken": 0.0, "leaps": 0.0} for step in ("0", "2")}}
         for a in (0, 1) for seed in grid.seeds
     ]  # fmt: skip
     (container,) = plots.study_figure(grid, records).axes[0].containers
@@ -84,6 +85,19 @@ def test_study_curves_are_means_over_seeds():
     records = [{"options": {"a": 0}, "accuracy": [value, value], "error": None} for value in (0.2, 0.6)]
     (line,) = plots.study_curves(grid, records).axes[0].lines
     assert list(line.get_ydata()) == [pytest.approx(0.4)] * 2
+
+
+def test_the_map_has_a_panel_for_each_learning_rate_and_clip():
+    pytest.importorskip("matplotlib")
+    grid = Grid({"eval_steps": 1}, [0], {})
+    records = [
+        {"row": f"{name}, x", "options": {"learning_rate": rate, "tau_clip": clip}, "error": None,
+         "evaluation": {"0": {"sampled": 0.1}, "1": {"sampled": rate}}}
+        for name in ("OPSD", "Sharp") for rate in (0.2, 0.4) for clip in ("inf", 0.05)
+    ]  # fmt: skip
+    axes = plots.study_map(grid, records).axes
+    assert [axis.get_title() for axis in axes[:2]] == ["learning rate 0.2, clip 0.05", "learning rate 0.2, clip inf"]
+    assert [list(line.get_ydata()) for line in axes[3].lines] == [[pytest.approx(10.0), pytest.approx(40.0)]] * 2
 
 
 def test_missing_matplotlib_is_one_line(monkeypatch):

@@ -51,6 +51,51 @@ def test_bad_files_are_named_with_their_line(tmp_path, lines, need_solution, mes
         load_problems(jsonl(tmp_path, *lines), need_solution)
 
 
+def test_numbers_keep_their_spelling_and_a_byte_order_mark_is_no_text(tmp_path):
+    numbers = ("7", "0.50", "-3", "1e3", "9" * 5000)
+    rows = [f'{{"problem": {number}, "solution": {number}, "answer": {number}}}' for number in numbers]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(rows), encoding="utf-8-sig")
+    assert [(item.problem, item.solution, item.answer) for item in load_problems(str(path))] == [
+        (number, number, number) for number in numbers
+    ]
+
+
+@pytest.mark.parametrize("name", ["problem", "solution", "answer"])
+@pytest.mark.parametrize("value", [["2"], [], {}, {"text": "2"}, True, False])
+def test_what_is_neither_text_nor_a_number_is_named_with_its_line(tmp_path, name, value):
+    row = {"problem": "p", "solution": "s", "answer": "2"}
+    with pytest.raises(InputError, match=f"line 2: the {name} is neither text nor a number"):
+        load_problems(jsonl(tmp_path, row, {**row, name: value}))
+
+
+def test_null_is_as_good_as_missing(tmp_path):
+    (item,) = load_problems(jsonl(tmp_path, {"problem": "p", "solution": "so \\boxed{4}", "answer": None}))
+    assert item.answer == "4"
+    with pytest.raises(InputError, match="line 1: the problem is empty or missing"):
+        load_problems(jsonl(tmp_path, {"problem": None, "solution": "s"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"problem": "half \\ud800 of a pair", "solution": "s"}',
+            "line 1: the problem holds half of a surrogate pair",
+        ),
+        ('{"problem": "p", "solution": "\\udc00"}', "line 1: the solution holds half"),
+        ('{"problem": NaN, "solution": "s"}', "line 1: not valid JSON .NaN is no number"),
+        ('{"problem": "p", "solution": -Infinity}', "line 1: not valid JSON"),
+        ("[" * 100_000, "line 1: not valid JSON"),
+    ],
+)
+def test_what_no_tokenizer_can_read_is_named_with_its_line(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        load_problems(jsonl(tmp_path, text))
+    pair = '{"problem": "a whole pair \\ud83d\\ude00", "solution": "s"}'
+    assert load_problems(jsonl(tmp_path, pair))[0].problem.endswith("\U0001f600")
+
+
 def test_sources_that_are_not_there(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no such data file"):
         load_problems(str(tmp_path / "none.jsonl"))

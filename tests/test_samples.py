@@ -30,11 +30,12 @@ def test_what_is_written_is_read_back(tmp_path):
 
 
 def test_a_file_cut_anywhere_loses_the_torn_line_and_nothing_else(tmp_path):
-    path = tmp_path / "samples.jsonl"
+    path = tmp_path / "run" / "samples.jsonl"
     write(path, [ROW, ROW], {"model": "m"})
     whole = path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
     for cut in range(len(whole) + 1):
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(whole[:cut])
         header, samples = write(path, [], {"model": "m"})
         lines = sum(end <= cut for end in ends)

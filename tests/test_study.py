@@ -1,12 +1,16 @@
 """The study: its statistics against known values, its bookkeeping of cells, and the report made from them."""
 
 import json
+import math
+import sys
 from itertools import product
 from statistics import mean, stdev
 
 import pytest
 
+import experiments.rules  # noqa: F401  (registers its rows)
 from experiments import study
+from experiments.grids import EMBEDDED, GRIDS, Grid
 from experiments.report import (
     Difference,
     collect,
@@ -18,17 +22,21 @@ from experiments.report import (
     t_two_sided_p,
     write_report,
 )
-from experiments.study import GRID, Grid, missing_cells, read_cells, read_grid, run_grid
-from loss import LossOptions, get_method
+from experiments.study import missing_cells, read_cells, read_grid, run_grid
 from problems import InputError
+from train import parse_config
 
 TINY = Grid(common={"num_steps": 2}, seeds=[0, 1], rows={"OPSD": {"method": "opsd"}, "PW": {"method": "pwopsd"}})
 VERSIONS = {"python": "3", "torch": "2", "transformers": "5"}
 
 
 def record(options, seed, after, *, error=None, accuracy=(0.5, 0.5)):
+    start = {"0": {"sampled": 0.5, "greedy": 0.25}}
+    end = {} if error else {"2": {"sampled": after, "greedy": after - 0.1}}
     return {
-        "row": "any", "options": options, "seed": seed, "model_id": "m", "before": 0.5, "after": after, "seconds": 1.0,
+        "row": "any", "options": options, "seed": seed, "model_id": "m", "seconds": 1.0,
+        "evaluation": start | end,
+        "behaviour": {step: {"repaired": 0.5, "broken": None, "leaps": 0.0} for step in start | end},
         "accuracy": list(accuracy), "eos_rate": [1.0] * len(accuracy), "error": error, "git_commit": "c",
         "versions": VERSIONS, "machine": "x",
     }  # fmt: skip
@@ -52,6 +60,27 @@ def fake_cells(monkeypatch):
 def test_t_table(p, df, t):
     assert t_quantile(p, df) == pytest.approx(t, abs=1e-3)
     assert t_two_sided_p(t, df) == pytest.approx(p, abs=2e-4)
+
+
+@pytest.mark.parametrize("df", [1, 2, 5, 30])
+def test_t_equals_its_density_integrated(df):
+    """Under t = sqrt(df) tan(a) the density is cos(a)^(df - 1) up to a factor; Simpson's rule over a."""
+
+    def integral(low, high, pieces=2000):
+        width = (high - low) / pieces
+        values = [math.cos(low + i * width) ** (df - 1) for i in range(pieces + 1)]
+        return width / 3 * (values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2]))
+
+    for t in (-3.0, 0.0, 0.5, 2.0, 20.0):
+        slow = integral(math.atan(abs(t) / df**0.5), math.pi / 2) / integral(0.0, math.pi / 2)
+        assert t_two_sided_p(t, df) == pytest.approx(slow, abs=1e-9)
+        assert t_quantile(t_two_sided_p(t, df), df) == pytest.approx(abs(t), abs=1e-9)
+
+
+def test_no_scipy_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(InputError, match="pip install scipy"):
+        paired_difference({0: 1.0, 1: 3.0}, {0: 0.0, 1: 1.0})
 
 
 def test_paired_difference_by_hand():
@@ -93,31 +122,27 @@ def test_segments_cover_every_value():
     assert segments(values) == [0.5, 2.5, 4.5, 6.5, 8.5]
 
 
-def test_grid_names_are_known_to_the_trainer():
-    assert len(GRID.seeds) >= 5
-    for name in GRID.rows:
-        options = GRID.options(name)
-        fields = {key: value for key, value in options.items() if key in LossOptions.__dataclass_fields__}
-        get_method(options["method"], LossOptions(**{**fields, "clip": float(fields.get("clip", 1.0))}))
-    assert {GRID.baseline, *(name for pair in GRID.contrasts for name in pair)} <= set(GRID.rows)
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
+def test_grid_names_are_known_to_the_trainer(grid):
+    for name in grid.rows:
+        flags = [f"--{key}={value}" for key, value in grid.options(name).items()]
+        assert parse_config(flags).method == grid.rows[name]["method"]
+    assert {grid.baseline, *(name for pair in grid.contrasts for name in pair)} <= set(grid.rows)
 
 
 def test_grid_has_what_the_question_needs():
-    rows = GRID.rows.values()
-    assert {"opsd", "eopd", "reopold", "pwopsd"} <= {row["method"] for row in rows}
-    schedules = {row.get("schedule") for row in rows}
-    assert {
-        "mild",
-        "sharp",
-        "aggressive",
-        "reversed",
-        "linear_up",
-        "linear_down",
-        "step",
-        "moderate_mean1",
-    } <= schedules
-    assert {"inf", 0.2, 0.05} <= {row.get("clip") for row in rows}
+    rows = EMBEDDED.rows.values()
+    assert len(EMBEDDED.seeds) >= 6
+    assert {"opsd", "eopd", "reopold", "pwopsd", "shuffled", "iw_opd", "dash", "scgate", "skip", "tip"} <= {
+        row["method"] for row in rows
+    }
+    assert {"mild", "sharp", "aggressive", "reversed", "linear_up", "linear_down"} <= {
+        row.get("schedule") for row in rows
+    }
+    for method in ("opsd", "opsd_token_clip", "opsd_scaled_clip"):
+        assert {0.2, 0.05} <= {row.get("tau_clip") for row in rows if row["method"] == method}
     assert {"ema", "live"} <= {row.get("teacher") for row in rows}
+    assert {"other", "none", "answer"} <= {row.get("reference") for row in rows}
     two_by_two = [{"method": m, "reduction": r} for m, r in (("opsd", "sequence_mean"), ("pwopsd", "token_mean"))]
     assert all(cell in rows for cell in [*two_by_two, {"method": "opsd"}, {"method": "pwopsd"}])
 
@@ -150,7 +175,7 @@ def test_rows_with_equal_options_share_cells(fake_cells, tmp_path):
     grid = Grid({}, [0], {"OPSD": {"method": "opsd"}, "again": {"method": "opsd"}})
     records = run_grid(grid, tmp_path, workers=1)
     assert len(fake_cells) == 1
-    assert [row.after for row in collect(grid, records)] == [{0: 90.0}, {0: 90.0}]
+    assert [row.sampled for row in collect(grid, records)] == [{0: 90.0}, {0: 90.0}]
 
 
 def test_changed_options_run_again(fake_cells, tmp_path):
@@ -164,16 +189,30 @@ def test_results_of_another_model_are_not_mixed():
         missing_cells(TINY, [record(TINY.options("OPSD"), 0, 0.9)])
 
 
-def test_before_training_is_measured_once():
-    records = [record({"eval_samples": 2, "method": "opsd"}, 0, 0.9)]
-    same = study.Cell("PW", {"eval_samples": 2, "method": "pwopsd"}, 0, "m")
-    assert study.known_before(same, records) == 0.5
-    for other in (
-        study.Cell("PW", same.options, 1, "m"),
-        study.Cell("PW", same.options, 0, "n"),
-        study.Cell("PW", {"eval_samples": 3, "method": "pwopsd"}, 0, "m"),
+def test_before_training_is_measured_once(tmp_path):
+    """A cell finds the held-out samples before training that another row of its seed, model and evaluation has."""
+    options = {"eval_samples": 2, "method": "opsd"}
+    measured = record(options, 0, 0.9)
+    (tmp_path / "cells.jsonl").write_text(json.dumps(measured) + "\n")
+    first = tmp_path / "runs" / study.Cell("any", options, 0, "m").folder
+    first.mkdir(parents=True)
+    rows = [{"step": step, "decoding": "greedy", "text": "a"} for step in (0, 2)]
+    (first / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (first / "evaluation.json").write_text(json.dumps(measured["evaluation"]))
+    for number, (cell, shares) in enumerate(
+        [
+            (study.Cell("PW", {"eval_samples": 2, "method": "pwopsd"}, 0, "m"), True),
+            (study.Cell("PW", options, 1, "m"), False),
+            (study.Cell("PW", options, 0, "n"), False),
+            (study.Cell("PW", {"eval_samples": 3, "method": "pwopsd"}, 0, "m"), False),
+        ]
     ):
-        assert study.known_before(other, records) is None
+        run = tmp_path / "runs" / str(number)
+        study.share_start(cell, tmp_path, run)
+        assert (run / "evaluation.json").exists() == shares
+        if shares:
+            assert json.loads((run / "evaluation.json").read_text()) == {"0": measured["evaluation"]["0"]}
+            assert [json.loads(line)["step"] for line in (run / "heldout.jsonl").read_text().splitlines()] == [0]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +245,7 @@ def test_report_tells_effect_from_noise(tmp_path):
         records.append(record(grid.options(row), seed, None if error else 0.8 + 0.01 * seed + change, error=error))
     text = write_report(grid, records, tmp_path)
     assert (tmp_path / "report.md").read_text() == text
-    verdict = next(line for line in text.splitlines() if line.startswith("**Held-out"))
+    verdict = next(line for line in text.splitlines() if line.startswith("**Sampled"))
     settled, _, rest = verdict.partition("Leaning")
     assert "better +10.0" in settled
     assert "noise" not in settled
@@ -238,12 +277,13 @@ def test_a_cell_is_a_run_of_train(tmp_path):
     data = tmp_path / "two.jsonl"
     rows = [{"problem": "1+2+3+4+5", "solution": "1+2=3;3+3=6;6+4=10;10+5=15;\\boxed{15}", "answer": "15"}]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {"num_steps": 1, "batch_size": 2, "eval_data": str(data), "clip": "inf", "device": "cpu"}
+    common = {"num_steps": 1, "batch_size": 2, "eval_data": str(data), "tau_clip": "inf", "device": "cpu"}
     grid = Grid(common, [3], {"OPSD": {"method": "opsd"}})
     (cell,) = run_grid(grid, tmp_path, workers=1)
-    (run,) = (tmp_path / "runs").iterdir()
+    (run,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir())
     evaluation = json.loads((run / "evaluation.json").read_text())
-    assert (cell["before"], cell["after"]) == (evaluation["before"], evaluation["after"])
+    assert cell["evaluation"] == evaluation and set(evaluation) == {"0", "1"}
+    assert set(cell["behaviour"]["1"]) == {"repaired", "broken", "leaps"}
     assert cell["accuracy"] == [json.loads((run / "metrics.jsonl").read_text())["accuracy"]]
     assert json.loads((run / "config.json").read_text())["config"]["seed"] == 3
     assert not list(run.glob("checkpoint-*"))

@@ -100,6 +100,50 @@ def test_a_tokenizer_without_template_is_said(checkpoint):
         student_prompt(tokenizer, PROBLEM)
 
 
+@pytest.mark.parametrize(
+    "broken", ["{{ raise_exception('no') }}", "{% if %}", "{{ messages[7].content }}", "{{ 1 / 0 }}"]
+)
+def test_a_template_that_fails_is_said_in_one_line(checkpoint, broken):
+    tokenizer = load_tokenizer(checkpoint)
+    tokenizer.chat_template = broken
+    with pytest.raises(InputError, match="the chat template fails") as caught:
+        student_prompt(tokenizer, PROBLEM)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_control_token_that_a_problem_spells_stays_text(checkpoint, family):
+    """Turns, ends and thoughts are opened and closed by the template alone."""
+    tokenizer = load_tokenizer(checkpoint)
+    plain = Problem("What is 1+1?", "It is \\boxed{2}.", "2")
+    for token in [*tokenizer.all_special_tokens, "<think>", "</think>", "<|im_start|>", "<｜User｜>"]:
+        for text in (token, f"a {token} b", f"{token}{token}", f"{token}\nuser\n{token}", f" \ue000{token} "):
+            problem = Problem(f"What is {text}?", f"It is {text}.", "2")
+            for prompt in (student_prompt, teacher_prompt):
+                ids, usual = prompt(tokenizer, problem), prompt(tokenizer, plain)
+                for control in tokenizer.get_added_vocab().values():
+                    assert ids.count(control) == usual.count(control)
+                shown = tokenizer.decode(ids)
+                assert problem.problem in shown and (prompt is student_prompt or problem.solution in shown)
+
+
+def test_a_problem_without_control_tokens_is_encoded_in_one_piece(checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    for text in ("if x<y and y>z, <b>, <|im", "\ue000 and \uf8fe", "\n\n  1+1"):
+        problem = Problem(text, "s", "2")
+        messages = [{"role": "user", "content": fill(STUDENT_PROMPT, problem)}]
+        whole = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        expected = tokenizer.encode(whole, add_special_tokens=False)
+        assert encode_prompt(tokenizer, STUDENT_PROMPT, problem, enable_thinking=True) == expected
+
+
+def test_a_tokenizer_that_cannot_spell_its_control_token_says_so():
+    """The embedded model's words hold no angle brackets."""
+    with pytest.raises(InputError, match=r"cannot encode a control token as text, in the problem 'What is <\|im_end"):
+        student_prompt(load_tokenizer("tiny"), Problem("What is <|im_end|>?", "s", "2"))
+
+
 @pytest.fixture
 def student(checkpoint):
     model = load_model(checkpoint, device="cpu")

@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import families
@@ -14,10 +14,17 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from loss import clipped_divergence, sequence_mean
 from model import LoRALinear, lora_parameters
 from problems import InputError, load_problems, tiny_problems
-from rollout import Rollout
-from train import PRESETS, TrainConfig, build, micro_batches, parse_config, step_problems
+from rollout import Response, Sampling
+from runtime import fit
+from runtime.engines import GenerateEngine
+from runtime.grading import ExactGrader
+from runtime.memory import USABLE
+from runtime.run_folder import claimed, run_folder
+from teacher import EVALUATION_PROMPT
+from train import PRESETS, TrainConfig, build, micro_batches, parse_config, step_problems, sum_over_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBLEMS = [
@@ -107,17 +114,18 @@ def test_defaults_are_the_papers():
     c = TrainConfig()
     assert (c.method, c.lora_rank, c.lora_alpha, c.learning_rate, c.num_steps) == ("pwopsd", 64, 128.0, 5e-6, 150)
     assert (c.batch_size, c.max_grad_norm, c.seed, c.save_steps, c.max_length) == (32, 0.1, 42, 25, 20000)
-    assert (c.max_new_tokens, c.rollout_temperature, c.top_p, c.top_k) == (1024, 1.1, 0.95, 20)
-    assert (c.temperature, c.clip, c.teacher) == (1.1, 0.05, "fixed")
+    assert c.sampling == Sampling(temperature=1.1, top_p=0.95, top_k=20, max_new_tokens=1024)
+    assert (c.distill_temperature, c.tau_clip, c.teacher) == (1.1, 0.05, "fixed")
     assert [PRESETS[name]["model"] for name in ("qwen3-4b", "dsr1-llama-8b", "olmo3-7b")] == [
         "Qwen/Qwen3-4B", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "allenai/Olmo-3-7B-Think",
     ]  # fmt: skip
 
 
 def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
-    assert parse_config([]).preset == "tiny" and parse_config([]).clip == 1.0
-    assert parse_config(["--clip", "0.05"]).clip == 0.05
-    assert parse_config(["--preset", "dsr1-llama-8b"]).micro_batch_size == "2"
+    assert parse_config([]).preset == "tiny" and parse_config([]).tau_clip == 1.0
+    assert parse_config(["--tau_clip", "0.05"]).tau_clip == 0.05
+    assert parse_config(["--preset", "dsr1-llama-8b"]).micro_batch_size == 2
+    assert parse_config(["--micro_batch_size", "auto"]).micro_batch_size == 0
     plain = parse_config(["--model", "some/where"])
     assert plain.preset is None and plain.max_new_tokens == 1024
 
@@ -130,7 +138,10 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
         (["--schedule", "steep"], "aggressive"),
         (["--w_min", "2"], "w_min"),
         (["--num_steps", "0"], "num_steps"),
-        (["--micro_batch_size", "0"], "auto"),
+        (["--micro_batch_size", "-1"], "micro_batch_size"),
+        (["--micro_batch_size", "half"], "--micro_batch_size"),
+        (["--clip", "0.05"], "--clip"),
+        (["--rollout_temperature", "1"], "--rollout_temperature"),
         (["--engine", "vllm"], "continuous"),
         (["--num_steps", "many"], "num_steps"),
         (["--learning_rate", "nan"], "learning_rate"),
@@ -175,14 +186,13 @@ def test_gsm8k_like_data_runs_with_every_family(checkpoint, data, tmp_path, run_
 @pytest.fixture
 def uneven_rollouts(monkeypatch):
     """The random models never end a response by themselves: row `slot` of a step is cut to 3 + slot tokens."""
-    original = train.ENGINES["generate"]
+    original = GenerateEngine.sample
 
-    def cut(model, tokenizer, prompts, keys, **settings):
-        rollout = original(model, tokenizer, prompts, keys, **settings)
-        responses = [row[: 3 + key[-1]] for row, key in zip(rollout.responses, keys, strict=True)]
-        return Rollout(rollout.prompts, responses, [False] * len(responses))
+    def cut(self, prompts, keys, settings, on_finished=None):
+        responses = original(self, prompts, keys, settings)
+        return [Response(row.ids[: 3 + key[-1]], False) for row, key in zip(responses, keys, strict=True)]
 
-    monkeypatch.setitem(train.ENGINES, "generate", cut)
+    monkeypatch.setattr(GenerateEngine, "sample", cut)
 
 
 @pytest.mark.parametrize("method", ["opsd", "pwopsd", "eopd", "reopold"])
@@ -231,21 +241,51 @@ def test_two_ranks_equal_one(tmp_path, run_main, method):
     assert (tmp_path / "one/samples.jsonl").read_text() == (tmp_path / "two/samples.jsonl").read_text()
 
 
+SUMS = """
+import torch, torch.distributed as dist
+from runtime.ranks import rank, start_ranks, stop_ranks
+from train import sum_over_ranks
+
+start_ranks("cpu")
+scale = 1.0 + 9.0 * rank()  # 1 and 10: a sum is 11
+wide = scale * torch.arange(12.0).view(3, 4)
+tensors = [torch.tensor(scale), scale * torch.ones(2, 3), wide.T, (scale * torch.ones(2)).to(torch.bfloat16)]
+sum_over_ranks(tensors)
+expected = [torch.tensor(11.0), torch.full((2, 3), 11.0), 11.0 * torch.arange(12.0).view(3, 4).T]
+for tensor, total in zip(tensors, [*expected, torch.full((2,), 11.0, dtype=torch.bfloat16)], strict=True):
+    assert tensor.dtype == total.dtype and torch.equal(tensor, total), (tensor, total)
+stop_ranks()
+"""
+
+
+def test_tensors_of_all_shapes_are_summed_over_ranks_in_place(tmp_path):
+    alone = [torch.ones(()), torch.ones(2, 3)]
+    sum_over_ranks(alone)
+    assert torch.equal(alone[0], torch.ones(())) and torch.equal(alone[1], torch.ones(2, 3))
+    (tmp_path / "sums.py").write_text(SUMS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*command, str(tmp_path / "sums.py")], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_step_samples_and_scores_with_its_own_settings(qwen3, data, tmp_path, run_main, monkeypatch):
     sampled, scored = [], []
-    sample, score = train.ENGINES["generate"], train.loss_terms_from_hidden
+    sample, score = GenerateEngine.sample, train.score_tokens_from_hidden
 
-    def spy_on_sampling(*args, **settings):
-        sampled.append((*args[1:], settings))
-        return sample(*args, **settings)
+    def spy_on_sampling(self, *args):
+        sampled.append((self.tokenizer, *args))
+        return sample(self, *args)
 
-    def spy_on_scoring(method, *args, **settings):
-        scored.append((method, settings["options"].temperature, settings["step"]))
-        return score(method, *args, **settings)
+    def spy_on_scoring(method, student_MD, teacher_MD, head, teacher_head, ids_M, options):
+        scored.append((method.token_loss, method.reduction, options.distill_temperature, len(ids_M)))
+        return score(method, student_MD, teacher_MD, head, teacher_head, ids_M, options)
 
-    monkeypatch.setitem(train.ENGINES, "generate", spy_on_sampling)
-    monkeypatch.setattr(train, "loss_terms_from_hidden", spy_on_scoring)
-    apart = ("--rollout_temperature", 0.7, "--temperature", 1.3, "--top_k", 7, "--top_p", 0.8)
+    monkeypatch.setattr(GenerateEngine, "sample", spy_on_sampling)
+    monkeypatch.setattr(train, "score_tokens_from_hidden", spy_on_scoring)
+    apart = ("--temperature", 0.7, "--distill_temperature", 1.3, "--top_k", 7, "--top_p", 0.8)
     run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3, *apart))
     problems = load_problems(str(data))
     assert len(sampled) == 3
@@ -253,19 +293,22 @@ def test_a_step_samples_and_scores_with_its_own_settings(qwen3, data, tmp_path, 
         picked = [problems[index] for index in step_problems(len(problems), 4, 42, step)]
         assert prompts == [train.student_prompt(tokenizer, problem) for problem in picked]
         assert keys == [(42, train.ROLLOUT_STREAM, step, slot) for slot in range(4)]
-        assert settings == {"temperature": 0.7, "top_p": 0.8, "top_k": 7, "max_new_tokens": 10}
-    assert scored == [("pwopsd", 1.3, step) for step in (0, 0, 1, 1, 2, 2)]  # micro-batches of 3 and 1
+        assert settings == Sampling(temperature=0.7, top_p=0.8, top_k=7, max_new_tokens=10)
+    tokens = lengths(tmp_path / "run")
+    assert len(scored) == 6 and sum(row[-1] for row in scored) == sum(tokens)  # micro-batches of 3 and 1
+    assert {row[:3] for row in scored} == {(clipped_divergence, sequence_mean, 1.3)}
 
 
 def test_the_optimizer_is_the_papers(qwen3, data, tmp_path):
     config = parse_config(flags(qwen3, data, tmp_path / "run"))
-    model, _, _, optimizer, scheduler = build(config, torch.device("cpu"))
+    run = build(config, torch.device("cpu"), ExactGrader())
+    optimizer = run.optimizer
     assert isinstance(optimizer, torch.optim.AdamW)
     defaults = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps", "weight_decay", "amsgrad")}
     assert defaults == {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
     trained = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    assert trained == [id(parameter) for parameter in lora_parameters(model)]
-    assert scheduler.get_last_lr() == [1e-3]
+    assert trained == [id(parameter) for parameter in lora_parameters(run.model)]
+    assert run.scheduler.get_last_lr() == [1e-3]
 
 
 def test_gradients_are_clipped_to_max_grad_norm(qwen3, data, tmp_path, run_main):
@@ -362,19 +405,19 @@ def test_resume_with_another_option_is_refused(qwen3, data, tmp_path, run_main):
     run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
     with pytest.raises(InputError, match="holds another run"):
         run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
-    with pytest.raises(InputError, match=r"--clip 0\.05, not 0\.2"):
-        run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1, "--clip", 0.2, "--resume"))
+    with pytest.raises(InputError, match=r"--tau_clip 0\.05, not 0\.2"):
+        run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1, "--tau_clip", 0.2, "--resume"))
     assert len(metrics(tmp_path / "run")) == 1
 
 
 def test_sigterm_saves_and_ends_well(qwen3, data, tmp_path, run_main, monkeypatch):
-    original = train.ENGINES["generate"]
+    original = GenerateEngine.sample
 
-    def preempted(*args, **kwargs):
+    def preempted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **kwargs)
+        return original(*args)
 
-    monkeypatch.setitem(train.ENGINES, "generate", preempted)
+    monkeypatch.setattr(GenerateEngine, "sample", preempted)
     output = run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3))
     assert "SIGTERM: saved after step 1" in output
     assert (tmp_path / "run/checkpoint-1/manifest.json").exists() and len(metrics(tmp_path / "run")) == 1
@@ -414,7 +457,7 @@ def test_prompts_that_are_too_long_are_named_or_dropped_with_a_count(qwen3, data
         file.write(json.dumps({"problem": "Long?", "solution": "word " * 3000, "answer": "1"}) + "\n")
     with pytest.raises(InputError, match=rf"problem {len(PROBLEMS)}: a prompt of \d+ tokens .* context of 2048"):
         run_main(flags(qwen3, data, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run/config.json").exists()  # the folder is free for the same command, mended
     output = run_main(flags(qwen3, data, tmp_path / "run", "--long_prompts", "drop"))
     assert f"{len(PROBLEMS)} problems (1 dropped as too long)" in output
 
@@ -422,37 +465,132 @@ def test_prompts_that_are_too_long_are_named_or_dropped_with_a_count(qwen3, data
 def test_the_memory_plan_chooses_the_micro_batch(qwen3, data, tmp_path, run_main, monkeypatch):
     output = run_main(flags(qwen3, data, tmp_path / "auto", "--micro_batch_size", "auto", "--num_steps", 1))
     assert "(4 sequences)" in output  # the whole local batch fits
-    monkeypatch.setattr(train, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(fit, "available_memory", lambda device: 1000)
     with pytest.raises(InputError, match=r"memory in GiB.*what helps"):
         run_main(flags(qwen3, data, tmp_path / "small", "--num_steps", 1))
-    assert not (tmp_path / "small").exists()
+    assert not (tmp_path / "small/config.json").exists()
+
+
+def test_a_resumed_run_keeps_the_micro_batch_that_auto_chose(qwen3, data, tmp_path, run_main, monkeypatch):
+    """Started where memory is scarce, resumed where it is not: the record's size stays, whatever would fit now."""
+    plans, plan = [], fit.plan_memory
+
+    def spy(*args, **settings):
+        plans.append((args, settings))
+        return plan(*args, **settings)
+
+    monkeypatch.setattr(fit, "plan_memory", spy)
+    auto = ("--micro_batch_size", "auto", "--save_steps", 1)
+    run_main(flags(qwen3, data, tmp_path / "ample", *auto))
+    (args, settings), run = plans[0], tmp_path / "scarce"
+    totals = [plan(*args, **{**settings, "micro_batch_size": n}) for n in (2, 4)]
+    middle = sum(p.total - p.weights - p.trained for p in totals) / 2 / USABLE
+    with monkeypatch.context() as scarce:
+        scarce.setattr(fit, "available_memory", lambda device: int(middle))
+        assert "(2 sequences)" in run_main(flags(qwen3, data, run, *auto))
+    shutil.rmtree(run / "checkpoint-2")
+    assert "(2 sequences)" in run_main(flags(qwen3, data, run, *auto, "--resume"))
+    assert [settings["micro_batch_size"] for _, settings in plans] == [None, None, 2]
+    assert json.loads((run / "config.json").read_text())["config"]["micro_batch_size"] == 2
+    shutil.rmtree(run / "checkpoint-2")
+    assert "(4 sequences)" in run_main(flags(qwen3, data, run, "--micro_batch_size", 4, "--resume"))  # unless asked
+    assert metrics(run)[1]["loss"] == pytest.approx(metrics(tmp_path / "ample")[1]["loss"], abs=1e-6)
+
+
+def test_reopold_resumes_with_its_own_micro_batch_only(qwen3, data, tmp_path, run_main):
+    """Its quantile is over a micro-batch, so the size is part of the method."""
+    reopold = ("--method", "reopold", "--num_steps", 1)
+    run_main(flags(qwen3, data, tmp_path / "run", *reopold))
+    with pytest.raises(InputError, match="--micro_batch_size 3, not 2"):
+        run_main(flags(qwen3, data, tmp_path / "run", *reopold, "--micro_batch_size", 2, "--resume"))
 
 
 def test_the_engines_sample_the_same_rollouts(qwen3, data, tmp_path, run_main):
-    for engine in train.ENGINES:
-        run_main(flags(qwen3, data, tmp_path / engine, "--engine", engine))
-    generate, continuous = ((tmp_path / engine / "samples.jsonl").read_text() for engine in train.ENGINES)
+    engines = ("generate", "continuous")
+    for engine in engines:
+        output = run_main(flags(qwen3, data, tmp_path / engine, "--engine", engine))
+        assert f"sampling by {engine}: as asked" in output
+    generate, continuous = ((tmp_path / engine / "samples.jsonl").read_text() for engine in engines)
     assert generate == continuous
     assert metrics(tmp_path / "generate")[1]["loss"] == pytest.approx(metrics(tmp_path / "continuous")[1]["loss"])
 
 
 def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, tmp_path, run_main, monkeypatch):
-    """By the evaluation protocol, whatever the rollouts' sampling."""
-    original, calls = train.sample_solutions, []
+    """By the evaluation protocol and greedy, whatever the rollouts' sampling."""
+    original, calls = train.solve, []
 
-    def spy(model, tokenizer, problems, jobs, **settings):
-        calls.append((jobs, settings))
-        return original(model, tokenizer, problems, jobs, **settings)
+    def spy(engine, tokenizer, problems, jobs, settings, template):
+        calls.append((jobs, settings, template))
+        return original(engine, tokenizer, problems, jobs, settings, template=template)
 
-    monkeypatch.setattr(train, "sample_solutions", spy)
+    monkeypatch.setattr(train, "solve", spy)
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text(json.dumps({"problem": "1+1?", "answer": "2"}) + "\n")
-    apart = ("--rollout_temperature", 0.7, "--temperature", 1.3, "--top_k", 7, "--top_p", 0.8)
-    output = run_main(flags(qwen3, data, tmp_path / "run", "--eval_data", held_out, "--eval_samples", 2, *apart))
-    protocol = {"seed": 42, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "max_new_tokens": 10}
-    assert calls == 2 * [([(0, 0), (0, 1)], protocol)]
-    assert json.loads((tmp_path / "run/evaluation.json").read_text()).keys() == {"before", "after"}
-    assert "held-out accuracy: 0.0000 -> 0.0000" in output
+    apart = ("--temperature", 0.7, "--distill_temperature", 1.3, "--top_k", 7, "--top_p", 0.8)
+    run = tmp_path / "run"
+    output = run_main(flags(qwen3, data, run, "--eval_data", held_out, "--eval_samples", 2, *apart))
+    protocol = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=10)
+    sampled = ([(42, 0, 0), (42, 0, 1)], protocol, EVALUATION_PROMPT)
+    assert calls == 2 * [sampled, ([(42, 0, 0)], replace(protocol, temperature=0.0), EVALUATION_PROMPT)]
+    wrong = {"sampled": 0.0, "greedy": 0.0}
+    assert json.loads((run / "evaluation.json").read_text()) == {"0": wrong, "2": wrong}
+    rows = [json.loads(line) for line in (run / "heldout.jsonl").read_text().splitlines()]
+    order = [(row["step"], row["decoding"], row["problem"], row["sample"]) for row in rows]
+    assert order == [
+        (step, *row) for step in (0, 2) for row in (("greedy", 0, 0), ("sampled", 0, 0), ("sampled", 0, 1))
+    ]
+    assert all(isinstance(row["text"], str) and row["tokens"] <= 10 and row["correct"] is False for row in rows)
+    assert "after 2 steps: sampled 0.0000 -> 0.0000, greedy 0.0000 -> 0.0000 (1 problems)" in output
+
+
+def test_held_out_accuracy_on_the_way_is_kept_once(tmp_path, run_main):
+    """--eval_steps; the embedded model, so that there is something to count. A resumed run does not measure twice."""
+    held_out = tmp_path / "held_out.jsonl"
+    rows = [{"problem": p.problem, "answer": p.answer} for p in tiny_problems("heldout", 4)]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def arguments(run, *more):
+        words = ["--num_steps", 3, "--batch_size", 2, "--eval_steps", 1, "--save_steps", 1, "--max_new_tokens", 64,
+                 "--eval_data", held_out, "--device", "cpu", "--output_dir", run, *more]  # fmt: skip
+        return [str(word) for word in words]
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_main(arguments(whole))
+    evaluation = json.loads((whole / "evaluation.json").read_text())
+    assert list(evaluation) == ["0", "1", "2", "3"]
+    samples = [json.loads(line) for line in (whole / "heldout.jsonl").read_text().splitlines()]
+    for step, accuracies in evaluation.items():
+        for decoding, accuracy in accuracies.items():
+            marks = [row["correct"] for row in samples if (row["step"], row["decoding"]) == (int(step), decoding)]
+            assert len(marks) == 4 and accuracy == sum(marks) / 4
+    assert any(row["correct"] for row in samples)
+    shutil.copytree(whole, broken)
+    for step in (2, 3):
+        shutil.rmtree(broken / f"checkpoint-{step}")
+    output = run_main(arguments(broken, "--resume"))
+    assert "after 0 steps" not in output and "after 2 steps" in output
+    assert json.loads((broken / "evaluation.json").read_text()) == evaluation
+    assert (broken / "heldout.jsonl").read_text() == (whole / "heldout.jsonl").read_text()
+
+
+def test_a_folder_in_use_or_of_another_program_is_refused(qwen3, data, tmp_path, run_main):
+    with claimed(tmp_path / "busy", resume=False), pytest.raises(InputError, match="another process is running in it"):
+        run_main(flags(qwen3, data, tmp_path / "busy"))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"--output_dir .*foreign: is not empty and holds no run of ours"):
+        run_main(flags(qwen3, data, tmp_path / "foreign"))
+    assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.txt"]
+
+
+def test_the_default_folder_is_one_that_no_run_has_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42")
+    for taken in ("", "-2"):
+        Path(f"runs/tiny-pwopsd-seed42{taken}").mkdir(parents=True)
+        Path(f"runs/tiny-pwopsd-seed42{taken}/config.json").write_text("{}")
+    assert run_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42-3")
+    assert run_folder("mine", "tiny-pwopsd-seed42") == Path("mine")
 
 
 def test_problems_of_the_embedded_world_are_split_cleanly():

@@ -1,25 +1,25 @@
 import numpy as np
 import pytest
 
-from experiments.diagnose_statistics import (
+from viability import (
+    ARMS,
     DIVERSITY,
     GRAY,
+    POSITION,
     UNCERTAIN,
     LabelRule,
     auprc,
     auroc,
     bootstrap_auroc,
-    bootstrap_mean,
+    by_spine,
     centre,
-    centred_auroc,
-    fit_schedule,
-    fit_survival,
     interval,
     label_children,
     midranks,
-    null_probabilities,
     resamples,
-    simulate_null,
+    table1,
+    table1_lines,
+    to_columns,
 )
 
 RULE = LabelRule()
@@ -76,6 +76,14 @@ def test_auroc_equals_the_pairwise_twin_and_flips_with_the_sign():
     assert auroc(np.zeros_like(score), label) == 0.5
 
 
+def test_ranks_and_auroc_equal_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    score, label, _ = a_run(seed=4, C=300)
+    assert midranks(score).tolist() == stats.rankdata(score).tolist()
+    one, zero = score[label == 1], score[label == 0]
+    assert auroc(score, label) == pytest.approx(stats.mannwhitneyu(one, zero).statistic / (len(one) * len(zero)))
+
+
 def test_auprc_by_hand_and_at_its_limits():
     # Thresholds 3, 2, 1: precision 1, 1/2 (a tie of both classes after one hit: 2 of 3), recall 1/2, 1.
     assert auprc(np.array([3.0, 2.0, 2.0, 1.0]), np.array([1, 1, 0, 0])) == pytest.approx(0.5 * 1.0 + 0.5 * 2 / 3)
@@ -114,71 +122,44 @@ def test_resamples_draw_as_many_problems_as_there_are_and_repeat_with_the_seed()
     assert (counts != resamples(7, 50, seed=1)).any()
 
 
-def test_bootstrap_mean_weights_candidates_not_problems():
-    value, problem = np.array([1.0, 1.0, 4.0]), np.array([0, 0, 1])
-    means = bootstrap_mean(value, problem, np.array([[1, 1], [2, 0], [1, 3]]))
-    assert means.tolist() == [2.0, 1.0, pytest.approx((2 + 12) / 5)]
+def a_row(problem, position, teacher, **changes):
+    return {
+        "problem": problem, "position": position, "length": 10, "h_trunc": 0.5, "entropy": 0.5, "log_kappa": 1.0,
+        "mutual_information": 0.5, "spine_correct": True, "viability": {arm: [0.5] for arm in ARMS},
+        "label": {"teacher": teacher, "student": "gray", "unforced": "gray"},
+    } | changes  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("steps", "uncertain", "diversity"),
-    [(1, 0.0, 0.996848), (10, 0.005925, 0.135772), (40, 0.908751, 1.06e-7)],
-)
-def test_null_reproduces_the_published_probabilities(steps, uncertain, diversity):
-    """Survival 0.95 a step, 3 children of 6 rollouts, teacher = student (paper's critics)."""
-    got = [float(p[0]) for p in null_probabilities(np.array([0.95**steps]), RULE)]
-    assert got[0] == pytest.approx(uncertain, abs=5e-7) and got[1] == pytest.approx(diversity, rel=5e-3, abs=5e-9)
-    if steps == 1:
-        assert got[0] < 1e-12
+def test_table_1_by_hand():
+    """Early is uncertain in problem 0 (won), late is in problem 1 (lost); the gray candidate counts nowhere."""
+    rows = [
+        a_row(3, 1, "real-uncertain"), a_row(3, 5, "diversity"), a_row(3, 0, "gray"),
+        a_row(8, 9, "real-uncertain", entropy=0.9, log_kappa=-3.0), a_row(8, 2, "diversity"),
+        a_row(9, 2, "gray"),
+    ]  # fmt: skip
+    data = to_columns(rows, LabelRule(bootstraps=50))
+    assert data.r.tolist() == [0.15, 0.55, 0.05, 0.95, 0.25, 0.25]
+    assert data.score[POSITION] == pytest.approx(1.0 - data.r) and data.problem.tolist() == [0, 0, 0, 1, 1, 2]
+    result = table1(data)
+    assert (result["problems"], result["candidates"]) == (3, 6)
+    assert result["labels"] == {"diversity": 2, "real-uncertain": 2, "gray": 2}
+    # Centred over labelled candidates: uncertain +.2, -.35 against diversity -.2, +.35: one pair of four is won.
+    assert result["table1"][POSITION]["auroc"] == 0.25
+    # Uncertain 0, +.2 against diversity 0, -.2: three pairs are won, one is a tie.
+    assert result["table1"]["H(p)"]["auroc"] == result["table1"]["log kappa"]["auroc"] == 0.875
+    low, high = result["table1"][POSITION]["interval_reoriented"]
+    assert 0.5 <= low <= high <= 1.0
+    text = "\n".join(table1_lines(result))
+    assert "2 real-uncertain, 2 diversity, 2 gray" in text and "0.83 [.66,.95]" in text
 
 
-def test_null_probabilities_equal_simulated_rollouts():
-    draw = np.random.default_rng(0)
-    viability = 0.95**15
-    labels = label_children(draw.binomial(6, viability, size=(200_000, 3)) / 6, RULE)
-    uncertain, diversity = (float(p[0]) for p in null_probabilities(np.array([viability]), RULE))
-    assert (labels == UNCERTAIN).mean() == pytest.approx(uncertain, abs=3e-3)
-    assert (labels == DIVERSITY).mean() == pytest.approx(diversity, abs=3e-3)
+def test_a_class_without_candidates_has_no_number():
+    result = table1(to_columns([a_row(0, 1, "diversity"), a_row(0, 5, "gray")], LabelRule(bootstraps=5)))
+    assert set(result["table1"].values()) == {None}
+    assert "no candidate of one class" in table1_lines(result)[2]
 
 
-def test_null_world_gives_position_an_auroc_without_any_teacher_fault():
-    """Viability that only depends on what remains separates early from late; constant viability does not."""
-    remaining, problem = np.tile([40.0, 25.0, 15.0, 8.0, 2.0], 60), np.repeat(np.arange(60), 5)
-    values = simulate_null(0.95**remaining, remaining, problem, RULE, 20, seed=0)
-    assert values.min() > 0.95
-    flat = simulate_null(np.full(300, 0.5), remaining, problem, RULE, 200, seed=0)
-    assert abs(np.nanmean(flat) - 0.5) < 0.03
-
-
-def test_centred_auroc_needs_both_classes_and_leaves_gray_out():
-    score, problem = np.array([5.0, 1.0, 99.0]), np.zeros(3, int)
-    assert centred_auroc(score, np.array([UNCERTAIN, DIVERSITY, GRAY]), problem) == 1.0
-    assert np.isnan(centred_auroc(score, np.array([DIVERSITY, DIVERSITY, GRAY]), problem))
-
-
-def test_survival_is_recovered():
-    remaining = np.arange(1.0, 60.0)
-    assert fit_survival(remaining, 0.97**remaining) == pytest.approx(0.97, abs=1e-3)
-
-
-@pytest.mark.parametrize(("w_min", "tau", "s"), [(0.25, 0.30, 0.10), (0.6, 0.5, 0.0501187)])
-def test_schedule_is_recovered_from_its_own_curve(w_min, tau, s):
-    draw = np.random.default_rng(0)
-    r, problem = draw.random(400), np.repeat(np.arange(40), 10)
-    w = w_min + (1 - w_min) / (1 + np.exp(-(r - tau) / s))
-    (exact,) = fit_schedule(r, w, problem, np.ones((1, 40)))
-    assert exact == pytest.approx([w_min, tau, s], abs=0.02)
-    noisy = (draw.random(400) < w).astype(float)
-    fits = fit_schedule(r, noisy, problem, resamples(40, 300, seed=0))
-    low, high = np.percentile(fits, [2.5, 97.5], axis=0)
-    assert (low <= [w_min, tau, s]).all() and ([w_min, tau, s] <= high).all()
-
-
-def test_schedule_fit_weights_problems_by_their_counts():
-    """A resample that holds a problem twice fits as if its candidates stood there twice."""
-    draw = np.random.default_rng(1)
-    r, reliability, problem = draw.random(60), draw.random(60), np.repeat(np.arange(3), 20)
-    (counted,) = fit_schedule(r, reliability, problem, np.array([[2, 0, 1]]))
-    rows = np.concatenate([np.arange(20), np.arange(20), np.arange(40, 60)])
-    (copied,) = fit_schedule(r[rows], reliability[rows], np.zeros(60, int), np.ones((1, 1)))
-    assert counted == pytest.approx(copied, abs=1e-12)
+def test_right_and_wrong_spines_are_told_apart():
+    rows = [a_row(0, 1, "gray"), a_row(1, 1, "gray", spine_correct=False)]
+    assert by_spine(rows) == {"right spines": rows[:1], "wrong spines": rows[1:]}
+    assert by_spine(rows[:1]) == {"right spines": rows[:1]}

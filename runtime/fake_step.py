@@ -1,0 +1,155 @@
+"""A training step on fake tensors: shapes, dtypes and lifetimes of the real one, no memory and no arithmetic.
+
+What a step keeps for its backward pass depends on the model's code, the kernels of attention and this project's own
+code. So it is run instead of computed: the same functions as in train.py, on tensors that have no content
+(torch's FakeTensorMode), while `LiveBytes` counts. Fake tensors stand on the CPU whatever the machine has; workspaces
+inside a kernel and the allocator's waste are not seen.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from loss import LossOptions, Method, score_tokens_from_hidden
+from model import add_lora, cast_adapter, lora_layers, response_hidden
+from rollout import Sampling, StreamSampler
+from teacher import Teacher
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operators under it have made and that are alive: `now`, and at most: `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive.add(key)
+            weakref.finalize(storage, self._free, key, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _free(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
+
+    @contextmanager
+    def part(self, taken: dict[str, int], name: str, base: int) -> Iterator[None]:
+        """Put the peak inside, above `base`, into `taken`; the larger one if `name` is there."""
+        self.peak = self.now
+        yield
+        taken[name] = max(taken.get(name, 0), self.peak - base)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Sizes of a step on one rank, in tokens and sequences: prompts and responses all at their longest."""
+
+    student_tokens: int
+    teacher_tokens: int
+    max_new_tokens: int
+    local_batch: int  # sampled together; 0 where the engine does not sample in this process's memory
+    micro_batch_size: int
+
+
+@contextmanager
+def fake_model(like: PreTrainedModel, depth: int, gradient_checkpointing: bool) -> Iterator[tuple]:
+    """A model like `like`, adapter included, of `depth` blocks, on fake tensors; yields it and the counter."""
+    config = copy.deepcopy(like.config)
+    config.num_hidden_layers = depth
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:depth]
+    layers = list(lora_layers(like).values())
+    with FakeTensorMode(), LiveBytes() as live:
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=like.dtype, attn_implementation=like.config._attn_implementation
+        )
+        if layers:
+            add_lora(model, layers[0].rank, layers[0].alpha, layers[0].dropout)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        yield model, live
+
+
+def step_bytes(
+    model: PreTrainedModel, teacher: Teacher, shape: StepShape, method: Method, options: LossOptions,
+    settings: Sampling, live: LiveBytes, scored: int | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """Peaks of a step's parts, beyond weights, gradients and optimizer: {"prefill", "decode", "teacher", "student"}.
+
+    In bytes. The parts are those of train.train_step. `scored` limits the tokens that the loss is taken of: it
+    holds a chunk at a time, however many there are.
+    """
+    for parameter in teacher.trained:
+        parameter.grad = torch.zeros_like(parameter)
+    taken: dict[str, int] = {}
+    if shape.local_batch:
+        _sample(model, shape, settings, live, taken)
+    B, T = shape.micro_batch_size, shape.max_new_tokens
+    x_stu, x_tch, y = [[0] * shape.student_tokens] * B, [[0] * shape.teacher_tokens] * B, [[0] * T] * B
+    ids_M = torch.zeros(B * T, dtype=torch.long)
+    base = live.now
+    model.train()
+    D, dtype = model.config.hidden_size, model.dtype
+    before = [torch.empty(B * T, D, dtype=dtype) for _ in range(2)]  # the states of the micro-batch before
+    with live.part(taken, "teacher", base), teacher.scoring() as scorer:
+        teacher_MD = response_hidden(scorer, x_tch, y).flatten(0, 1).clone()
+        teacher_head_VD = scorer.get_output_embeddings().weight
+    with live.part(taken, "student", base):
+        student_MD = response_hidden(model, x_stu, y).flatten(0, 1).clone()
+        scores = score_tokens_from_hidden(
+            method, student_MD[:scored], teacher_MD[:scored], model.get_output_embeddings().weight, teacher_head_VD,
+            ids_M[:scored], options,
+        )  # fmt: skip
+        scores.loss.sum().backward()
+    del before
+    return taken
+
+
+def _sample(
+    model: PreTrainedModel, shape: StepShape, settings: Sampling, live: LiveBytes, taken: dict[str, int]
+) -> None:
+    """The two moments at which `rollout.sample` holds most: the prompts' pass, and the last token's."""
+    B, P, S = shape.local_batch, shape.student_tokens, shape.student_tokens + shape.max_new_tokens
+    sampler = StreamSampler(torch.zeros(B, 1), 0, settings)
+    model.eval()
+    base = live.now
+
+    def forward(tokens: int, cache: DynamicCache) -> Tensor:
+        before = cache.get_seq_length()
+        return model(
+            input_ids=torch.zeros(B, tokens, dtype=torch.long),
+            attention_mask=torch.ones(B, before + tokens, dtype=torch.long),
+            position_ids=torch.arange(before, before + tokens).expand(B, tokens),
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        ).logits  # fmt: skip
+
+    with torch.no_grad(), cast_adapter(model):
+        for tokens in (P, S - 1):
+            cache = DynamicCache(config=model.config)
+            with live.part(taken if tokens == P else {}, "prefill", base):
+                forward(tokens, cache)
+        with live.part(taken, "decode", base):
+            scores = forward(1, cache)[:, -1].to(torch.float32, copy=True)
+            sampler(torch.zeros(B, 0, dtype=torch.long), scores)

@@ -1,0 +1,115 @@
+"""Engines: which one is taken, and what generate does where the memory is short."""
+
+import pytest
+import torch
+
+from model import load_model, load_tokenizer
+from problems import InputError, tiny_problems
+from rollout import Sampling, sample
+from runtime import engines
+from runtime.engines import LONG_RESPONSE, GenerateEngine, choose_engine, make_engine
+from teacher import student_prompt
+
+SETTINGS = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=16)
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny", device="cpu"), load_tokenizer("tiny")
+
+
+@pytest.fixture
+def rows(tiny):
+    """Seven prompts and their keys."""
+    prompts = [student_prompt(tiny[1], problem) for problem in tiny_problems("train", 7)]
+    return prompts, [(0, 1, index) for index in range(7)]
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """Plain sampling that runs out of memory with more rows than `limit`; `tried` are the sizes of all batches."""
+
+    def limited(model, tokenizer, prompts, keys, settings):
+        limited.tried.append(len(prompts))
+        if len(prompts) > limited.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample(model, tokenizer, prompts, keys, settings)
+
+    limited.tried, limited.limit = [], 2
+    monkeypatch.setattr(engines, "sample", limited)
+    return limited
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_finished_rows_are_kept(tiny, rows, small_memory):
+    seen = []
+    engine = GenerateEngine(*tiny)
+    responses = engine.sample(*rows, SETTINGS, lambda row, response: seen.append((row, response)))
+    assert responses == sample(*tiny, *rows, SETTINGS)
+    assert small_memory.tried == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    assert seen == list(enumerate(responses))  # once each, as soon as its batch is done
+
+
+def test_what_fits_is_remembered(tiny, rows, small_memory):
+    engine, prompts, keys = GenerateEngine(*tiny, batch_size=4), *rows
+    responses = engine.sample(*rows, SETTINGS)
+    assert small_memory.tried == [4, 2, 2, 2, 1] and engine.batch_size == 2
+    small_memory.tried.clear()
+    assert engine.sample(prompts[:5], keys[:5], SETTINGS) == responses[:5]
+    assert small_memory.tried == [2, 2, 1]
+
+
+def test_rows_before_a_lack_of_memory_are_not_sampled_again(tiny, rows, small_memory):
+    """The third batch does not fit, the first two are there already."""
+    small_memory.limit = 4
+    sampled, engine = [], GenerateEngine(*tiny, batch_size=2)
+
+    def shrink(row, response):
+        sampled.append(row)
+        small_memory.limit = 1 if row == 3 else small_memory.limit
+
+    responses = engine.sample(*rows, SETTINGS, shrink)
+    assert small_memory.tried == [2, 2, 2, 1, 1, 1] and sampled == list(range(7))
+    assert responses == sample(*tiny, *rows, SETTINGS)
+
+
+def test_a_single_row_that_does_not_fit_is_said(tiny, rows, small_memory):
+    small_memory.limit = 0
+    with pytest.raises(InputError, match=r"one row of up to 16 new tokens: lower --max_new_tokens, or use --engine"):
+        GenerateEngine(*tiny).sample(*rows, SETTINGS)
+    assert small_memory.tried == [7, 3, 1]
+
+
+def test_batches_do_not_change_the_responses(tiny, rows):
+    whole = GenerateEngine(*tiny).sample(*rows, SETTINGS)
+    for size in (1, 3, 7, 100):
+        assert GenerateEngine(*tiny, batch_size=size).sample(*rows, SETTINGS) == whole
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "max_new_tokens", "taken"),
+    [
+        ("auto", CPU, 10, "generate"),
+        ("auto", CPU, 100_000, "generate"),
+        ("auto", GPU, LONG_RESPONSE - 1, "generate"),
+        ("auto", GPU, LONG_RESPONSE, "continuous"),
+        ("generate", GPU, 100_000, "generate"),
+        ("continuous", CPU, 10, "continuous"),
+        ("server", GPU, 10, "server"),
+    ],
+)
+def test_which_engine_is_taken(asked, device, max_new_tokens, taken):
+    name, reason = choose_engine(asked, device, max_new_tokens)
+    assert name == taken and reason and (reason == "as asked") == (asked != "auto")
+
+
+def test_an_engine_that_does_not_exist_is_said():
+    with pytest.raises(InputError, match="--engine vllm: choose one of auto, generate, continuous, server"):
+        choose_engine("vllm", CPU, 10)
+
+
+@pytest.mark.parametrize("name", ["generate", "continuous"])
+def test_engines_have_a_name_and_can_be_closed(tiny, name):
+    engine = make_engine(name, *tiny, 4)
+    assert engine.name == name
+    engine.close()

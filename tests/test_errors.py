@@ -1,0 +1,87 @@
+"""How errors end a script: one line, whatever went wrong, and where its traceback is."""
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from problems import InputError
+from runtime.flags import run_script
+from runtime.run_folder import claimed
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def line_of(capsys, error) -> str:
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    message = caught.value.code
+    assert isinstance(message, str) and len(message.splitlines()) == 1  # status 1, and the line on stderr
+    return message
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (InputError("--flag 3: no"), "error: --flag 3: no$"),
+        (InputError("two\nlines"), "error: two lines$"),
+        (FloatingPointError("step 3: loss nan"), "error: step 3: loss nan$"),
+        (OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"), "No space left .*metrics.jsonl"),
+        (KeyError("k_proj"), r"error: KeyError: 'k_proj' \(test_errors.py, line \d+\)"),
+        (AssertionError(), r"error: AssertionError: without a word \(test_errors.py"),
+        (RuntimeError("many\n  lines\nof CUDA"), "error: RuntimeError: many lines of CUDA"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory .*--micro_batch_size"),
+        (RuntimeError("continuous batching failed: CUDA out of memory."), "error: out of memory .*--batch_size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "error: out of memory"),
+        (MemoryError(), "error: out of memory"),
+        (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), "error: UnicodeEncodeError"),
+    ],
+)
+def test_each_exception_is_one_line(capsys, error, said):
+    assert re.search(said, line_of(capsys, error))
+
+
+def test_the_line_names_the_traceback_in_the_run_folder(tmp_path):
+    def main():
+        with claimed(tmp_path / "run", False):
+            raise KeyError("k_proj")
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    log = tmp_path / "run" / "error.log"
+    assert caught.value.code == f"error: KeyError: 'k_proj'; traceback: {log}"
+    assert 'raise KeyError("k_proj")' in log.read_text()
+
+
+def test_a_status_of_its_own_passes():
+    with pytest.raises(SystemExit) as caught:
+        run_script(lambda: sys.exit(7))
+    assert caught.value.code == 7
+
+
+def test_ctrl_c_ends_an_evaluation_with_one_line(tmp_path):
+    """At its slowest, while it samples; what it has stays and counts."""
+    command = [sys.executable, "evaluate.py", "--output_dir", str(tmp_path / "run"), "--num_samples", "20",
+               "--device", "cpu", "--batch_size", "4"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    samples, end = tmp_path / "run" / "samples.jsonl", time.monotonic() + 240
+    while not (samples.exists() and samples.stat().st_size > 0):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    lines = [line for line in re.split("[\r\n]", errors) if line.strip() and "sample" not in line.split("stopped")[0]]
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert lines[-1].startswith("stopped; what is finished is on the disk")
+    assert len(samples.read_text().splitlines()) > 1

@@ -1,0 +1,126 @@
+"""Flags: a wrong value names the flag that was typed; --help keeps its form; presets and departures from them."""
+
+import sys
+from dataclasses import fields
+
+import pytest
+
+import evaluate
+import train
+from evaluate import EvaluationConfig
+from problems import InputError
+from runtime.flags import FlagParser, departures
+from train import PRESETS, TrainConfig, parse_config
+
+# One value out of range for each flag whose value is checked before anything is loaded.
+WRONG = {
+    TrainConfig: {
+        "preset": "qwen", "method": "dpo", "teacher": "frozen", "ema_decay": "1.5", "reference": "mine",
+        "prompts": "nowhere.json", "max_length": "0", "long_prompts": "cut", "eval_samples": "0", "eval_steps": "-1",
+        "engine": "vllm", "max_new_tokens": "0", "temperature": "-1", "top_p": "0", "top_k": "-1", "num_steps": "0",
+        "batch_size": "0", "micro_batch_size": "-1", "learning_rate": "nan", "max_grad_norm": "0", "lora_rank": "-1",
+        "lora_alpha": "inf", "lora_dropout": "1", "seed": "-1", "save_steps": "0", "distill_temperature": "0",
+        "tau_clip": "-1", "beta": "2", "schedule": "steep", "w_min": "2", "tau": "nan", "s": "0", "reduction": "sum",
+        "gate_top_k": "0", "ratio_clip": "-1", "reward_lambda": "1", "entropy_quantile": "-0.1",
+    },
+    EvaluationConfig: {
+        "adapter": "nowhere", "num_samples": "0", "seeds": "-1", "temperature": "-1", "top_p": "1.1", "top_k": "-1",
+        "max_new_tokens": "0", "engine": "vllm", "batch_size": "0", "device": "abacus",
+    },
+}  # fmt: skip
+# Flags that any value suits, and those whose value only the work itself can judge: files, models, devices, graders.
+FREE = {
+    TrainConfig: {
+        "model", "data", "eval_data", "output_dir", "resume", "grader", "gradient_checkpointing", "device", "dtype",
+        "attention", "student_thinking", "teacher_thinking", "entropy_gate", "switch_step",
+    },
+    EvaluationConfig: {
+        "benchmark", "model", "enable_thinking", "prompts", "grader", "grade_only", "output_dir", "dtype",
+    },
+}  # fmt: skip
+CASES = [(config, flag, value) for config, wrong in WRONG.items() for flag, value in wrong.items()]
+
+
+def parse(config: type, *arguments: str) -> object:
+    """Flags as the script takes them, with its checks."""
+    if config is TrainConfig:
+        return parse_config(list(arguments))
+    parsed = FlagParser(config, None).parse(arguments=list(arguments))
+    evaluate.check_config(parsed)
+    return parsed
+
+
+@pytest.mark.parametrize("config", WRONG)
+def test_every_flag_is_checked_or_free(config):
+    assert {f.name for f in fields(config)} == set(WRONG[config]) ^ FREE[config]
+
+
+@pytest.mark.parametrize(("config", "flag", "value"), CASES, ids=[f"{c.__name__}-{flag}" for c, flag, _ in CASES])
+def test_a_wrong_value_names_the_flag_that_was_typed(config, flag, value, tmp_path, monkeypatch):
+    with pytest.raises(InputError) as caught:
+        if flag == "device":  # met where the ranks start
+            monkeypatch.chdir(tmp_path)
+            monkeypatch.setattr(sys, "argv", ["evaluate.py", f"--{flag}={value}"])
+            evaluate.main()
+        parse(config, f"--{flag}={value}")
+    message = str(caught.value)
+    assert message.startswith(f"--{flag}") and "\n" not in message
+    assert value in message
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (TrainConfig, ["--num_steps", "many"]),
+        (TrainConfig, ["--micro_batch_size", "half"]),
+        (TrainConfig, ["--resume", "perhaps"]),
+        (TrainConfig, ["--clip", "0.05"]),
+        (TrainConfig, ["--rollout_temperature", "1.0"]),
+        (EvaluationConfig, ["--seeds", "zero"]),
+        (EvaluationConfig, ["--no_such_flag"]),
+    ],
+)
+def test_what_is_no_flag_or_no_number_is_one_line(config, words):
+    with pytest.raises(InputError, match=words[0]) as caught:
+        parse(config, *words)
+    assert "\n" not in str(caught.value) and "--help" in str(caught.value)
+
+
+@pytest.mark.parametrize("module", [train, evaluate])
+def test_help_keeps_the_docstrings_lines_and_has_groups(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and module.__doc__.strip() in text
+    config = TrainConfig if module is train else EvaluationConfig
+    sections = {"": ""}
+    for line in text.splitlines():
+        if line and not line.startswith(" ") and line.endswith(":"):
+            sections[line.removesuffix(":")] = ""
+        else:
+            name = list(sections)[-1]
+            sections[name] += f"{line}\n"
+    for f in fields(config):
+        group = f.metadata.get("group", "loss")
+        assert f"  --{f.name}" in sections[group], f"--{f.name} is not under {group}"
+        assert f.metadata["help"].split()[0] in sections[group]
+    groups = {f.metadata.get("group", "loss") for f in fields(config)}
+    assert groups == {"data", "sampling", "run"} | ({"method", "loss", "optimisation"} if module is train else set())
+
+
+def test_presets_name_flags_and_values_that_pass():
+    names = {f.name for f in fields(TrainConfig)}
+    for preset, values in PRESETS.items():
+        assert values.keys() <= names
+        config = parse_config(["--preset", preset])
+        assert all(getattr(config, name) == value for name, value in values.items())
+
+
+def test_departures_are_what_differs_from_the_preset():
+    assert departures(parse_config([]), PRESETS) == ""
+    assert departures(parse_config(["--tau_clip", "0.05", "--seed", "7"]), PRESETS).split() == [
+        "--tau_clip", "0.05", "--seed", "7",
+    ]  # fmt: skip
+    assert departures(parse_config(["--model", "a/b", "--top_k", "0"]), PRESETS) == "--model a/b --top_k 0"
