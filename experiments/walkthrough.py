@@ -163,7 +163,7 @@ def belief_table(w: Walk) -> str:
         p_V, opsd_V = w.student_logp_MV[t - 1].exp(), w.teacher_logp_MV[t - 1].exp()
         for j in [j for j in opsd_V.argsort(descending=True).tolist() if max(p_V[j], opsd_V[j]) >= 0.01]:
             values = [p_V[j], opsd_V[j], entries_MV[t - 1, j], *(g_MV[t - 1, j] for g_MV in gradients)]
-            rows.append([str(t), code(w.run.tokenizer.decode([j])), *(number(value, 3) for value in values)])
+            rows.append([str(t), code(w.run.tokenizer.decode([j])), *(number(value, 4) for value in values)])
     names = ["t", "j", "p_t(j)", "p^opsd_t(j)", "entry of Eq. (1)", "gradient, no clip", "clip 1", "clip 0.05"]
     return table(names, rows)
 
@@ -178,7 +178,7 @@ def closed_form_table(w: Walk) -> str:
         closed = logit_gradients(w.student_logp_MV, w.teacher_logp_MV, clip)[0][t, j]
         kept = opsd * (divergence_entries(w.student_logp_MV, w.teacher_logp_MV)[t, j] <= clip)
         values = [P_A, P_A * p, kept, closed, autograd(w, clip)[t, j], w.w_M[t] * closed / (len(w.y.ids) * T)]
-        rows.append(["none" if clip == inf else f"{clip:g}", *(number(value, 4) for value in values)])
+        rows.append([clip_name(clip), *(number(value, 4) for value in values)])
     names = ["tau_clip", "P_A", "P_A p_t(j)", "p^opsd_t(j) 1[j in A]", "difference", "autograd", "in Eq. (6)"]
     return table(names, rows)
 
@@ -196,7 +196,7 @@ def sequence_table(w: Walk) -> str:
     """The row as if it were the whole step: PW-OPSD's reduction and OPSD's, and each gradient's norm."""
     rows = []
     for name, title in (("pwopsd", "PW-OPSD, Eq. (6)"), ("opsd", "OPSD, Eq. (1)")):
-        for clip in CLIPS[1:]:
+        for clip in CLIPS:
             method, L, scores = resolve_method(name, w.config), [len(w.y.ids)], w.scores[clip]
             w_M = method.token_weight(scores, L, STEP, w.config)
             numerator, denominator = method.reduction(scores.loss, w_M, L)
@@ -204,7 +204,7 @@ def sequence_table(w: Walk) -> str:
             gradients = torch.autograd.grad(loss, w.run.parameters, retain_graph=True)
             norm = torch.nn.utils.get_total_norm(gradients)
             values = [number(numerator, 4), f"{denominator:g}", number(loss, 4), number(norm, 4)]
-            rows.append([title, f"{clip:g}", *values])
+            rows.append([title, clip_name(clip), *values])
     return table(["method", "tau_clip", "numerator", "denominator", "loss", "gradient norm"], rows)
 
 
@@ -247,11 +247,15 @@ def blocks() -> dict[str, str]:
 
 
 def number(value: Tensor | float, digits: int) -> str:
-    return f"{round(float(value), digits) + 0.0:.{digits}f}"  # + 0.0: no -0.000
+    return f"{round(torch.as_tensor(value).item(), digits) + 0.0:.{digits}f}"  # + 0.0: no -0.000
+
+
+def clip_name(clip: float) -> str:
+    return "none" if clip == inf else f"{clip:g}"
 
 
 def code(text: str) -> str:
-    return f"`{text}`"
+    return "`" + text.replace("|", "\\|") + "`"  # a bar ends a table's cell, in backticks too
 
 
 def table(names: list[str], rows: list[list[str]]) -> str:

@@ -108,11 +108,13 @@ def commands(page: str) -> list[list[str]]:
     inline = re.findall(r"`((?:python|torchrun) [^`]+)`", prose(page))
     found = []
     for line in [*blocks, *inline]:
-        for command in re.split(r"&&|;|\|", line):
-            words = shlex.split(command, comments=True)
-            while words and re.fullmatch(r"\w+=\S*", words[0]):  # VARIABLE=value before a command
-                words = words[1:]
-            found += [words] if words else []
+        command: list[str] = []
+        for word in [*shlex.split(line, comments=True), ";"]:
+            if word in ("&&", "|", ";"):
+                found += [command] if command else []
+                command = []
+            elif command or not re.fullmatch(r"[A-Z_]+=.*", word):  # VARIABLE=value before a command
+                command.append(word)
     return found
 
 
