@@ -19,8 +19,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from model import find_checkpoint
 from problems import InputError
 from rollout import OnFinished, Response, Sampling, StreamKey
 
@@ -247,6 +248,15 @@ def base_url(server: str) -> str:
     if not good or parts.query or parts.fragment:
         raise InputError(f"--server {server}: not an address like http://host:8000/v1")
     return url if url.endswith("/v1") else f"{url}/v1"
+
+
+def checkpoint_eos_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """model.eos_ids of a checkpoint that is not loaded here."""
+    try:
+        own = GenerationConfig.from_pretrained(find_checkpoint(model)).eos_token_id
+    except OSError:  # a checkpoint need not have one
+        own = None
+    return sorted({*(own if isinstance(own, list) else [] if own is None else [own]), tokenizer.eos_token_id})
 
 
 def request_seed(key: StreamKey) -> int:
