@@ -355,7 +355,7 @@ def check_config(config: TrainConfig) -> None:
     engine, _ = choose_engine(config.engine, torch.device("cpu"), config.max_new_tokens, config.server)
     if engine == "server" and config.lora_rank == 0:
         raise InputError("--engine server trains an adapter, which the server loads: --lora_rank must be above 0")
-    assert config.sampling  # checks itself
+    _ = config.sampling  # checks itself
     load_prompts(config.prompts)
     if config.resume and config.output_dir is None:
         raise InputError("--resume needs --output_dir, the run to go on with")
