@@ -35,6 +35,7 @@ from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine
 from runtime.flags import FlagParser, departures, option, run_script
 from runtime.grading import Grader, make_grader
 from runtime.phases import run_phase
+from runtime.pins import run_pins
 from runtime.ranks import gather_objects, rank, say, start_ranks, stop_ranks, world_size
 from runtime.run_folder import claimed, record_run, run_folder, write_atomically
 from teacher import PAPER_PROMPTS, Prompts, encode_prompt, load_prompts
@@ -442,7 +443,9 @@ def main() -> None:
     folder = run_folder(config.output_dir, f"diagnose-{config.preset or Path(config.model).name}")
     with claimed(folder, config.resume) as record:
         run = prepare(config, device, folder)
-        record_run(folder, record, asdict(run.config), FREE_ON_RESUME, {"ranks": world_size(), "hardware": str(device)})
+        facts = {"ranks": world_size(), "hardware": str(device)}
+        pins = run_pins(config, run.problems, [])
+        record_run(folder, record, asdict(run.config), FREE_ON_RESUME, facts, pins)
         say(f"{departures(config, PRESETS) or 'the preset as it is'}; all options: {folder}/config.json")
         diagnose(run)
     stop_ranks()
