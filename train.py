@@ -214,8 +214,8 @@ def train_step(
     x_stu = [student_prompt(run.tokenizer, problem, run.prompts) for problem in batch]
     x_tch = [teacher_prompt(run.tokenizer, problem, run.prompts) for problem in batch]
     keys = [(config.seed, ROLLOUT_STREAM, step, slot) for slot in slots]
-    with clock("sampling"), run.stop.leaving():
-        y = run.engine.sample(x_stu, keys, config.sampling)
+    with clock("sampling"):
+        y = run.stop.unless_asked(lambda: run.engine.sample(x_stu, keys, config.sampling))
     if any(gather_objects(run.stop.asked)):
         return None
 
