@@ -214,8 +214,8 @@ def train_step(
     # Sample y ~ pi_theta(. | x_stu), fixed data from here on.
     x_stu = [student_prompt(run.tokenizer, problem, run.prompts) for problem in share.problems]
     x_tch = [teacher_prompt(run.tokenizer, problem, run.prompts) for problem in share.problems]
-    with clock("sampling"), run.stop.leaving():
-        y = run.engine.sample(x_stu, share.keys, config.sampling)
+    with clock("sampling"):
+        y = run.stop.unless_asked(lambda: run.engine.sample(x_stu, share.keys, config.sampling))
     if any(gather_objects(run.stop.asked)):
         return None
 

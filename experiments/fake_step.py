@@ -92,7 +92,7 @@ def compare(preset: str, context: int, lora_rank: int, kind: str, rows_per_rank:
     row = {
         "preset": preset,
         "context": context,
-        "trained": f"LoRA {lora_rank}" if lora_rank else "all",
+        "what": f"LoRA {lora_rank}" if lora_rank else "all",
         "teacher": kind,
     }
     row |= {"sequences": shape.micro_batch_size, "sampled together": rows_per_rank, "plan seconds": plan_seconds}
@@ -103,7 +103,7 @@ def compare(preset: str, context: int, lora_rank: int, kind: str, rows_per_rank:
 
 def line(row: dict) -> str:
     cells = [f"{plan:.2f} / {tracked:.2f}" for plan, tracked in (row[part] for part in (*PARTS, "total"))]
-    head = [row["preset"], f"{row['context']:,}", row["trained"], row["teacher"], str(row["sequences"])]
+    head = [row["preset"], f"{row['context']:,}", row["what"], row["kind"], str(row["sequences"])]
     return f"| {' | '.join([*head, *cells])} |"
 
 

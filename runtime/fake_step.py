@@ -39,10 +39,12 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+                self.count(tensor)
         return out
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, unless it is counted; for real tensors also those made before."""
+        storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._alive:
             self._alive.add(key)

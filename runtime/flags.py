@@ -7,11 +7,11 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from math import inf
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import HfArgumentParser
@@ -131,10 +131,13 @@ def describe(error: Exception) -> str:
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
+Result = TypeVar("Result")
+
+
 class Sigterm:
     """Whether SIGTERM has asked the run to stop. The step under way may finish; asked twice, it stops at once.
 
-    Inside `leaving` there is nothing to finish: the block is left as soon as the signal comes.
+    Work under `unless_asked` is left as soon as the signal comes: there is nothing in it to finish.
     """
 
     def __init__(self) -> None:
@@ -144,15 +147,13 @@ class Sigterm:
         signal.signal(signal.SIGTERM, self._note)
         return self
 
-    @contextmanager
-    def leaving(self) -> Iterator[None]:
+    def unless_asked(self, work: Callable[[], Result]) -> Result | None:
+        """What `work` returns, or None where SIGTERM has come before or comes meanwhile."""
         self._may_leave = True
         try:
-            if self.asked:
-                raise _LeaveError
-            yield
+            return None if self.asked else work()
         except _LeaveError:
-            pass
+            return None
         finally:
             self._may_leave = False
 
@@ -165,4 +166,4 @@ class Sigterm:
 
 
 class _LeaveError(BaseException):
-    """SIGTERM within `Sigterm.leaving`; no `except Exception` on the way may take it for a failure."""
+    """SIGTERM within `Sigterm.unless_asked`; no `except Exception` on the way may take it for a failure."""

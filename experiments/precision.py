@@ -1,0 +1,97 @@
+"""What bfloat16 does to the adapter's gradient: relative distance to float32's, by part and by clip.
+
+    python -m experiments.precision --model DIRECTORY [DIRECTORY ...]
+
+The same rollouts, adapter and loss in float32 and in bfloat16 with gradient checkpointing, as on a GPU; then in
+bfloat16 with logits whose product is accumulated and kept in float32. Distance: ||g - g32|| / ||g32|| over the
+adapter's parameters of a part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import types
+from contextlib import nullcontext
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import loss
+from loss import LossOptions, resolve_method, score_tokens_from_hidden
+from model import LORA_TARGETS, add_lora, load_model, load_tokenizer, lora_layers, response_hidden
+from problems import load_problems
+from rollout import Response, Sampling, sample
+from runtime.flags import run_script
+from teacher import Teacher, student_prompt, teacher_prompt
+
+ROWS, TOKENS = 8, 64
+
+
+def float32_logits(x_MD: Tensor, head_VD: Tensor) -> Tensor:
+    """The head's product accumulated in float32 and not rounded."""
+    return x_MD.float() @ head_VD.float().T
+
+
+def prepared(name: str, dtype: str) -> PreTrainedModel:
+    """The model with an adapter that has moved away from its start, the same in each dtype."""
+    model = load_model(name, dtype, device="cpu")
+    torch.manual_seed(0)
+    add_lora(model, 8, 16.0)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.02)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def gradients(model: PreTrainedModel, contexts: tuple, y: list[Response], tau_clip: float, exact: bool) -> dict:
+    """Eq. (6)'s gradient by part; `exact` is for float32 logits."""
+    options = LossOptions(tau_clip=tau_clip)
+    method, teacher = resolve_method("pwopsd", options), Teacher(model)
+    responses, lengths = [r.ids for r in y], [len(r.ids) for r in y]
+    mask_BT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    model.zero_grad()
+    with teacher.scoring() as scorer:
+        teacher_MD = response_hidden(scorer, contexts[1], responses)[mask_BT]
+    student_MD = response_hidden(model, contexts[0], responses)[mask_BT]
+    head_VD, ids_M = model.get_output_embeddings().weight, torch.tensor([token for row in responses for token in row])
+    linear = mock.patch.object(loss, "F", types.SimpleNamespace(linear=float32_logits)) if exact else nullcontext()
+    with linear:
+        scores = score_tokens_from_hidden(method, student_MD, teacher_MD, head_VD, head_VD, ids_M, options)
+        weight_M = method.token_weight(scores, lengths, 0, options)
+        numerator, denominator = method.reduction(scores.loss, weight_M, lengths)
+        (numerator / denominator).backward()
+    parts: dict[str, list[Tensor]] = {target: [] for target in LORA_TARGETS}
+    for name, layer in lora_layers(model).items():
+        parts[name.split(".")[-1]] += [layer.lora_A.grad.flatten().clone(), layer.lora_B.grad.flatten().clone()]
+    return {"all": torch.cat([g for gs in parts.values() for g in gs]), **{k: torch.cat(v) for k, v in parts.items()}}
+
+
+def compare(name: str, data: str, temperature: float) -> None:
+    tokenizer, problems = load_tokenizer(name), load_problems(data)[:ROWS]
+    contexts = tuple([prompt(tokenizer, p) for p in problems] for prompt in (student_prompt, teacher_prompt))
+    full, half = prepared(name, "float32"), prepared(name, "bfloat16")
+    y = sample(full, tokenizer, contexts[0], [(0, i) for i in range(ROWS)], Sampling(temperature, 0.95, 0, TOKENS))
+    for tau_clip in (0.05, 1.0, float("inf")):
+        wanted = gradients(full, contexts, y, tau_clip, exact=False)
+        for words, exact in (("bfloat16", False), ("bfloat16, float32 logits", True)):
+            found = gradients(half, contexts, y, tau_clip, exact)
+            cells = [f"{((found[k] - wanted[k]).norm() / wanted[k].norm()).item():.3f}" for k in wanted]
+            print(f"| {name} | {tau_clip} | {words} | {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["tiny"])
+    parser.add_argument("--data", default="tiny:train")
+    parser.add_argument("--temperature", type=float, default=1.1)
+    args = parser.parse_args()
+    names = ["model", "tau_clip", "forward", "all", *LORA_TARGETS]
+    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    for name in args.model:
+        compare(name, args.data, args.temperature)
+
+
+if __name__ == "__main__":
+    run_script(main)
