@@ -136,7 +136,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise InputError(f"--model {name}: the tokenizer has no EOS token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    back = tokenizer.decode(tokenizer.encode(MATHEMATICS, add_special_tokens=False))
+    if back.strip() != MATHEMATICS:
+        raise InputError(f"--model {name}: the tokenizer loses text: {MATHEMATICS!r} comes back as {back!r}")
     return tokenizer
+
+
+# Spaces, line breaks, digits and LaTeX: what solutions are made of. Libraries have dropped the spaces of some
+# tokenizers in silence.
+MATHEMATICS = "Let x = 12 and y = 3.\n\nThen $x + 2y = 18$, so  \\boxed{\\frac{18}{5}}"
 
 
 def find_checkpoint(name: str) -> str:

@@ -137,9 +137,27 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of one user turn in the model's chat template, ready for the response to follow.
 
+    The template alone decides on a BOS: the tokenizer must not add a second one. A control token that the problem
+    spells stays text. Raises InputError for a template that is missing or fails.
+    """
+    text, cut = render_prompt(tokenizer, template, problem, enable_thinking)
+    ids = [token for part in text.split(cut) for token in tokenizer.encode(part, add_special_tokens=False)]
+    if cut in text and tokenizer.decode(ids) != tokenizer.decode(
+        tokenizer.encode(text.replace(cut, ""), add_special_tokens=False)
+    ):
+        raise InputError(
+            f"{tokenizer.name_or_path}: cannot encode a control token as text, in the problem {problem.problem[:80]!r}"
+        )
+    return ids
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, template: str, problem: Problem, enable_thinking: bool
+) -> tuple[str, str]:
+    """The turn's text, and the character at which it is cut before encoding, if it occurs.
+
     Think-closure: with thinking off, a template that opens `<think>` regardless is closed again, at the end of the
-    prompt only. The template alone decides on a BOS: the tokenizer must not add a second one. A control token that the
-    problem spells stays text. Raises InputError for a template that is missing or fails.
+    prompt only.
     """
     if tokenizer.chat_template is None:
         raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no chat template, which the prompts need")
@@ -155,14 +173,7 @@ def encode_prompt(
         ) from error
     if not enable_thinking and text.rstrip().endswith("<think>"):
         text += "</think>\n\n"
-    ids = [token for part in text.split(cut) for token in tokenizer.encode(part, add_special_tokens=False)]
-    if cut in text and tokenizer.decode(ids) != tokenizer.decode(
-        tokenizer.encode(text.replace(cut, ""), add_special_tokens=False)
-    ):
-        raise InputError(
-            f"{tokenizer.name_or_path}: cannot encode a control token as text, in the problem {problem.problem[:80]!r}"
-        )
-    return ids
+    return text, cut
 
 
 MARKUP = re.compile(r"\s*<.+>\s*", re.DOTALL)  # <think> and <｜User｜> steer a model too, though not declared special

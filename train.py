@@ -12,7 +12,7 @@ once, which is the exact mean over the whole step whatever the split.
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +40,21 @@ from rollout import Response, Sampling, StreamKey
 from runtime.checkpoint import resume, save_checkpoint
 from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine, publish, withdraw
 from runtime.fit import fitting_problems, plan_run
-from runtime.flags import FlagParser, departures, listen_for_sigterm, option, run_script
+from runtime.flags import FlagParser, Sigterm, departures, option, run_script
 from runtime.grading import Grader, make_grader
-from runtime.metrics import Clock, TokenMetrics, collapse_warning, gap_warning, rollout_metrics, sampler_gap, step_line
+from runtime.metrics import (
+    Clock,
+    TokenMetrics,
+    Watch,
+    repeats,
+    rollout_metrics,
+    sampler_gap,
+    step_line,
+)
 from runtime.pins import run_pins
 from runtime.ranks import (
     buckets,
+    check_same_start,
     gather_objects,
     hide_bar,
     rank,
@@ -132,6 +141,7 @@ class TrainConfig(LossOptions):
     output_dir: str | None = option(None, "run folder; default runs/MODEL-METHOD-seedSEED, numbered if taken")
     resume: bool = option(False, "go on from the newest checkpoint in --output_dir, if there is one")
     seed: int = option(42, "of every random draw: adapter, data order, rollouts, evaluation", within=(0, 2**63))
+    stop_on_collapse: bool = option(False, "end a run that looks collapsed, instead of a warning only")
     save_steps: int = option(25, "steps between checkpoints; the last step is always saved", least=1)
     grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
     gradient_checkpointing: bool | None = option(None, "default: on a GPU only")
@@ -159,8 +169,8 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 # What may differ when a run is taken up again: how it is computed, not what.
 FREE_ON_RESUME = {
-    "resume", "output_dir", "device", "micro_batch_size", "gradient_checkpointing", "save_steps", "engine",
-    "server", "served_model",
+    "resume", "output_dir", "stop_on_collapse", "device", "micro_batch_size", "gradient_checkpointing", "save_steps",
+    "engine", "server", "served_model",
 }  # fmt: skip
 
 
@@ -177,6 +187,7 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     grader: Grader
     prompts: Prompts
+    stop: Sigterm = field(default_factory=Sigterm)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -187,8 +198,12 @@ class Training:
 # One step of Algorithm 1
 
 
-def train_step(step: int, run: Training, problems: list[Problem], config: TrainConfig) -> tuple[dict, list[dict]]:
+def train_step(
+    step: int, run: Training, problems: list[Problem], config: TrainConfig
+) -> tuple[dict, list[dict]] | None:
     """Algorithm 1, one step over all ranks. Returns its metrics and this rank's rollouts, as rows for samples.jsonl.
+
+    Returns None, with nothing changed, where SIGTERM came while it was sampling.
 
     Raises FloatingPointError, naming step and problems, where the loss or its gradient is not finite.
     """
@@ -199,8 +214,10 @@ def train_step(step: int, run: Training, problems: list[Problem], config: TrainC
     # Sample y ~ pi_theta(. | x_stu), fixed data from here on.
     x_stu = [student_prompt(run.tokenizer, problem, run.prompts) for problem in share.problems]
     x_tch = [teacher_prompt(run.tokenizer, problem, run.prompts) for problem in share.problems]
-    with clock("sampling"):
+    with clock("sampling"), run.stop.leaving():
         y = run.engine.sample(x_stu, share.keys, config.sampling)
+    if any(gather_objects(run.stop.asked)):
+        return None
 
     # Score every token in both contexts, weight it by its position, add up the gradient of the loss's numerator.
     model.train()
@@ -238,7 +255,9 @@ def train_step(step: int, run: Training, problems: list[Problem], config: TrainC
 
     samples = sample_rows(step, share, y, run)
     metrics = {"step": step, "loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": learning_rate}
-    return metrics | rollout_metrics(samples) | tokens.means() | clock.metrics(samples), samples
+    return metrics | rollout_metrics(samples, [repeats(r.ids) for r in y]) | tokens.means() | clock.metrics(
+        samples
+    ), samples
 
 
 def sum_over_ranks(tensors: list[Tensor]) -> None:
@@ -336,7 +355,7 @@ def check_config(config: TrainConfig) -> None:
     engine, _ = choose_engine(config.engine, torch.device("cpu"), config.max_new_tokens, config.server)
     if engine == "server" and config.lora_rank == 0:
         raise InputError("--engine server trains an adapter, which the server loads: --lora_rank must be above 0")
-    assert config.sampling  # checks itself
+    _ = config.sampling  # checks itself
     load_prompts(config.prompts)
     if config.resume and config.output_dir is None:
         raise InputError("--resume needs --output_dir, the run to go on with")
@@ -432,12 +451,12 @@ def train(
     held_out: list[Problem],
 ) -> None:  # fmt: skip
     """A run in a folder that is ours, from its start or from its newest checkpoint."""
-    stop_asked = listen_for_sigterm()
     grader = make_grader(config.grader, [problem.answer for problem in [*problems, *held_out] if problem.answer])
     problems, prompts = choose_prompts(config, problems)
     run = build(config, device, grader, prompts)
-    fitting = fitting_problems(problems, run.tokenizer, prompts, context_length(run.model), config)
-    memory = plan_run(run, fitting, config, device)
+    run.stop.listen()
+    fit = fitting_problems(problems, run.tokenizer, prompts, context_length(run.model), config)
+    memory, fitting = plan_run(run, fit, config, device), fit.problems
     config = replace(config, micro_batch_size=memory.micro_batch_size)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if config.method == "reopold" else set())  # its quantile's tokens
     pins = run_pins(config, problems, held_out)
@@ -448,41 +467,44 @@ def train(
         say(grader.note)
     say(str(memory))
     start = resume(folder, run.model, run.teacher, run.optimizer, run.scheduler) if config.resume else 0
+    check_same_start([(name, p) for name, p in run.model.named_parameters() if p.requires_grad])
     wait_for_all()  # every rank has read before rank 0 writes
     with closing(run.engine), closing(run.grader):
-        take_steps(start, run, fitting, held_out, folder, config, stop_asked)
+        take_steps(start, run, fitting, held_out, folder, config)
     withdraw(folder)
 
 
 def take_steps(
-    start: int, run: Training, problems: list[Problem], held_out: list[Problem], folder: Path, config: TrainConfig,
-    stop_asked: list[int],
-) -> None:  # fmt: skip
-    log, history, warned, doubted = RunLog(folder, start), [], None, None
+    start: int, run: Training, problems: list[Problem], held_out: list[Problem], folder: Path, config: TrainConfig
+) -> None:
+    """The steps that are left, with what is logged, scored and saved between them."""
+    log, watch = RunLog(folder, start), Watch(folder, config, run.model.dtype)
     for step in tqdm(range(start, config.num_steps), initial=start, total=config.num_steps, disable=hide_bar()):
         publish(run.engine, run.model, folder, step)
         if step % (config.eval_steps or config.num_steps) == 0:
             score_held_out(log, step, run, held_out, config)
-        metrics, samples = train_step(step, run, problems, config)
-        log.append(metrics, [row for part in gather_objects(samples) for row in part])
-        say(step_line(metrics, config.num_steps))
-        history.append(metrics)
-        if not warned and (warned := collapse_warning(history, config.max_new_tokens)):
-            say(f"warning: after step {step + 1} the run looks collapsed: {warned}")
-        if not doubted and config.lora_dropout == 0.0 and (doubted := gap_warning(metrics, run.model.dtype)):
-            say(f"warning: after step {step + 1}: {doubted}")
-        stopping = any(gather_objects(bool(stop_asked)))
-        if stopping or (step + 1) % config.save_steps == 0 or step + 1 == config.num_steps:
-            if rank() == 0:
-                base = find_checkpoint(config.model)
-                save_checkpoint(folder, step + 1, run.model, base, run.teacher, run.optimizer, run.scheduler)
-            wait_for_all()  # no rank runs ahead of a checkpoint that may fail
+        done = train_step(step, run, problems, config)
+        if done is not None:
+            metrics, samples = done
+            log.append(metrics, [row for part in gather_objects(samples) for row in part])
+            say(step_line(metrics, config.num_steps))
+            watch.see(metrics)
+        behind, stopping = step + (done is not None), any(gather_objects(run.stop.asked))
+        if behind > start and (stopping or behind % config.save_steps == 0 or behind == config.num_steps):
+            save(folder, behind, run, config)
         if stopping:
-            return say(f"SIGTERM: saved after step {step + 1}; go on with --resume --output_dir {folder}")
-
+            return say(f"SIGTERM: saved after step {behind}; go on with --resume --output_dir {folder}")
     publish(run.engine, run.model, folder, config.num_steps)
     score_held_out(log, config.num_steps, run, held_out, config)
     return say(f"weights: {folder}/checkpoint-{config.num_steps}")
+
+
+def save(folder: Path, step: int, run: Training, config: TrainConfig) -> None:
+    """Write the checkpoint after `step` steps, unless it is there; no rank runs ahead of one that may fail."""
+    if rank() == 0 and not (folder / f"checkpoint-{step}").exists():
+        base = find_checkpoint(config.model)
+        save_checkpoint(folder, step, run.model, base, run.teacher, run.optimizer, run.scheduler)
+    wait_for_all()
 
 
 def cli() -> None:

@@ -7,7 +7,8 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from math import inf
 from pathlib import Path
@@ -130,14 +131,38 @@ def describe(error: Exception) -> str:
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
-def listen_for_sigterm() -> list[int]:
-    """A list that SIGTERM adds to, so that the step under way can finish; asked twice, it stops at once."""
-    asked: list[int] = []
+class Sigterm:
+    """Whether SIGTERM has asked the run to stop. The step under way may finish; asked twice, it stops at once.
 
-    def note(number: int, frame: object) -> None:
-        if asked:
+    Inside `leaving` there is nothing to finish: the block is left as soon as the signal comes.
+    """
+
+    def __init__(self) -> None:
+        self.asked = self._may_leave = False
+
+    def listen(self) -> Sigterm:
+        signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        self._may_leave = True
+        try:
+            if self.asked:
+                raise _LeaveError
+            yield
+        except _LeaveError:
+            pass
+        finally:
+            self._may_leave = False
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.asked:
             raise KeyboardInterrupt
-        asked.append(number)
+        self.asked = True
+        if self._may_leave:
+            raise _LeaveError
 
-    signal.signal(signal.SIGTERM, note)
-    return asked
+
+class _LeaveError(BaseException):
+    """SIGTERM within `Sigterm.leaving`; no `except Exception` on the way may take it for a failure."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from loss import CHUNK_BYTES, TokenScores, log_probabilities
+from problems import InputError
 from rollout import Response
-from runtime.ranks import gather_objects
+from runtime.ranks import gather_objects, say
 
 
 class TokenMetrics:
@@ -58,13 +60,23 @@ def sampler_gap(student_MD: Tensor, head_VD: Tensor, ids_M: Tensor, responses: l
     return (sampler_logp_M - logp_M).abs()
 
 
-def rollout_metrics(samples: list[dict]) -> dict:
-    """Over all ranks: accuracy on the problems that have an answer, mean length, share that ended with EOS."""
+def rollout_metrics(samples: list[dict], repeating: list[bool]) -> dict:
+    """Over all ranks: accuracy where a problem has an answer, mean length, shares that ended and that repeat."""
     graded = [row["correct"] for row in samples if row["correct"] is not None]
     ended = [row["finish_reason"] == "eos" for row in samples]
-    counts = [sum(graded), len(graded), sum(row["tokens"] for row in samples), sum(ended), len(samples)]
-    correct, count, tokens, eos, rows = (sum(column) for column in zip(*gather_objects(counts), strict=True))
-    return {"accuracy": correct / count if count else None, "mean_length": tokens / rows, "eos_rate": eos / rows}
+    counts = [sum(graded), len(graded), sum(row["tokens"] for row in samples), sum(ended), sum(repeating), len(samples)]
+    correct, count, tokens, eos, loops, rows = (sum(column) for column in zip(*gather_objects(counts), strict=True))
+    return {
+        "accuracy": correct / count if count else None, "mean_length": tokens / rows, "eos_rate": eos / rows,
+        "repetition": loops / rows,
+    }  # fmt: skip
+
+
+def repeats(ids: list[int], tail: int = 200, run: int = 20) -> bool:
+    """Whether some run of 20 tokens stands twice within the last 200."""
+    last = ids[-tail:]
+    runs = [tuple(last[start : start + run]) for start in range(len(last) - run + 1)]
+    return len(set(runs)) < len(runs)
 
 
 def gap_warning(metrics: dict, dtype: torch.dtype) -> str | None:
@@ -83,19 +95,73 @@ GAP_BOUND_16_BIT = 5e-2
 
 
 COLLAPSE_WINDOW = 5  # steps; a single step's accuracy is a mean over few rollouts
+SHORT = 0.25  # of the length at the start; self-distillation alone may halve it
+LOOPING = 0.25  # share of rollouts that repeat themselves, besides what did so at the start
+
+
+class CollapseError(InputError):
+    """A run that `--stop_on_collapse` ends."""
 
 
 def collapse_warning(history: list[dict], limit: int) -> str | None:
-    """One line if, over the last steps, every rollout was cut at `limit` tokens or a rate fell to half its best."""
+    """One line if the last steps look collapsed, else None; each number is a mean over COLLAPSE_WINDOW steps.
+
+    Every rollout was cut at `limit` tokens; accuracy or the share that ends fell to half its best; the length fell to
+    a quarter of its start; or the share that repeats itself rose by a quarter of all rollouts over its start.
+    """
     ends = range(COLLAPSE_WINDOW, len(history) + 1)
     windows = [history[end - COLLAPSE_WINDOW : end] for end in ends]
-    if windows and all(step["mean_length"] >= limit for step in windows[-1]):
+    if not windows:
+        return None
+    if all(step["mean_length"] >= limit for step in windows[-1]):
         return f"every rollout of the last {COLLAPSE_WINDOW} steps was cut at --max_new_tokens {limit}"
+
+    def means(name: str) -> list[float]:
+        return [sum(step.get(name) or 0.0 for step in window) / COLLAPSE_WINDOW for window in windows]
+
+    over = f"(means over {COLLAPSE_WINDOW} steps)"
     for name in ("accuracy", "eos_rate"):
-        means = [sum(step[name] or 0.0 for step in window) / COLLAPSE_WINDOW for window in windows]
-        if means and means[-1] <= max(means) / 2 > 0.0:
-            return f"{name} fell from {max(means):.2f} to {means[-1]:.2f} (means over {COLLAPSE_WINDOW} steps)"
+        values = means(name)
+        if values[-1] <= max(values) / 2 > 0.0:
+            return f"{name} fell from {max(values):.2f} to {values[-1]:.2f} {over}"
+    length, loops = means("mean_length"), means("repetition")
+    if length[-1] <= SHORT * length[0]:
+        return f"mean_length fell from {length[0]:.1f} at the start to {length[-1]:.1f} tokens {over}"
+    if loops[-1] >= loops[0] + LOOPING:
+        return f"repetition rose from {loops[0]:.2f} at the start to {loops[-1]:.2f} of the rollouts {over}"
     return None
+
+
+class Watch:
+    """What is said of a run that looks wrong: each warning once. With --stop_on_collapse the first one ends the run."""
+
+    def __init__(self, folder: Path, config, dtype: torch.dtype) -> None:
+        self.folder, self.config, self.dtype = folder, config, dtype
+        self.history: list[dict] = []
+        self.collapse: str | None = None
+        self.gap: str | None = None
+
+    def see(self, metrics: dict) -> None:
+        """Look at a step's metrics. Raises CollapseError, naming the last good checkpoint."""
+        self.history.append(metrics)
+        step = metrics["step"]
+        if self.collapse is None:
+            self.collapse = collapse_warning(self.history, self.config.max_new_tokens)
+            if self.collapse is not None:
+                say(f"warning: after step {step + 1} the run looks collapsed: {self.collapse}")
+                if self.config.stop_on_collapse:
+                    good = last_good(self.folder, step)
+                    raise CollapseError(f"--stop_on_collapse, step {step + 1}: {self.collapse}; {good}")
+        if self.gap is None and self.config.lora_dropout == 0.0:
+            self.gap = gap_warning(metrics, self.dtype)
+            if self.gap is not None:
+                say(f"warning: after step {step + 1}: {self.gap}")
+
+
+def last_good(folder: Path, step: int) -> str:
+    """The newest checkpoint from before the steps that look collapsed, in words."""
+    sound = [n for n in range(1, step + 2 - COLLAPSE_WINDOW) if (folder / f"checkpoint-{n}").is_dir()]
+    return f"the last good checkpoint is {folder}/checkpoint-{sound[-1]}" if sound else "no checkpoint is from before"
 
 
 class Clock:

@@ -11,19 +11,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import pick_device
+from problems import InputError
 
 
 def start_ranks(device_name: str) -> torch.device:
     """This rank's device, current before anything touches another GPU; joins the group that torchrun has started."""
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if distributed and device_name in ("auto", "cuda") and torch.cuda.is_available():
-        device_name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if distributed:
+        device_name = rank_device(device_name, os.environ["LOCAL_RANK"], torch.cuda.is_available())
     device = pick_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before the group: NCCL's object collectives use the current device
     if distributed and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def rank_device(name: str, local_rank: str, has_gpu: bool) -> str:
+    """The device of one of several ranks: each has the GPU of its number on this machine."""
+    if name.startswith("cuda:"):
+        raise InputError(f"--device {name}: several ranks cannot share a GPU; pass cuda, and each takes its own")
+    return f"cuda:{local_rank}" if name == "cuda" or (name == "auto" and has_gpu) else name
 
 
 def stop_ranks() -> None:
@@ -59,6 +67,23 @@ def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
             bucket = []
         bucket.append(tensor)
     yield bucket
+
+
+def check_same_start(named: list[tuple[str, Tensor]]) -> None:
+    """Raise InputError, naming the first tensor, unless all ranks hold the same bits; compared by a checksum each.
+
+    Ranks draw the adapter themselves, from the same seed: other versions or GPUs could draw another one unnoticed.
+    """
+    sums = [int(tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64)) for _, tensor in named]
+    ordered = [float(tensor.detach().flatten()[::7].double().sum()) for _, tensor in named]
+    everyone = gather_objects(list(zip(sums, ordered, strict=True)))
+    for other, theirs in enumerate(everyone):
+        for (name, _), first, here in zip(named, everyone[0], theirs, strict=True):
+            if first != here:
+                raise InputError(
+                    f"rank {other} starts with another {name} than rank 0: all ranks need the same model files, "
+                    "versions and kind of GPU"
+                )
 
 
 def wait_for_all() -> None:

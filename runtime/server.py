@@ -298,6 +298,6 @@ def _why_not_loaded(error, directory: Path) -> str:
     if error.status_code in (404, 405) or "LoRA is not enabled" in text:
         return (
             "loads no adapters: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, "
-            "or export the adapter (python model.py export) and serve the result"
+            "or export the adapter (python -m runtime.export) and serve the result"
         )
     return f"does not load the adapter {directory} ({text})"

@@ -24,16 +24,15 @@ import torch
 from model import (
     TINY_MODEL,
     add_lora,
-    load_adapter,
     load_model,
     load_tokenizer,
     lora_layers,
     response_hidden,
-    save_adapter,
 )
 from problems import InputError, tiny_problems
 from rollout import Sampling, sample
 from runtime import server
+from runtime.adapters import load_adapter, save_adapter
 from runtime.server import ServerEngine, base_url, prompt_text
 from teacher import EVALUATION_PROMPT, encode_prompt
 

@@ -410,17 +410,75 @@ def test_resume_with_another_option_is_refused(qwen3, data, tmp_path, run_main):
     assert len(metrics(tmp_path / "run")) == 1
 
 
-def test_sigterm_saves_and_ends_well(qwen3, data, tmp_path, run_main, monkeypatch):
-    original = GenerateEngine.sample
+def test_sigterm_while_scoring_finishes_the_step_and_saves(qwen3, data, tmp_path, run_main, monkeypatch):
+    original = train.response_hidden
 
     def preempted(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not (tmp_path / "asked").exists():
+            (tmp_path / "asked").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 
-    monkeypatch.setattr(GenerateEngine, "sample", preempted)
+    monkeypatch.setattr(train, "response_hidden", preempted)
     output = run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3))
     assert "SIGTERM: saved after step 1" in output
     assert (tmp_path / "run/checkpoint-1/manifest.json").exists() and len(metrics(tmp_path / "run")) == 1
+
+
+def test_sigterm_while_sampling_leaves_the_step_and_the_run_goes_on_as_if_unbroken(
+    qwen3, data, tmp_path, run_main, monkeypatch
+):
+    run_main(flags(qwen3, data, tmp_path / "whole", "--num_steps", 3))
+    original, calls = GenerateEngine.sample, []
+
+    def preempted(*args):
+        calls.append("begun")
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        response = original(*args)
+        calls[-1] = "done"
+        return response
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerateEngine, "sample", preempted)
+        output = run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3))
+    assert calls == ["done", "begun"]
+    assert "SIGTERM: saved after step 1" in output
+    assert (tmp_path / "run/checkpoint-1/manifest.json").exists() and len(metrics(tmp_path / "run")) == 1
+    run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3, "--resume"))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_collapsed_run_ends_where_that_is_asked_for(qwen3, data, tmp_path, run_main):
+    """The random model never ends a rollout: all of the first five steps are cut at the limit."""
+    arguments = flags(qwen3, data, tmp_path / "run", "--num_steps", 8, "--save_steps", 1, "--max_new_tokens", 3)
+    with pytest.raises(InputError, match=r"--stop_on_collapse, step 5: every rollout .* no checkpoint is from before"):
+        run_main([*arguments, "--stop_on_collapse"])
+    assert len(metrics(tmp_path / "run")) == 5
+    assert train.last_good(tmp_path / "run", 8).endswith("run/checkpoint-4")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_all_weights_in_half_precision_are_refused(dtype):
+    with pytest.raises(InputError, match=r"--lora_rank 0: updates .* what helps: --dtype float32, or LoRA"):
+        parse_config(["--dtype", dtype, "--lora_rank", "0"])
+
+
+@pytest.mark.parametrize("reference", ["other", "none", "answer"])
+def test_another_reference_changes_the_teachers_context_alone(qwen3, data, tmp_path, run_main, monkeypatch, reference):
+    """The engine gets the very prompts of the paper's run, whatever the teacher is shown."""
+    original, sampled = GenerateEngine.sample, []
+
+    def spy(self, prompts, *args):
+        sampled.append(prompts)
+        return original(self, prompts, *args)
+
+    monkeypatch.setattr(GenerateEngine, "sample", spy)
+    losses = {}
+    for kind in ("own", reference):
+        run_main(flags(qwen3, data, tmp_path / kind, "--num_steps", 1, "--reference", kind))
+        losses[kind] = metrics(tmp_path / kind)[0]["loss"]
+    assert sampled[0] == sampled[1] and losses["own"] != losses[reference]
 
 
 def test_equal_prompts_and_a_fresh_adapter_give_loss_zero(qwen3, data, tmp_path, run_main, monkeypatch):
@@ -475,22 +533,23 @@ def test_a_resumed_run_keeps_the_micro_batch_that_auto_chose(qwen3, data, tmp_pa
     """Started where memory is scarce, resumed where it is not: the record's size stays, whatever would fit now."""
     plans, plan = [], fit.plan_memory
 
-    def spy(*args, **settings):
-        plans.append((args, settings))
-        return plan(*args, **settings)
+    def spy(*args):
+        plans.append(args)
+        return plan(*args)
 
     monkeypatch.setattr(fit, "plan_memory", spy)
     auto = ("--micro_batch_size", "auto", "--save_steps", 1)
     run_main(flags(qwen3, data, tmp_path / "ample", *auto))
-    (args, settings), run = plans[0], tmp_path / "scarce"
-    totals = [plan(*args, **{**settings, "micro_batch_size": n}) for n in (2, 4)]
+    (planned, shape, local_batch, _), run = plans[0], tmp_path / "scarce"
+    totals = [plan(planned, replace(shape, micro_batch_size=n), local_batch, None) for n in (2, 4)]
+    assert totals[0].total < totals[1].total
     middle = sum(p.total - p.weights - p.trained for p in totals) / 2 / USABLE
     with monkeypatch.context() as scarce:
         scarce.setattr(fit, "available_memory", lambda device: int(middle))
         assert "(2 sequences)" in run_main(flags(qwen3, data, run, *auto))
     shutil.rmtree(run / "checkpoint-2")
     assert "(2 sequences)" in run_main(flags(qwen3, data, run, *auto, "--resume"))
-    assert [settings["micro_batch_size"] for _, settings in plans] == [None, None, 2]
+    assert [shape.micro_batch_size for _, shape, *_ in plans] == [0, 0, 2]
     assert json.loads((run / "config.json").read_text())["config"]["micro_batch_size"] == 2
     shutil.rmtree(run / "checkpoint-2")
     assert "(4 sequences)" in run_main(flags(qwen3, data, run, "--micro_batch_size", 4, "--resume"))  # unless asked

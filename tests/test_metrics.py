@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from experiments.monitor import COLLAPSE_WINDOW, StepSums, collapse_warning
-from loss import LossTerms, TokenScores
+from loss import TokenScores
+from runtime.metrics import COLLAPSE_WINDOW, TokenMetrics, collapse_warning, repeats, rollout_metrics
 
-HEALTHY = {"accuracy": 0.6, "eos_rate": 1.0, "mean_length": 30.0}
+HEALTHY = {"accuracy": 0.6, "eos_rate": 1.0, "mean_length": 30.0, "repetition": 0.1}
 
 
 def history(*changes: dict) -> list[dict]:
@@ -21,13 +21,18 @@ def history(*changes: dict) -> list[dict]:
         ({"accuracy": 0.0}, "accuracy fell from 0.60 to 0.00"),
         ({"eos_rate": 0.4}, "eos_rate fell from 1.00 to 0.40"),
         ({"mean_length": 96.0}, "cut at --max_new_tokens 96"),
+        ({"mean_length": 7.5}, "mean_length fell from 30.0 at the start to 7.5 tokens"),
+        ({"repetition": 0.36}, "repetition rose from 0.10 at the start to 0.36 of the rollouts"),
     ],
 )
 def test_a_collapse_is_told(change, words):
     assert words in collapse_warning(history({}, change), limit=96)
 
 
-@pytest.mark.parametrize("change", [{}, {"accuracy": 0.31}, {"eos_rate": 0.51}, {"mean_length": 95.9}])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"accuracy": 0.31}, {"eos_rate": 0.51}, {"mean_length": 95.9}, {"mean_length": 8.0}, {"repetition": 0.34}],
+)
 def test_a_sound_run_is_not(change):
     assert collapse_warning(history({}, change), limit=96) is None
 
@@ -46,16 +51,31 @@ def test_problems_without_answers_have_no_accuracy():
     assert collapse_warning(history({"accuracy": None}, {"accuracy": None}), limit=96) is None
 
 
+def test_a_run_of_twenty_tokens_that_stands_twice_is_a_repetition():
+    assert not repeats(list(range(300)))
+    assert repeats([*range(100), *range(20, 40)])
+    assert not repeats([*range(100), *range(20, 39)])  # nineteen
+    assert repeats([7] * 21) and not repeats([7] * 20) and not repeats([])
+    far = [*range(50), *range(1000, 1170), *range(20)]  # the first stands before the last 200
+    assert len(far) == 240 and not repeats(far)
+
+
+def test_rollouts_by_hand():
+    rows = [
+        {"correct": True, "finish_reason": "eos", "tokens": 3},
+        {"correct": None, "finish_reason": "length", "tokens": 5},
+    ]
+    expected = {"accuracy": 1.0, "mean_length": 4.0, "eos_rate": 0.5, "repetition": 0.5}
+    assert rollout_metrics(rows, [False, True]) == expected
+
+
 def test_metrics_by_tenth_of_the_solution():
-    sums = StepSums(torch.device("cpu"))
+    table = TokenMetrics(torch.device("cpu"))
     M = torch.arange(4.0)
-    scores = token_scores(loss=M, clipped_mass=M / 10)
     r = torch.tensor([0.05, 0.09, 0.55, 0.999])
-    terms = LossTerms(torch.tensor(6.0), torch.tensor(2.0), torch.ones(4), r, scores)
-    sums.add(terms, [0])
-    sums.add(terms, [1])
-    assert sums.over_ranks().item() == 3.0
-    row = sums.token_metrics()
+    for _ in range(2):
+        table.add(r, torch.ones(4), token_scores(loss=M, clipped_mass=M / 10))
+    row = table.means()
     assert row["divergence"] == 1.5 and row["weight"] == 1.0
     assert row["by_decile"]["divergence"] == [0.5, None, None, None, None, 2.0, None, None, None, 3.0]
 
