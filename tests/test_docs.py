@@ -113,7 +113,9 @@ def commands(page: str) -> list[list[str]]:
             if word in ("&&", "|", ";"):
                 found += [command] if command else []
                 command = []
-            elif command or not re.fullmatch(r"[A-Z_]+=.*", word):  # VARIABLE=value before a command
+            elif word != "..." and (
+                command or not re.fullmatch(r"[A-Z_]+=.*", word)
+            ):  # VARIABLE=value before a command
                 command.append(word)
     return found
 
