@@ -29,7 +29,7 @@ from runtime.flags import run_script
 from runtime.grading import make_grader
 from runtime.run_folder import write_atomically
 from teacher import student_prompt, teacher_prompt
-from train import ROLLOUT_STREAM, TrainConfig, Training, build, parse_config, step_problems, train_step
+from train import TrainConfig, Training, build, parse_config, step_share, train_step
 from weighting import relative_position
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "walkthrough.md"
@@ -68,8 +68,8 @@ def walk() -> Walk:
     config = replace(given, dtype="float32", engine="generate", gradient_checkpointing=False)
     problems = load_problems(config.data)
     run = build(config, torch.device("cpu"), make_grader("exact", []))
-    index = step_problems(len(problems), config.batch_size, config.seed, STEP)[SLOT]
-    key = (config.seed, ROLLOUT_STREAM, STEP, SLOT)
+    share = step_share(STEP, problems, config)
+    index, key = share.indices[SLOT], share.keys[SLOT]
     x_stu, x_tch = student_prompt(run.tokenizer, problems[index]), teacher_prompt(run.tokenizer, problems[index])
     (y,) = sample(run.model, run.tokenizer, [x_stu], [key], config.sampling)
     head_VD, T = run.model.get_output_embeddings().weight, config.distill_temperature
@@ -108,8 +108,8 @@ def problem_table(w: Walk) -> str:
 
 
 def prompt_text(w: Walk, ids: list[int], name: str) -> str:
-    """A prompt in a fence, its long lines folded."""
-    lines = w.run.tokenizer.decode(ids).split("\n")
+    """A prompt in a fence, its long lines folded, without the line breaks at its end."""
+    lines = w.run.tokenizer.decode(ids).rstrip("\n").split("\n")
     folded = [part for line in lines for part in textwrap.wrap(line, 116, subsequent_indent="    ") or [""]]
     return "\n".join([f"{name}, {len(ids)} tokens:", "", "```text", *folded, "```"])
 
@@ -193,9 +193,12 @@ def autograd(w: Walk, clip: float) -> Tensor:
 
 
 def sequence_table(w: Walk) -> str:
-    """The row as if it were the whole step: PW-OPSD's reduction and OPSD's, and each gradient's norm."""
+    """The row as if it were the whole step, by both reductions; at last the step as train.py runs it.
+
+    That step changes the adapter. Its sampling of 32 rows at once gives the same row.
+    """
     rows = []
-    for name, title in (("pwopsd", "PW-OPSD, Eq. (6)"), ("opsd", "OPSD, Eq. (1)")):
+    for name, title in (("pwopsd", "this row, PW-OPSD, Eq. (6)"), ("opsd", "this row, OPSD, Eq. (1)")):
         for clip in CLIPS:
             method, L, scores = resolve_method(name, w.config), [len(w.y.ids)], w.scores[clip]
             w_M = method.token_weight(scores, L, STEP, w.config)
@@ -203,25 +206,17 @@ def sequence_table(w: Walk) -> str:
             loss = numerator / denominator
             gradients = torch.autograd.grad(loss, w.run.parameters, retain_graph=True)
             norm = torch.nn.utils.get_total_norm(gradients)
-            values = [number(numerator, 4), f"{denominator:g}", number(loss, 4), number(norm, 4)]
-            rows.append([title, clip_name(clip), *values])
-    return table(["method", "tau_clip", "numerator", "denominator", "loss", "gradient norm"], rows)
-
-
-def step_table(w: Walk) -> str:
-    """The whole step as train.py runs it; it changes the adapter."""
+            rows.append([title, clip_name(clip), number(numerator, 4), f"{denominator:g}", number(loss, 4)])
+            rows[-1].append(number(norm, 4))
     metrics, samples = train_step(STEP, w.run, w.problems, w.config)
     assert samples[SLOT]["text"] == w.run.tokenizer.decode(w.y.ids, skip_special_tokens=True)
-    return table(
-        ["number", "value", "in metrics.jsonl"],
-        [
-            ["Eq. (6) over the step's 32 rows", number(metrics["loss"], 4), "`loss`"],
-            ["Eq. (1) over the same tokens", number(metrics["divergence"], 4), "`divergence`"],
-            ["mean weight", number(metrics["weight"], 4), "`weight`"],
-            ["teacher's mass on cut entries", number(metrics["clipped_mass"], 4), "`clipped_mass`"],
-            ["gradient norm", number(metrics["grad_norm"], 4), "`grad_norm`"],
-        ],
-    )
+    tokens = sum(row["tokens"] for row in samples)
+    for title, loss, count, norm in (
+        ("the whole step, PW-OPSD, Eq. (6)", metrics["loss"], len(samples), number(metrics["grad_norm"], 4)),
+        ("the same tokens, OPSD, Eq. (1)", metrics["divergence"], tokens, "-"),
+    ):
+        rows.append([title, clip_name(w.config.tau_clip), number(loss * count, 2), f"{count}", number(loss, 4), norm])
+    return table(["what", "tau_clip", "numerator", "denominator", "loss", "gradient norm"], rows)
 
 
 def blocks() -> dict[str, str]:
@@ -238,7 +233,6 @@ def blocks() -> dict[str, str]:
         "belief": belief_table(w),
         "closed form": closed_form_table(w),
         "sequence": sequence_table(w),
-        "step": step_table(w),
     }
 
 
@@ -263,7 +257,7 @@ def table(names: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-BLOCK = re.compile(r"<!-- ([a-z ]+) -->\n\n(.*?)\n\n<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- ([a-z ]+) -->\n(.*?)\n<!-- end -->", re.DOTALL)
 
 
 def page_blocks(page: str) -> dict[str, str]:
@@ -273,7 +267,7 @@ def page_blocks(page: str) -> dict[str, str]:
 
 def fill_in(page: str, tables: dict[str, str]) -> str:
     """The page with these tables between its marks."""
-    return BLOCK.sub(lambda match: f"<!-- {match[1]} -->\n\n{tables[match[1]]}\n\n<!-- end -->", page)
+    return BLOCK.sub(lambda match: f"<!-- {match[1]} -->\n{tables[match[1]]}\n<!-- end -->", page)
 
 
 def main() -> None:
