@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, masking_utils
 
 from loss import LossOptions, Method, score_tokens_from_hidden
 from model import add_lora, cast_adapter, lora_layers, response_hidden
@@ -83,7 +83,7 @@ def fake_model(like: PreTrainedModel, depth: int, gradient_checkpointing: bool) 
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:depth]
     layers = list(lora_layers(like).values())
-    with FakeTensorMode(), LiveBytes() as live:
+    with _rows_are_not_packed(), FakeTensorMode(), LiveBytes() as live:
         model = AutoModelForCausalLM.from_config(
             config, dtype=like.dtype, attn_implementation=like.config._attn_implementation
         )
@@ -92,6 +92,20 @@ def fake_model(like: PreTrainedModel, depth: int, gradient_checkpointing: bool) 
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         yield model, live
+
+
+@contextmanager
+def _rows_are_not_packed() -> Iterator[None]:
+    """Inside, transformers takes positions for those of whole rows, as it finds them to be on real tensors.
+
+    It cannot read positions without content, would take rows for packed ones and build masks that no real step has.
+    """
+    found = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = found
 
 
 def step_bytes(
