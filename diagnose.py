@@ -31,10 +31,11 @@ from transformers.utils.logging import disable_progress_bar
 from model import context_length, eos_ids, load_model, load_tokenizer, response_hidden
 from problems import InputError, Problem, extract_boxed, load_problems
 from rollout import Sampling, StreamKey
-from runtime.engines import ENGINES, Engine, choose_engine, make_engine
+from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine
 from runtime.flags import FlagParser, departures, option, run_script
 from runtime.grading import Grader, make_grader
 from runtime.phases import run_phase
+from runtime.pins import run_pins
 from runtime.ranks import gather_objects, rank, say, start_ranks, stop_ranks, world_size
 from runtime.run_folder import claimed, record_run, run_folder, write_atomically
 from teacher import PAPER_PROMPTS, Prompts, encode_prompt, load_prompts
@@ -123,10 +124,7 @@ class Diagnosis:
         return encode_prompt(self.tokenizer, self.prompts.diagnostic, self.problems[problem], enable_thinking=True)
 
     def sample(self, prompts: list[list[int]], keys: list[StreamKey], settings: Sampling) -> list[list[int]]:
-        responses = self.engine.sample(prompts, keys, settings)
-        if any(response.text is not None for response in responses):
-            raise InputError("--engine server: the server returns text alone, and the diagnostic needs token ids")
-        return [response.ids for response in responses]
+        return [response.ids for response in self.engine.sample(prompts, keys, settings)]
 
     def graded(self, problem: int, ids: list[int]) -> dict:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -368,8 +366,7 @@ def check_config(config: DiagnoseConfig) -> None:
         raise InputError(f"--dropout {config.dropout}: must lie strictly between 0 and 1")
     if len(config.data) != len(config.num_problems):
         raise InputError("--num_problems needs one number for each source of --data")
-    if (config.engine == "server") != (config.server is not None):
-        raise InputError("--engine server and --server URL need each other")
+    choose_engine(config.engine, torch.device("cpu"), config.context, config.server)
     if config.resume and config.output_dir is None:
         raise InputError("--resume needs --output_dir, the run to go on with")
 
@@ -391,14 +388,18 @@ def prepare(config: DiagnoseConfig, device: torch.device, folder: Path) -> Diagn
     problems, prompts = draw_problems(config), load_prompts(config.prompts)
     grader = make_grader(config.grader, [problem.answer for problem in problems])
     model, tokenizer = load_model(config.model, config.dtype, device=device), load_tokenizer(config.model)
-    name, reason = choose_engine(config.engine, device, config.context)
+    name, reason = choose_engine(config.engine, device, config.context, config.server)
     say(f"sampling by {name}: {reason}")
     if grader.note:
         say(grader.note)
     config = replace(
         config, engine=name, dtype=str(model.dtype).removeprefix("torch."), grader=f"{grader.name} {grader.version}"
     )
-    engine = open_engine(model, tokenizer, config)
+    if name == "server":  # samples in phases A and E; B and D pass through the model here
+        served = config.served_model or config.model
+        engine = connect(config.server, served, tokenizer, eos_ids(model, tokenizer), config.batch_size, needs_ids=True)
+    else:
+        engine = make_engine(name, model, tokenizer, config.batch_size)
     run = Diagnosis(model, tokenizer, engine, grader, problems, config, folder, prompts)
     if config.context > context_length(model):
         raise InputError(f"--context {config.context}: the model's is {context_length(model)}")
@@ -408,16 +409,6 @@ def prepare(config: DiagnoseConfig, device: torch.device, folder: Path) -> Diagn
             f"--context {config.context}: no room behind a prompt of {longest} and {config.spine_tokens} spine tokens"
         )
     return run
-
-
-def open_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: DiagnoseConfig) -> Engine:
-    """The engine of phases A and E; B and D pass through the model here whatever samples."""
-    if config.engine == "server":
-        from runtime.server import ServerEngine
-
-        name = config.served_model or config.model
-        return ServerEngine(config.server, name, tokenizer, eos_ids(model, tokenizer), config.batch_size)
-    return make_engine(config.engine, model, tokenizer, config.batch_size)
 
 
 def diagnose(run: Diagnosis) -> None:
@@ -452,7 +443,9 @@ def main() -> None:
     folder = run_folder(config.output_dir, f"diagnose-{config.preset or Path(config.model).name}")
     with claimed(folder, config.resume) as record:
         run = prepare(config, device, folder)
-        record_run(folder, record, asdict(run.config), FREE_ON_RESUME, {"ranks": world_size(), "hardware": str(device)})
+        facts = {"ranks": world_size(), "hardware": str(device)}
+        pins = run_pins(config, run.problems, [])
+        record_run(folder, record, asdict(run.config), FREE_ON_RESUME, facts, pins)
         say(f"{departures(config, PRESETS) or 'the preset as it is'}; all options: {folder}/config.json")
         diagnose(run)
     stop_ranks()

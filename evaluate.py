@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,13 +27,14 @@ from model import ADAPTER_CONFIG, find_checkpoint, load_model, load_tokenizer, p
 from problems import InputError, Problem, extract_boxed, load_problems
 from rollout import Response, Sampling, StreamKey
 from runtime.adapters import load_adapter
-from runtime.engines import ENGINES, Engine, choose_engine, make_engine
+from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine
 from runtime.flags import FlagParser, option, run_script
 from runtime.grading import answers_match, make_grader
 from runtime.pins import fingerprint, model_pin
 from runtime.ranks import gather_objects, hide_bar, rank, say, start_ranks, stop_ranks, world_size
 from runtime.run_folder import versions, write_atomically
 from runtime.samples import Sample, SampleFile, check_regime
+from runtime.server import checkpoint_eos_ids
 from teacher import EVALUATION_PROMPT, encode_prompt, load_prompts
 
 
@@ -58,6 +60,8 @@ class EvaluationConfig:
     engine: str = option(
         "auto", "auto, generate, continuous (long responses on a GPU) or server", "sampling", choices=ENGINES
     )
+    server: str | None = option(None, "address of an OpenAI-compatible server of --model", "sampling")
+    served_model: str | None = option(None, "the server's name for --model, where it is another", "sampling")
     batch_size: int = option(256, "sequences sampled at once, or requests in flight", "sampling", least=1)
     grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
     grade_only: bool = option(False, "grade the samples in --output_dir, sample none")
@@ -136,7 +140,7 @@ def solve(
             text = tokenizer.decode(response.ids, skip_special_tokens=True)
         seed, index, number = jobs[row]
         end = "eos" if response.finished else "length"
-        samples[row] = Sample(index, number, seed, text, len(response.ids), end)
+        samples[row] = Sample(index, number, seed, text, response.tokens or len(response.ids), end)
         if on_sample is not None:
             on_sample(samples[row])
 
@@ -169,15 +173,22 @@ def sample_missing(
         file.add(item)
         bar.update()
 
+    name, reason = choose_engine(config.engine, pick_device(config.device), settings.max_new_tokens, config.server)
+    say(f"sampling by {name}: {reason}")
+    with closing(open_engine(config, tokenizer, name)) as engine:
+        template = load_prompts(config.prompts).evaluation
+        solve(engine, tokenizer, problems, mine, settings, config.enable_thinking, keep, template)
+
+
+def open_engine(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> Engine:
+    """An engine in this process, with the model and its adapter, or the one of --server."""
+    if name == "server":
+        ends, served = checkpoint_eos_ids(config.model, tokenizer), config.served_model or config.model
+        return connect(config.server, served, tokenizer, ends, config.batch_size, config.adapter)
     model = load_model(config.model, config.dtype, device=config.device)
     if config.adapter:
         load_adapter(model, config.adapter)
-    name, reason = choose_engine(config.engine, model.device, settings.max_new_tokens)
-    say(f"sampling by {name}: {reason}")
-    engine = make_engine(name, model, tokenizer, config.batch_size)
-    template = load_prompts(config.prompts).evaluation
-    solve(engine, tokenizer, problems, mine, settings, config.enable_thinking, keep, template)
-    engine.close()
+    return make_engine(name, model, tokenizer, config.batch_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -197,13 +208,15 @@ def regime(config: EvaluationConfig, problems: list[Problem], prompts: list[list
         "top_p": config.top_p,
         "top_k": config.top_k,
         "max_new_tokens": limit,
-        "engine": choose_engine(config.engine, pick_device(config.device), limit)[0],
+        "engine": choose_engine(config.engine, pick_device(config.device), limit, config.server)[0],
         "dtype": _dtype_name(config),
     }
 
 
-def _dtype_name(config: EvaluationConfig) -> str:
-    """What `auto` stands for on this machine (model.load_model)."""
+def _dtype_name(config: EvaluationConfig) -> str | None:
+    """What `auto` stands for on this machine (model.load_model); None where a server decides."""
+    if config.server:
+        return None
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if pick_device(config.device).type == "cuda" else "float32"
@@ -264,6 +277,7 @@ def bootstrap_interval(values_P: np.ndarray, resamples: int = 10_000, seed: int 
 
 def check_config(config: EvaluationConfig) -> None:
     Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)  # checks itself
+    choose_engine(config.engine, pick_device(config.device), config.max_new_tokens, config.server)
     if len(set(config.seeds)) < max(len(config.seeds), 1):
         raise InputError(f"--seeds {config.seeds}: must be different")
     if config.adapter and not (Path(config.adapter) / ADAPTER_CONFIG).is_file():

@@ -134,12 +134,14 @@ def _at(logp_MV: Tensor, ids_M: Tensor) -> Tensor:
 class Method:
     """One row of Eq. (8). In METHODS a weight may be a schedule's name; `resolve_method` puts its function there."""
 
-    token_loss: Callable  # (student_logp_MV, teacher_logp_MV, ids_M, options) -> l_M
-    token_weight: (
-        str | Callable
-    )  # weights by position: a name of weighting.py; or (scores, lengths, step, options) -> w_M
-    reduction: Callable  # (l_M, w_M, lengths) -> (numerator, denominator)
-    clips: bool = False  # whether the token loss cuts entries at tau_clip, for the logged clipped mass
+    # (student_logp_MV, teacher_logp_MV, ids_M, options) -> l_M
+    token_loss: Callable
+    # A schedule's name (weights by position, weighting.py), or (scores, lengths, step, options) -> w_M
+    token_weight: str | Callable
+    # (l_M, w_M, lengths) -> (numerator, denominator)
+    reduction: Callable
+    # Whether the token loss cuts entries at tau_clip, for the logged clipped mass
+    clips: bool = False
 
 
 METHODS: dict[str, Method] = {

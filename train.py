@@ -11,11 +11,13 @@ once, which is the exact mean over the whole step whatever the split.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
@@ -26,6 +28,7 @@ from loss import LossOptions, Method, resolve_method, score_tokens_from_hidden
 from model import (
     add_lora,
     context_length,
+    eos_ids,
     find_checkpoint,
     load_model,
     load_tokenizer,
@@ -33,24 +36,24 @@ from model import (
     response_mask,
 )
 from problems import InputError, Problem, extract_boxed, load_problems
-from rollout import Response, Sampling
-from runtime.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from runtime.engines import ENGINES, Engine, choose_engine, make_engine
+from rollout import Response, Sampling, StreamKey
+from runtime.checkpoint import resume, save_checkpoint
+from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine, publish, withdraw
 from runtime.fit import fitting_problems, plan_run
 from runtime.flags import FlagParser, Sigterm, departures, option, run_script
 from runtime.grading import Grader, make_grader
 from runtime.metrics import (
-    COLLAPSE_WINDOW,
     Clock,
-    CollapseError,
     TokenMetrics,
-    collapse_warning,
+    Watch,
     repeats,
     rollout_metrics,
+    sampler_gap,
     step_line,
 )
-from runtime.pins import model_pin, problems_pin
+from runtime.pins import run_pins
 from runtime.ranks import (
+    buckets,
     check_same_start,
     gather_objects,
     hide_bar,
@@ -58,7 +61,6 @@ from runtime.ranks import (
     say,
     start_ranks,
     stop_ranks,
-    sum_over_ranks,
     wait_for_all,
     world_size,
 )
@@ -112,6 +114,8 @@ class TrainConfig(LossOptions):
     engine: str = option(
         "auto", "auto, generate, continuous (long rollouts on a GPU) or server", "sampling", choices=ENGINES
     )
+    server: str | None = option(None, "address of a vLLM that serves --model with LoRA", "sampling")
+    served_model: str | None = option(None, "the server's name for --model, where it is another", "sampling")
     max_new_tokens: int = option(1024, "length limit of a rollout", "sampling")
     temperature: float = option(1.1, "of the rollouts; --distill_temperature is the loss's", "sampling")
     top_p: float = option(0.95, "nucleus of the rollouts; 1 is off", "sampling")
@@ -154,7 +158,7 @@ PRESETS: dict[str, dict] = {
     # tau_clip 0.05 harms a model of this size (docs/study.md); the rest is scale.
     "tiny": {
         "model": "tiny", "data": "tiny:train", "eval_data": "tiny:heldout", "num_steps": 20, "tau_clip": 1.0,
-        "max_new_tokens": 96, "micro_batch_size": 32, "learning_rate": 1e-3, "max_grad_norm": 1.0,
+        "max_new_tokens": 96, "micro_batch_size": 32, "learning_rate": 2e-3, "max_grad_norm": 1.0,
         "lora_rank": 16, "lora_alpha": 32.0, "top_k": 0,
     },
     "qwen3-4b": {"model": "Qwen/Qwen3-4B", "long_prompts": "drop"},
@@ -166,7 +170,7 @@ PRESETS: dict[str, dict] = {
 # What may differ when a run is taken up again: how it is computed, not what.
 FREE_ON_RESUME = {
     "resume", "output_dir", "stop_on_collapse", "device", "micro_batch_size", "gradient_checkpointing", "save_steps",
-    "engine",
+    "engine", "server", "served_model",
 }  # fmt: skip
 
 
@@ -204,67 +208,95 @@ def train_step(
     Raises FloatingPointError, naming step and problems, where the loss or its gradient is not finite.
     """
     model, method, device = run.model, run.method, run.model.device
-    clock, tokens, broken = Clock(), TokenMetrics(device), []
-    slots = range(rank(), config.batch_size, world_size())
-    picked = step_problems(len(problems), config.batch_size, config.seed, step)
-    batch = [problems[picked[slot]] for slot in slots]
+    share, clock, tokens, broken = step_share(step, problems, config), Clock(), TokenMetrics(device), []
     seed_step(config.seed, step)
 
     # Sample y ~ pi_theta(. | x_stu), fixed data from here on.
-    x_stu = [student_prompt(run.tokenizer, problem, run.prompts) for problem in batch]
-    x_tch = [teacher_prompt(run.tokenizer, problem, run.prompts) for problem in batch]
-    keys = [(config.seed, ROLLOUT_STREAM, step, slot) for slot in slots]
+    x_stu = [student_prompt(run.tokenizer, problem, run.prompts) for problem in share.problems]
+    x_tch = [teacher_prompt(run.tokenizer, problem, run.prompts) for problem in share.problems]
     with clock("sampling"):
-        y = run.stop.unless_asked(lambda: run.engine.sample(x_stu, keys, config.sampling))
+        y = run.stop.unless_asked(lambda: run.engine.sample(x_stu, share.keys, config.sampling))
     if any(gather_objects(run.stop.asked)):
         return None
 
     # Score every token in both contexts, weight it by its position, add up the gradient of the loss's numerator.
     model.train()
     numerator, denominator = torch.zeros((), device=device), torch.zeros((), device=device)
-    for rows in micro_batches([len(x) + len(r.ids) for x, r in zip(x_tch, y, strict=True)], config.micro_batch_size):
-        y_ids = [y[row].ids for row in rows]
-        L = [len(ids) for ids in y_ids]
-        ids_BT, mask_BT = pad_responses(y_ids, device)
+    lengths = [len(x) + len(response.ids) for x, response in zip(x_tch, y, strict=True)]
+    for rows in micro_batches(lengths, config.micro_batch_size):
+        y_rows = [y[row].ids for row in rows]
+        L = [len(ids) for ids in y_rows]
+        mask_BT, ids_M = response_mask(L, device), torch.tensor([t for ids in y_rows for t in ids], device=device)
         with clock("teacher"), run.teacher.scoring() as teacher:
-            teacher_MD = response_hidden(teacher, [x_tch[row] for row in rows], y_ids)[mask_BT]
+            teacher_MD = response_hidden(teacher, [x_tch[row] for row in rows], y_rows)[mask_BT]
             teacher_head_VD = teacher.get_output_embeddings().weight
         with clock("student"):
-            student_MD = response_hidden(model, [x_stu[row] for row in rows], y_ids)[mask_BT]
-            scores = score_tokens_from_hidden(
-                method, student_MD, teacher_MD, model.get_output_embeddings().weight, teacher_head_VD,
-                ids_BT[mask_BT], config,
-            )  # fmt: skip
-            r_M = relative_position(L)
-            l_M, w_M = scores.loss, method.token_weight(scores, L, step, config).detach()  # Eqs. (1) and (5)
+            student_MD = response_hidden(model, [x_stu[row] for row in rows], y_rows)[mask_BT]
+            head_VD = model.get_output_embeddings().weight
+            scores = score_tokens_from_hidden(method, student_MD, teacher_MD, head_VD, teacher_head_VD, ids_M, config)
+            l_M, r_M = scores.loss, relative_position(L)  # Eq. (1): d_t or the method's own; Eq. (5): r_t
+            w_M = method.token_weight(scores, L, step, config).detach()  # Eq. (5): w(r_t), or the method's own
             part, count = method.reduction(l_M, w_M, L)  # Eq. (6), as a fraction
             part.backward()
         numerator, denominator = numerator + part.detach(), denominator + count
-        tokens.add(r_M, w_M, scores)
-        broken += [] if part.isfinite() else [picked[slots[row]] for row in rows]
+        tokens.add(r_M, w_M, scores, sampler_gap(student_MD, head_VD, ids_M, [y[row] for row in rows]))
+        broken += [] if part.isfinite() else [share.indices[row] for row in rows]
 
     # Sum over ranks, one division by the whole step's denominator, one update.
     with clock("update"):
         sum_over_ranks([numerator, denominator, tokens.table, *(p.grad for p in run.parameters)])
-        denominator.clamp_(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
-        loss = numerator / denominator
+        loss = numerator / denominator.clamp_(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
         for parameter in run.parameters:
             parameter.grad /= denominator
-        grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm)
-        if not (loss.isfinite() and grad_norm.isfinite()):
-            where = sorted(index for part in gather_objects(broken) for index in part) or picked
-            raise FloatingPointError(f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}, problems {where}")
-        learning_rate = run.scheduler.get_last_lr()[0]
+        learning_rate, grad_norm = update(run, loss, config.max_grad_norm)
+    if not (loss.isfinite() and grad_norm.isfinite()):
+        where = sorted(index for part in gather_objects(broken) for index in part) or share.indices
+        raise FloatingPointError(f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}, problems {where}")
+
+    samples = sample_rows(step, share, y, run)
+    metrics = {"step": step, "loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": learning_rate}
+    return metrics | rollout_metrics(samples, [repeats(r.ids) for r in y]) | tokens.means() | clock.metrics(
+        samples
+    ), samples
+
+
+def sum_over_ranks(tensors: list[Tensor]) -> None:
+    """Sum float32 tensors in place over all ranks, joined into one all-reduce (full fine-tuning: a few)."""
+    for bucket in buckets(tensors) if dist.is_initialized() else ():
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat)
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def update(run: Training, loss: Tensor, max_grad_norm: float) -> tuple[float, Tensor]:
+    """Clip the gradient and step, unless something is not finite; the step's learning rate and gradient norm."""
+    learning_rate = run.scheduler.get_last_lr()[0]
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, max_grad_norm)
+    if loss.isfinite() and grad_norm.isfinite():
         run.optimizer.step()
         run.scheduler.step()
-        run.optimizer.zero_grad()
         run.teacher.update()
+    run.optimizer.zero_grad()
+    return learning_rate, grad_norm
 
-    samples = sample_rows(step, slots, [picked[slot] for slot in slots], batch, y, run)
-    metrics = {"step": step, "loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": learning_rate}
-    metrics |= rollout_metrics(samples, [repeats(response.ids) for response in y]) | tokens.means() | clock.metrics()
-    metrics["sampled_tokens_per_second"] = round(sum(len(r.ids) for r in y) / clock.seconds["sampling"], 1)
-    return metrics, samples
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's part of a step's problems."""
+
+    slots: range  # their places in the step's batch
+    indices: list[int]  # their places in the data
+    problems: list[Problem]
+    keys: list[StreamKey]  # of their rollouts
+
+
+def step_share(step: int, problems: list[Problem], config: TrainConfig) -> Share:
+    slots = range(rank(), config.batch_size, world_size())
+    picked = step_problems(len(problems), config.batch_size, config.seed, step)
+    indices = [picked[slot] for slot in slots]
+    keys = [(config.seed, ROLLOUT_STREAM, step, slot) for slot in slots]
+    return Share(slots, indices, [problems[index] for index in indices], keys)
 
 
 def step_problems(num_problems: int, batch_size: int, seed: int, step: int) -> list[int]:
@@ -291,16 +323,7 @@ def micro_batches(lengths: list[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def pad_responses(responses: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Response ids and their mask, each [B, T]."""
-    lengths = [len(response) for response in responses]
-    ids_BT = torch.tensor([row + [0] * (max(lengths) - len(row)) for row in responses], device=device)
-    return ids_BT, response_mask(lengths, device)
-
-
-def sample_rows(
-    step: int, slots: range, picked: list[int], batch: list[Problem], y: list[Response], run: Training
-) -> list[dict]:
+def sample_rows(step: int, share: Share, y: list[Response], run: Training) -> list[dict]:
     """This rank's rollouts as rows for samples.jsonl, graded."""
     texts = run.tokenizer.batch_decode([response.ids for response in y], skip_special_tokens=True)
     return [
@@ -309,7 +332,9 @@ def sample_rows(
             "finish_reason": "eos" if response.finished else "length",
             "correct": run.grader.match(extract_boxed(text), problem.answer) if problem.answer else None,
         }
-        for slot, index, problem, response, text in zip(slots, picked, batch, y, texts, strict=True)
+        for slot, index, problem, response, text in zip(
+            share.slots, share.indices, share.problems, y, texts, strict=True
+        )
     ]  # fmt: skip
 
 
@@ -327,7 +352,10 @@ def parse_config(arguments: list[str] | None = None) -> TrainConfig:
 def check_config(config: TrainConfig) -> None:
     """Raise InputError, naming the flag, for values that cannot work."""
     resolve_method(config.method, config)
-    assert config.sampling  # checks itself
+    engine, _ = choose_engine(config.engine, torch.device("cpu"), config.max_new_tokens, config.server)
+    if engine == "server" and config.lora_rank == 0:
+        raise InputError("--engine server trains an adapter, which the server loads: --lora_rank must be above 0")
+    _ = config.sampling  # checks itself
     load_prompts(config.prompts)
     if config.resume and config.output_dir is None:
         raise InputError("--resume needs --output_dir, the run to go on with")
@@ -355,7 +383,11 @@ def build(config: TrainConfig, device: torch.device, grader: Grader, prompts: Pr
     teacher = Teacher(model, config.teacher, config.ema_decay)
     optimizer = make_optimizer(teacher.trained, config)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=config.num_steps)
-    engine = make_engine(config.engine, model, tokenizer, batch_size=EVALUATED_AT_ONCE)
+    if config.engine == "server":
+        ends, name = eos_ids(model, tokenizer), config.served_model or config.model
+        engine = connect(config.server, name, tokenizer, ends, EVALUATED_AT_ONCE, needs_ids=True)
+    else:
+        engine = make_engine(config.engine, model, tokenizer, batch_size=EVALUATED_AT_ONCE)
     method = resolve_method(config.method, config)
     return Training(model, tokenizer, teacher, method, engine, optimizer, scheduler, grader, prompts)
 
@@ -376,12 +408,12 @@ def settle(config: TrainConfig, device: torch.device, record: dict | None) -> Tr
         checkpointing = device.type == "cuda"
     if size == 0 and record is not None:
         size = record["config"]["micro_batch_size"]
-    engine, reason = choose_engine(config.engine, device, config.max_new_tokens)
+    engine, reason = choose_engine(config.engine, device, config.max_new_tokens, config.server)
     say(f"sampling by {engine}: {reason}")
     return replace(config, dtype=dtype, gradient_checkpointing=checkpointing, micro_batch_size=size, engine=engine)
 
 
-EVALUATED_AT_ONCE = 200  # sequences of generate at a time
+EVALUATED_AT_ONCE = 200  # sequences of generate at a time, or requests in flight
 
 
 def score_held_out(log: RunLog, step: int, run: Training, problems: list[Problem], config: TrainConfig) -> None:
@@ -427,80 +459,52 @@ def train(
     memory, fitting = plan_run(run, fit, config, device), fit.problems
     config = replace(config, micro_batch_size=memory.micro_batch_size)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if config.method == "reopold" else set())  # its quantile's tokens
-    pins = pins_of(config, problems, held_out)
+    pins = run_pins(config, problems, held_out)
     record_run(folder, record, asdict(config), free, {"ranks": world_size(), "hardware": str(device)}, pins)
     say(f"{config.method}, {departures(config, PRESETS) or 'the preset as it is'}; all options: {folder}/config.json")
     say(f"{len(fitting)} problems ({len(problems) - len(fitting)} dropped as too long), graded by {grader.name}")
     if grader.note:
         say(grader.note)
     say(str(memory))
-    start = resume(folder, run) if config.resume else 0
+    start = resume(folder, run.model, run.teacher, run.optimizer, run.scheduler) if config.resume else 0
     check_same_start([(name, p) for name, p in run.model.named_parameters() if p.requires_grad])
     wait_for_all()  # every rank has read before rank 0 writes
+    with closing(run.engine), closing(run.grader):
+        take_steps(start, run, fitting, held_out, folder, config)
+    withdraw(folder)
 
-    log, history, warned = RunLog(folder, start), [], None
+
+def take_steps(
+    start: int, run: Training, problems: list[Problem], held_out: list[Problem], folder: Path, config: TrainConfig
+) -> None:
+    """The steps that are left, with what is logged, scored and saved between them."""
+    log, watch = RunLog(folder, start), Watch(folder, config, run.model.dtype)
     for step in tqdm(range(start, config.num_steps), initial=start, total=config.num_steps, disable=hide_bar()):
+        publish(run.engine, run.model, folder, step)
         if step % (config.eval_steps or config.num_steps) == 0:
             score_held_out(log, step, run, held_out, config)
-        done = train_step(step, run, fitting, config)
-        if done is None:
-            if rank() == 0 and step > start and not (folder / f"checkpoint-{step}").exists():
-                save(folder, step, run, config)
-            wait_for_all()
-            return say(f"SIGTERM: saved after step {step}; go on with --resume --output_dir {folder}")
-        metrics, samples = done
-        log.append(metrics, [row for part in gather_objects(samples) for row in part])
-        say(step_line(metrics, config.num_steps))
-        history.append(metrics)
-        if not warned and (warned := collapse_warning(history, config.max_new_tokens)):
-            say(f"warning: after step {step + 1} the run looks collapsed: {warned}")
-            if config.stop_on_collapse:
-                raise CollapseError(f"--stop_on_collapse, step {step + 1}: {warned}; {last_good(folder, step)}")
-        stopping = any(gather_objects(run.stop.asked))
-        if stopping or (step + 1) % config.save_steps == 0 or step + 1 == config.num_steps:
-            if rank() == 0:
-                save(folder, step + 1, run, config)
-            wait_for_all()  # no rank runs ahead of a checkpoint that may fail
+        done = train_step(step, run, problems, config)
+        if done is not None:
+            metrics, samples = done
+            log.append(metrics, [row for part in gather_objects(samples) for row in part])
+            say(step_line(metrics, config.num_steps))
+            watch.see(metrics)
+        behind, stopping = step + (done is not None), any(gather_objects(run.stop.asked))
+        if behind > start and (stopping or behind % config.save_steps == 0 or behind == config.num_steps):
+            save(folder, behind, run, config)
         if stopping:
-            return say(f"SIGTERM: saved after step {step + 1}; go on with --resume --output_dir {folder}")
-
+            return say(f"SIGTERM: saved after step {behind}; go on with --resume --output_dir {folder}")
+    publish(run.engine, run.model, folder, config.num_steps)
     score_held_out(log, config.num_steps, run, held_out, config)
-    run.engine.close()
-    run.grader.close()
     return say(f"weights: {folder}/checkpoint-{config.num_steps}")
 
 
 def save(folder: Path, step: int, run: Training, config: TrainConfig) -> None:
-    """Write the checkpoint after `step` steps."""
-    save_checkpoint(
-        folder, step, run.model, find_checkpoint(config.model), run.teacher, run.optimizer, run.scheduler
-    )  # fmt: skip
-
-
-def last_good(folder: Path, step: int) -> str:
-    """The newest checkpoint from before the steps that look collapsed, in words."""
-    sound = [n for n in range(1, step + 2 - COLLAPSE_WINDOW) if (folder / f"checkpoint-{n}").is_dir()]
-    return f"the last good checkpoint is {folder}/checkpoint-{sound[-1]}" if sound else "no checkpoint is from before"
-
-
-def pins_of(config: TrainConfig, problems: list[Problem], held_out: list[Problem]) -> dict:
-    """What a run's inputs hold, by flag; read once, by the first rank."""
-    if rank() > 0:
-        return gather_objects(None)[0]
-    pins = {"model": model_pin(config.model), "data": problems_pin(problems), "eval_data": problems_pin(held_out)}
-    return gather_objects({**pins, "prompts": asdict(load_prompts(config.prompts))})[0]
-
-
-def resume(folder: Path, run: Training) -> int:
-    """Load the newest whole checkpoint; the number of steps it has behind it."""
-    newest, damaged = newest_checkpoint(folder)
-    for line in damaged:
-        say(line)
-    if newest is None:
-        say("no checkpoint to go on from: starting anew")
-        return 0
-    say(f"going on from {newest}")
-    return load_checkpoint(newest, run.model, run.teacher, run.optimizer, run.scheduler)
+    """Write the checkpoint after `step` steps, unless it is there; no rank runs ahead of one that may fail."""
+    if rank() == 0 and not (folder / f"checkpoint-{step}").exists():
+        base = find_checkpoint(config.model)
+        save_checkpoint(folder, step, run.model, base, run.teacher, run.optimizer, run.scheduler)
+    wait_for_all()
 
 
 def cli() -> None:

@@ -59,7 +59,7 @@ def column(result: dict) -> dict[str, str]:
             rows[f"- teacher minus {arm}{what}"] = cell(result["arms"][arm]["teacher_minus_arm"][part], signed=True)
     for arm in ARMS[1:]:
         rows[f"labels of the {arm} arm"] = counts(result["arms"][arm]["labels"])
-        rows[f"- AUROC of {POSITION} on them"] = cell(result["arms"][arm]["position"], "auroc")
+        rows[f"- AUROC of {POSITION} on the {arm} arm's labels"] = cell(result["arms"][arm]["position"], "auroc")
     for arm, fit in result["schedule"].items():
         for name in ("w_min", "tau", "s"):
             edge = ", at the edge of the grid" if name in fit["at_the_edge"] else ""

@@ -1,10 +1,10 @@
 """Make the model of a world (experiments/worlds.py): a small Qwen3 in the ordinary Hugging Face layout.
 
-    python -m experiments.make_world --world embedded --output_dir tiny-model     from scratch, TIME
-    python -m experiments.make_world --world leap --dose 0.4                      TIME
-    python -m experiments.make_world --world leak                                 TIME
+    python -m experiments.make_world --world embedded --output_dir tiny-model     from scratch, 26 minutes
+    python -m experiments.make_world --world leap --dose 0.4                      12 minutes
+    python -m experiments.make_world --world leak                                 12 minutes
 
-Times are of two CPU cores. `embedded` is the model that ships with the project. The others learn on from it and write
+Times are of one CPU core. `embedded` is the model that ships with the project. The others learn on from it and write
 model/, train.jsonl and heldout.jsonl into runs/worlds/: `train.py --model .../model --data ...` takes them.
 
 leap    Sums of seven addends. While five or six are left, the teacher leaps to the end with probability --dose.
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from transformers import (
 from experiments.worlds import WORLDS, World, trace
 from model import load_model, load_tokenizer
 from problems import InputError, Problem, tiny_problems
+from runtime.flags import run_script
 from teacher import DIAGNOSTIC_PROMPT, EVALUATION_PROMPT, FIELD, STUDENT_PROMPT, TEACHER_PROMPT, encode_prompt
 
 CHAT_TEMPLATE = (
@@ -170,7 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

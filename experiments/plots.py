@@ -1,7 +1,8 @@
 """Pictures of runs, with the optional package matplotlib.
 
     python -m experiments.plots RUN...           learning curves, weights of the schedules, divergence by position
-    python -m experiments.plots RUN --html       a page of some rollouts, token by token (needs no matplotlib)
+    python -m experiments.plots RUN --html       a page of some solutions, token by token (needs no matplotlib), and
+                                                 a picture of the first (where matplotlib is installed)
     python -m experiments.plots --study DIR      the study's differences with intervals, and its learning curves
 
 Runs that differ only in their seed share a colour; their mean is drawn.
@@ -10,6 +11,7 @@ Runs that differ only in their seed share a colour; their mean is drawn.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ import torch
 from experiments.grids import GRIDS, Grid
 from experiments.report import collect, paired_difference
 from experiments.study import read_cells, read_grid
+from experiments.token_page import RolloutView, TokenView, render, shade, view_rollouts
 from problems import InputError
 from runtime.flags import run_script
 from weighting import SCHEDULES
@@ -181,6 +184,48 @@ def study_map(grid: Grid, records: list[dict]) -> Figure:
     return drawn
 
 
+def repair(before: RolloutView, after: RolloutView) -> Figure:
+    """A problem's solution before and after training, and what both contexts say at the token where the two part."""
+    drawn, _ = figure(9, 4.4)
+    drawn.clear()
+    axes = drawn.subplot_mosaic([["tokens", "tokens"], ["before", "after"]], height_ratios=(1, 1.1))
+    top = max(abs(t.divergence * t.weight) for view in (before, after) for t in view.tokens) or 1.0
+    width = max(sum(len(token.text) for token in view.tokens) for view in (before, after))
+    axes["tokens"].set(xlim=(0, width), ylim=(-0.2, 3.9))
+    axes["tokens"].axis("off")
+    for y, view in ((2, before), (0, after)):
+        verdict = "right" if view.correct else "wrong"
+        label = f"{view.title}: {view.problem.problem}, {verdict}"
+        axes["tokens"].text(0, y + 1.15, label, color="C2" if view.correct else "C3", fontsize=10)
+        x = 0
+        for token in view.tokens:
+            size = len(token.text)
+            axes["tokens"].broken_barh([(x, size)], (y, 0.9), color=(0.84, 0.27, 0.0, shade(token, top)), linewidth=0)
+            axes["tokens"].text(
+                x + size / 2, y + 0.45, token.text, family="monospace", ha="center", va="center", parse_math=False
+            )
+            x += size
+    pairs = enumerate(zip(before.tokens, after.tokens, strict=False))
+    part = next((t for t, (a, b) in pairs if a.text != b.text), 0)
+    for name, view in (("before", before), ("after", after)):
+        bars(axes[name], view.tokens[part], f"token {part + 1}, {name} training: {view.tokens[part].text}")
+    axes["before"].legend(fontsize=8, frameon=False)
+    return drawn
+
+
+def bars(axis, token: TokenView, title: str) -> None:
+    """Both contexts' probabilities of a token's likeliest alternatives."""
+    student, teacher = dict(token.student), dict(token.teacher)
+    names = sorted({*student, *teacher}, key=lambda name: -max(student.get(name, 0), teacher.get(name, 0)))[:3]
+    for shift, chances, label in ((-0.2, student, "student"), (0.2, teacher, "teacher")):
+        places = [place + shift for place in range(len(names))]
+        drawn = axis.barh(places, [chances.get(name, 0.0) for name in names], height=0.4, label=label)
+        axis.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8)
+    axis.set(xlim=(0, 1.1), ylim=(len(names) - 0.5, -0.5), title=title, xlabel="probability")
+    axis.set_yticks(range(len(names)), labels=names, family="monospace", fontsize=11)
+    axis.title.set_size(10)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -203,14 +248,14 @@ def save(pictures: dict[str, Figure], output: Path) -> list[Path]:
     return paths
 
 
-def write_page(run: Path, output: Path) -> Path:
-    from experiments.token_page import render, view_rollouts
-
-    page = render(view_rollouts(run), f"{run.name}: {run_label(run)}")
+def write_page(run: Path, output: Path) -> list[Path]:
+    """The page of tokens of a run, and where matplotlib is installed the picture of its first problem."""
+    views = view_rollouts(run)
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"tokens-{run.name}.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+    path.write_text(render(views, f"{run.name}: {run_label(run)}"), encoding="utf-8")
+    drawable = importlib.util.find_spec("matplotlib") is not None
+    return [path, *(save({f"tokens-{run.name}": repair(*views[:2])}, output) if drawable else [])]
 
 
 def main() -> None:
@@ -234,7 +279,7 @@ def main() -> None:
             pictures = {"study_map": study_map(grid, records)}
         paths += save(pictures, args.output_dir)
     if args.html:
-        paths += [write_page(run, args.output_dir) for run in args.runs]
+        paths += [path for run in args.runs for path in write_page(run, args.output_dir)]
     elif args.runs:
         paths += plot_runs(args.runs, args.output_dir)
     print("\n".join(map(str, paths)))

@@ -1,6 +1,7 @@
-"""A page that shows rollouts token by token, coloured by weighted divergence, with both contexts' top 5 at a glance.
+"""A page that shows solutions token by token, coloured by weighted divergence, with both contexts' top 5 at a glance.
 
-One HTML file with no references to anything outside of it; it is written by `python -m experiments.plots RUN --html`.
+The problems are held-out ones that training repaired; in the embedded model's world each of them holds a belief. One
+HTML file with no references to anything outside of it; it is written by `python -m experiments.plots RUN --html`.
 Axes: M tokens of one rollout, V vocabulary, K alternatives.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import html
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from loss import log_probabilities, resolve_method, score_tokens
 from model import adapter_disabled, load_model, load_tokenizer, response_hidden
 from problems import InputError, Problem, extract_boxed, load_problems
-from rollout import sample
+from rollout import Sampling, sample
 from runtime.adapters import load_adapter
 from runtime.checkpoint import newest_checkpoint
 from runtime.grading import answers_match
@@ -51,9 +52,11 @@ class RolloutView:
 
 @torch.no_grad()
 def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
-    """`count` problems of a run's data, each sampled before training and from the newest checkpoint, scored as trained.
+    """`count` problems, each solved before training and from the newest checkpoint, scored as trained.
 
-    Both use the same random numbers. Raises InputError where the run has no adapter checkpoint.
+    They are held-out problems that the run repaired, solved greedily; where it has none with a reference solution, the
+    first problems of its data, sampled as in training and both times with the same random numbers. Raises InputError
+    where the run has no adapter checkpoint.
     """
     from train import TrainConfig, choose_prompts
 
@@ -67,18 +70,45 @@ def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
         raise InputError(f"{run}: no checkpoint with an adapter to sample from")
     model, tokenizer = load_model(config.model, config.dtype, device=config.device), load_tokenizer(config.model)
     load_adapter(model, checkpoint)
+    source, name, settings = config.eval_data, "held-out problem", replace(config.sampling, temperature=0.0)
+    problems = load_problems(source, need_solution=False) if source else []
+    chosen = [index for index in repaired(run) if problems[index].solution][:count]
+    if not chosen:
+        problems, name, settings = load_problems(config.data), "problem", config.sampling
+        chosen = list(range(len(problems)))[:count]
+    problems, prompts = choose_prompts(config, problems)
     views = []
-    problems, prompts = choose_prompts(config, load_problems(config.data))
-    for index, problem in enumerate(problems[:count]):
+    for index in chosen:
+        shown = (model, tokenizer, problems[index], index, prompts, settings, config)
         with adapter_disabled(model):
-            views.append(_view(model, tokenizer, problem, index, f"problem {index}, before training", config, prompts))
-        views.append(_view(model, tokenizer, problem, index, f"problem {index}, {checkpoint.name}", config, prompts))
+            views.append(_view(f"{name} {index}, before training", *shown))
+        views.append(_view(f"{name} {index}, {checkpoint.name}", *shown))
     return views
 
 
-def _view(model, tokenizer, problem: Problem, index: int, title: str, config, prompts: Prompts) -> RolloutView:
+def repaired(run: Path) -> list[int]:
+    """Held-out problems that greedy decoding solves at the run's end and not at its start, by index.
+
+    Those come first whose two solutions differ in the fewest characters. Empty where the run scored none.
+    """
+    path = run / "heldout.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    greedy = {(row["step"], row["problem"]): row for row in rows if row["decoding"] == "greedy"}
+    first, last = min((step for step, _ in greedy), default=0), max((step for step, _ in greedy), default=0)
+    differing = {}
+    for step, index in greedy:
+        before, after = greedy[first, index], greedy[last, index]
+        if step == last and after["correct"] and not before["correct"]:
+            pairs = zip(before["text"].ljust(len(after["text"])), after["text"].ljust(len(before["text"])), strict=True)
+            differing[index] = sum(a != b for a, b in pairs)
+    return sorted(differing, key=lambda index: (differing[index], index))
+
+
+def _view(
+    title: str, model, tokenizer, problem: Problem, index: int, prompts: Prompts, settings: Sampling, config
+) -> RolloutView:
     prompt = student_prompt(tokenizer, problem, prompts)
-    (sampled,) = sample(model, tokenizer, [prompt], [(config.seed, PAGE_STREAM, index)], config.sampling)
+    (sampled,) = sample(model, tokenizer, [prompt], [(config.seed, PAGE_STREAM, index)], settings)
     response, head_VD = sampled.ids, model.get_output_embeddings().weight
     model.eval()
 
@@ -167,7 +197,8 @@ function show(button) {
 }
 for (const kind of ['mouseover', 'focusin', 'click'])
   document.addEventListener(kind, event => { if (event.target.classList?.contains('t')) show(event.target); });
-show(document.querySelector('.t'));
+const heat = button => +button.style.getPropertyValue('--a');
+show([...document.querySelectorAll('.t')].reduce((a, b) => heat(b) > heat(a) ? b : a));
 """
 
 
@@ -191,7 +222,7 @@ def render(rollouts: list[RolloutView], title: str) -> str:
 def _section(number: int, view: RolloutView, top: float) -> str:
     verdict = '<span class="good">right</span>' if view.correct else '<span class="bad">wrong</span>'
     buttons = "".join(
-        f'<button class="t" data-r="{number}" data-t="{index}" style="--a:{_shade(token, top):.3f}">'
+        f'<button class="t" data-r="{number}" data-t="{index}" style="--a:{shade(token, top):.3f}">'
         f"{html.escape(token.text) or '&#8709;'}</button><wbr>"
         for index, token in enumerate(view.tokens)
     )
@@ -201,6 +232,6 @@ def _section(number: int, view: RolloutView, top: float) -> str:
     )
 
 
-def _shade(token: TokenView, top: float) -> float:
+def shade(token: TokenView, top: float) -> float:
     """Opacity of the colour: a square root, so that small divergences show beside large ones."""
     return 0.85 * (abs(token.divergence * token.weight) / top) ** 0.5

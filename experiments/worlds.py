@@ -156,20 +156,12 @@ def known_facts(texts: list[str]) -> dict[tuple[int, int], bool]:
 
 @dataclass(frozen=True)
 class FactChange:
-    """Counts of facts; the shares are NaN where there is nothing to repair or to break."""
+    """Counts of facts."""
 
     wrong_before: int
     repaired: int
     right_before: int
     broken: int
-
-    @property
-    def share_repaired(self) -> float:
-        return self.repaired / self.wrong_before if self.wrong_before else float("nan")
-
-    @property
-    def share_broken(self) -> float:
-        return self.broken / self.right_before if self.right_before else float("nan")
 
 
 def repaired_and_broken(base_texts: list[str], trained_texts: list[str]) -> FactChange:

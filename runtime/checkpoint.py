@@ -24,6 +24,7 @@ from problems import InputError
 from runtime.adapters import ADAPTER_WEIGHTS, load_adapter, save_adapter
 from runtime.artefacts import open_to_readers, save_whole
 from runtime.pins import sha256
+from runtime.ranks import say
 from teacher import Teacher
 
 MANIFEST = "manifest.json"
@@ -136,3 +137,18 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def resume(
+    run: Path, model: PreTrainedModel, teacher: Teacher, optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> int:  # fmt: skip
+    """Load a run's newest whole checkpoint; the number of steps behind it, 0 where there is none."""
+    newest, damaged = newest_checkpoint(run)
+    for line in damaged:
+        say(line)
+    if newest is None:
+        say("no checkpoint to go on from: starting anew")
+        return 0
+    say(f"going on from {newest}")
+    return load_checkpoint(newest, model, teacher, optimizer, scheduler)

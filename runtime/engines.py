@@ -6,7 +6,9 @@ the prompts, and `close()`.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from problems import InputError
 from rollout import OnFinished, Response, Sampling, StreamKey, sample
+from runtime.adapters import save_adapter
+from runtime.ranks import gather_objects, rank
 
 ENGINES = ("auto", "generate", "continuous", "server")
 LONG_RESPONSE = (
@@ -77,10 +81,16 @@ class GenerateEngine:
         pass
 
 
-def choose_engine(name: str, device: torch.device, max_new_tokens: int) -> tuple[str, str]:
-    """What `--engine` stands for, and why, in words."""
+def choose_engine(name: str, device: torch.device, max_new_tokens: int, server: str | None = None) -> tuple[str, str]:
+    """What `--engine` stands for, and why, in words; `--server` alone stands for the engine of that name."""
     if name not in ENGINES:
         raise InputError(f"--engine {name}: choose one of {', '.join(ENGINES)}")
+    if name == "server" and not server:
+        raise InputError("--engine server: needs --server, its address")
+    if server and name not in ("auto", "server"):
+        raise InputError(f"--server {server}: goes with --engine server, not {name}")
+    if server:
+        return "server", f"at {server}"
     if name != "auto":
         return name, "as asked"
     if device.type == "cpu":
@@ -99,3 +109,53 @@ def make_engine(
 
         return ContinuousEngine(model, tokenizer)
     return GenerateEngine(model, tokenizer, batch_size)
+
+
+def connect(
+    server: str, model: str, tokenizer: PreTrainedTokenizerBase, ends: list[int], in_flight: int,
+    adapter: str | None = None, needs_ids: bool = False,
+) -> Engine:  # fmt: skip
+    """The engine of `--server`, with an adapter loaded there by name; every rank has a name of its own.
+
+    `needs_ids`: training and diagnosis are on the very tokens that were sampled. Raises InputError where the server
+    cannot.
+    """
+    from runtime.server import ServerEngine
+
+    engine = ServerEngine(server, model, tokenizer, ends, in_flight)
+    try:
+        if needs_ids and not engine.returns_ids:
+            raise InputError(f"--server {server}: returns no token ids, which training and diagnosis need; vLLM does")
+        if adapter is not None:
+            engine.use_adapter(Path(adapter), Path(adapter).name)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def publish(engine: Engine, model: PreTrainedModel, folder: Path, step: int) -> None:
+    """Let the engine sample from the weights after `step` updates, on all ranks; within this process it always does.
+
+    The first rank writes the adapter below the run folder, which the server must see under the same path, and has it
+    loaded in place of the one before.
+    """
+    if engine.name != "server":
+        return
+    directory = folder / SERVED / f"step-{step}"
+    if rank() == 0:
+        save_adapter(model, directory, engine.base_model)
+        engine.use_adapter(directory, directory.name)
+        for other in directory.parent.iterdir():
+            if other != directory:
+                shutil.rmtree(other)
+    engine.model = gather_objects(engine.model)[0]
+
+
+def withdraw(folder: Path) -> None:
+    """Remove what `publish` has written; the weights themselves are in the run's checkpoints."""
+    if rank() == 0:
+        shutil.rmtree(folder / SERVED, ignore_errors=True)
+
+
+SERVED = "served"

@@ -5,28 +5,33 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from loss import TokenScores
+from loss import CHUNK_BYTES, TokenScores, log_probabilities
 from problems import InputError
-from runtime.ranks import gather_objects
+from rollout import Response
+from runtime.ranks import gather_objects, say
 
 
 class TokenMetrics:
     """Sums of token statistics by tenth of the solution, over a step's micro-batches; `table` adds up over ranks."""
 
-    NAMES = ("tokens", "divergence", "weight", "clipped_mass", "student_entropy", "teacher_entropy")
+    NAMES = ("tokens", "divergence", "weight", "clipped_mass", "student_entropy", "teacher_entropy", "sampler_gap")
 
     def __init__(self, device: torch.device) -> None:
-        self.table = torch.zeros(10, len(self.NAMES), device=device)
+        self.table, self.has_gap = torch.zeros(10, len(self.NAMES), device=device), False
 
-    def add(self, r_M: Tensor, weight_M: Tensor, scores: TokenScores) -> None:
+    def add(self, r_M: Tensor, weight_M: Tensor, scores: TokenScores, gap_M: Tensor | None = None) -> None:
+        """`gap_M`: `sampler_gap` of the tokens, where the engine tells log-probabilities."""
+        self.has_gap = gap_M is not None
         columns = torch.stack(
             [
                 torch.ones_like(weight_M), scores.loss.detach(), weight_M, scores.clipped_mass,
-                scores.student_entropy, scores.teacher_entropy,
+                scores.student_entropy, scores.teacher_entropy, torch.zeros_like(weight_M) if gap_M is None else gap_M,
             ],
             dim=1,
         )  # fmt: skip
@@ -35,9 +40,24 @@ class TokenMetrics:
     def means(self) -> dict:
         """Means over the step's tokens, and by tenth of the solution (null where no token lies)."""
         rows, total = self.table.tolist(), self.table.sum(dim=0).tolist()
-        columns = list(enumerate(self.NAMES))[1:]
+        columns = list(enumerate(self.NAMES))[1 : None if self.has_gap else -1]
         means = {name: total[i] / total[0] for i, name in columns}
         return {**means, "by_decile": {name: [r[i] / r[0] if r[0] else None for r in rows] for i, name in columns}}
+
+
+@torch.no_grad()
+def sampler_gap(student_MD: Tensor, head_VD: Tensor, ids_M: Tensor, responses: list[Response]) -> Tensor | None:
+    """|log q(y_t) - log pi_theta(y_t)| at temperature 1, q the engine's probability of what it has sampled; [M].
+
+    0 but for rounding where the engine samples from the very weights that are trained. None where it does not tell.
+    """
+    if any(response.logprobs is None for response in responses):
+        return None
+    sampler_logp_M = torch.tensor([logp for response in responses for logp in response.logprobs], device=ids_M.device)
+    size = max(1, CHUNK_BYTES // (4 * head_VD.shape[0]))
+    chunks = zip(student_MD.split(size), ids_M.split(size), strict=True)
+    logp_M = torch.cat([log_probabilities(F.linear(x, head_VD), 1.0).gather(-1, y[:, None])[:, 0] for x, y in chunks])
+    return (sampler_logp_M - logp_M).abs()
 
 
 def rollout_metrics(samples: list[dict], repeating: list[bool]) -> dict:
@@ -57,6 +77,21 @@ def repeats(ids: list[int], tail: int = 200, run: int = 20) -> bool:
     last = ids[-tail:]
     runs = [tuple(last[start : start + run]) for start in range(len(last) - run + 1)]
     return len(set(runs)) < len(runs)
+
+
+def gap_warning(metrics: dict, dtype: torch.dtype) -> str | None:
+    """One line if the engine's log-probabilities are further from the trainer's than rounding explains."""
+    gap, bound = metrics.get("sampler_gap"), GAP_BOUND_FLOAT32 if dtype == torch.float32 else GAP_BOUND_16_BIT
+    if gap is None or gap <= bound:
+        return None
+    return (
+        f"sampler_gap {gap:.1e} is above {bound:.0e}: the engine samples from other weights than those trained "
+        "(an adapter that is out of date, another checkpoint or precision on the server)"
+    )
+
+
+GAP_BOUND_FLOAT32 = 1e-4
+GAP_BOUND_16_BIT = 5e-2
 
 
 COLLAPSE_WINDOW = 5  # steps; a single step's accuracy is a mean over few rollouts
@@ -97,6 +132,38 @@ def collapse_warning(history: list[dict], limit: int) -> str | None:
     return None
 
 
+class Watch:
+    """What is said of a run that looks wrong: each warning once. With --stop_on_collapse the first one ends the run."""
+
+    def __init__(self, folder: Path, config, dtype: torch.dtype) -> None:
+        self.folder, self.config, self.dtype = folder, config, dtype
+        self.history: list[dict] = []
+        self.collapse: str | None = None
+        self.gap: str | None = None
+
+    def see(self, metrics: dict) -> None:
+        """Look at a step's metrics. Raises CollapseError, naming the last good checkpoint."""
+        self.history.append(metrics)
+        step = metrics["step"]
+        if self.collapse is None:
+            self.collapse = collapse_warning(self.history, self.config.max_new_tokens)
+            if self.collapse is not None:
+                say(f"warning: after step {step + 1} the run looks collapsed: {self.collapse}")
+                if self.config.stop_on_collapse:
+                    good = last_good(self.folder, step)
+                    raise CollapseError(f"--stop_on_collapse, step {step + 1}: {self.collapse}; {good}")
+        if self.gap is None and self.config.lora_dropout == 0.0:
+            self.gap = gap_warning(metrics, self.dtype)
+            if self.gap is not None:
+                say(f"warning: after step {step + 1}: {self.gap}")
+
+
+def last_good(folder: Path, step: int) -> str:
+    """The newest checkpoint from before the steps that look collapsed, in words."""
+    sound = [n for n in range(1, step + 2 - COLLAPSE_WINDOW) if (folder / f"checkpoint-{n}").is_dir()]
+    return f"the last good checkpoint is {folder}/checkpoint-{sound[-1]}" if sound else "no checkpoint is from before"
+
+
 class Clock:
     """Seconds spent in the named parts of a step; waits for the GPU at both ends."""
 
@@ -115,8 +182,11 @@ class Clock:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def metrics(self) -> dict:
-        return {f"seconds_{part}": round(value, 4) for part, value in self.seconds.items()}
+    def metrics(self, samples: list[dict]) -> dict:
+        """Seconds by part, and this rank's sampled tokens a second."""
+        seconds = {f"seconds_{part}": round(value, 4) for part, value in self.seconds.items()}
+        rate = sum(row["tokens"] for row in samples) / self.seconds["sampling"]
+        return {**seconds, "sampled_tokens_per_second": round(rate, 1)}
 
 
 def step_line(metrics: dict, num_steps: int) -> str:

@@ -6,13 +6,15 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 from transformers.utils import cached_file
 
 from model import find_checkpoint, one_line
 from problems import InputError, Problem
+from runtime.ranks import gather_objects, rank
+from teacher import load_prompts
 
 # Weights of every format and their indices, configs, generation defaults, tokenizers, templates, adapters.
 PINNED = {
@@ -88,3 +90,11 @@ def _short(value: object) -> str:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def run_pins(config, problems: list[Problem], held_out: list[Problem]) -> dict:
+    """What the inputs of a training run hold, by flag; read once, by the first rank."""
+    if rank() > 0:
+        return gather_objects(None)[0]
+    pins = {"model": model_pin(config.model), "data": problems_pin(problems), "eval_data": problems_pin(held_out)}
+    return gather_objects({**pins, "prompts": asdict(load_prompts(config.prompts))})[0]

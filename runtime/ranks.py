@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -57,23 +58,15 @@ def gather_objects(value: object) -> list:
 BUCKET_BYTES = 2**30  # an adapter's gradients go over the ranks in one piece, those of all weights in a few
 
 
-def sum_over_ranks(tensors: list[Tensor]) -> None:
-    """Sum float32 tensors in place over all ranks, joined into pieces of BUCKET_BYTES; one process leaves them be."""
-    if not dist.is_initialized():
-        return
+def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors in groups of at most BUCKET_BYTES (a larger tensor alone)."""
     bucket: list[Tensor] = []
-    for tensor, following in zip(tensors, [*tensors[1:], None], strict=True):
-        bucket.append(tensor)
-        if following is None or sum(map(_size, bucket)) + _size(following) > BUCKET_BYTES:
-            _sum_joined(bucket)
+    for tensor in tensors:
+        if bucket and sum(t.numel() * t.element_size() for t in [*bucket, tensor]) > BUCKET_BYTES:
+            yield bucket
             bucket = []
-
-
-def _sum_joined(bucket: list[Tensor]) -> None:
-    flat = torch.cat([tensor.flatten() for tensor in bucket])
-    dist.all_reduce(flat)
-    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+        bucket.append(tensor)
+    yield bucket
 
 
 def check_same_start(named: list[tuple[str, Tensor]]) -> None:
@@ -91,10 +84,6 @@ def check_same_start(named: list[tuple[str, Tensor]]) -> None:
                     f"rank {other} starts with another {name} than rank 0: all ranks need the same model files, "
                     "versions and kind of GPU"
                 )
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def wait_for_all() -> None:

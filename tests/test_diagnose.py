@@ -470,9 +470,10 @@ def test_problems_are_drawn_without_replacement_from_each_source(tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--preset no", "--children 1", "--top_valid 1", "--engine vllm", "--engine server", "--server http://x",
-     "--no_such 1", "--dropout 0", "--resume", "--rollouts 0", "--diversity_viability 1.5", "--context 1", "--seed -1",
-     "--dropout 1", "--min_p2 2", "--temperature -1", "--dropout_passes 1", "--data a b", "--fallback_temperature 0"],
+    ["--preset no", "--children 1", "--top_valid 1", "--engine vllm", "--engine server", "--dropout 0", "--dropout 1",
+     "--server http://x --engine generate", "--no_such 1", "--resume", "--rollouts 0", "--diversity_viability 1.5",
+     "--context 1", "--seed -1", "--min_p2 2", "--temperature -1", "--dropout_passes 1", "--data a b",
+     "--fallback_temperature 0"],
 )  # fmt: skip
 def test_mistakes_are_named(flags):
     with pytest.raises(InputError, match=flags.split()[0] if flags != "--data a b" else "--num_problems"):
@@ -482,7 +483,7 @@ def test_mistakes_are_named(flags):
 class BracedGrader:
     """Knows that \\{15\\} is 15, as no other grader does."""
 
-    name, stopped = "braced", 0
+    name, note, stopped = "braced", "", 0
 
     def __init__(self, version):
         self.version = version

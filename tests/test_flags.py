@@ -65,7 +65,7 @@ def test_a_wrong_value_names_the_flag_that_was_typed(config, flag, value, tmp_pa
         parse(config, f"--{flag}={value}")
     message = str(caught.value)
     assert message.startswith(f"--{flag}") and "\n" not in message
-    assert value in message or float(message.split()[1].strip("[]:")) == float(value)
+    assert value in message
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from experiments import plots
 from experiments.grids import Grid
-from experiments.token_page import RolloutView, TokenView, render, view_rollouts
+from experiments.token_page import RolloutView, TokenView, render, repaired, view_rollouts
 from problems import InputError, Problem
 from weighting import position_weight
 
@@ -187,3 +187,37 @@ def test_page_of_a_real_run(tmp_path, monkeypatch):
                 assert sum(chances) <= 1.0 + 1e-6
     assert any(abs(token.divergence) > 1e-4 for token in before.tokens)
     assert before.tokens[-1].text == "<|im_end|>"
+
+
+# --- what training repaired -------------------------------------------------------------------------------------
+
+
+def test_repaired_problems_are_right_after_and_not_before(tmp_path):
+    texts = {0: ("12", "34", True), 1: ("12", "13", True), 2: ("12", "12", False), 3: ("12", "125", True)}
+    rows = []
+    for index, (before, after, ends_right) in texts.items():
+        for step, text, correct in ((0, before, False), (5, "?", True), (20, after, ends_right)):
+            rows.append({"step": step, "problem": index, "text": text, "correct": correct, "decoding": "greedy"})
+        rows.append({"step": 20, "problem": index, "text": "", "correct": True, "decoding": "sampled"})
+    rows.append({"step": 0, "problem": 4, "text": "1", "correct": True, "decoding": "greedy"})
+    rows.append({"step": 20, "problem": 4, "text": "1", "correct": True, "decoding": "greedy"})
+    assert repaired(tmp_path) == []
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert repaired(tmp_path) == [1, 3, 0]  # one character differs, one, two
+
+
+def test_the_picture_shows_the_token_where_the_solutions_part():
+    pytest.importorskip("matplotlib")
+
+    def view(last: str, correct: bool) -> RolloutView:
+        tokens = [TokenView(text, 0.5, 1.0, [("a", 0.7), ("b", 0.2)], [("b", 0.9), ("a", 0.1)]) for text in ("=", last)]
+        return RolloutView("x", Problem("1+1", "", "2"), correct, tokens)
+
+    drawn = plots.repair(view("a", False), view("b", True))
+    strip, before, after = drawn.axes
+    assert [text.get_text() for text in strip.texts] == ["x: 1+1, wrong", "=", "a", "x: 1+1, right", "=", "b"]
+    assert [axis.get_title() for axis in (before, after)] == [
+        "token 2, before training: a", "token 2, after training: b",
+    ]  # fmt: skip
+    assert [label.get_text() for label in before.get_yticklabels()] == ["b", "a"]
+    assert [bar.get_width() for bar in before.patches] == [0.2, 0.7, 0.9, 0.1]  # student's two, then teacher's

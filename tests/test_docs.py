@@ -1,0 +1,221 @@
+"""The promises of README.md and docs/: names, links, files, commands and examples hold; pages stay readable."""
+
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import diagnose
+import evaluate
+import loss
+import train
+import weighting
+from problems import InputError
+from runtime.flags import FlagParser
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in [*ROOT.glob("docs/*.md")]}
+PAGES["README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+every_page = pytest.mark.parametrize("page", sorted(PAGES))
+
+
+def prose(page: str) -> str:
+    """A page without its fenced blocks."""
+    return FENCE.sub("", PAGES[page])
+
+
+def fences(page: str, language: str) -> list[str]:
+    return [match[2] for match in FENCE.finditer(PAGES[page]) if match[1] == language]
+
+
+# --- names, links, files ----------------------------------------------------------------------------------------
+
+
+def defined_in(path: Path) -> set[str]:
+    """The functions, classes and names at the top of a Python file."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        for target in node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]:
+            names |= {item.id for item in ast.walk(target) if isinstance(item, ast.Name)} if target else set()
+    return names
+
+
+@every_page
+def test_every_name_exists(page):
+    for file, name in set(re.findall(r"([\w/.-]+\.py)::(\w+)", PAGES[page])):
+        assert (ROOT / file).is_file(), f"{page}: {file} does not exist"
+        assert name in defined_in(ROOT / file), f"{page}: {file} has no {name}"
+
+
+def test_the_readme_names_enough():
+    assert len(set(re.findall(r"`([\w/]+\.py)::(\w+)`", PAGES["README.md"]))) >= 25
+
+
+def heading_anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_every_link_and_picture_exists(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith(("https://", "http://")):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (ROOT / page).parent / file if file else ROOT / page
+        assert there.exists(), f"{page}: {target} does not exist"
+        assert not anchor or anchor in heading_anchors(there.read_text(encoding="utf-8")), f"{page}: no {target}"
+
+
+@every_page
+def test_every_file_named_by_its_folder_exists(page):
+    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "runs")
+    for file in re.findall(rf"`((?:{folders})/[\w./-]*)`", PAGES[page]):
+        assert (ROOT / file).exists(), f"{page}: {file} does not exist"
+
+
+def test_every_file_of_the_tree_exists():
+    (tree,) = FENCE.findall(PAGES["README.md"].split("## Files")[1].split("\n## ")[0])
+    files = re.findall(r"^(\S+) ", tree[1], re.MULTILINE)
+    assert len(files) >= 10
+    for file in files:
+        assert (ROOT / file).exists(), file
+    unnamed = [path.name for path in ROOT.glob("*.py") if path.name not in tree[1]]
+    assert not unnamed, f"not in the README's tree of files: {unnamed}"
+
+
+# --- commands ---------------------------------------------------------------------------------------------------
+
+OTHERS = {"pip", "vllm", "export"}  # commands of others, which are not checked
+SCRIPTS = {
+    "train.py": (train.TrainConfig, train.PRESETS),
+    "evaluate.py": (evaluate.EvaluationConfig, None),
+    "diagnose.py": (diagnose.DiagnoseConfig, diagnose.PRESETS),
+}
+
+
+def commands(page: str) -> list[list[str]]:
+    """The commands of a page, word by word: those in bash blocks, and those of python that stand in a line of prose."""
+    blocks = [line for block in fences(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    inline = re.findall(r"`((?:python|torchrun) [^`]+)`", prose(page))
+    found = []
+    for line in [*blocks, *inline]:
+        command: list[str] = []
+        words = [word for word in shlex.split(line, comments=True) if word != "..."]
+        for word in [*words, ";"]:
+            if word in ("&&", "|", ";"):
+                found += [command] if command else []
+                command = []
+            elif command or not re.fullmatch(r"[A-Z_]+=.*", word):  # VARIABLE=value before a command
+                command.append(word)
+    return found
+
+
+def help_of(module: str, monkeypatch, capsys) -> str:
+    monkeypatch.setattr("sys.argv", [module, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(module).main()
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def check_command(words: list[str], monkeypatch, capsys) -> None:
+    """Raise unless the command's script exists and takes its flags."""
+    if words[0] == "torchrun":
+        words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
+    if words[0] in OTHERS or words[:3] == ["python", "-m", "pytest"] or (ROOT / words[0]).is_file():
+        return
+    assert words[0] == "python", f"an unknown command: {words[0]}"
+    if words[1] in SCRIPTS:
+        config_class, presets = SCRIPTS[words[1]]
+        if "--help" not in words:
+            FlagParser(config_class, None).parse(presets, words[2:])
+    elif words[1] == "-m":
+        known = set(re.findall(r"(?<![\w-])--?[\w-]+", help_of(words[2], monkeypatch, capsys)))
+        unknown = [word for word in words[3:] if word.startswith("-") and word.split("=")[0] not in known]
+        assert not unknown, f"{words[2]} has no {', '.join(unknown)}"
+    else:
+        assert (ROOT / words[1]).is_file(), f"{words[1]} does not exist"
+
+
+@every_page
+def test_commands_parse(page, monkeypatch, capsys):
+    for words in commands(page):
+        check_command(words, monkeypatch, capsys)
+
+
+def test_a_wrong_command_is_found(monkeypatch, capsys):
+    for command in ("python train.py --clip 1", "python evaluate.py --benchmark tiny --output x"):
+        with pytest.raises(InputError):
+            check_command(command.split(), monkeypatch, capsys)
+    for command in ("python -m experiments.plots --output x", "python trian.py", "make"):
+        with pytest.raises(AssertionError):
+            check_command(command.split(), monkeypatch, capsys)
+
+
+@every_page
+def test_flags_in_prose_exist(page):
+    """A flag in backticks is one of the three scripts', or of a command that the same page shows."""
+    known = {name for config_class, _ in SCRIPTS.values() for name in config_class.__dataclass_fields__}
+    shown = {word.removeprefix("--") for words in commands(page) for word in words if word.startswith("--")}
+    modules = set(re.findall(r"\bexperiments[./](\w+)", PAGES[page])) | {"export"}
+    sources = [path for name in modules for path in ROOT.glob(f"*/{name}.py")]
+    declared = {flag for path in sources for flag in re.findall(r'"--(\w+)"', path.read_text(encoding="utf-8"))}
+    for flag in re.findall(r"`(?:[^`\n]* )?--(\w+)(?![\w-])[^`\n]*`", prose(page)):
+        assert flag in known | shown | declared, f"{page}: no script has --{flag}"
+
+
+# --- examples ---------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_new_methods_run(monkeypatch):
+    monkeypatch.setattr(loss, "METHODS", dict(loss.METHODS))
+    monkeypatch.setattr(weighting, "SCHEDULES", dict(weighting.SCHEDULES))
+    monkeypatch.setattr(train, "main", lambda: None)
+    methods, schedules = set(loss.METHODS), set(weighting.SCHEDULES)
+    namespace: dict = {}
+    for block in fences("README.md", "python"):
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert {"late_opsd", "hellinger"} <= loss.METHODS.keys() - methods
+    assert weighting.SCHEDULES.keys() - schedules
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 6, 9), torch.randn(2, 6, 9)
+    ids, mask = torch.zeros(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.bool)
+    late = loss.method_loss("late_opsd", student, teacher, ids, mask)
+    first_half_changed = student.clone()
+    first_half_changed[:, :3] += torch.randn(2, 3, 9)
+    torch.testing.assert_close(loss.method_loss("late_opsd", first_half_changed, teacher, ids, mask), late)
+    assert 0 < loss.method_loss("hellinger", student, teacher, ids, mask).item() < 1
+
+
+@every_page
+def test_python_blocks_are_python(page):
+    for block in fences(page, "python"):
+        ast.parse(block)
+
+
+# --- to be read -------------------------------------------------------------------------------------------------
+
+
+@every_page
+def test_lines_are_short(page):
+    """At most 120 characters, tables and pictures aside."""
+    long = [line for line in PAGES[page].splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
+    assert not long, f"{page}: {long}"
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 200
+
+
+@every_page
+def test_no_placeholder_is_left(page):
+    assert "@@" not in PAGES[page]

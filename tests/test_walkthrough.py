@@ -1,0 +1,69 @@
+"""docs/walkthrough.md and the script that prints its tables hold together."""
+
+import re
+
+import pytest
+
+from experiments import walkthrough
+from experiments.worlds import WORLDS, believed_result
+from loss import LossOptions
+from train import PRESETS
+
+PAGE = walkthrough.PAGE.read_text(encoding="utf-8")
+DECIMAL = re.compile(r"-?\d+\.\d+")
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict[str, str]:
+    return walkthrough.blocks()
+
+
+def assert_same(name: str, on_page: str, printed: str) -> None:
+    """Equal words; decimal numbers within two units of their last digit, which another machine's rounding may move."""
+    assert DECIMAL.sub("#", on_page) == DECIMAL.sub("#", printed), f"{name}: run `-m experiments.walkthrough --write`"
+    for here, there in zip(DECIMAL.findall(on_page), DECIMAL.findall(printed), strict=True):
+        digits = len(here.split(".")[1])
+        assert float(here) == pytest.approx(float(there), abs=2.01 * 10**-digits), f"{name}: {here}, printed {there}"
+
+
+def test_the_page_holds_the_printed_numbers(printed):
+    shown = walkthrough.page_blocks(PAGE)
+    assert list(shown) == list(printed)
+    for name, text in shown.items():
+        assert_same(name, text, printed[name])
+
+
+def test_another_number_or_word_is_found():
+    assert_same("x", "a 0.500", "a 0.502")
+    for other in ("a 0.504", "b 0.500", "a 0.500 0.1"):
+        with pytest.raises(AssertionError):
+            assert_same("x", "a 0.500", other)
+
+
+def test_prose_holds_no_number_of_its_own():
+    """Measured numbers stand in the tables alone; the prose names the two presets' clips."""
+    prose = walkthrough.BLOCK.sub("", PAGE)
+    clips = {str(PRESETS["tiny"]["tau_clip"]), str(LossOptions().tau_clip)}
+    assert set(DECIMAL.findall(prose)) == clips == {str(clip) for clip in walkthrough.CLIPS[1:]}
+
+
+def test_writing_keeps_the_prose_and_every_table():
+    shown = walkthrough.page_blocks(PAGE)
+    assert walkthrough.fill_in(PAGE, shown) == PAGE
+    changed = walkthrough.fill_in(PAGE, dict.fromkeys(shown, "x"))
+    assert set(walkthrough.page_blocks(changed).values()) == {"x"}
+    assert walkthrough.BLOCK.sub("", changed) == walkthrough.BLOCK.sub("", PAGE)
+
+
+def test_the_rollout_states_the_belief_and_the_teacher_knows_better():
+    walk = walkthrough.walk()
+    total, addend = walkthrough.FACT
+    belief, right = believed_result(total, addend, WORLDS["embedded"].believed), total + addend
+    assert f"{total}+{addend}={belief};" in walk.run.tokenizer.decode(walk.y.ids)
+    assert walk.token(walkthrough.DIGIT) == f"`{str(belief)[-1]}`"
+    assert walk.token(walkthrough.MARK) == "`;`"
+    best = [
+        [walk.run.tokenizer.decode([logp_MV[t - 1].argmax().item()]) for t in (walkthrough.DIGIT, walkthrough.MARK)]
+        for logp_MV in (walk.student_logp_MV, walk.teacher_logp_MV)
+    ]
+    assert best == [[str(belief)[-1], ";"], [str(right)[-1], "!"]]
