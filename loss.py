@@ -364,10 +364,36 @@ def score_tokens_from_hidden(
 
 def _score_chunk(method, student_MD, teacher_MD, ids_M, head_VD, teacher_head_VD, options) -> TokenScores:
     # The logits have no name here on purpose: each is freed as soon as its logarithms are there.
-    student_logp_MV = log_probabilities(F.linear(student_MD, head_VD), options.distill_temperature)
+    student_logp_MV = log_probabilities(head_logits(student_MD, head_VD), options.distill_temperature)
     with torch.no_grad():
-        teacher_logp_MV = log_probabilities(F.linear(teacher_MD, teacher_head_VD), options.distill_temperature)
+        teacher_logp_MV = log_probabilities(head_logits(teacher_MD, teacher_head_VD), options.distill_temperature)
     return score_tokens(method, student_logp_MV, teacher_logp_MV, ids_M, options)
+
+
+def head_logits(hidden_MD: Tensor, head_VD: Tensor) -> Tensor:
+    """hidden @ head.T; of bfloat16 states in float32, the numbers that a matrix product accumulates anyway.
+
+    Rounded to bfloat16 they carry entries over the step of tau_clip, where the gradient turns around.
+    """
+    return F.linear(hidden_MD, head_VD) if hidden_MD.dtype == torch.float32 else _WideProduct.apply(hidden_MD, head_VD)
+
+
+class _WideProduct(torch.autograd.Function):
+    """x W^T in float32 for x and W in half precision; the gradients are those of the product in half precision."""
+
+    @staticmethod
+    def forward(ctx, x_MD: Tensor, head_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(x_MD, head_VD)
+        try:
+            return torch.mm(x_MD, head_VD.T, out_dtype=torch.float32)
+        except NotImplementedError:  # a CPU
+            return x_MD.float() @ head_VD.float().T
+
+    @staticmethod
+    def backward(ctx, grad_MV: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (x_MD, head_VD), (to_x, to_head) = ctx.saved_tensors, ctx.needs_input_grad
+        grad_MV = grad_MV.to(x_MD.dtype)
+        return grad_MV @ head_VD if to_x else None, grad_MV.T @ x_MD if to_head else None
 
 
 def _reduce(method: Method, scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:

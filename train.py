@@ -357,6 +357,11 @@ def check_config(config: TrainConfig) -> None:
         raise InputError("--engine server trains an adapter, which the server loads: --lora_rank must be above 0")
     _ = config.sampling  # checks itself
     load_prompts(config.prompts)
+    if config.dtype in ("bfloat16", "float16") and config.lora_rank == 0:
+        raise InputError(
+            f"--dtype {config.dtype} with --lora_rank 0: updates of --learning_rate's size vanish in its few digits; "
+            "what helps: --dtype float32, or LoRA (--lora_rank 64), whose adapter is float32 beside any --dtype"
+        )
     if config.resume and config.output_dir is None:
         raise InputError("--resume needs --output_dir, the run to go on with")
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config, PreTrai
 import train
 from loss import resolve_method
 from model import add_lora
-from runtime.fake_step import StepShape, fake_model, step_bytes
+from runtime.fake_step import fake_teacher, StepShape, fake_model, step_bytes
 from runtime.memory import MemoryPlan, Planned, plan_memory
 from teacher import Teacher
 
@@ -61,7 +61,7 @@ def track(like: PreTrainedModel, kind: str, shape: StepShape, config: train.Trai
     """Bytes of one step, all of it run on fake tensors, in the plan's parts."""
     method = resolve_method(config.method, config)
     with fake_model(like, like.config.num_hidden_layers, True) as (model, live):
-        teacher = Teacher(model, kind)
+        teacher = fake_teacher(model, Teacher(like, kind))
         resident = live.now
         trained = sum(p.numel() * p.element_size() for p in teacher.trained)
         taken = step_bytes(model, teacher, shape, method, config, config.sampling, live)

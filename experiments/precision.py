@@ -2,19 +2,19 @@
 
     python -m experiments.precision --model DIRECTORY [DIRECTORY ...]
 
-The same rollouts, adapter and loss in float32 and in bfloat16 with gradient checkpointing, as on a GPU; then in
-bfloat16 with logits whose product is accumulated and kept in float32. Distance: ||g - g32|| / ||g32|| over the
+The same rollouts, adapter and loss in float32 and in bfloat16 with gradient checkpointing: as train.py computes, with
+logits kept in float32 (loss.head_logits), and with logits rounded to bfloat16. Distance: ||g - g32|| / ||g32|| over the
 adapter's parameters of a part.
 """
 
 from __future__ import annotations
 
 import argparse
-import types
 from contextlib import nullcontext
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,11 +29,6 @@ from teacher import Teacher, student_prompt, teacher_prompt
 ROWS, TOKENS = 8, 64
 
 
-def float32_logits(x_MD: Tensor, head_VD: Tensor) -> Tensor:
-    """The head's product accumulated in float32 and not rounded."""
-    return x_MD.float() @ head_VD.float().T
-
-
 def prepared(name: str, dtype: str) -> PreTrainedModel:
     """The model with an adapter that has moved away from its start, the same in each dtype."""
     model = load_model(name, dtype, device="cpu")
@@ -45,8 +40,8 @@ def prepared(name: str, dtype: str) -> PreTrainedModel:
     return model.train()
 
 
-def gradients(model: PreTrainedModel, contexts: tuple, y: list[Response], tau_clip: float, exact: bool) -> dict:
-    """Eq. (6)'s gradient by part; `exact` is for float32 logits."""
+def gradients(model: PreTrainedModel, contexts: tuple, y: list[Response], tau_clip: float, rounded: bool) -> dict:
+    """Eq. (6)'s gradient by part; `rounded`: logits in the model's dtype."""
     options = LossOptions(tau_clip=tau_clip)
     method, teacher = resolve_method("pwopsd", options), Teacher(model)
     responses, lengths = [r.ids for r in y], [len(r.ids) for r in y]
@@ -56,8 +51,7 @@ def gradients(model: PreTrainedModel, contexts: tuple, y: list[Response], tau_cl
         teacher_MD = response_hidden(scorer, contexts[1], responses)[mask_BT]
     student_MD = response_hidden(model, contexts[0], responses)[mask_BT]
     head_VD, ids_M = model.get_output_embeddings().weight, torch.tensor([token for row in responses for token in row])
-    linear = mock.patch.object(loss, "F", types.SimpleNamespace(linear=float32_logits)) if exact else nullcontext()
-    with linear:
+    with mock.patch.object(loss, "head_logits", F.linear) if rounded else nullcontext():
         scores = score_tokens_from_hidden(method, student_MD, teacher_MD, head_VD, head_VD, ids_M, options)
         weight_M = method.token_weight(scores, lengths, 0, options)
         numerator, denominator = method.reduction(scores.loss, weight_M, lengths)
@@ -74,9 +68,9 @@ def compare(name: str, data: str, temperature: float) -> None:
     full, half = prepared(name, "float32"), prepared(name, "bfloat16")
     y = sample(full, tokenizer, contexts[0], [(0, i) for i in range(ROWS)], Sampling(temperature, 0.95, 0, TOKENS))
     for tau_clip in (0.05, 1.0, float("inf")):
-        wanted = gradients(full, contexts, y, tau_clip, exact=False)
-        for words, exact in (("bfloat16", False), ("bfloat16, float32 logits", True)):
-            found = gradients(half, contexts, y, tau_clip, exact)
+        wanted = gradients(full, contexts, y, tau_clip, rounded=False)
+        for words, rounded in (("bfloat16", False), ("bfloat16, rounded logits", True)):
+            found = gradients(half, contexts, y, tau_clip, rounded)
             cells = [f"{((found[k] - wanted[k]).norm() / wanted[k].norm()).item():.3f}" for k in wanted]
             print(f"| {name} | {tau_clip} | {words} | {' | '.join(cells)} |", flush=True)
 

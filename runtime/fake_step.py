@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel, masking_utils
 
 from loss import LossOptions, Method, score_tokens_from_hidden
 from model import add_lora, cast_adapter, lora_layers, response_hidden
@@ -91,7 +91,7 @@ def fake_model(like: PreTrainedModel, depth: int, gradient_checkpointing: bool) 
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:depth]
     layers = list(lora_layers(like).values())
-    with FakeTensorMode(), LiveBytes() as live:
+    with _rows_are_not_packed(), FakeTensorMode(), LiveBytes() as live:
         model = _from_config(config, like)
         if layers:
             add_lora(model, layers[0].rank, layers[0].alpha, layers[0].dropout)
@@ -112,6 +112,20 @@ def fake_teacher(model: PreTrainedModel, like: Teacher) -> Teacher:
     teacher = Teacher(model, "live")
     teacher.copy = _from_config(model.config, model).requires_grad_(False).eval()
     return teacher
+
+
+@contextmanager
+def _rows_are_not_packed() -> Iterator[None]:
+    """Inside, transformers takes positions for those of whole rows, as it finds them to be on real tensors.
+
+    It cannot read positions without content, would take rows for packed ones and build masks that no real step has.
+    """
+    found = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = found
 
 
 def step_bytes(

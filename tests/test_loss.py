@@ -360,3 +360,18 @@ def test_scores_by_hand():
     assert scores.student_logprob.item() == pytest.approx(math.log(0.25))
     assert scores.teacher_logprob.item() == pytest.approx(math.log(0.5))
     assert scores.student_entropy.item() == scores.teacher_entropy.item() == pytest.approx(1.5 * math.log(2))
+
+
+def test_logits_of_half_precision_states_are_not_rounded():
+    """The product of bfloat16 numbers in float32; its gradients are those of the bfloat16 product."""
+    torch.manual_seed(0)
+    x_MD, head_VD = torch.randn(5, 64).bfloat16().requires_grad_(), torch.randn(30, 64).bfloat16().requires_grad_()
+    logits_MV = losses.head_logits(x_MD, head_VD)
+    assert logits_MV.dtype == torch.float32
+    torch.testing.assert_close(logits_MV, x_MD.float() @ head_VD.float().T)
+    assert not torch.equal(logits_MV, logits_MV.bfloat16().float())
+    up_MV = torch.randn(5, 30)
+    found = torch.autograd.grad(logits_MV, (x_MD, head_VD), up_MV)
+    wanted = torch.autograd.grad(torch.nn.functional.linear(x_MD, head_VD), (x_MD, head_VD), up_MV.bfloat16())
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.02)
