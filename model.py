@@ -184,6 +184,12 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     return sorted({*listed, tokenizer.eos_token_id})
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Gradient checkpointing, by the name that the installed library has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def context_length(model: PreTrainedModel) -> int:
     """Tokens that fit into the model's context."""
     return int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)

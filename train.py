@@ -32,6 +32,7 @@ from model import (
     find_checkpoint,
     load_model,
     load_tokenizer,
+    recompute_activations,
     response_hidden,
     response_mask,
 )
@@ -384,7 +385,7 @@ def build(config: TrainConfig, device: torch.device, grader: Grader, prompts: Pr
     if config.lora_rank > 0:
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     teacher = Teacher(model, config.teacher, config.ema_decay)
     optimizer = make_optimizer(teacher.trained, config)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=config.num_steps)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config, PreTrai
 import train
 from loss import resolve_method
 from model import add_lora
-from runtime.fake_step import fake_teacher, StepShape, fake_model, step_bytes
+from runtime.fake_step import StepShape, fake_model, fake_teacher, step_bytes
 from runtime.memory import MemoryPlan, Planned, plan_memory
 from teacher import Teacher
 

@@ -20,7 +20,15 @@ from transformers import PreTrainedModel
 
 import loss
 from loss import LossOptions, resolve_method, score_tokens_from_hidden
-from model import LORA_TARGETS, add_lora, load_model, load_tokenizer, lora_layers, response_hidden
+from model import (
+    LORA_TARGETS,
+    add_lora,
+    load_model,
+    load_tokenizer,
+    lora_layers,
+    recompute_activations,
+    response_hidden,
+)
 from problems import load_problems
 from rollout import Response, Sampling, sample
 from runtime.flags import run_script
@@ -36,7 +44,7 @@ def prepared(name: str, dtype: str) -> PreTrainedModel:
     add_lora(model, 8, 16.0)
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.02)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_activations(model)
     return model.train()
 
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel, masking_utils
 
 from loss import LossOptions, Method, score_tokens_from_hidden
-from model import add_lora, cast_adapter, lora_layers, response_hidden
+from model import add_lora, cast_adapter, lora_layers, recompute_activations, response_hidden
 from rollout import Sampling, StreamSampler
 from teacher import Teacher
 
@@ -96,7 +96,7 @@ def fake_model(like: PreTrainedModel, depth: int, gradient_checkpointing: bool) 
         if layers:
             add_lora(model, layers[0].rank, layers[0].alpha, layers[0].dropout)
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(model)
         yield model, live
 
 

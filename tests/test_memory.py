@@ -199,7 +199,7 @@ def test_what_cannot_fit_is_refused_with_advice(model):
     with pytest.raises(InputError, match="--max_length"):
         plan(model, 0, available=1000, teacher_tokens=1000, local_batch=1)
     with pytest.raises(InputError, match="--batch_size"):
-        plan(model, 1, available=1000)
+        plan(model, 1, available=1000, local_batch=64)
     assert plan(model, 8, available=None).micro_batch_size == 8
 
 
