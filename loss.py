@@ -347,7 +347,16 @@ def score_tokens_from_hidden(
     """
     size = chunk_tokens or max(1, CHUNK_BYTES // (4 * head_VD.shape[0]))
     parts = [
-        checkpoint(_score_chunk, method, *chunk, head_VD, teacher_head_VD, options, use_reentrant=False)
+        checkpoint(
+            _score_chunk,
+            method,
+            *chunk,
+            head_VD,
+            teacher_head_VD,
+            options,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
         for chunk in zip(student_MD.split(size), teacher_MD.split(size), ids_M.split(size), strict=True)
     ]
     return TokenScores(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TokenScores)})

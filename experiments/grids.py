@@ -91,11 +91,10 @@ LEAP_WORLD = {
 }  # fmt: skip
 LEAP_ROWS = {
     "OPSD": {"method": "opsd"},
-    **{name: POSITION[name] for name in ("uniform, per sequence", "reversed Moderate", "Moderate, shuffled")},
+    **{name: POSITION[name] for name in ("reversed Moderate", "Moderate, shuffled")},
     "PW-OPSD Moderate": {"method": "pwopsd"},
-    **{name: POSITION[name] for name in ("Sharp", "Aggressive", "suffix", "prefix")},
-    **{name: SCORES[name] for name in ("IW-OPD", "DASH")},
-    "no reference": TEACHERS["no reference"],
+    **{name: POSITION[name] for name in ("Sharp", "Aggressive", "suffix")},
+    "IW-OPD": SCORES["IW-OPD"],
 }
 LEAP = Grid(
     common={**LEAP_WORLD, "num_steps": 20, "learning_rate": 3e-4},

@@ -9,7 +9,6 @@ inside a kernel and the allocator's waste are not seen.
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+<<<<<<< HEAD
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, masking_utils
+=======
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+>>>>>>> main
 
 from loss import LossOptions, Method, score_tokens_from_hidden
 from model import add_lora, cast_adapter, lora_layers, response_hidden
@@ -28,15 +32,20 @@ from teacher import Teacher
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators under it have made and that are alive: `now`, and at most: `peak`."""
+    """Bytes of the storages that operators under it have made and that are alive: `now`, and at most: `peak`.
+
+    It holds torch's own weak references to storages and asks them before each count which have expired. Python's
+    (weakref.finalize on a storage's wrapper, which torch may revive) crash the interpreter.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._alive: set[int] = set()
+        self.peak = self._now = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        self._forget_expired()
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.count(tensor)
@@ -45,16 +54,19 @@ class LiveBytes(TorchDispatchMode):
     def count(self, tensor: Tensor) -> None:
         """Count a tensor's storage, unless it is counted; for real tensors also those made before."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._alive:
-            self._alive.add(key)
-            weakref.finalize(storage, self._free, key, size)
-            self.now += size
-            self.peak = max(self.peak, self.now)
+        if storage._cdata not in self._alive:
+            self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            self._now += storage.nbytes()
+            self.peak = max(self.peak, self._now)
 
-    def _free(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self.now -= size
+    @property
+    def now(self) -> int:
+        self._forget_expired()
+        return self._now
+
+    def _forget_expired(self) -> None:
+        for key in [key for key, (reference, _) in self._alive.items() if reference.expired()]:
+            self._now -= self._alive.pop(key)[1]
 
     @contextmanager
     def part(self, taken: dict[str, int], name: str, base: int) -> Iterator[None]:
@@ -83,10 +95,15 @@ def fake_model(like: PreTrainedModel, depth: int, gradient_checkpointing: bool) 
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:depth]
     layers = list(lora_layers(like).values())
+<<<<<<< HEAD
     with _rows_are_not_packed(), FakeTensorMode(), LiveBytes() as live:
         model = AutoModelForCausalLM.from_config(
             config, dtype=like.dtype, attn_implementation=like.config._attn_implementation
         )
+=======
+    with FakeTensorMode(), LiveBytes() as live:
+        model = _from_config(config, like)
+>>>>>>> main
         if layers:
             add_lora(model, layers[0].rank, layers[0].alpha, layers[0].dropout)
         if gradient_checkpointing:
@@ -94,6 +111,7 @@ def fake_model(like: PreTrainedModel, depth: int, gradient_checkpointing: bool) 
         yield model, live
 
 
+<<<<<<< HEAD
 @contextmanager
 def _rows_are_not_packed() -> Iterator[None]:
     """Inside, transformers takes positions for those of whole rows, as it finds them to be on real tensors.
@@ -106,6 +124,20 @@ def _rows_are_not_packed() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = found
+=======
+def _from_config(config: PreTrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
+    attention = like.config._attn_implementation
+    return AutoModelForCausalLM.from_config(config, dtype=like.dtype, attn_implementation=attention)
+
+
+def fake_teacher(model: PreTrainedModel, like: Teacher) -> Teacher:
+    """A teacher like `like` of a fake model. Its copy is made anew: copy.deepcopy of fake tensors crashes torch."""
+    if like.copy is None:
+        return Teacher(model, like.kind)
+    teacher = Teacher(model, "live")
+    teacher.copy = _from_config(model.config, model).requires_grad_(False).eval()
+    return teacher
+>>>>>>> main
 
 
 def step_bytes(

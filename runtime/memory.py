@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from loss import CHUNK_BYTES, LossOptions, Method
 from problems import InputError
 from rollout import Sampling
-from runtime.fake_step import StepShape, fake_model, step_bytes
+from runtime.fake_step import StepShape, fake_model, fake_teacher, step_bytes
 from runtime.ranks import BUCKET_BYTES
 from teacher import Teacher
 
@@ -117,7 +117,7 @@ def _pass_bytes(run: Planned, shape: StepShape) -> dict[str, int]:
     peaks = []
     for layers in shallow:
         with fake_model(run.model, layers, run.gradient_checkpointing) as (model, live):
-            teacher = Teacher(model, run.teacher.kind)
+            teacher = fake_teacher(model, run.teacher)
             peaks.append(step_bytes(model, teacher, shape, run.method, run.options, run.settings, live, scored))
     first, last = peaks[0], peaks[-1]
     steps = (depth - shallow[0]) / max(1, shallow[-1] - shallow[0])
