@@ -19,11 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-<<<<<<< HEAD
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, masking_utils
-=======
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
->>>>>>> main
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel, masking_utils
 
 from loss import LossOptions, Method, score_tokens_from_hidden
 from model import add_lora, cast_adapter, lora_layers, response_hidden
@@ -95,15 +91,8 @@ def fake_model(like: PreTrainedModel, depth: int, gradient_checkpointing: bool) 
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:depth]
     layers = list(lora_layers(like).values())
-<<<<<<< HEAD
     with _rows_are_not_packed(), FakeTensorMode(), LiveBytes() as live:
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=like.dtype, attn_implementation=like.config._attn_implementation
-        )
-=======
-    with FakeTensorMode(), LiveBytes() as live:
         model = _from_config(config, like)
->>>>>>> main
         if layers:
             add_lora(model, layers[0].rank, layers[0].alpha, layers[0].dropout)
         if gradient_checkpointing:
@@ -111,7 +100,6 @@ def fake_model(like: PreTrainedModel, depth: int, gradient_checkpointing: bool) 
         yield model, live
 
 
-<<<<<<< HEAD
 @contextmanager
 def _rows_are_not_packed() -> Iterator[None]:
     """Inside, transformers takes positions for those of whole rows, as it finds them to be on real tensors.
@@ -124,7 +112,8 @@ def _rows_are_not_packed() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = found
-=======
+
+
 def _from_config(config: PreTrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
     attention = like.config._attn_implementation
     return AutoModelForCausalLM.from_config(config, dtype=like.dtype, attn_implementation=attention)
@@ -137,7 +126,6 @@ def fake_teacher(model: PreTrainedModel, like: Teacher) -> Teacher:
     teacher = Teacher(model, "live")
     teacher.copy = _from_config(model.config, model).requires_grad_(False).eval()
     return teacher
->>>>>>> main
 
 
 def step_bytes(
