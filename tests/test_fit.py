@@ -26,11 +26,12 @@ class Config:
 ODD = "aé€😀ﷺ漢 \n\t\\{}$<>01½Å\u0301\u1100\u1161\U0001d160"  # among them what Unicode's normal forms make longer
 
 
-def odd_problems(count: int, longest: int) -> list[Problem]:
+def odd_problems(count: int, longest: int, controls: bool = True) -> list[Problem]:
     draw = random.Random(0)
 
     def text() -> str:
-        return "".join(draw.choices(ODD, k=draw.randint(1, longest))) + draw.choice(["", "<think>", "<|im_end|>"])
+        odd = "".join(draw.choices(ODD, k=draw.randint(1, longest)))
+        return odd + draw.choice(["", "<think>", "<|im_end|>"]) * controls
 
     return [Problem(text(), text(), "1") for _ in range(count)]
 
@@ -63,7 +64,7 @@ def test_no_prompt_has_more_tokens_than_its_bound(kind):
         tokenizer.backend_tokenizer.normalizer = normalizers.NFKD()
     if kind == "prefix":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    problems = odd_problems(40, 200)
+    problems = odd_problems(40, 200, controls=kind not in ("prefix", "sentencepiece"))  # there they are an error
     bounds = token_bounds(tokenizer, PAPER_PROMPTS, problems)
     for problem, bound in zip(problems, bounds, strict=True):
         assert longest(tokenizer, problem) <= bound
