@@ -101,6 +101,7 @@ LEAP = Grid(
     seeds=[0, 1, 2, 3, 4, 5],
     rows={
         **LEAP_ROWS,
+        "fitted by the diagnostic": {"method": "pwopsd", "w_min": 0.331, "tau": 0.42, "s": 0.126},  # docs/diagnostic.md
         "OPSD, entry clip .05": CLIPS["entry clip .05"],
         "Moderate, entry clip .05": CLIPS["Moderate, entry clip .05"],
         "Aggressive, entry clip .05": schedule("aggressive", tau_clip=0.05),
