@@ -57,11 +57,11 @@ def empty_model(preset: str, lora_rank: int) -> PreTrainedModel:
     return model
 
 
-def track(like: PreTrainedModel, kind: str, shape: StepShape, config: train.TrainConfig) -> MemoryPlan:
+def track(like: PreTrainedModel, its: Teacher, shape: StepShape, config: train.TrainConfig) -> MemoryPlan:
     """Bytes of one step, all of it run on fake tensors, in the plan's parts."""
     method = resolve_method(config.method, config)
     with fake_model(like, like.config.num_hidden_layers, True) as (model, live):
-        teacher = fake_teacher(model, Teacher(like, kind))
+        teacher = fake_teacher(model, its)
         resident = live.now
         trained = sum(p.numel() * p.element_size() for p in teacher.trained)
         taken = step_bytes(model, teacher, shape, method, config, config.sampling, live)
@@ -84,11 +84,12 @@ def compare(preset: str, context: int, lora_rank: int, kind: str, rows_per_rank:
     config = replace(train.parse_config(["--preset", preset]), teacher=kind, lora_rank=lora_rank)
     shape = StepShape(STUDENT_PROMPT, context, config.max_new_tokens, rows_per_rank, config.micro_batch_size)
     like = empty_model(preset, lora_rank)
-    planned = Planned(like, Teacher(like, kind), resolve_method(config.method, config), config, config.sampling, True)
+    teacher = Teacher(like, kind)
+    planned = Planned(like, teacher, resolve_method(config.method, config), config, config.sampling, True)
     start = time.process_time()
     plan = plan_memory(planned, shape, rows_per_rank, None)
     plan_seconds = time.process_time() - start
-    tracked = track(like, kind, shape, config)
+    tracked = track(like, teacher, shape, config)
     row = {
         "preset": preset,
         "context": context,
