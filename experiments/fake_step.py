@@ -94,7 +94,7 @@ def compare(preset: str, context: int, lora_rank: int, kind: str, rows_per_rank:
         "preset": preset,
         "context": context,
         "what": f"LoRA {lora_rank}" if lora_rank else "all",
-        "teacher": kind,
+        "kind": kind,
     }
     row |= {"sequences": shape.micro_batch_size, "sampled together": rows_per_rank, "plan seconds": plan_seconds}
     for part in (*PARTS, "total"):
