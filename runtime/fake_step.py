@@ -30,8 +30,7 @@ from teacher import Teacher
 class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that operators under it have made and that are alive: `now`, and at most: `peak`.
 
-    It holds torch's own weak references to storages and asks them before each count which have expired. Python's
-    (weakref.finalize on a storage's wrapper, which torch may revive) crash the interpreter.
+    It holds torch's own weak references to storages and asks them, where it matters, which have expired.
     """
 
     def __init__(self) -> None:
@@ -41,7 +40,6 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self._forget_expired()
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.count(tensor)
@@ -53,7 +51,9 @@ class LiveBytes(TorchDispatchMode):
         if storage._cdata not in self._alive:
             self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
             self._now += storage.nbytes()
-            self.peak = max(self.peak, self._now)
+            if self._now > self.peak:  # only then does it matter what has expired meanwhile
+                self._forget_expired()
+                self.peak = max(self.peak, self._now)
 
     @property
     def now(self) -> int:
