@@ -47,12 +47,23 @@ def folder():
     shutil.rmtree(path)
 
 
+def can_be_nobody() -> bool:
+    """Whether this process may become another user, who can start this Python (it may lie in a folder of root's)."""
+    if os.getuid() != 0:
+        return False
+    try:
+        subprocess.run([sys.executable, "-c", ""], user=NOBODY, group=NOBODY, extra_groups=[], check=True)
+    except (PermissionError, subprocess.CalledProcessError):
+        return False
+    return True
+
+
 def opened(code: str, artefact: Path, folder: Path) -> list:
     """What a fresh process prints that runs elsewhere, as nobody where this one may choose."""
     home = folder / "home"
     home.mkdir(exist_ok=True)
     home.chmod(0o777)
-    user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.getuid() == 0 else {}
+    user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if can_be_nobody() else {}
     done = subprocess.run(
         [sys.executable, "-c", code, str(artefact), json.dumps(IDS)], cwd=home, capture_output=True, text=True,
         env={**os.environ, "HOME": str(home), "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}, check=False, **user,

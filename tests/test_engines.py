@@ -95,7 +95,6 @@ def test_batches_do_not_change_the_responses(tiny, rows):
         ("auto", GPU, LONG_RESPONSE, "continuous"),
         ("generate", GPU, 100_000, "generate"),
         ("continuous", CPU, 10, "continuous"),
-        ("server", GPU, 10, "server"),
     ],
 )
 def test_which_engine_is_taken(asked, device, max_new_tokens, taken):

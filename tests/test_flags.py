@@ -32,10 +32,12 @@ WRONG = {
 FREE = {
     TrainConfig: {
         "model", "data", "eval_data", "output_dir", "resume", "grader", "gradient_checkpointing", "device", "dtype",
-        "attention", "student_thinking", "teacher_thinking", "entropy_gate", "switch_step",
+        "attention", "student_thinking", "teacher_thinking", "entropy_gate", "switch_step", "server", "served_model",
+        "stop_on_collapse",
     },
     EvaluationConfig: {
-        "benchmark", "model", "enable_thinking", "prompts", "grader", "grade_only", "output_dir", "dtype",
+        "benchmark", "model", "enable_thinking", "prompts", "grader", "grade_only", "output_dir", "dtype", "server",
+        "served_model",
     },
 }  # fmt: skip
 CASES = [(config, flag, value) for config, wrong in WRONG.items() for flag, value in wrong.items()]

@@ -45,7 +45,7 @@ def test_a_new_weighting_trains_and_stands_in_the_table(monkeypatch, tmp_path):
 
     for row in rows:
         assert f"| {row} |" in report
-        (run,) = (tmp_path / "runs").glob(f"{row.lower()}-seed0-*")
+        (run,) = (path for path in (tmp_path / "runs").glob(f"{row.lower()}-seed0-*") if path.is_dir())
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert len(steps) == 2
         weights = steps[0]["by_decile"]["weight"]

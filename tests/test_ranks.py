@@ -25,17 +25,18 @@ TOGETHER = """
 import torch, torch.distributed as dist
 from problems import InputError
 from runtime import ranks
+from train import sum_over_ranks
 
 ranks.start_ranks("cpu")
 calls, original = [], dist.all_reduce
 dist.all_reduce = lambda tensor: (calls.append(tensor.numel()), original(tensor))
 tensors = [torch.full((n,), 1.0 + ranks.rank()) for n in (1, 7, 500, 3)]
-ranks.sum_over_ranks(tensors)
+sum_over_ranks(tensors)
 assert calls == [511], calls  # all of them in one piece
 assert all((tensor == 3.0).all() for tensor in tensors)
 calls.clear()
 ranks.BUCKET_BYTES = 32
-ranks.sum_over_ranks(tensors)
+sum_over_ranks(tensors)
 assert calls == [8, 500, 3], calls  # 32 bytes at a time; what is larger goes alone
 assert all((tensor == 6.0).all() for tensor in tensors)
 

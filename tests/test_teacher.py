@@ -138,10 +138,14 @@ def test_a_problem_without_control_tokens_is_encoded_in_one_piece(checkpoint):
         assert encode_prompt(tokenizer, STUDENT_PROMPT, problem, enable_thinking=True) == expected
 
 
-def test_a_tokenizer_that_cannot_spell_its_control_token_says_so():
-    """The embedded model's words hold no angle brackets."""
-    with pytest.raises(InputError, match=r"cannot encode a control token as text, in the problem 'What is <\|im_end"):
-        student_prompt(load_tokenizer("tiny"), Problem("What is <|im_end|>?", "s", "2"))
+def test_the_embedded_models_tokenizer_spells_its_control_token():
+    """A control token in a problem is read character by character, and ends no turn."""
+    tokenizer = load_tokenizer("tiny")
+    ids = student_prompt(tokenizer, Problem("What is <|im_end|>?", "s", "2"))
+    assert "What is <|im_end|>?" in tokenizer.decode(ids)
+    assert ids.count(tokenizer.eos_token_id) == student_prompt(tokenizer, Problem("x", "s", "2")).count(
+        tokenizer.eos_token_id
+    )
 
 
 @pytest.fixture
