@@ -386,7 +386,7 @@ class _WideProduct(torch.autograd.Function):
         ctx.save_for_backward(x_MD, head_VD)
         try:
             return torch.mm(x_MD, head_VD.T, out_dtype=torch.float32)
-        except NotImplementedError:  # a CPU
+        except RuntimeError:  # a CPU, or a kernel that lacks it
             return x_MD.float() @ head_VD.float().T
 
     @staticmethod
