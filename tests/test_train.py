@@ -22,6 +22,7 @@ from runtime import fit
 from runtime.engines import GenerateEngine
 from runtime.grading import ExactGrader
 from runtime.memory import USABLE
+from runtime.metrics import last_good
 from runtime.run_folder import claimed, run_folder
 from teacher import EVALUATION_PROMPT
 from train import PRESETS, TrainConfig, build, micro_batches, parse_config, step_problems, sum_over_ranks
@@ -455,7 +456,7 @@ def test_a_collapsed_run_ends_where_that_is_asked_for(qwen3, data, tmp_path, run
     with pytest.raises(InputError, match=r"--stop_on_collapse, step 5: every rollout .* no checkpoint is from before"):
         run_main([*arguments, "--stop_on_collapse"])
     assert len(metrics(tmp_path / "run")) == 5
-    assert train.last_good(tmp_path / "run", 8).endswith("run/checkpoint-4")
+    assert last_good(tmp_path / "run", 8).endswith("run/checkpoint-4")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -645,10 +646,9 @@ def test_a_folder_in_use_or_of_another_program_is_refused(qwen3, data, tmp_path,
 def test_the_default_folder_is_one_that_no_run_has_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42")
-    for taken in ("", "-2"):
-        Path(f"runs/tiny-pwopsd-seed42{taken}").mkdir(parents=True)
-        Path(f"runs/tiny-pwopsd-seed42{taken}/config.json").write_text("{}")
-    assert run_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42-3")
+    assert run_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42-2")  # the first is taken by the call
+    Path("runs/tiny-pwopsd-seed42-3").mkdir()
+    assert run_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42-4")
     assert run_folder("mine", "tiny-pwopsd-seed42") == Path("mine")
 
 
