@@ -128,8 +128,9 @@ def test_what_cannot_be_a_folder_is_named(tmp_path):
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
 def test_a_folder_without_permission_is_one_line(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from runtime.run_folder import claimed; import os; os.setuid(65534)\n"
-        "from runtime.flags import run_script\n"
+        "import os; from pathlib import Path; from runtime.run_folder import claimed\n"
+        "import transformers.trainer_utils; from runtime.flags import run_script\n"
+        "os.setuid(65534)\n"  # last: the environment's packages may be root's alone
         "def main():\n    with claimed(Path('/proc/self/nothing'), False): pass\n"
         "run_script(main)"
     )
