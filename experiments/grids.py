@@ -101,6 +101,9 @@ LEAP = Grid(
     seeds=[0, 1, 2, 3, 4, 5],
     rows={
         **LEAP_ROWS,
+        **{name: POSITION[name] for name in ("uniform, per sequence", "prefix")},
+        "DASH": SCORES["DASH"],
+        "no reference": TEACHERS["no reference"],
         "fitted by the diagnostic": {"method": "pwopsd", "w_min": 0.331, "tau": 0.42, "s": 0.126},  # docs/diagnostic.md
         "OPSD, entry clip .05": CLIPS["entry clip .05"],
         "Moderate, entry clip .05": CLIPS["Moderate, entry clip .05"],
