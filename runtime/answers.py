@@ -45,9 +45,11 @@ _COMMA = re.compile(r",|;|\\text\{(?:and|or)\}")
 _OR = re.compile(r"\\text\{or\}")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix)\}(.*)\\end\{\1\}")
 _CUP = re.compile(r"\\cup(?![a-zA-Z])")
-# x, x_1, \theta, AB, f(2), (x,y), area or \text{area}, before the only "=" of the answer, or before \in
+# x, x_1, x_{\max}, \theta, AB, \angle AB, f(2), (x,y), area or \text{area}, before the only "=", or before \in
+_INDEX = r"_(?:[0-9a-zA-Z]|\{[^{}=]*(?:\{[^{}=]*\})?\})"
 _NAMED = re.compile(
-    r"((?:[a-zA-Z]|\\(?!text|in\b)[a-zA-Z]+)(?:_[0-9a-zA-Z])?'?(?:\([0-9a-zA-Z]+\))?|[A-Z]{2,4}|[a-zA-Z]{4,20}"
+    rf"((?:[a-zA-Z]|\\(?!text|in\b)[a-zA-Z]+)(?:{_INDEX})?'?(?:\([0-9a-zA-Z]+\)|\(-?[0-9]+(?:[./][0-9]+)?\))?"
+    r"|(?:m?\\angle ?)?[A-Z]{1,4}|[a-zA-Z]{4,20}"
     r"|\((?:[a-zA-Z],)+[a-zA-Z]\)|\\text\{[a-zA-Z ]+\})(?:=|\\in(?![a-zA-Z]))(?!.*=)"
 )
 _BASED = re.compile(r"\(?0*([0-9][0-9A-Z]*)\)?_(?:([2-9])|\{([0-9]{2})\})")

@@ -11,6 +11,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from forked import run_ranks, script
 from safetensors.torch import load_file
 
 import train
@@ -23,6 +24,7 @@ from runtime.engines import GenerateEngine
 from runtime.grading import ExactGrader
 from runtime.memory import USABLE
 from runtime.metrics import last_good
+from runtime.ranks import rank, start_ranks, stop_ranks
 from runtime.run_folder import claimed, run_folder
 from teacher import EVALUATION_PROMPT
 from train import PRESETS, TrainConfig, build, micro_batches, parse_config, step_problems, sum_over_ranks
@@ -229,9 +231,7 @@ def test_two_ranks_equal_one(tmp_path, run_main, method):
         ]  # fmt: skip
 
     run_main(arguments("one"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *arguments("two")], cwd=ROOT, check=True, capture_output=True, env=environment)
+    run_ranks(tmp_path, script, "train.py", arguments("two"))
     by_row = lengths(tmp_path / "one")
     assert len(set(by_row)) > 1 and sum(by_row[::2]) / 3 != sum(by_row[1::2]) / 2
     one, two = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
@@ -240,36 +240,26 @@ def test_two_ranks_equal_one(tmp_path, run_main, method):
     assert one["mean_length"] == two["mean_length"]
     assert largest_difference(adapter(tmp_path / "one", 1), adapter(tmp_path / "two", 1)) < 1e-5
     assert (tmp_path / "one/samples.jsonl").read_text() == (tmp_path / "two/samples.jsonl").read_text()
+    assert json.loads((tmp_path / "two/config.json").read_text())["ranks"] == 2
 
 
-SUMS = """
-import torch, torch.distributed as dist
-from runtime.ranks import rank, start_ranks, stop_ranks
-from train import sum_over_ranks
-
-start_ranks("cpu")
-scale = 1.0 + 9.0 * rank()  # 1 and 10: a sum is 11
-wide = scale * torch.arange(12.0).view(3, 4)
-tensors = [torch.tensor(scale), scale * torch.ones(2, 3), wide.T, (scale * torch.ones(2)).to(torch.bfloat16)]
-sum_over_ranks(tensors)
-expected = [torch.tensor(11.0), torch.full((2, 3), 11.0), 11.0 * torch.arange(12.0).view(3, 4).T]
-for tensor, total in zip(tensors, [*expected, torch.full((2,), 11.0, dtype=torch.bfloat16)], strict=True):
-    assert tensor.dtype == total.dtype and torch.equal(tensor, total), (tensor, total)
-stop_ranks()
-"""
+def sums_of_two_ranks() -> None:
+    start_ranks("cpu")
+    scale = 1.0 + 9.0 * rank()  # 1 and 10: a sum is 11
+    wide = scale * torch.arange(12.0).view(3, 4)
+    tensors = [torch.tensor(scale), scale * torch.ones(2, 3), wide.T, (scale * torch.ones(2)).to(torch.bfloat16)]
+    sum_over_ranks(tensors)
+    expected = [torch.tensor(11.0), torch.full((2, 3), 11.0), 11.0 * torch.arange(12.0).view(3, 4).T]
+    for tensor, total in zip(tensors, [*expected, torch.full((2,), 11.0, dtype=torch.bfloat16)], strict=True):
+        assert tensor.dtype == total.dtype and torch.equal(tensor, total), (tensor, total)
+    stop_ranks()
 
 
 def test_tensors_of_all_shapes_are_summed_over_ranks_in_place(tmp_path):
     alone = [torch.ones(()), torch.ones(2, 3)]
     sum_over_ranks(alone)
     assert torch.equal(alone[0], torch.ones(())) and torch.equal(alone[1], torch.ones(2, 3))
-    (tmp_path / "sums.py").write_text(SUMS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [*command, str(tmp_path / "sums.py")], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    run_ranks(tmp_path, sums_of_two_ranks)
 
 
 def test_a_step_samples_and_scores_with_its_own_settings(qwen3, data, tmp_path, run_main, monkeypatch):
