@@ -398,6 +398,7 @@ def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
     for changes, line in (
         ({"finish_reason": "abort"}, "not a completion"),
         ({"token_ids": []}, "not a completion"),
+        ({"token_ids": None, "text": None}, "not a completion"),
         ({"logprobs": {"token_logprobs": [0]}}, "not a completion"),
         ({"token_ids": [5, 6]}, "ended at token 6, but the model's EOS ids are"),
         ({"finish_reason": "length"}, "went on at token 1, but"),
