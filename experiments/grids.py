@@ -100,6 +100,7 @@ LEAP_ROWS = {
     **{name: POSITION[name] for name in ("Sharp", "Aggressive", "suffix")},
     "IW-OPD": SCORES["IW-OPD"],
 }
+FITTED = {"w_min": 0.331, "tau": 0.42, "s": 0.126}  # Eq. (5) fitted to the teacher's viability (docs/diagnostic.md)
 LEAP = Grid(
     common={**leap_world(0.4), "num_steps": 20, "learning_rate": 3e-4},
     seeds=[0, 1, 2, 3, 4, 5],
@@ -108,7 +109,9 @@ LEAP = Grid(
         **{name: POSITION[name] for name in ("uniform, per sequence", "prefix")},
         "DASH": SCORES["DASH"],
         "no reference": TEACHERS["no reference"],
-        "fitted by the diagnostic": {"method": "pwopsd", "w_min": 0.331, "tau": 0.42, "s": 0.126},  # docs/diagnostic.md
+        "fitted by the diagnostic": {"method": "pwopsd", **FITTED},
+        "fitted, w_min 0": {"method": "pwopsd", **FITTED, "w_min": 0.0},  # is it the floor that the fit has too high,
+        "fitted, tau .5": {"method": "pwopsd", **FITTED, "tau": 0.5, "s": 0.05},  # or the rise that comes too early?
         "OPSD, entry clip .05": CLIPS["entry clip .05"],
         "Moderate, entry clip .05": CLIPS["Moderate, entry clip .05"],
         "Aggressive, entry clip .05": schedule("aggressive", tau_clip=0.05),
