@@ -41,7 +41,7 @@ from runtime.run_folder import claimed, record_run, run_folder, write_atomically
 from teacher import PAPER_PROMPTS, Prompts, encode_prompt, load_prompts
 from viability import LabelRule, by_spine, labels, table1, table1_lines, to_columns, truncated_entropy, uncertainty
 
-# Streams of random numbers, told apart by the second entry of their key (rollout.py); train.py uses 1 to 3.
+# Streams of random numbers, told apart by the second entry of their key (rollout.py); train.py uses 1 to 4.
 PICK_STREAM, SPINE_STREAM, DROPOUT_STREAM, CONTINUATION_STREAM = 11, 12, 13, 14
 SPINES, CANDIDATES, ROLLOUTS = "spines (phase A)", "candidates (phases B, C, D)", "continuations (phase E)"
 

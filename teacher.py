@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from model import adapter_disabled, lora_parameters
+from model import adapter_disabled, lora_parameters, trained_parameters
 from problems import InputError, Problem
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ class Teacher:
         if kind not in ("fixed", "ema", "live"):
             raise InputError(f"--teacher {kind}: choose one of fixed, ema, live")
         self.model, self.kind, self.ema_decay = model, kind, ema_decay
-        self.trained = lora_parameters(model) or list(model.parameters())
+        self.trained = trained_parameters(model)
         self.copy: PreTrainedModel | None = None
         self.average: list[Tensor] = []  # for `ema`: one tensor for each of `trained`
         if kind != "live" and not lora_parameters(model):
@@ -247,8 +247,9 @@ class Teacher:
     @torch.no_grad()
     def update(self) -> None:
         """After an optimizer step: average <- decay * average + (1 - decay) * student (only for `ema`)."""
-        for average, parameter in zip(self.average, self.trained, strict=self.kind == "ema"):
-            average.lerp_(parameter.detach().to(average.dtype), 1.0 - self.ema_decay)
+        if self.kind == "ema":
+            for average, parameter in zip(self.average, self.trained, strict=True):
+                average.lerp_(parameter.detach().to(average.dtype), 1.0 - self.ema_decay)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -159,28 +159,29 @@ def study_curves(grid: Grid, records: list[dict]) -> Figure:
 
 
 def study_map(grid: Grid, records: list[dict]) -> Figure:
-    """Sampled held-out accuracy along training, mean over seeds: a panel a learning rate and clip, a line a row."""
-    panels: dict[tuple, dict[str, list[list[float]]]] = {}
+    """Held-out accuracy along training, a panel a learning rate and clip, a line a row; greedy is dashed."""
+    panels: dict[tuple, dict[str, list[dict]]] = {}
     for record in records:
         if record["error"] is None and "learning_rate" in record["options"]:
             place = (float(record["options"]["learning_rate"]), str(record["options"]["tau_clip"]))
-            curve = [100 * value["sampled"] for value in record["evaluation"].values()]
-            panels.setdefault(place, {}).setdefault(record["row"].split(",")[0], []).append(curve)
+            panels.setdefault(place, {}).setdefault(record["row"].split(",")[0], []).append(record["evaluation"])
     rates, clips = (sorted({place[i] for place in panels}, key=float) for i in (0, 1))
     drawn, axes = figure(2.6 * len(clips), 2.3 * len(rates), columns=len(clips), rows=len(rates))
     steps = [int(step) for step in records[0]["evaluation"]]
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     for axis, (rate, clip) in zip(axes, [(rate, clip) for rate in rates for clip in clips], strict=True):
-        for name, curves in panels.get((rate, clip), {}).items():
-            means = [sum(column) / len(column) for column in zip(*curves, strict=True)]
-            axis.plot(steps, means, marker="o", markersize=3, color=f"C{names.index(name)}", label=name)
+        for name, runs in panels.get((rate, clip), {}).items():
+            for decoding, style in (("sampled", "o-"), ("greedy", "--")):
+                means = [100 * sum(run[str(step)][decoding] for run in runs) / len(runs) for step in steps]
+                label = name if decoding == "sampled" else None
+                axis.plot(steps, means, style, markersize=3, linewidth=1, color=f"C{names.index(name)}", label=label)
         axis.set(title=f"learning rate {rate:g}, clip {clip}", ylim=(0, 100))
         axis.title.set_size(8)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     drawn.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False
     )
-    drawn.supylabel("held-out accuracy, sampled, %", fontsize=9)
+    drawn.supylabel("held-out accuracy, % (lines: sampled, dashed: greedy)", fontsize=9)
     return drawn
 
 
