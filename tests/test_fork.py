@@ -18,6 +18,9 @@ from experiments.study import Grid, run_grid
 from loss import LossOptions, Method, TokenScores, clipped_divergence, method_loss, token_mean
 
 
+pytestmark = pytest.mark.usefixtures("plans_once")
+
+
 def middle(r: torch.Tensor) -> torch.Tensor:
     """A schedule of position: only the middle half of a solution counts."""
     return ((r > 0.25) & (r < 0.75)).float()
