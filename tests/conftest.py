@@ -43,7 +43,8 @@ def plans_once(monkeypatch):
         model, loss, teacher = run.model, run.method, run.teacher
         key = (
             model.config.to_json_string(), model.config._attn_implementation, model.dtype, memory.CHUNK_BYTES,
-            tuple((layer.rank, layer.dropout) for layer in lora_layers(model).values()), teacher.kind, teacher.copy is None,
+            tuple((layer.rank, layer.dropout) for layer in lora_layers(model).values()), teacher.kind,
+            teacher.copy is None,
             loss.token_loss, loss.clips, tuple(getattr(run.options, field.name) for field in fields(LossOptions)),
             run.settings, run.gradient_checkpointing, run.ranks, shape,
         )  # fmt: skip

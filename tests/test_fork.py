@@ -17,7 +17,6 @@ from experiments.report import write_report
 from experiments.study import Grid, run_grid
 from loss import LossOptions, Method, TokenScores, clipped_divergence, method_loss, token_mean
 
-
 pytestmark = pytest.mark.usefixtures("plans_once")
 
 
