@@ -12,7 +12,7 @@ import families
 import pytest
 import torch
 from forked import run_ranks, script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from loss import clipped_divergence, sequence_mean
@@ -400,6 +400,35 @@ def test_resume_with_another_option_is_refused(qwen3, data, tmp_path, run_main):
     with pytest.raises(InputError, match=r"--tau_clip 0\.05, not 0\.2"):
         run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1, "--tau_clip", 0.2, "--resume"))
     assert len(metrics(tmp_path / "run")) == 1
+
+
+def test_a_resumed_run_wants_the_files_it_began_with(qwen3, data, tmp_path, run_main):
+    """By content, though each keeps its name: data, base weights, template, held-out problems, prompts."""
+    model, held_out, prompts = tmp_path / "model", tmp_path / "held_out.jsonl", tmp_path / "prompts.json"
+    shutil.copytree(qwen3, model)
+    held_out.write_text(json.dumps({"problem": "1+1", "answer": "2"}) + "\n")
+    prompts.write_text(json.dumps({"student": "Sum: {problem}"}))
+    given = ("--num_steps", 1, "--eval_data", held_out, "--prompts", prompts)
+    run_main(flags(model, data, tmp_path / "run", *given))
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    for flag, path, change in (
+        ("data", data, lambda: data.write_text(data.read_text().replace("clips", "chips", 1))),
+        (
+            "model",
+            model / "model.safetensors",
+            lambda: save_file({**weights, name: -weights[name]}, path, {"format": "pt"}),
+        ),
+        ("model", model / "chat_template.jinja", lambda: path.write_text(path.read_text() + " ")),
+        ("eval_data", held_out, lambda: path.write_text(path.read_text().replace("2", "3"))),
+        ("prompts", prompts, lambda: path.write_text(json.dumps({"student": "Total: {problem}"}))),
+    ):
+        before = path.read_bytes()
+        change()
+        with pytest.raises(InputError, match=f"what --{flag} .* names has changed since"):
+            run_main(flags(model, data, tmp_path / "run", *given, "--resume"))
+        path.write_bytes(before)
+    assert "going on from" in run_main(flags(model, data, tmp_path / "run", *given, "--resume"))
 
 
 def test_sigterm_while_scoring_finishes_the_step_and_saves(qwen3, data, tmp_path, run_main, monkeypatch):
