@@ -514,7 +514,7 @@ def test_the_grader_is_chosen_by_the_answers_used_and_pinned(tiny, tmp_path, mon
         diagnose.main()
     monkeypatch.setattr(sys, "argv", [*flags.split(), "--resume"])
     data.write_text("".join(lines[::-1]))
-    with pytest.raises(InputError, match="what --data .* names has changed"):
+    with pytest.raises(InputError, match=r"what --data .* names has changed"):
         diagnose.main()
     data.write_text("".join(lines))
     monkeypatch.setattr(diagnose, "make_grader", grader("2.0"))
