@@ -27,7 +27,7 @@ DRESSES_OF_TEN = [
     "10 years old", "10 cups", "10¢",
     r"\text{\$}10", r"10~\text{\$}", r"US\$10", r"\mathdollar 10", r"\pounds 10", r"10\text{°}", r"10^\circ C",
     r"10^\circ\text{F}", r"10 \operatorname{cm}", r"a_{12}=10", r"a_{n+1} = 10", r"x_{\max}=10", r"A_{\text{max}}=10",
-    r"S_{\triangle ABC}=10", "f(-2)=10", "f(1/2)=10", r"\angle ABC=10^\circ", r"m\angle A = 10",
+    r"S_{\triangle ABC}=10", "f(-2)=10", "f(1/2)=10", "f^{-1}(3)=10", r"\angle ABC=10^\circ", r"m\angle A = 10",
 ]  # fmt: skip
 # Neighbours of the number 10 that say something else.
 NOT_TEN = [
@@ -38,7 +38,8 @@ NOT_TEN = [
     "10 dozen", "10 million", r"10\text{ thousand}", "10 squared", "10 half", "10 percent more", "10 mod 12",
     "10x", "10i", "10e", "10m", "10abc", "10sinx", r"10 \sin x", r"10\pi", r"10\text{ i}", "10!", "10²", "10^2", "10½",
     "2x=10", "x^2=10", "|x|=10", "x=10,y=11", "10=11", "-10", "−10", "10_2", "10_3", "1000\\%", "10/0", "", "ten",
-    "(10", "10}", "{10", r"\infty", r"10^\circ 30'", "a_{10}=9", "f(10)=1", "-x=10", "x+1=10", r"\sqrt{x}=10", "10=2x",
+    "(10", "10}", "{10", r"\infty", r"10^\circ 30'", "a_{10}=9", "f(10)=1", "-x=10", "x^{-1}=10",
+    "x+1=10", r"\sqrt{x}=10", "10=2x",
     r"\text{in }10", r"10\text{ and one}", r"10\operatorname{million}", r"\frac{x}{2}=10", "5+5=10=y", "3+10=13",
 ]  # fmt: skip
 EQUAL = [
@@ -74,7 +75,7 @@ EQUAL = [
     (r"\emptyset", r"\varnothing"), (r"\emptyset", r"\{\}"), (r"\emptyset", "∅"), (r"\text{(B)}", "B"),
     ("(B)", r"\text{B}"),
     (r"\text{Evelyn}", "Evelyn"), (r"\text{even}", "Even"), ("2516_8", "2516_{8}"), ("4210_{5}", "(4210)_5"),
-    ("21_{12}", "021_{12}"), ("N=21_3", r"21_{\text{3}}"),
+    ("21_{12}", "021_{12}"), ("-21_5", "−21_{5}"), ("N=21_3", r"21_{\text{3}}"),
 ]  # fmt: skip
 DIFFERENT = [
     # separators
@@ -88,6 +89,7 @@ DIFFERENT = [
     (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
     # bases
     ("2516_9", "2516_8"), ("2516", "2516_8"), ("1358", "2516_8"), ("2516_{18}", "2516_8"), ("2517_8", "2516_8"),
+    ("-10_9", "-10"), ("-10_9", "-10_8"), ("10_9", "-10_9"), ("10_9+1", "11"), ("-(10_9)", "-10"),
     # sizes
     (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"), ("10^{-20}", "10^{-21}"), (r"\frac{1}{20!}", r"\frac{1}{21!}"),
     ("10^{-20}", "0"), ("0.333333", "1/3"),
