@@ -76,7 +76,7 @@ class DiagnoseConfig(LabelRule):
     batch_size: int = option(32, "sequences that a rank samples between two writes to the run folder", least=1)
     output_dir: str | None = option(None, "run folder; default runs/diagnose-PRESET, numbered if taken")
     resume: bool = option(False, "go on with the run in --output_dir, if there is one")
-    seed: int = option(42, "of every random draw but the bootstrap's", least=0)
+    seed: int = option(42, "of every random draw but the bootstrap's", within=(0, 2**63))
     grader: str = option("auto", "math-verify, exact, or auto: math-verify where answers are LaTeX")
     device: str = option("auto", "auto, cpu, cuda, ...")
     dtype: str = option("auto", "auto (bfloat16 on a GPU, else float32) or its name")

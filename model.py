@@ -8,6 +8,7 @@ Axes: B sequences, T response tokens, D hidden.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -175,9 +177,8 @@ def load_model(
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: choose one of auto, {', '.join(DTYPES)}")
-    name = find_checkpoint(name)
+    name, config = find_checkpoint(name), load_config(name)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("its weights are quantised, and only plain ones can be trained and scored")
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -196,6 +197,21 @@ def load_model(
     model = model.to(device)
     check_head(model, name)
     return model
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """A checkpoint's config. Raises InputError where it, or the generation config beside it, cannot be read."""
+    name = find_checkpoint(name)
+    defaults = Path(name) / "generation_config.json"
+    try:
+        if defaults.is_file():  # where it is damaged, transformers would do without its EOS ids in silence
+            json.loads(defaults.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"--model {name}: {defaults.name} is not valid JSON ({error})") from None
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # each library that may be asked has errors of its own
+        raise InputError(f"--model {name}: cannot be loaded ({one_line(error)})") from error
 
 
 def check_weights(model: PreTrainedModel, name: str, found: dict) -> None:
@@ -251,6 +267,7 @@ def one_line(error: Exception) -> str:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint. Without a pad token EOS is used: masks come from lengths, not from ids."""
     name = find_checkpoint(name)
+    load_config(name)  # where this fails, its words are the clearer ones
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # each library that may be asked has errors of its own

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model import adapter_disabled, lora_parameters, trained_parameters
-from problems import InputError, Problem
+from problems import SURROGATE, InputError, Problem
 
 # ---------------------------------------------------------------------------------------------------------------
 # The prompts of both contexts, quoted from the paper: single user turn, no system message of ours
@@ -74,7 +74,7 @@ def load_prompts(path: str | None) -> Prompts:
     if path is None:
         return PAPER_PROMPTS
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        given = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"--prompts {path}: cannot be read as JSON ({error})") from None
     if not isinstance(given, dict) or not given or not given.keys() <= REQUIRED.keys():
@@ -82,6 +82,8 @@ def load_prompts(path: str | None) -> Prompts:
     for name, template in given.items():
         if not isinstance(template, str):
             raise InputError(f"--prompts {path}, {name}: must be a text")
+        if SURROGATE.search(template):
+            raise InputError(f"--prompts {path}, {name}: holds half of a surrogate pair, which is no text")
         shown = set(FIELD.findall(template))
         if missing := REQUIRED[name] - shown:
             raise InputError(f"--prompts {path}, {name}: {{{min(missing)}}} is missing")

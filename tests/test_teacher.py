@@ -280,7 +280,8 @@ def test_wrong_references_are_said():
 
 def test_templates_from_a_file(checkpoint, tmp_path):
     path = tmp_path / "prompts.json"
-    path.write_text(json.dumps({"teacher": "{problem} \\frac{a}{b} It is {answer}: {solution}"}))
+    text = json.dumps({"teacher": "{problem} \\frac{a}{b} It is {answer}: {solution}"})
+    path.write_text("\ufeff" + text, encoding="utf-8")
     prompts = load_prompts(str(path))
     assert prompts == replace(PAPER_PROMPTS, teacher="{problem} \\frac{a}{b} It is {answer}: {solution}")
     assert fill(prompts.teacher, SUMS[0]) == "1+1 \\frac{a}{b} It is 2: 1+1=\\boxed{2}"
@@ -294,6 +295,7 @@ def test_templates_from_a_file(checkpoint, tmp_path):
         ("[]", "expected an object with some of student, teacher"),
         ('{"pupil": "{problem}"}', "expected an object"),
         ('{"student": 1}', "student: must be a text"),
+        ('{"student": "{problem} \\ud800"}', "student: holds half of a surrogate pair"),
         ('{"student": "{question}"}', "student: {problem} is missing"),
         ('{"student": "{problem} \\\\boxed{answer}"}', "student: must not show {answer}"),
         ('{"evaluation": "{problem} {solution}"}', "evaluation: must not show {solution}"),
