@@ -120,7 +120,7 @@ class ContinuousEngine:
         if self.model.device.type == "cuda" and not is_flash and not self.has_said:
             say(
                 "--engine continuous without flash attention: every step reads the whole cache under a mask, and there "
-                f"is no fast decode path (pip install '{deps['kernels']}' brings it; transformers ignores other versions)"
+                f"is no fast decode path (pip install '{deps['kernels']}' brings it; other versions do not)"
             )
             self.has_said = True
 
