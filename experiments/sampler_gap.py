@@ -3,7 +3,7 @@
     python -m experiments.sampler_gap --server http://localhost:8000 --learning_rate 2e-3 --dtype float32
 
 Trains through the server as train.py does. At every step the same prompts are also sampled by the adapters of some
-steps before and by the base model, and what the server says of them is compared with the weights that are trained.
+steps before, and what the server says of the tokens is compared with the weights that are trained.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from runtime.metrics import sampler_gap
 from teacher import student_prompt
 from train import TrainConfig, Training, build, parse_config, settle, step_share, train_step
 
-BEHIND = (0, 1, 5)  # steps; after them comes the base model
+BEHIND = (1, 5)  # steps
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def mean_gap(run: Training, prompts: list[list[int]], keys: list, config: TrainC
 
 
 def measure(config: TrainConfig, folder: Path) -> list[list[float | None]]:
-    """A row a step: the gap by steps behind, then the base model's; None where there is no such step yet."""
+    """A row a step: the gap with the right adapter, then by steps behind; None where there is no such step yet."""
     device = torch.device(config.device)
     problems, rows = load_problems(config.data), []
     run = build(config, device, make_grader("exact", []))
@@ -47,25 +47,24 @@ def measure(config: TrainConfig, folder: Path) -> list[list[float | None]]:
         for step in range(config.num_steps):
             save_adapter(run.model, folder / str(step), config.model)
             share = step_share(step, problems, config)
-            prompts, row = [student_prompt(run.tokenizer, problem, run.prompts) for problem in share.problems], []
-            for behind in sorted(BEHIND, reverse=True):  # the right one last: the step is trained on its samples
+            prompts, gaps = [student_prompt(run.tokenizer, problem, run.prompts) for problem in share.problems], []
+            for behind in BEHIND:
                 if behind <= step:
                     run.engine.use_adapter(folder / str(step - behind), f"gap-{step - behind}")
-                row.insert(0, mean_gap(run, prompts, share.keys, config) if behind <= step else None)
-            adapter, run.engine.model = run.engine.model, run.engine.base_model
-            row.append(mean_gap(run, prompts, share.keys, config))
-            run.engine.model = adapter
-            rows.append(row)
-            train_step(step, run, problems, config)
+                gaps.append(mean_gap(run, prompts, share.keys, config) if behind <= step else None)
+            run.engine.use_adapter(folder / str(step), f"gap-{step}")
+            metrics, _ = train_step(step, run, problems, config)
+            rows.append([metrics["sampler_gap"], *gaps])
+            print(step, *("-" if gap is None else f"{gap:.1e}" for gap in rows[-1]), flush=True)
     return rows
 
 
 def table(rows: list[list[float | None]]) -> str:
     """Markdown: for each adapter the least, the mean and the largest of the steps' gaps."""
-    names = [f"{behind} behind" if behind else "the right one" for behind in BEHIND] + ["the base model"]
+    names = ["the right one", *(f"{behind} behind" for behind in BEHIND)]
     lines = ["| adapter | least | mean | largest |", "|---|---|---|---|"]
     for name, column in zip(names, zip(*rows, strict=True), strict=True):
-        gaps = [gap for gap in column[1:] if gap is not None]  # at step 0 all are the base model
+        gaps = [gap for gap in column if gap is not None]
         lines.append(f"| {name} | {min(gaps):.1e} | {sum(gaps) / len(gaps):.1e} | {max(gaps):.1e} |")
     return "\n".join(lines)
 
@@ -76,6 +75,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", default="2e-3")
     parser.add_argument("--dtype", default="float32", help="of the trainer; the server has its own --dtype")
     parser.add_argument("--num_steps", default="20")
+    parser.add_argument("--batch_size", default="8")
     args = parser.parse_args()
     words = [f"--{name}={value}" for name, value in vars(args).items()]
     config = parse_config(["--preset", "tiny", "--device", "cpu", *words])
