@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.dependency_versions_table import deps
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
@@ -119,7 +120,7 @@ class ContinuousEngine:
         if self.model.device.type == "cuda" and not is_flash and not self.has_said:
             say(
                 "--engine continuous without flash attention: every step reads the whole cache under a mask, and there "
-                "is no fast decode path (`pip install kernels` brings it)"
+                f"is no fast decode path (pip install '{deps['kernels']}' brings it; other versions do not)"
             )
             self.has_said = True
 

@@ -1,7 +1,10 @@
 """Engines: which one is taken, and what generate does where the memory is short."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers.dependency_versions_table import deps
 
 from model import load_model, load_tokenizer
 from problems import InputError, tiny_problems
@@ -11,6 +14,7 @@ from runtime.engines import LONG_RESPONSE, GenerateEngine, choose_engine, make_e
 from teacher import student_prompt
 
 SETTINGS = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=16)
+ROOT = Path(__file__).resolve().parent.parent
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -112,3 +116,9 @@ def test_engines_have_a_name_and_can_be_closed(tiny, name):
     engine = make_engine(name, *tiny, 4)
     assert engine.name == name
     engine.close()
+
+
+def test_the_kernels_that_are_named_are_those_that_transformers_takes():
+    """It passes over an installed package of any other version without a word."""
+    for file in ("docs/evaluation.md", "requirements-extra.txt"):
+        assert deps["kernels"] in (ROOT / file).read_text(encoding="utf-8"), file

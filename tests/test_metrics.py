@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from loss import TokenScores
-from runtime.metrics import COLLAPSE_WINDOW, TokenMetrics, collapse_warning, repeats, rollout_metrics
+from runtime.metrics import (
+    COLLAPSE_WINDOW,
+    TokenMetrics,
+    Watch,
+    collapse_warning,
+    gap_warning,
+    repeats,
+    rollout_metrics,
+)
+from train import TrainConfig
 
 HEALTHY = {"accuracy": 0.6, "eos_rate": 1.0, "mean_length": 30.0, "repetition": 0.1}
 
@@ -58,6 +67,34 @@ def test_a_run_of_twenty_tokens_that_stands_twice_is_a_repetition():
     assert repeats([7] * 21) and not repeats([7] * 20) and not repeats([])
     far = [*range(50), *range(1000, 1170), *range(20)]  # the first stands before the last 200
     assert len(far) == 240 and not repeats(far)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "dtype", "bound"),
+    [
+        ([1.7e-7, 9.9e-6], torch.float32, None),
+        ([1.7e-7, 1.1e-5], torch.float32, "1.0e-05"),
+        ([1.1e-5], torch.float32, "1.0e-05"),
+        ([2.0e-3, 5.9e-3], torch.bfloat16, None),
+        ([2.0e-3, 2.5e-3, 6.1e-3], torch.bfloat16, "6.0e-03"),
+        ([4.9e-2], torch.bfloat16, None),
+        ([5.1e-2], torch.float16, "5.0e-02"),
+        ([3.0e-2, 5.1e-2], torch.bfloat16, "5.0e-02"),
+        ([None, None], torch.float32, None),
+    ],
+)
+def test_a_gap_that_rounding_does_not_explain_is_told(gaps, dtype, bound):
+    line = gap_warning([{"sampler_gap": gap} for gap in gaps], dtype)
+    assert line is None if bound is None else f"sampler_gap {gaps[-1]:.1e} is above {bound}: the engine" in line
+
+
+@pytest.mark.parametrize(("dropout", "said"), [(0.0, ["warning: after step 2: sampler_gap"]), (0.05, [])])
+def test_the_gap_is_told_once_and_not_where_the_trainer_drops_out(dropout, said, tmp_path, capsys):
+    watch = Watch(tmp_path, TrainConfig(lora_dropout=dropout), torch.float32)
+    for step, gap in enumerate([1e-7, 1e-3, 1e-7, 1e-3]):
+        watch.see({**HEALTHY, "step": step, "sampler_gap": gap})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[: len(start)] for line, start in zip(lines, said, strict=True)] == said
 
 
 def test_rollouts_by_hand():

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from model import (
     TINY_MODEL,
     add_lora,
@@ -33,6 +34,7 @@ from problems import InputError, tiny_problems
 from rollout import Sampling, sample
 from runtime import server
 from runtime.adapters import load_adapter, save_adapter
+from runtime.metrics import GAP_FLOAT32
 from runtime.server import ServerEngine, base_url, prompt_text
 from teacher import EVALUATION_PROMPT, encode_prompt
 
@@ -206,6 +208,29 @@ def test_what_vllm_does_not_do_is_one_line(engine, tokenizer, prompts, tmp_path)
     with pytest.raises(InputError, match=r"gone.*does not exist") as caught:
         engine.sample(prompts[:1], keys(1), GREEDY)
     one_line_of(caught)
+
+
+@needs_vllm
+def test_an_update_that_is_withheld_from_the_server_is_seen(monkeypatch, capsys, tmp_path):
+    withheld, publish = {1, 3}, train.publish
+
+    def publish_late(engine, model, folder, step):
+        if step not in withheld:
+            publish(engine, model, folder, step)
+
+    flags = {"num_steps": 5, "batch_size": 8, "max_new_tokens": 48, "eval_data": "", "device": "cpu"}
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    monkeypatch.setattr(train, "publish", publish_late)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, "--server", VLLM, "--output_dir", str(tmp_path / "run")])
+    before = signal.getsignal(signal.SIGTERM)
+    train.main()
+    signal.signal(signal.SIGTERM, before)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    stale = [row["sampler_gap"] for row in rows if row["step"] in withheld]
+    right = [row["sampler_gap"] for row in rows if row["step"] not in withheld]
+    assert max(right) < GAP_FLOAT32 / 10 < 10 * GAP_FLOAT32 < min(stale)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and warnings[0].startswith("warning: after step 2: sampler_gap")
 
 
 # ---------------------------------------------------------------------------------------------------------------
