@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from loss import TokenScores
-from runtime.metrics import COLLAPSE_WINDOW, TokenMetrics, collapse_warning, repeats, rollout_metrics
+from runtime.metrics import COLLAPSE_WINDOW, TokenMetrics, Watch, collapse_warning, repeats, rollout_metrics
+from train import TrainConfig
 
 HEALTHY = {"accuracy": 0.6, "eos_rate": 1.0, "mean_length": 30.0, "repetition": 0.1}
 
@@ -40,6 +41,16 @@ def test_a_sound_run_is_not(change):
 def test_the_best_so_far_is_the_measure():
     assert collapse_warning(history({}, {"accuracy": 0.9}, {"accuracy": 0.44}), limit=96)
     assert collapse_warning(history({"accuracy": 0.3}, {"accuracy": 0.6}), limit=96) is None
+
+
+def test_the_start_is_the_runs_and_not_that_after_a_resume(tmp_path, capsys):
+    """A length that has halved twice: only who knows the first steps can tell."""
+    short = [{**step, "step": 2 * COLLAPSE_WINDOW + i} for i, step in enumerate(history({"mean_length": 7.5}))]
+    for earlier, told in (([], False), (history({}, {"mean_length": 15.0}), True)):
+        watch = Watch(tmp_path, TrainConfig(max_new_tokens=96), torch.float32, earlier)
+        for step in short:
+            watch.see(step)
+        assert ("mean_length fell from 30.0 at the start to 7.5" in capsys.readouterr().out) == told
 
 
 def test_too_few_steps_say_nothing():
