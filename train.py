@@ -431,9 +431,16 @@ SAMPLED_AT_ONCE = 200  # sequences of generate at a time, or requests in flight
 
 
 def score_held_out(log: RunLog, step: int, run: Training, problems: list[Problem], config: TrainConfig) -> None:
-    """Avg@N on held-out problems, sampled by the evaluation protocol and greedy; ranks share the samples."""
+    """Avg@N on held-out problems, by the evaluation protocol and greedy; nothing is kept where SIGTERM comes."""
     if not problems or str(step) in log.evaluation:
         return
+    rows = run.stop.unless_asked(lambda: held_out_rows(step, run, problems, config))
+    if not any(gather_objects(run.stop.asked)):
+        say(log.evaluate(step, [row for part in gather_objects(rows) for row in part]))
+
+
+def held_out_rows(step: int, run: Training, problems: list[Problem], config: TrainConfig) -> list[dict]:
+    """This rank's part of the held-out samples, graded, as rows for heldout.jsonl."""
     rows = []
     for decoding, temperature, count in (("sampled", 1.0, config.eval_samples), ("greedy", 0.0, 1)):
         jobs = [(config.seed, index, number) for index in range(len(problems)) for number in range(count)]
@@ -441,7 +448,7 @@ def score_held_out(log: RunLog, step: int, run: Training, problems: list[Problem
         for item in solve(run.engine, run.tokenizer, problems, mine, settings, template=run.prompts.evaluation):
             correct = run.grader.match(extract_boxed(item.text), problems[item.problem].answer)
             rows.append({"step": step, "decoding": decoding, "correct": correct, **asdict(item)})
-    say(log.evaluate(step, [row for part in gather_objects(rows) for row in part]))
+    return rows
 
 
 def main() -> None:
@@ -492,7 +499,8 @@ def take_steps(
     start: int, run: Training, problems: list[Problem], held_out: list[Problem], folder: Path, config: TrainConfig
 ) -> None:
     """The steps that are left, with what is logged, scored and saved between them."""
-    log, watch = RunLog(folder, start), Watch(folder, config, run.model.dtype)
+    log = RunLog(folder, start)
+    watch = Watch(folder, config, run.model.dtype, log.earlier)
     for step in tqdm(range(start, config.num_steps), initial=start, total=config.num_steps, disable=hide_bar()):
         publish(run.engine, run.model, folder, step)
         if step % (config.eval_steps or config.num_steps) == 0:
@@ -507,10 +515,17 @@ def take_steps(
         if behind > start and (stopping or behind % config.save_steps == 0 or behind == config.num_steps):
             save(folder, behind, run, config)
         if stopping:
-            return say(f"SIGTERM: saved after step {behind}; go on with --resume --output_dir {folder}")
+            return say_stopped(behind, folder)
     publish(run.engine, run.model, folder, config.num_steps)
     score_held_out(log, config.num_steps, run, held_out, config)
+    if any(gather_objects(run.stop.asked)):
+        return say_stopped(config.num_steps, folder)
     return say(f"weights: {folder}/checkpoint-{config.num_steps}")
+
+
+def say_stopped(behind: int, folder: Path) -> None:
+    where = f"saved after step {behind}" if behind else "before the first step was done"
+    say(f"SIGTERM: {where}; go on with --resume --output_dir {folder}")
 
 
 def save(folder: Path, step: int, run: Training, config: TrainConfig) -> None:

@@ -83,13 +83,18 @@ class StepShape:
     micro_batch_size: int
 
 
+def block_kinds(model: PreTrainedModel) -> list[str]:
+    """What each block is: Olmo's attend to a window or to everything."""
+    return getattr(model.config, "layer_types", None) or ["all alike"] * model.config.num_hidden_layers
+
+
 @contextmanager
-def fake_model(like: PreTrainedModel, depth: int, gradient_checkpointing: bool) -> Iterator[tuple]:
-    """A model like `like`, adapter included, of `depth` blocks, on fake tensors; yields it and the counter."""
+def fake_model(like: PreTrainedModel, kinds: list[str], gradient_checkpointing: bool) -> Iterator[tuple]:
+    """A model like `like`, adapter included, with blocks of these kinds, on fake tensors; yields it and the counter."""
     config = copy.deepcopy(like.config)
-    config.num_hidden_layers = depth
+    config.num_hidden_layers = len(kinds)
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:depth]
+        config.layer_types = list(kinds)
     layers = list(lora_layers(like).values())
     with _rows_are_not_packed(), FakeTensorMode(), LiveBytes() as live:
         model = _from_config(config, like)
@@ -167,7 +172,7 @@ def _sample(
     model: PreTrainedModel, shape: StepShape, settings: Sampling, live: LiveBytes, taken: dict[str, int]
 ) -> None:
     """The two moments at which `rollout.sample` holds most: the prompts' pass, and the last token's."""
-    B, P, S = shape.local_batch, shape.student_tokens, shape.student_tokens + shape.max_new_tokens
+    B, P, T = shape.local_batch, shape.student_tokens, shape.max_new_tokens
     sampler = StreamSampler(torch.zeros(B, 1), 0, settings)
     model.eval()
     base = live.now
@@ -182,10 +187,14 @@ def _sample(
         ).logits  # fmt: skip
 
     with torch.no_grad(), cast_adapter(model):
-        for tokens in (P, S - 1):
-            cache = DynamicCache(config=model.config)
-            with live.part(taken if tokens == P else {}, "prefill", base):
-                forward(tokens, cache)
+        cache = DynamicCache(config=model.config)
+        with live.part(taken, "prefill", base):
+            forward(P, cache)
+        for tokens in (max(T - 2, 0), min(T - 1, 1)):  # the last one alone: a window lets go of what has left it
+            for index, layer in enumerate(cache.layers):
+                keys, values = layer.keys, layer.values
+                cache.update(*(x.new_zeros(*x.shape[:2], tokens, x.shape[3]) for x in (keys, values)), index)
+        del keys, values, layer
         with live.part(taken, "decode", base):
             scores = forward(1, cache)[:, -1].to(torch.float32, copy=True)
             sampler(torch.zeros(B, 0, dtype=torch.long), scores)

@@ -178,32 +178,41 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def keep_lines(path: Path, wanted: int) -> None:
-    """Cut a JSONL file of steps back to those below `wanted`, so that a resumed run appends where it left off."""
+def keep_lines(path: Path, wanted: int) -> list[dict]:
+    """Cut a JSONL file of steps back to those below `wanted`, so that a resumed run appends where it left off.
+
+    Returns what is kept.
+    """
+    lines, rows = [], []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            if row["step"] < wanted:
+                lines.append(line + "\n")
+                rows.append(row)
+        except (ValueError, KeyError):
+            continue  # a line torn by the crash
     if path.is_file():
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] < wanted:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                continue  # a line torn by the crash
-        write_atomically(path, "".join(kept))
+        write_atomically(path, "".join(lines))
+    return rows
 
 
 class RunLog:
     """metrics.jsonl, samples.jsonl, heldout.jsonl and evaluation.json of a run, written by rank 0, step by step.
 
-    `evaluation` is {steps done: {"sampled": accuracy, "greedy": accuracy}}, keys as text.
+    `evaluation` is {steps done: {"sampled": accuracy, "greedy": accuracy}}, keys as text; `earlier` the metrics of the
+    steps before `start`.
     """
 
     def __init__(self, run: Path, start: int) -> None:
         self.run, self.file = run, run / "evaluation.json"
         stored = gather_objects(json.loads(self.file.read_text()) if self.file.exists() else {})[0]
         self.evaluation = {step: value for step, value in stored.items() if int(step) <= start}
+        earlier = []
         if rank() == 0:
-            keep_lines(run / "metrics.jsonl", start)
+            earlier = keep_lines(run / "metrics.jsonl", start)
             keep_lines(run / "samples.jsonl", start)
+        self.earlier: list[dict] = gather_objects(earlier)[0]
 
     def append(self, metrics: dict, samples: list[dict]) -> None:
         self._append("metrics.jsonl", [metrics])

@@ -51,6 +51,16 @@ def test_the_best_so_far_is_the_measure():
     assert collapse_warning(history({"accuracy": 0.3}, {"accuracy": 0.6}), limit=96) is None
 
 
+def test_the_start_is_the_runs_and_not_that_after_a_resume(tmp_path, capsys):
+    """A length that has halved twice: only who knows the first steps can tell."""
+    short = [{**step, "step": 2 * COLLAPSE_WINDOW + i} for i, step in enumerate(history({"mean_length": 7.5}))]
+    for earlier, told in (([], False), (history({}, {"mean_length": 15.0}), True)):
+        watch = Watch(tmp_path, TrainConfig(max_new_tokens=96), torch.float32, earlier)
+        for step in short:
+            watch.see(step)
+        assert ("mean_length fell from 30.0 at the start to 7.5" in capsys.readouterr().out) == told
+
+
 def test_too_few_steps_say_nothing():
     assert collapse_warning([*history({})[:-1], {**HEALTHY, "accuracy": 0.0}], limit=96) is None
     assert collapse_warning([], limit=96) is None

@@ -466,6 +466,44 @@ def test_sigterm_while_sampling_leaves_the_step_and_the_run_goes_on_as_if_unbrok
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("call", "behind"), [(2, 0), (4, 1), (10, 3)])
+def test_sigterm_while_held_out_problems_are_scored_ends_at_once_and_is_made_up_for(
+    qwen3, data, tmp_path, run_main, monkeypatch, call, behind
+):
+    """Before the first step, on the way and at the end: two calls to score (sampled, greedy), one for a step."""
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"problem": "1+1?", "answer": "2"}) + "\n")
+
+    def arguments(run):
+        return flags(qwen3, data, run, "--num_steps", 3, "--eval_data", held_out, "--eval_steps", 1)
+
+    run_main(arguments(tmp_path / "whole"))
+    original, calls = GenerateEngine.sample, []
+
+    def preempted(*args):
+        calls.append("begun")
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        response = original(*args)
+        calls[-1] = "done"
+        return response
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerateEngine, "sample", preempted)
+        output = run_main(arguments(run))
+    assert calls == ["done"] * (call - 1) + ["begun"]
+    assert (f"SIGTERM: saved after step {behind};" if behind else "SIGTERM: before the first step") in output
+    assert [path.name for path in run.glob("checkpoint-*")] == [f"checkpoint-{behind}"] * (behind > 0)
+    evaluated = json.loads((run / "evaluation.json").read_text()) if behind else {}
+    assert list(evaluated) == [str(step) for step in range(behind)]
+    run_main([*arguments(run), "--resume"])
+    assert metrics(run) == metrics(tmp_path / "whole")
+    for name in ("evaluation.json", "heldout.jsonl"):
+        assert (run / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert largest_difference(adapter(run, 3), adapter(tmp_path / "whole", 3)) == 0.0
+
+
 def test_a_collapsed_run_ends_where_that_is_asked_for(qwen3, data, tmp_path, run_main):
     """The random model never ends a rollout: all of the first five steps are cut at the limit."""
     arguments = flags(qwen3, data, tmp_path / "run", "--num_steps", 8, "--save_steps", 1, "--max_new_tokens", 3)
@@ -473,6 +511,17 @@ def test_a_collapsed_run_ends_where_that_is_asked_for(qwen3, data, tmp_path, run
         run_main([*arguments, "--stop_on_collapse"])
     assert len(metrics(tmp_path / "run")) == 5
     assert last_good(tmp_path / "run", 8).endswith("run/checkpoint-4")
+
+
+def test_a_resumed_run_is_measured_by_its_own_start(qwen3, data, tmp_path, run_main):
+    """Three steps before the resume and two after it are the five of the warning."""
+    arguments = flags(qwen3, data, tmp_path / "run", "--num_steps", 6, "--save_steps", 1, "--max_new_tokens", 3)
+    run_main(arguments)
+    for step in (4, 5, 6):
+        shutil.rmtree(tmp_path / f"run/checkpoint-{step}")
+    with pytest.raises(InputError, match=r"--stop_on_collapse, step 5: every rollout of the last 5 steps"):
+        run_main([*arguments, "--resume", "--stop_on_collapse"])
+    assert len(metrics(tmp_path / "run")) == 5
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
