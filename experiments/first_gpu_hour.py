@@ -12,8 +12,9 @@
 | long | continuous batching up to 38,912 tokens |
 | kill | a run killed and resumed ends as one that was not |
 
-Each part, and in it each preset, is a process of its own: one that hangs or dies is a row of the table. Where the hub or a local directory
-has no checkpoint, weights are random, which the row says: speed and memory do not depend on them, lengths do.
+Each part, and in some each preset, is a process of its own: one that hangs or dies is a row of the table. Where the hub
+or a local directory has no checkpoint, weights are random, which the row says: speed and memory do not depend on them,
+lengths do.
 """
 
 from __future__ import annotations
