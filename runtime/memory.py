@@ -48,7 +48,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         if self.unmeasured is not None:
-            return f"memory of a step: {self.unmeasured}; {self.micro_batch_size} sequences"
+            return f"memory of a step: {self.unmeasured} ({self.micro_batch_size} sequences)"
         parts = [f"{f.name} {getattr(self, f.name) / 2**30:.2f}" for f in fields(self)[:-2]]
         return f"memory in GiB: {', '.join(parts)}; peak {self.total / 2**30:.2f} ({self.micro_batch_size} sequences)"
 
