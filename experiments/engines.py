@@ -62,9 +62,7 @@ def main() -> None:
             continue
         for name in args.engines:
             with closing(open_engine(name, adapter, args.server, len(problems))) as engine:
-                solve(
-                    engine, tokenizer, problems, jobs[:16], DECODINGS["greedy"]
-                )  # what a first call costs is not timed
+                solve(engine, tokenizer, problems, jobs[:16], DECODINGS["greedy"])  # a first call is slower
                 for decoding, settings in DECODINGS.items():
                     start = time.perf_counter()
                     samples = solve(engine, tokenizer, problems, jobs, settings)
