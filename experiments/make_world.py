@@ -138,6 +138,17 @@ def write_problems(world: World, folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(asdict(problem)) + "\n" for problem in problems))
 
 
+def claim(folder: Path, mark: str) -> None:
+    """Make the folder before the slow work. Raises InputError where that fails, or it holds files but not `mark`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+    if others and mark not in others:
+        raise InputError(f"--output_dir {folder}: is not empty and holds no world of ours ({others[0]} is there)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", required=True, choices=WORLDS)
@@ -151,16 +162,18 @@ def main() -> None:
             raise InputError(f"--dose {args.dose}: a chance in [0, 1], of --world leap only")
         world, name = replace(world, teacher_leap=args.dose), f"{name}-{args.dose}"
     if args.steps is not None:
+        if args.steps < 1:
+            raise InputError(f"--steps {args.steps}: must be at least 1")
         world = replace(world, stages=((args.steps, world.stages[0][1]),))
     output = args.output_dir or Path("runs/worlds") / name
 
+    claim(output, "model.safetensors" if world.from_scratch else "train.jsonl")
     torch.manual_seed(0)
     if world.from_scratch:
         tokenizer, folder = make_tokenizer(), output
         model = make_model(tokenizer)
     else:
         model, tokenizer, folder = load_model("tiny", device="cpu"), load_tokenizer("tiny"), output / "model"
-        output.mkdir(parents=True, exist_ok=True)
         write_problems(world, output)
     for stage in range(len(world.stages)):
         train(model, tokenizer, world, stage)

@@ -64,9 +64,12 @@ def read_metrics(run: Path) -> list[dict]:
 
 def run_label(run: Path) -> str:
     """What a run is, by its options; equal for runs that differ in their seed only."""
-    config = json.loads((run / "config.json").read_text())["config"]
-    parts = [config["method"], *(config[key] for key in ("schedule", "reduction") if config.get(key))]
-    return ", ".join([*map(str, parts), f"clip {config['tau_clip']:g}", f"{config['teacher']} teacher"])
+    try:
+        config = json.loads((run / "config.json").read_text())["config"]
+        parts = [config["method"], *(config[key] for key in ("schedule", "reduction") if config.get(key))]
+        return ", ".join([*map(str, parts), f"clip {config['tau_clip']:g}", f"{config['teacher']} teacher"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{run}: no config.json of a run of train.py ({type(error).__name__})") from None
 
 
 def smooth(values: list[float], width: int = SMOOTHING) -> list[float]:

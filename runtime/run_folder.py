@@ -206,8 +206,11 @@ class RunLog:
 
     def __init__(self, run: Path, start: int) -> None:
         self.run, self.file = run, run / "evaluation.json"
-        stored = gather_objects(json.loads(self.file.read_text()) if self.file.exists() else {})[0]
-        self.evaluation = {step: value for step, value in stored.items() if int(step) <= start}
+        try:
+            stored = gather_objects(json.loads(self.file.read_text()) if self.file.exists() else {})[0]
+            self.evaluation = {step: value for step, value in stored.items() if int(step) <= start}
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{self.file}: not the accuracies of a run ({error})") from None
         earlier = []
         if rank() == 0:
             earlier = keep_lines(run / "metrics.jsonl", start)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from problems import InputError
-from runtime.run_folder import ERROR_LOG, LOCK, claimed, keep_lines, locked, read_record, record_run, run_folder
+from runtime.run_folder import ERROR_LOG, LOCK, RunLog, claimed, keep_lines, locked, read_record, record_run, run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -161,6 +161,13 @@ def test_the_refusal_is_asked_again_under_the_lock(tmp_path):
     answers = iter([None, f"{tmp_path}: holds another run"])
     with pytest.raises(InputError, match="holds another run"), locked(tmp_path / "run", lambda folder: next(answers)):
         pass
+
+
+@pytest.mark.parametrize("text", ['{"0', "[1]", '{"first": {}}'])
+def test_accuracies_that_are_no_runs_are_named(tmp_path, text):
+    (tmp_path / "evaluation.json").write_text(text)
+    with pytest.raises(InputError, match=r"evaluation.json: not the accuracies of a run"):
+        RunLog(tmp_path, 0)
 
 
 def test_lines_are_cut_back_and_torn_lines_dropped(tmp_path):
