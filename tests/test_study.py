@@ -26,7 +26,6 @@ from experiments.study import missing_cells, read_cells, read_grid, run_grid
 from problems import InputError
 from train import parse_config
 
-pytestmark = pytest.mark.usefixtures("plans_once")
 TINY = Grid(common={"num_steps": 2}, seeds=[0, 1], rows={"OPSD": {"method": "opsd"}, "PW": {"method": "pwopsd"}})
 VERSIONS = {"python": "3", "torch": "2", "transformers": "5"}
 

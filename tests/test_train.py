@@ -30,7 +30,6 @@ from teacher import EVALUATION_PROMPT
 from train import PRESETS, TrainConfig, build, micro_batches, parse_config, step_problems, sum_over_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.usefixtures("plans_once")
 PROBLEMS = [
     {
         "problem": f"How many clips are {a} and {b}{' and nothing more' * (a % 3)}?",
