@@ -42,8 +42,9 @@ from problems import InputError, load_problems
 from rollout import Sampling
 from runtime.engines import make_engine
 from runtime.fit import fitting_problems, plan_run
+from runtime.flags import run_script
 from runtime.grading import make_grader
-from runtime.run_folder import git_commit, versions
+from runtime.run_folder import git_commit, made, versions
 from teacher import PAPER_PROMPTS, student_prompt
 
 SECONDS = {
@@ -260,6 +261,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.part:
         return work(args)
+    made(args.output_dir)
     table, start = Table(), time.perf_counter()
     for name in args.parts:
         table.rows += run_part(name, args, args.preset)
@@ -293,4 +295,4 @@ class RowFile(Table):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,6 +24,7 @@ from experiments.study import read_cells, read_grid
 from experiments.token_page import RolloutView, TokenView, render, shade, view_rollouts
 from problems import InputError
 from runtime.flags import run_script
+from runtime.run_folder import made
 from weighting import SCHEDULES
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ def plot_runs(runs: list[Path], output: Path) -> list[Path]:
 
 
 def save(pictures: dict[str, Figure], output: Path) -> list[Path]:
-    output.mkdir(parents=True, exist_ok=True)
+    made(output)
     paths = [output / f"{name}.png" for name in pictures]
     for path, drawn in zip(paths, pictures.values(), strict=True):
         drawn.savefig(path)
@@ -255,7 +256,7 @@ def save(pictures: dict[str, Figure], output: Path) -> list[Path]:
 def write_page(run: Path, output: Path) -> list[Path]:
     """The page of tokens of a run, and where matplotlib is installed the picture of its first problem."""
     views = view_rollouts(run)
-    output.mkdir(parents=True, exist_ok=True)
+    made(output)
     path = output / f"tokens-{run.name}.html"
     path.write_text(render(views, f"{run.name}: {run_label(run)}"), encoding="utf-8")
     drawable = importlib.util.find_spec("matplotlib") is not None

@@ -246,16 +246,12 @@ def visible_gpus() -> list[str]:
 
 def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
     """Run the missing cells, adding each to cells.jsonl as it finishes; returns all of its records."""
-    from runtime.run_folder import write_atomically
+    from runtime.run_folder import made, write_atomically
 
     path = output / "cells.jsonl"
     records = read_cells(path)
     cells = missing_cells(grid, records)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir {output}: cannot be written ({error.strerror})") from None
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_atomically(made(output) / path.name, "".join(json.dumps(record) + "\n" for record in records))
     total = len(cells) + len(records)
     for record in tqdm(run_cells(cells, output, workers), "cells", total, initial=len(records), unit="cell"):
         records.append(record)

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from runtime.checkpoint import newest_checkpoint
-from runtime.run_folder import git_commit, versions, write_atomically
+from runtime.flags import run_script
+from runtime.run_folder import git_commit, made, versions, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/survival.json"))
     args = parser.parse_args()
     draw, trials = random.Random(args.seed), []
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    made(args.output.parent)
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "reference"
         process = start(reference, args.server)
@@ -140,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -74,6 +74,15 @@ def read_record(run: Path) -> dict | None:
     return record if ours else None
 
 
+def made(folder: Path) -> Path:
+    """A folder for results, made before the work that fills it. Raises InputError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+    return folder
+
+
 LOCK, ERROR_LOG = ".lock", "error.log"
 HARMLESS = {LOCK, ERROR_LOG, "evaluation.json", "heldout.jsonl"}  # what may stand there before a run's first line
 

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 from problems import InputError
-from runtime.run_folder import ERROR_LOG, LOCK, RunLog, claimed, keep_lines, locked, read_record, record_run, run_folder
+from runtime.run_folder import (
+    ERROR_LOG,
+    LOCK,
+    RunLog,
+    claimed,
+    keep_lines,
+    locked,
+    made,
+    read_record,
+    record_run,
+    run_folder,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,6 +134,14 @@ def test_what_cannot_be_a_folder_is_named(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(InputError, match=r"--output_dir .*file"), claimed(path, False):
             pass
+
+
+def test_a_folder_for_results_is_made_or_named(tmp_path):
+    assert made(tmp_path / "a" / "b").is_dir() and made(tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "results"):
+        with pytest.raises(InputError, match=r"--output_dir .*file.*: cannot be written"):
+            made(path)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
