@@ -100,7 +100,7 @@ def test_a_gap_that_rounding_does_not_explain_is_told(gaps, dtype, bound):
 
 @pytest.mark.parametrize(("dropout", "said"), [(0.0, ["warning: after step 2: sampler_gap"]), (0.05, [])])
 def test_the_gap_is_told_once_and_not_where_the_trainer_drops_out(dropout, said, tmp_path, capsys):
-    watch = Watch(tmp_path, TrainConfig(lora_dropout=dropout), torch.float32)
+    watch = Watch(tmp_path, TrainConfig(lora_dropout=dropout), torch.float32, [])
     for step, gap in enumerate([1e-7, 1e-3, 1e-7, 1e-3]):
         watch.see({**HEALTHY, "step": step, "sampler_gap": gap})
     lines = capsys.readouterr().out.splitlines()
