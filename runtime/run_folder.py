@@ -74,12 +74,12 @@ def read_record(run: Path) -> dict | None:
     return record if ours else None
 
 
-def made(folder: Path) -> Path:
+def made(folder: Path, flag: str = "output_dir") -> Path:
     """A folder for results, made before the work that fills it. Raises InputError where it cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+        raise InputError(f"--{flag} {folder}: cannot be written ({error.strerror})") from None
     return folder
 
 

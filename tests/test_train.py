@@ -413,7 +413,7 @@ def test_a_resumed_run_wants_the_files_it_began_with(qwen3, data, tmp_path, run_
     for flag, path, old, new in (
         ("data", data, b"clips", b"chips"),
         ("model", weights, b"\x00\x00\x80?", b"\x00\x00\x00?"),  # each 1.0 of a norm becomes 0.5
-        ("model", model / "chat_template.jinja", b"user", b"User"),
+        ("model", model / "chat_template.jinja", b"assistant", b"Assistant"),
         ("eval_data", held_out, b"2", b"3"),
         ("prompts", prompts, b"Sum", b"Total"),
     ):
