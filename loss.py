@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from math import inf, log
 
 import torch
@@ -372,24 +373,29 @@ def score_tokens_from_hidden(
 ) -> TokenScores:
     """`score_tokens` of the valid tokens' hidden states, a chunk of them at a time.
 
-    A chunk's logits are made again for its gradient (torch.utils.checkpoint) instead of kept. At most `chunk_tokens`
-    rows of logits exist at any time; by default as many as CHUNK_BYTES hold.
+    A chunk's logits are not kept for its gradient: with the loss comes dl_t/dh_t, [M, D], at once. Where the head is
+    trained too, they are made again (torch.utils.checkpoint). At most `chunk_tokens` rows of logits exist at any time;
+    by default as many as CHUNK_BYTES hold.
     """
-    size = chunk_tokens or max(1, CHUNK_BYTES // (4 * head_VD.shape[0]))
+    size, score = chunk_tokens or max(1, CHUNK_BYTES // (4 * head_VD.shape[0])), _score_chunk
+    if head_VD.requires_grad:
+        score = partial(checkpoint, _score_chunk, use_reentrant=False, preserve_rng_state=False)
+    elif student_MD.requires_grad and torch.is_grad_enabled():
+        score = _score_chunk_with_gradient
     parts = [
-        checkpoint(
-            _score_chunk,
-            method,
-            *chunk,
-            head_VD,
-            teacher_head_VD,
-            options,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+        score(method, *chunk, head_VD, teacher_head_VD, options)
         for chunk in zip(student_MD.split(size), teacher_MD.split(size), ids_M.split(size), strict=True)
     ]
     return TokenScores(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TokenScores)})
+
+
+def _score_chunk_with_gradient(method, student_MD, teacher_MD, ids_M, head_VD, teacher_head_VD, options) -> TokenScores:
+    """l_t + h_t g_t - sg(h_t g_t) with g_t = dl_t/dh_t: the value of l_t and, without its logits, the gradient."""
+    leaf_MD = student_MD.detach().requires_grad_()
+    scores = _score_chunk(method, leaf_MD, teacher_MD, ids_M, head_VD, teacher_head_VD, options)
+    (g_MD,) = torch.autograd.grad(scores.loss.sum(), leaf_MD)
+    along_M = (student_MD.float() * g_MD.float()).sum(dim=-1)
+    return replace(scores, loss=scores.loss.detach() + (along_M - along_M.detach()))
 
 
 def _score_chunk(method, student_MD, teacher_MD, ids_M, head_VD, teacher_head_VD, options) -> TokenScores:

@@ -24,6 +24,7 @@ import train
 from loss import resolve_method
 from model import add_lora
 from runtime.fake_step import StepShape, block_kinds, fake_model, step_bytes
+from runtime.flags import run_script
 from runtime.memory import MemoryPlan, Planned, plan_memory
 from teacher import Teacher
 
@@ -129,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

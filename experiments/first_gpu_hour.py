@@ -43,8 +43,9 @@ from problems import InputError, load_problems
 from rollout import Sampling
 from runtime.engines import make_engine
 from runtime.fit import fitting_problems, plan_run
+from runtime.flags import run_script
 from runtime.grading import make_grader
-from runtime.run_folder import git_commit, versions
+from runtime.run_folder import git_commit, made, versions
 from teacher import PAPER_PROMPTS, student_prompt
 
 # Limits of the parts; of those in PER_PRESET, for each preset.
@@ -258,6 +259,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.part:
         return work(args)
+    made(args.output_dir)
     table, start = Table(), time.perf_counter()
     for name in args.parts:
         for presets in [[preset] for preset in args.preset] if name in PER_PRESET else [args.preset]:
@@ -292,4 +294,4 @@ class RowFile(Table):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

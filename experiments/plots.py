@@ -24,6 +24,7 @@ from experiments.study import read_cells, read_grid
 from experiments.token_page import RolloutView, TokenView, render, shade, view_rollouts
 from problems import InputError
 from runtime.flags import run_script
+from runtime.run_folder import made
 from weighting import SCHEDULES
 
 if TYPE_CHECKING:
@@ -64,9 +65,12 @@ def read_metrics(run: Path) -> list[dict]:
 
 def run_label(run: Path) -> str:
     """What a run is, by its options; equal for runs that differ in their seed only."""
-    config = json.loads((run / "config.json").read_text())["config"]
-    parts = [config["method"], *(config[key] for key in ("schedule", "reduction") if config.get(key))]
-    return ", ".join([*map(str, parts), f"clip {config['tau_clip']:g}", f"{config['teacher']} teacher"])
+    try:
+        config = json.loads((run / "config.json").read_text())["config"]
+        parts = [config["method"], *(config[key] for key in ("schedule", "reduction") if config.get(key))]
+        return ", ".join([*map(str, parts), f"clip {config['tau_clip']:g}", f"{config['teacher']} teacher"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{run}: no config.json of a run of train.py ({type(error).__name__})") from None
 
 
 def smooth(values: list[float], width: int = SMOOTHING) -> list[float]:
@@ -242,7 +246,7 @@ def plot_runs(runs: list[Path], output: Path) -> list[Path]:
 
 
 def save(pictures: dict[str, Figure], output: Path) -> list[Path]:
-    output.mkdir(parents=True, exist_ok=True)
+    made(output)
     paths = [output / f"{name}.png" for name in pictures]
     for path, drawn in zip(paths, pictures.values(), strict=True):
         drawn.savefig(path)
@@ -252,7 +256,7 @@ def save(pictures: dict[str, Figure], output: Path) -> list[Path]:
 def write_page(run: Path, output: Path) -> list[Path]:
     """The page of tokens of a run, and where matplotlib is installed the picture of its first problem."""
     views = view_rollouts(run)
-    output.mkdir(parents=True, exist_ok=True)
+    made(output)
     path = output / f"tokens-{run.name}.html"
     path.write_text(render(views, f"{run.name}: {run_label(run)}"), encoding="utf-8")
     drawable = importlib.util.find_spec("matplotlib") is not None

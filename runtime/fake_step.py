@@ -142,7 +142,7 @@ def step_bytes(
     """Peaks of a step's parts, beyond weights, gradients and optimizer: {"prefill", "decode", "teacher", "student"}.
 
     In bytes. The parts are those of train.train_step. `scored` limits the tokens that the loss is taken of: it
-    holds a chunk at a time, however many there are.
+    holds a chunk of logits at a time, however many there are, and of the other tokens only their gradients.
     """
     for parameter in teacher.trained:
         parameter.grad = torch.zeros_like(parameter)
@@ -161,12 +161,14 @@ def step_bytes(
         teacher_head_VD = scorer.get_output_embeddings().weight
     with live.part(taken, "student", base):
         student_MD = response_hidden(model, x_stu, y).flatten(0, 1).clone()
+        head_VD = model.get_output_embeddings().weight
+        rest = 0 if scored is None or head_VD.requires_grad else max(0, B * T - scored)
+        kept = torch.empty(rest, D)  # the other tokens' dl_t/dh_t
         scores = score_tokens_from_hidden(
-            method, student_MD[:scored], teacher_MD[:scored], model.get_output_embeddings().weight, teacher_head_VD,
-            ids_M[:scored], options,
-        )  # fmt: skip
+            method, student_MD[:scored], teacher_MD[:scored], head_VD, teacher_head_VD, ids_M[:scored], options
+        )
         scores.loss.sum().backward()
-    del before
+    del before, kept
     return taken
 
 

@@ -74,6 +74,15 @@ def read_record(run: Path) -> dict | None:
     return record if ours else None
 
 
+def made(folder: Path, flag: str = "output_dir") -> Path:
+    """A folder for results, made before the work that fills it. Raises InputError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--{flag} {folder}: cannot be written ({error.strerror})") from None
+    return folder
+
+
 LOCK, ERROR_LOG = ".lock", "error.log"
 HARMLESS = {LOCK, ERROR_LOG, "evaluation.json", "heldout.jsonl"}  # what may stand there before a run's first line
 
@@ -206,8 +215,11 @@ class RunLog:
 
     def __init__(self, run: Path, start: int) -> None:
         self.run, self.file = run, run / "evaluation.json"
-        stored = gather_objects(json.loads(self.file.read_text()) if self.file.exists() else {})[0]
-        self.evaluation = {step: value for step, value in stored.items() if int(step) <= start}
+        try:
+            stored = gather_objects(json.loads(self.file.read_text()) if self.file.exists() else {})[0]
+            self.evaluation = {step: value for step, value in stored.items() if int(step) <= start}
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{self.file}: not the accuracies of a run ({error})") from None
         earlier = []
         if rank() == 0:
             earlier = keep_lines(run / "metrics.jsonl", start)

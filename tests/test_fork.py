@@ -17,8 +17,6 @@ from experiments.report import write_report
 from experiments.study import Grid, run_grid
 from loss import LossOptions, Method, TokenScores, clipped_divergence, method_loss, token_mean
 
-pytestmark = pytest.mark.usefixtures("plans_once")
-
 
 def middle(r: torch.Tensor) -> torch.Tensor:
     """A schedule of position: only the middle half of a solution counts."""

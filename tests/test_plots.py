@@ -107,7 +107,10 @@ def test_missing_matplotlib_is_one_line(monkeypatch):
         plots.schedule_weights()
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path):
+def test_a_folder_that_is_no_run_is_named(tmp_path, run):
+    (run / "config.json").write_text('{"config": {}}')
+    with pytest.raises(InputError, match=r"no config.json of a run of train.py \(KeyError\)"):
+        plots.run_label(run)
     with pytest.raises(InputError, match="no run"):
         plots.read_metrics(tmp_path)
     with pytest.raises(InputError, match="not a run folder"):

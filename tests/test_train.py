@@ -30,7 +30,6 @@ from teacher import EVALUATION_PROMPT
 from train import PRESETS, TrainConfig, build, micro_batches, parse_config, step_problems, sum_over_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.usefixtures("plans_once")
 PROBLEMS = [
     {
         "problem": f"How many clips are {a} and {b}{' and nothing more' * (a % 3)}?",
@@ -413,8 +412,8 @@ def test_a_resumed_run_wants_the_files_it_began_with(qwen3, data, tmp_path, run_
     weights = model / "model.safetensors"
     for flag, path, old, new in (
         ("data", data, b"clips", b"chips"),
-        ("model", weights, weights.read_bytes()[-8:], weights.read_bytes()[-16:-8]),
-        ("model", model / "chat_template.jinja", b"user", b"User"),
+        ("model", weights, b"\x00\x00\x80?", b"\x00\x00\x00?"),  # each 1.0 of a norm becomes 0.5
+        ("model", model / "chat_template.jinja", b"assistant", b"Assistant"),
         ("eval_data", held_out, b"2", b"3"),
         ("prompts", prompts, b"Sum", b"Total"),
     ):
@@ -588,7 +587,7 @@ def test_prompts_that_are_too_long_are_named_or_dropped_with_a_count(qwen3, data
 
 def test_the_memory_plan_chooses_the_micro_batch(qwen3, data, tmp_path, run_main, monkeypatch):
     output = run_main(flags(qwen3, data, tmp_path / "auto", "--micro_batch_size", "auto", "--num_steps", 1))
-    assert "(4 sequences)" in output  # the whole local batch fits
+    assert "4 sequences" in output  # the whole local batch fits
     monkeypatch.setattr(fit, "available_memory", lambda device: 1000)
     with pytest.raises(InputError, match=r"memory in GiB.*what helps"):
         run_main(flags(qwen3, data, tmp_path / "small", "--num_steps", 1))
@@ -612,13 +611,13 @@ def test_a_resumed_run_keeps_the_micro_batch_that_auto_chose(qwen3, data, tmp_pa
     middle = sum(p.total - p.weights - p.trained for p in totals) / 2 / USABLE
     with monkeypatch.context() as scarce:
         scarce.setattr(fit, "available_memory", lambda device: int(middle))
-        assert "(2 sequences)" in run_main(flags(qwen3, data, run, *auto))
+        assert "2 sequences" in run_main(flags(qwen3, data, run, *auto))
     shutil.rmtree(run / "checkpoint-2")
-    assert "(2 sequences)" in run_main(flags(qwen3, data, run, *auto, "--resume"))
+    assert "2 sequences" in run_main(flags(qwen3, data, run, *auto, "--resume"))
     assert [shape.micro_batch_size for _, shape, *_ in plans] == [0, 0, 2]
     assert json.loads((run / "config.json").read_text())["config"]["micro_batch_size"] == 2
     shutil.rmtree(run / "checkpoint-2")
-    assert "(4 sequences)" in run_main(flags(qwen3, data, run, "--micro_batch_size", 4, "--resume"))  # unless asked
+    assert "4 sequences" in run_main(flags(qwen3, data, run, "--micro_batch_size", 4, "--resume"))  # unless asked
     assert metrics(run)[1]["loss"] == pytest.approx(metrics(tmp_path / "ample")[1]["loss"], abs=1e-6)
 
 
