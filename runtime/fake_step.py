@@ -8,13 +8,13 @@ device `meta`), while `LiveBytes` counts. Workspaces inside a kernel and the all
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel, masking_utils
@@ -28,13 +28,13 @@ from teacher import Teacher
 class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that operators under it have made and that are alive: `now`, and at most: `peak`.
 
-    It holds torch's own weak references to storages and asks them, where it matters, which have expired.
+    torch keeps a storage's Python object as long as the storage itself, so a weak reference tells its end.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = self._now = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = self.now = 0
+        self._alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -46,21 +46,15 @@ class LiveBytes(TorchDispatchMode):
     def count(self, tensor: Tensor) -> None:
         """Count a tensor's storage, unless it is counted; for real tensors also those made before."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._alive:
-            self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-            self._now += storage.nbytes()
-            if self._now > self.peak:  # only then does it matter what has expired meanwhile
-                self._forget_expired()
-                self.peak = max(self.peak, self._now)
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+            self.now += size
+            self.peak = max(self.peak, self.now)
 
-    @property
-    def now(self) -> int:
-        self._forget_expired()
-        return self._now
-
-    def _forget_expired(self) -> None:
-        for key in [key for key, (reference, _) in self._alive.items() if reference.expired()]:
-            self._now -= self._alive.pop(key)[1]
+    def _forget(self, key: int, size: int) -> None:
+        del self._alive[key]
+        self.now -= size
 
     @contextmanager
     def part(self, taken: dict[str, int], name: str, base: int) -> Iterator[None]:

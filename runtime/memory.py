@@ -169,9 +169,12 @@ def _pass_bytes(run: Planned, shape: StepShape) -> dict[str, int]:
 
 
 def _shallow(kinds: list[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """A block of each kind (two where all are alike), and for each kind these and one more of it; or all of them."""
+    """The first block and one of each kind, and for each kind these and one more of it; or all blocks.
+
+    The first is apart: its input is the embedding, which stays beside the states of all later ones.
+    """
     each = list(dict.fromkeys(kinds))
-    few = each if len(each) > 1 else 2 * each
+    few = [kinds[0], *each]
     more = {kind: [*few, kind] for kind in each}
     return (few, more) if len(few) + sum(map(len, more.values())) < len(kinds) else (kinds, {})
 

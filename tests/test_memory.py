@@ -151,10 +151,10 @@ def test_all_weights_with_an_average_are_two_sets(checkpoint):
 
 
 def test_shallow_models_hold_every_kind_of_block():
-    """Olmo's windows come in fours: a block of each kind, and one more of each."""
+    """Olmo's windows come in fours: the first block and one of each kind, and one more of each."""
     w, f = "sliding_attention", "full_attention"
     assert _shallow([f] * 36) == ([f, f], {f: [f, f, f]})
-    assert _shallow([w, w, w, f] * 8) == ([w, f], {w: [w, f, w], f: [w, f, f]})
+    assert _shallow([w, w, w, f] * 8) == ([w, w, f], {w: [w, w, f, w], f: [w, w, f, f]})
     assert _shallow([f] * 5) == ([f] * 5, {}) and _shallow([w, w, w, f]) == ([w, w, w, f], {})  # no dearer whole
 
 
