@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config, PreTrai
 import train
 from loss import resolve_method
 from model import add_lora
-from runtime.fake_step import StepShape, block_kinds, fake_model, fake_teacher, step_bytes
+from runtime.fake_step import StepShape, block_kinds, fake_model, step_bytes
 from runtime.flags import run_script
 from runtime.memory import MemoryPlan, Planned, plan_memory
 from teacher import Teacher
@@ -62,7 +62,7 @@ def track(like: PreTrainedModel, its: Teacher, shape: StepShape, config: train.T
     """Bytes of one step, all of it run on fake tensors, in the plan's parts."""
     method = resolve_method(config.method, config)
     with fake_model(like, block_kinds(like), True) as (model, live):
-        teacher = fake_teacher(model, its)
+        teacher = Teacher(model, its.kind)
         resident = live.now
         trained = sum(p.numel() * p.element_size() for p in teacher.trained)
         taken = step_bytes(model, teacher, shape, method, config, config.sampling, live)

@@ -266,6 +266,11 @@ def command(cell: Cell, output: Path) -> str:
     return f"torchrun train.py {flags} --output_dir {output / 'runs' / cell.folder}"
 
 
+def default_folder(grid: str) -> Path:
+    """runs/study-GRID; of a JSON file its name without the ending, which a grid's own name (leap-0.2) does not have."""
+    return Path(f"runs/study-{grid if grid in GRIDS else Path(grid).stem}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", default="embedded", help=f"{', '.join(GRIDS)} (experiments/grids.py), or a JSON file")
@@ -278,7 +283,7 @@ def main() -> None:
         raise InputError(f"--workers {args.workers}: must be at least 0")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     grid = GRIDS[args.grid] if args.grid in GRIDS else read_grid(Path(args.grid))
-    output = args.output_dir or Path(f"runs/study-{Path(args.grid).stem}")
+    output = args.output_dir or default_folder(args.grid)
     if args.dry_run:
         return print(
             "\n".join(command(cell, output) for cell in missing_cells(grid, read_cells(output / "cells.jsonl")))

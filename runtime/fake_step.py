@@ -1,9 +1,8 @@
 """A training step on fake tensors: shapes, dtypes and lifetimes of the real one, no memory and no arithmetic.
 
 What a step keeps for its backward pass depends on the model's code, the kernels of attention and this project's own
-code. So it is run instead of computed: the same functions as in train.py, on tensors that have no content
-(torch's FakeTensorMode), while `LiveBytes` counts. Fake tensors stand on the CPU whatever the machine has; workspaces
-inside a kernel and the allocator's waste are not seen.
+code. So it is run instead of computed: the same functions as in train.py, on tensors that have no content (torch's
+device `meta`), while `LiveBytes` counts. Workspaces inside a kernel and the allocator's waste are not seen.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -96,7 +94,7 @@ def fake_model(like: PreTrainedModel, kinds: list[str], gradient_checkpointing: 
     if getattr(config, "layer_types", None):
         config.layer_types = list(kinds)
     layers = list(lora_layers(like).values())
-    with _rows_are_not_packed(), FakeTensorMode(), LiveBytes() as live:
+    with _without_content(), torch.device("meta"), LiveBytes() as live:
         model = _from_config(config, like)
         if layers:
             add_lora(model, layers[0].rank, layers[0].alpha, layers[0].dropout)
@@ -110,27 +108,31 @@ def _from_config(config: PreTrainedConfig, like: PreTrainedModel) -> PreTrainedM
     return AutoModelForCausalLM.from_config(config, dtype=like.dtype, attn_implementation=attention)
 
 
-def fake_teacher(model: PreTrainedModel, like: Teacher) -> Teacher:
-    """A teacher like `like` of a fake model. Its copy is made anew: copy.deepcopy of fake tensors crashes torch."""
-    if like.copy is None:
-        return Teacher(model, like.kind)
-    teacher = Teacher(model, "live")
-    teacher.copy = _from_config(model.config, model).requires_grad_(False).eval()
-    return teacher
-
-
 @contextmanager
-def _rows_are_not_packed() -> Iterator[None]:
-    """Inside, transformers takes positions for those of whole rows, as it finds them to be on real tensors.
+def _without_content() -> Iterator[None]:
+    """Inside, what would ask for values is answered as on a GPU with ordinary rows.
 
-    It cannot read positions without content, would take rows for packed ones and build masks that no real step has.
+    transformers looks whether positions are those of packed rows and whether a mask masks anything (here it always
+    does: prompts differ in length), and torch picks a kernel of attention by the device.
     """
-    found = masking_utils.find_packed_sequence_indices
+    functional = torch.nn.functional
+    kept = masking_utils.find_packed_sequence_indices, masking_utils.is_tracing, functional.scaled_dot_product_attention
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    masking_utils.is_tracing = lambda tensor=None: True
+    functional.scaled_dot_product_attention = _fused_attention
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = found
+        masking_utils.find_packed_sequence_indices, masking_utils.is_tracing = kept[:2]
+        functional.scaled_dot_product_attention = kept[2]
+
+
+def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """What a fused kernel allocates: its output and a row's normaliser; a mask is made additive for it."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
 def step_bytes(

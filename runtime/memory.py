@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from loss import CHUNK_BYTES, LossOptions, Method
 from problems import InputError
 from rollout import Sampling
-from runtime.fake_step import StepShape, block_kinds, fake_model, fake_teacher, step_bytes
+from runtime.fake_step import StepShape, block_kinds, fake_model, step_bytes
 from runtime.ranks import BUCKET_BYTES
 from teacher import Teacher
 
@@ -48,7 +48,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         if self.unmeasured is not None:
-            return f"memory of a step: {self.unmeasured}; {self.micro_batch_size} sequences"
+            return f"memory of a step: {self.unmeasured} ({self.micro_batch_size} sequences)"
         parts = [f"{f.name} {getattr(self, f.name) / 2**30:.2f}" for f in fields(self)[:-2]]
         return f"memory in GiB: {', '.join(parts)}; peak {self.total / 2**30:.2f} ({self.micro_batch_size} sequences)"
 
@@ -156,8 +156,9 @@ def _pass_bytes(run: Planned, shape: StepShape) -> dict[str, int]:
 
     def measure(blocks: list[str]) -> dict[str, int]:
         with fake_model(run.model, blocks, run.gradient_checkpointing) as (model, live):
-            teacher = fake_teacher(model, run.teacher)
-            return step_bytes(model, teacher, shape, run.method, run.options, run.settings, live, scored)
+            return step_bytes(
+                model, Teacher(model, run.teacher.kind), shape, run.method, run.options, run.settings, live, scored
+            )
 
     at_few = measure(few)
     taken = dict(at_few)

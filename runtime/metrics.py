@@ -97,7 +97,7 @@ def gap_warning(history: list[dict], dtype: torch.dtype) -> str | None:
     )
 
 
-# Measured: docs/metrics.md, "Are the rollouts from the weights we think?"
+# Measured: docs/servers.md, "Are the rollouts from the weights we think?"
 GAP_FLOAT32 = 1e-5
 GAP_16_BIT = 5e-2
 GAP_GROWTH = 3.0

@@ -227,17 +227,16 @@ def test_auto_measures_only_sizes_that_may_fit(model, monkeypatch):
     assert alone[1].student > alone[8].student / 8
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama", "olmo3"])
-@pytest.mark.parametrize("lora_rank", [4, 0])
-def test_the_crude_bound_is_above_every_plan(family, lora_rank, tmp_path):
+@pytest.mark.parametrize(("family", "lora_rank"), [("qwen3", 4), ("llama", 4), ("olmo3", 4), ("qwen3", 0)])
+def test_the_crude_bound_is_above_the_plan(family, lora_rank, tmp_path):
+    """A long context, where attention's scores count most, and none at all, where the logits do."""
     model = load_model(str(families.make_checkpoint(family, tmp_path / family)), device="cpu")
     if lora_rank:
         add_lora(model, lora_rank, 8.0)
-    for changes in ({}, {"teacher_tokens": 600}, {"max_new_tokens": 500}, {"student_tokens": 1, "teacher_tokens": 1}):
-        for size in (1, 8):
-            shape = replace(SHAPE, micro_batch_size=size, **changes)
-            at = plan(model, size, **changes)
-            assert crude_bound(planned(model), shape) > 1.5 * (at.total - at.weights - at.trained), (changes, size)
+    for changes in ({"teacher_tokens": 600, "max_new_tokens": 500}, {"student_tokens": 1, "teacher_tokens": 1}):
+        at = plan(model, 8, **changes)
+        bound = crude_bound(planned(model), replace(SHAPE, micro_batch_size=8, **changes))
+        assert bound > 1.5 * (at.total - at.weights - at.trained), changes
 
 
 def test_nothing_is_measured_where_the_bound_is_far_below_what_is_free(model, monkeypatch):

@@ -122,6 +122,11 @@ def test_segments_cover_every_value():
     assert segments(values) == [0.5, 2.5, 4.5, 6.5, 8.5]
 
 
+def test_each_grid_has_a_folder_of_its_own():
+    assert len({study.default_folder(name) for name in GRIDS}) == len(GRIDS)
+    assert str(study.default_folder("some/mine.json")) == "runs/study-mine"
+
+
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
 def test_grid_names_are_known_to_the_trainer(grid):
     for name in grid.rows:

@@ -342,7 +342,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(qwen3, data, tmp_
     forward, calls = LoRALinear.forward, []
 
     def counted(self, x):
-        calls[-1] += type(x).__name__ != "FakeTensor"  # the memory plan runs the step without content
+        calls[-1] += x.device.type != "meta"  # the memory plan runs the step without content
         return forward(self, x)
 
     monkeypatch.setattr(LoRALinear, "forward", counted)

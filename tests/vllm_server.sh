@@ -26,11 +26,12 @@ start() {
   install >&2
   if ! running; then
     port=${1:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
-    # A seeded request whose prefill is split kills the CPU build, so a batch holds all prompts in flight.
-    VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=True OMP_NUM_THREADS=1 \
+    # A seeded request whose prefill is split kills the CPU build, so a batch holds all prompts in flight. The worker in
+    # the engine's process: one of its own waits for work in a busy loop, on a core that others need.
+    VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=True OMP_NUM_THREADS=1 \
       setsid "$dir/bin/python" -m vllm.entrypoints.openai.api_server --model "${MODEL:-$root/tiny-model}" \
       --served-model-name tiny --host 127.0.0.1 --port "$port" --dtype float32 --max-model-len 512 --enforce-eager \
-      --enable-lora --max-lora-rank 64 --max-num-batched-tokens 16384 ${VLLM_ARGS:-} </dev/null >"$dir/server.log" 2>&1 &
+      --distributed-executor-backend uni --enable-lora --max-lora-rank 64 --max-num-batched-tokens 16384 ${VLLM_ARGS:-} </dev/null >"$dir/server.log" 2>&1 &
     echo $! >"$dir/server.pid"
     echo "http://127.0.0.1:$port" >"$dir/server.url"
   fi
