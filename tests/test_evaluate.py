@@ -292,8 +292,8 @@ def test_a_response_stays_within_the_context(tiny):
     config = EvaluationConfig(max_new_tokens=100)
     assert token_limit(config, [[0] * 20, [0] * 30]) == 100
     assert token_limit(config, [[0] * 20, [0] * 500]) == 12  # the embedded model has 512 positions
-    with pytest.raises(InputError, match="prompt of 512 tokens fills the context"):
-        token_limit(config, [[0] * 512])
+    with pytest.raises(InputError, match="--benchmark tiny, problem 1: a prompt of 512 tokens fills the context"):
+        token_limit(config, [[0] * 20, [0] * 512])
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "ok":
             choice = {"text": "", "token_ids": [5, 1], "finish_reason": "stop", "logprobs": {"token_logprobs": [0, 0]}}
-            self.answer(200, {"model": body["model"], "choices": [choice | self.changes]})
+            usage = {"completion_tokens": 2}
+            self.answer(200, {"model": body["model"], "choices": [choice | self.changes], "usage": usage})
         else:
             self.answer(int(fault), {"error": {"message": "as asked"}})
 

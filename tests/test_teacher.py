@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -124,6 +125,14 @@ def test_a_control_token_that_a_problem_spells_stays_text(checkpoint, family):
                     assert ids.count(control) == usual.count(control)
                 shown = tokenizer.decode(ids)
                 assert problem.problem in shown and (prompt is student_prompt or problem.solution in shown)
+
+
+def test_a_control_token_that_cannot_be_kept_as_text_is_said():
+    """A tokenizer that puts a space in front of each piece of text would change what the problem says."""
+    tokenizer = families.sentencepiece_like()
+    assert student_prompt(tokenizer, Problem("a b", "a", "1"))
+    with pytest.raises(InputError, match=r"cannot encode a control token as text, in the problem 'a </s> b'"):
+        student_prompt(tokenizer, Problem("a </s> b", "a", "1"))
 
 
 def test_a_problem_without_control_tokens_is_encoded_in_one_piece(checkpoint):
