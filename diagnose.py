@@ -41,7 +41,7 @@ from runtime.run_folder import claimed, record_run, run_folder, write_atomically
 from teacher import PAPER_PROMPTS, Prompts, encode_prompt, load_prompts
 from viability import LabelRule, by_spine, labels, table1, table1_lines, to_columns, truncated_entropy, uncertainty
 
-# Streams of random numbers, told apart by the second entry of their key (rollout.py); train.py uses 1 to 3.
+# Streams of random numbers, told apart by the second entry of their key (rollout.py); train.py uses 1 to 4.
 PICK_STREAM, SPINE_STREAM, DROPOUT_STREAM, CONTINUATION_STREAM = 11, 12, 13, 14
 SPINES, CANDIDATES, ROLLOUTS = "spines (phase A)", "candidates (phases B, C, D)", "continuations (phase E)"
 
@@ -76,7 +76,7 @@ class DiagnoseConfig(LabelRule):
     batch_size: int = option(32, "sequences that a rank samples between two writes to the run folder", least=1)
     output_dir: str | None = option(None, "run folder; default runs/diagnose-PRESET, numbered if taken")
     resume: bool = option(False, "go on with the run in --output_dir, if there is one")
-    seed: int = option(42, "of every random draw but the bootstrap's", least=0)
+    seed: int = option(42, "of every random draw but the bootstrap's", within=(0, 2**63))
     grader: str = option("auto", "math-verify, exact, or auto: math-verify where answers are LaTeX")
     device: str = option("auto", "auto, cpu, cuda, ...")
     dtype: str = option("auto", "auto (bfloat16 on a GPU, else float32) or its name")

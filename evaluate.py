@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from model import ADAPTER_CONFIG, find_checkpoint, load_model, load_tokenizer, pick_device
+from model import ADAPTER_CONFIG, load_config, load_model, load_tokenizer, pick_device
 from problems import InputError, Problem, extract_boxed, load_problems
 from rollout import Response, Sampling, StreamKey
 from runtime.adapters import load_adapter
@@ -286,7 +286,7 @@ def check_config(config: EvaluationConfig) -> None:
 
 def token_limit(config: EvaluationConfig, prompts: list[list[int]]) -> int:
     """min(--max_new_tokens, context - longest prompt): one limit for all problems, none leaves the context."""
-    settings = AutoConfig.from_pretrained(find_checkpoint(config.model)).get_text_config()
+    settings = load_config(config.model).get_text_config()
     context = getattr(settings, "max_position_embeddings", None) or sys.maxsize
     longest = max(map(len, prompts))
     if longest >= context:

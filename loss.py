@@ -7,13 +7,14 @@ Both distributions are softmax(float32 logits / T_distill) over the full vocabul
 the vocabulary a chunk of tokens at a time (`score_tokens_from_hidden`, `method_loss_from_hidden`).
 
 Axes: B sequences, T response tokens, V vocabulary, D hidden, K alternatives, M valid tokens (the paper's set M) row
-after row. The paper's y_t is `ids_M`, w_{i,t} `weight_M`, log p_t `student_logp_MV`, log p^opsd_t `teacher_logp_MV`.
+after row. The paper's y_t is `ids_M`, w_{i,t} `w_M`, log p_t `student_logp_MV`, log p^opsd_t `teacher_logp_MV`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from math import inf, log
 
 import torch
@@ -54,15 +55,15 @@ def divergence_entries(student_logp_MV: Tensor, teacher_logp_MV: Tensor, beta: f
     return beta * teacher_part + (1.0 - beta) * student_part
 
 
-def token_mean(loss_M: Tensor, weight_M: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+def token_mean(l_M: Tensor, w_M: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Eqs. (1), (8): 1/|M| sum_t w_t l_t, over all valid tokens of the batch; (numerator, denominator)."""
-    return (weight_M * loss_M).sum(), loss_M.new_tensor(float(sum(lengths)))
+    return (w_M * l_M).sum(), l_M.new_tensor(float(sum(lengths)))
 
 
-def sequence_mean(loss_M: Tensor, weight_M: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+def sequence_mean(l_M: Tensor, w_M: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Eq. (6): 1/B sum_i 1/L_i sum_t w_{i,t} l_{i,t}, by sequence, then over them; (numerator, denominator)."""
-    rows = (weight_M * loss_M).split(lengths)
-    return torch.stack([row.mean() for row in rows]).sum(), loss_M.new_tensor(float(len(lengths)))
+    rows = (w_M * l_M).split(lengths)
+    return torch.stack([row.mean() for row in rows]).sum(), l_M.new_tensor(float(len(lengths)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -111,9 +112,9 @@ def phase_mask(scores: TokenScores, lengths: list[int], step: int, options: Loss
     return (scores.student_entropy >= threshold).float()
 
 
-def weighted_mean(loss_M: Tensor, weight_M: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+def weighted_mean(l_M: Tensor, w_M: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """REOPOLD: sum_t w_t l_t / sum_t w_t; (numerator, denominator)."""
-    return (weight_M * loss_M).sum(), weight_M.sum()
+    return (w_M * l_M).sum(), w_M.sum()
 
 
 def entropy(logp_MV: Tensor) -> Tensor:
@@ -142,82 +143,17 @@ class Method:
     reduction: Callable
     # Whether the token loss cuts entries at tau_clip, for the logged clipped mass
     clips: bool = False
+    # Whether a token's weight depends on other rows of its micro-batch, whose size is then part of the method
+    over_batch: bool = False
 
 
 METHODS: dict[str, Method] = {
     "opsd": Method(clipped_divergence, "uniform", token_mean, clips=True),  # Eq. (1)
     "pwopsd": Method(clipped_divergence, "moderate", sequence_mean, clips=True),  # Eq. (6)
     "eopd": Method(gated_loss, "uniform", token_mean),
-    "reopold": Method(policy_gradient, phase_mask, weighted_mean),
+    "reopold": Method(policy_gradient, phase_mask, weighted_mean, over_batch=True),
 }
 REDUCTIONS = {"token_mean": token_mean, "sequence_mean": sequence_mean, "weighted_mean": weighted_mean}
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """The numbers inside the losses, with the papers' defaults. None means the method's own."""
-
-    distill_temperature: float = field(default=1.1, metadata={"help": "T_distill, divides both contexts' logits"})
-    tau_clip: float = field(default=0.05, metadata={"help": "clip of Eq. (1), per vocabulary entry; inf for none"})
-    beta: float = field(
-        default=0.0, metadata={"help": "0: KL(teacher||student), 1: KL(student||teacher), between: JSD"}
-    )
-    schedule: str | None = field(default=None, metadata={"help": "weights of Eq. (5): a name or a .json file"})
-    w_min: float | None = field(default=None, metadata={"help": "Eq. (5): weight before the rise"})
-    tau: float | None = field(default=None, metadata={"help": "Eq. (5): relative position of the rise"})
-    s: float | None = field(default=None, metadata={"help": "Eq. (5): width of the rise"})
-    reduction: str | None = field(default=None, metadata={"help": "token_mean, sequence_mean or weighted_mean"})
-    entropy_gate: float = field(
-        default=0.8, metadata={"help": "EOPD: teacher entropy (nats) above which forward KL is added"}
-    )
-    gate_top_k: int = field(default=16, metadata={"help": "EOPD: teacher's top tokens in the forward KL"})
-    ratio_clip: float = field(default=0.2, metadata={"help": "EOPD: clip of the importance ratio"})
-    reward_lambda: float = field(default=0.1, metadata={"help": "REOPOLD: lambda, sets the floor of the reward"})
-    switch_step: int = field(default=50, metadata={"help": "REOPOLD: step from which the entropy mask is used"})
-    entropy_quantile: float = field(default=0.2, metadata={"help": "REOPOLD: share of tokens kept by the entropy mask"})
-
-
-def resolve_method(name: str, options: LossOptions) -> Method:
-    """The method as it runs: the row's functions, with --schedule and --reduction in place of its own.
-
-    Raises InputError for unknown names and numbers out of range.
-    """
-    if name not in METHODS:
-        raise InputError(f"--method {name}: choose one of {', '.join(METHODS)}")
-    if not 0.0 < options.distill_temperature < inf:
-        raise InputError(f"--distill_temperature {options.distill_temperature}: must be positive")
-    if not options.tau_clip > 0.0:
-        raise InputError(f"--tau_clip {options.tau_clip}: must be positive (inf for none)")
-    if not 0.0 <= options.beta <= 1.0:
-        raise InputError(f"--beta {options.beta}: must lie in [0, 1]")
-    if not 0.0 < options.reward_lambda < 1.0:
-        raise InputError(f"--reward_lambda {options.reward_lambda}: must lie in (0, 1)")
-    if not 0.0 <= options.entropy_quantile <= 1.0:
-        raise InputError(f"--entropy_quantile {options.entropy_quantile}: must lie in [0, 1]")
-    if options.gate_top_k < 1:
-        raise InputError(f"--gate_top_k {options.gate_top_k}: must be at least 1")
-    if not options.ratio_clip >= 0.0:
-        raise InputError(f"--ratio_clip {options.ratio_clip}: must be at least 0")
-    row = METHODS[name]
-    if options.reduction is not None:
-        if options.reduction not in REDUCTIONS:
-            raise InputError(f"--reduction {options.reduction}: choose one of {', '.join(REDUCTIONS)}")
-        row = replace(row, reduction=REDUCTIONS[options.reduction])
-    weight = options.schedule or row.token_weight
-    if isinstance(weight, str):
-        weight = by_position(get_schedule(weight, options.w_min, options.tau, options.s))
-    elif (options.w_min, options.tau, options.s) != (None, None, None):
-        raise InputError(f"--w_min, --tau and --s: {name} weights by no schedule; add --schedule")
-    return replace(row, token_weight=weight)
-
-
-def by_position(schedule: Schedule) -> Callable:
-    """A schedule as a token weight: w_t = schedule(r_t), Eq. (5)."""
-
-    def weight(scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
-        return schedule(relative_position(lengths)).to(scores.loss.device)
-
-    return weight
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -264,6 +200,13 @@ def score_tokens(
     return TokenScores(loss=method.token_loss(student_logp_MV, teacher_logp_MV, ids_M, options), **statistics)
 
 
+def reduce_tokens(method: Method, scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
+    """Eq. (8): reduce_t( w_t * l_t ), a scalar."""
+    w_M = method.token_weight(scores, lengths, step, options).detach()
+    numerator, denominator = method.reduction(scores.loss, w_M, lengths)
+    return numerator / denominator.clamp(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
+
+
 def method_loss(
     name: str,
     student_logits_BTV: Tensor,
@@ -291,7 +234,95 @@ def method_loss(
     student_logp_MV = log_probabilities(student_logits_BTV[mask_BT], options.distill_temperature)
     teacher_logp_MV = log_probabilities(teacher_logits_BTV[mask_BT].detach(), options.distill_temperature)
     scores = score_tokens(method, student_logp_MV, teacher_logp_MV, response_ids_BT[mask_BT], options)
-    return _reduce(method, scores, lengths, step, options)
+    return reduce_tokens(method, scores, lengths, step, options)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Options, and the method as it runs
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The numbers inside the losses, with the papers' defaults. None means the method's own."""
+
+    distill_temperature: float = field(default=1.1, metadata={"help": "T_distill, divides both contexts' logits"})
+    tau_clip: float = field(default=0.05, metadata={"help": "clip of Eq. (1), per vocabulary entry; inf for none"})
+    beta: float = field(
+        default=0.0, metadata={"help": "0: KL(teacher||student), 1: KL(student||teacher), between: JSD"}
+    )
+    schedule: str | None = field(default=None, metadata={"help": "weights of Eq. (5): a name or a .json file"})
+    w_min: float | None = field(default=None, metadata={"help": "Eq. (5): weight before the rise"})
+    tau: float | None = field(default=None, metadata={"help": "Eq. (5): relative position of the rise"})
+    s: float | None = field(default=None, metadata={"help": "Eq. (5): width of the rise"})
+    reduction: str | None = field(default=None, metadata={"help": "token_mean, sequence_mean or weighted_mean"})
+    entropy_gate: float = field(
+        default=0.8, metadata={"help": "EOPD: teacher entropy (nats) above which forward KL is added"}
+    )
+    gate_top_k: int = field(default=16, metadata={"help": "EOPD: teacher's top tokens in the forward KL"})
+    ratio_clip: float = field(default=0.2, metadata={"help": "EOPD: clip of the importance ratio"})
+    reward_lambda: float = field(default=0.1, metadata={"help": "REOPOLD: lambda, sets the floor of the reward"})
+    switch_step: int = field(default=50, metadata={"help": "REOPOLD: step from which the entropy mask is used"})
+    entropy_quantile: float = field(default=0.2, metadata={"help": "REOPOLD: share of tokens kept by the entropy mask"})
+
+
+def resolve_method(name: str, options: LossOptions) -> Method:
+    """The method as it runs: the row's functions, with --schedule and --reduction in place of its own.
+
+    Raises InputError for unknown names and numbers out of range.
+    """
+    if name not in METHODS:
+        raise InputError(f"--method {name}: choose one of {', '.join(METHODS)}")
+    check_options(options)
+    row = METHODS[name]
+    if options.reduction is not None:
+        if options.reduction not in REDUCTIONS:
+            raise InputError(f"--reduction {options.reduction}: choose one of {', '.join(REDUCTIONS)}")
+        row = replace(row, reduction=REDUCTIONS[options.reduction])
+    weight = options.schedule or row.token_weight
+    if isinstance(weight, str):
+        weight = by_position(get_schedule(weight, options.w_min, options.tau, options.s))
+        row = replace(row, over_batch=False)
+    elif (options.w_min, options.tau, options.s) != (None, None, None):
+        raise InputError(f"--w_min, --tau and --s: {name} weights by no schedule; add --schedule")
+    return replace(row, token_weight=weight)
+
+
+def check_options(options: LossOptions) -> None:
+    """Raise InputError, naming the flag, for a number out of range."""
+    if not 0.0 < options.distill_temperature < inf:
+        raise InputError(f"--distill_temperature {options.distill_temperature}: must be positive")
+    if not options.tau_clip > 0.0:
+        raise InputError(f"--tau_clip {options.tau_clip}: must be positive (inf for none)")
+    if not 0.0 <= options.beta <= 1.0:
+        raise InputError(f"--beta {options.beta}: must lie in [0, 1]")
+    if not 0.0 < options.reward_lambda < 1.0:
+        raise InputError(f"--reward_lambda {options.reward_lambda}: must lie in (0, 1)")
+    if not 0.0 <= options.entropy_quantile <= 1.0:
+        raise InputError(f"--entropy_quantile {options.entropy_quantile}: must lie in [0, 1]")
+    if options.gate_top_k < 1:
+        raise InputError(f"--gate_top_k {options.gate_top_k}: must be at least 1")
+    if not options.ratio_clip >= 0.0:
+        raise InputError(f"--ratio_clip {options.ratio_clip}: must be at least 0")
+
+
+def by_position(schedule: Schedule) -> Callable:
+    """A schedule as a token weight: w_t = schedule(r_t), Eq. (5)."""
+
+    def weight(scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
+        return schedule(relative_position(lengths)).to(scores.loss.device)
+
+    return weight
+
+
+def _options(overrides: dict) -> LossOptions:
+    renamed = {"clip": "tau_clip", "temperature": "distill_temperature"}
+    given = {renamed.get(name, name): value for name, value in overrides.items()}
+    if given.get("tau_clip", 1.0) is None:
+        given["tau_clip"] = inf
+    try:
+        return LossOptions(**given)
+    except TypeError as error:
+        raise InputError(f"unknown loss option ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -324,7 +355,7 @@ def method_loss_from_hidden(
         lm_head_weight_VD if teacher_head_weight_VD is None else teacher_head_weight_VD,
         response_ids_BT[mask_BT], options, chunk_tokens,
     )  # fmt: skip
-    return _reduce(method, scores, lengths, step, options)
+    return reduce_tokens(method, scores, lengths, step, options)
 
 
 CHUNK_BYTES = 40 * 2**20  # of one float32 tensor of logits: 69 tokens at Qwen3's vocabulary, all of a small one's
@@ -342,24 +373,29 @@ def score_tokens_from_hidden(
 ) -> TokenScores:
     """`score_tokens` of the valid tokens' hidden states, a chunk of them at a time.
 
-    A chunk's logits are made again for its gradient (torch.utils.checkpoint) instead of kept. At most `chunk_tokens`
-    rows of logits exist at any time; by default as many as CHUNK_BYTES hold.
+    A chunk's logits are not kept for its gradient: with the loss comes dl_t/dh_t, [M, D], at once. Where the head is
+    trained too, they are made again (torch.utils.checkpoint). At most `chunk_tokens` rows of logits exist at any time;
+    by default as many as CHUNK_BYTES hold.
     """
-    size = chunk_tokens or max(1, CHUNK_BYTES // (4 * head_VD.shape[0]))
+    size, score = chunk_tokens or max(1, CHUNK_BYTES // (4 * head_VD.shape[0])), _score_chunk
+    if head_VD.requires_grad:
+        score = partial(checkpoint, _score_chunk, use_reentrant=False, preserve_rng_state=False)
+    elif student_MD.requires_grad and torch.is_grad_enabled():
+        score = _score_chunk_with_gradient
     parts = [
-        checkpoint(
-            _score_chunk,
-            method,
-            *chunk,
-            head_VD,
-            teacher_head_VD,
-            options,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+        score(method, *chunk, head_VD, teacher_head_VD, options)
         for chunk in zip(student_MD.split(size), teacher_MD.split(size), ids_M.split(size), strict=True)
     ]
     return TokenScores(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TokenScores)})
+
+
+def _score_chunk_with_gradient(method, student_MD, teacher_MD, ids_M, head_VD, teacher_head_VD, options) -> TokenScores:
+    """l_t + h_t g_t - sg(h_t g_t) with g_t = dl_t/dh_t: the value of l_t and, without its logits, the gradient."""
+    leaf_MD = student_MD.detach().requires_grad_()
+    scores = _score_chunk(method, leaf_MD, teacher_MD, ids_M, head_VD, teacher_head_VD, options)
+    (g_MD,) = torch.autograd.grad(scores.loss.sum(), leaf_MD)
+    along_M = (student_MD.float() * g_MD.float()).sum(dim=-1)
+    return replace(scores, loss=scores.loss.detach() + (along_M - along_M.detach()))
 
 
 def _score_chunk(method, student_MD, teacher_MD, ids_M, head_VD, teacher_head_VD, options) -> TokenScores:
@@ -386,6 +422,8 @@ class _WideProduct(torch.autograd.Function):
         ctx.save_for_backward(x_MD, head_VD)
         try:
             return torch.mm(x_MD, head_VD.T, out_dtype=torch.float32)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # a CPU, or a kernel that lacks it
             return x_MD.float() @ head_VD.float().T
 
@@ -394,24 +432,6 @@ class _WideProduct(torch.autograd.Function):
         (x_MD, head_VD), (to_x, to_head) = ctx.saved_tensors, ctx.needs_input_grad
         grad_MV = grad_MV.to(x_MD.dtype)
         return grad_MV @ head_VD if to_x else None, grad_MV.T @ x_MD if to_head else None
-
-
-def _reduce(method: Method, scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
-    """Eq. (8): reduce_t( w_t * l_t )."""
-    weight_M = method.token_weight(scores, lengths, step, options).detach()
-    numerator, denominator = method.reduction(scores.loss, weight_M, lengths)
-    return numerator / denominator.clamp(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
-
-
-def _options(overrides: dict) -> LossOptions:
-    renamed = {"clip": "tau_clip", "temperature": "distill_temperature"}
-    given = {renamed.get(name, name): value for name, value in overrides.items()}
-    if given.get("tau_clip", 1.0) is None:
-        given["tau_clip"] = inf
-    try:
-        return LossOptions(**given)
-    except TypeError as error:
-        raise InputError(f"unknown loss option ({error})") from None
 
 
 def valid_lengths(mask_BT: Tensor, response_ids_BT: Tensor, values_BTX: Tensor) -> list[int]:

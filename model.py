@@ -1,4 +1,4 @@
-"""The language model: loading, LoRA, and the one forward pass that both contexts share.
+"""The language model: the forward pass, the same function for both contexts; LoRA; loading.
 
 LoRA (Hu et al. 2021) is written out here: W x + (alpha / r) B A x on the seven projections of every block. The adapter
 is never merged in place: the fixed teacher is the same model with it switched off.
@@ -8,6 +8,7 @@ Axes: B sequences, T response tokens, D hidden.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,6 +34,129 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name of it
 DTYPES = ("float32", "bfloat16", "float16")
 TINY_MODEL = Path(__file__).resolve().parent / "tiny-model"  # the embedded model, known to every script as `tiny`
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The forward pass of both contexts
+
+
+def response_hidden(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+    """Last hidden states aligned to the response, [B, T, D]: entry t is what predicts response token t.
+
+    Rows are prompt + response without a gap, padded behind their end. A causal model never looks there, so no
+    attention mask is needed and SDPA may take its fast causal kernel; entries past a row's length mean nothing.
+
+    Authors: prompts padded on the right, before the response, and no position ids, so that shorter rows get a gap in
+    RoPE and their first response token is read off a pad position. Here: no gap, and positions are always passed.
+    """
+    assert len(prompts) == len(responses) and all(prompts) and all(responses)
+    device = model.get_input_embeddings().weight.device
+    rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    width, T = max(map(len, rows)), max(map(len, responses))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    positions = torch.arange(width, device=device).expand(len(rows), width)
+    hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    starts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+    index = (starts[:, None] + torch.arange(T, device=device)).clamp(max=width - 1)
+    return hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1]))
+
+
+def response_mask(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
+    """[B, T] True where a response has a token. From lengths, never from ids: a pad id may be the EOS id."""
+    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear map with a low-rank update: y = W x + (alpha / r) B A dropout(x). A, B are float32."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
+        self.dropout, self.cast = dropout, None  # cast: A and B in the model's dtype, where cast_adapter holds them
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # PEFT's initialisation; B = 0, so the update starts at 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        A, B = self.cast or (self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
+        if self.training and self.dropout > 0.0:
+            x = F.dropout(x, self.dropout)
+        return torch.add(y, F.linear(F.linear(x, A), B), alpha=self.alpha / self.rank)
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    """Freeze the model and put an adapter on the seven projections of each block, in place.
+
+    Raises InputError where a projection is missing, or any other matrix would stay frozen beside them: experts, a
+    router, a recurrent mixer (the model is not of the Llama / Qwen / Olmo layout).
+    """
+    found = {n: m for n, m in model.named_modules() if n.split(".")[-1] in LORA_TARGETS and isinstance(m, nn.Linear)}
+    missing = [target for target in LORA_TARGETS if not any(name.endswith(target) for name in found)]
+    if missing:
+        raise InputError(f"LoRA needs the projections {', '.join(missing)}, which {type(model).__name__} lacks")
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    known = [*found.values(), *(m for m in model.modules() if isinstance(m, nn.Embedding) or m is head)]
+    reached = {id(module.weight) for module in known}
+    left = [name for name, weight in model.named_parameters() if weight.dim() > 1 and id(weight) not in reached]
+    if left:
+        raise InputError(
+            f"LoRA would leave {some(left)} of {type(model).__name__} frozen; --lora_rank 0 trains all weights"
+        )
+    model.requires_grad_(False)
+    for name, linear in found.items():
+        parent, _, child = name.rpartition(".")
+        layer = LoRALinear(linear, rank, alpha, dropout).train(linear.training)  # no dropout in a model that evaluates
+        setattr(model.get_submodule(parent), child, layer)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers by name, in the model's order; empty where there is no adapter."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A and B of each adapted layer; empty where there is no adapter."""
+    return [parameter for layer in lora_layers(model).values() for parameter in (layer.lora_A, layer.lora_B)]
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The student's trainable parameters: its adapter's, or all where it has none."""
+    return lora_parameters(model) or list(model.parameters())
+
+
+@contextmanager
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is its base, bit for bit."""
+    layers = [layer for layer in lora_layers(model).values() if layer.enabled]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+@contextmanager
+def cast_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside, the adapter is in the model's dtype, cast once instead of at each call: for sampling, no gradients."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        dtype = layer.base.weight.dtype
+        layer.cast = (layer.lora_A.detach().to(dtype), layer.lora_B.detach().to(dtype))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast = None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -52,9 +177,8 @@ def load_model(
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: choose one of auto, {', '.join(DTYPES)}")
-    name = find_checkpoint(name)
+    name, config = find_checkpoint(name), load_config(name)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("its weights are quantised, and only plain ones can be trained and scored")
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -73,6 +197,21 @@ def load_model(
     model = model.to(device)
     check_head(model, name)
     return model
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """A checkpoint's config. Raises InputError where it, or the generation config beside it, cannot be read."""
+    name = find_checkpoint(name)
+    defaults = Path(name) / "generation_config.json"
+    try:
+        if defaults.is_file():  # where it is damaged, transformers would do without its EOS ids in silence
+            json.loads(defaults.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"--model {name}: {defaults.name} is not valid JSON ({error})") from None
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # each library that may be asked has errors of its own
+        raise InputError(f"--model {name}: cannot be loaded ({one_line(error)})") from error
 
 
 def check_weights(model: PreTrainedModel, name: str, found: dict) -> None:
@@ -128,6 +267,7 @@ def one_line(error: Exception) -> str:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint. Without a pad token EOS is used: masks come from lengths, not from ids."""
     name = find_checkpoint(name)
+    load_config(name)  # where this fails, its words are the clearer ones
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # each library that may be asked has errors of its own
@@ -193,120 +333,3 @@ def recompute_activations(model: PreTrainedModel) -> None:
 def context_length(model: PreTrainedModel) -> int:
     """Tokens that fit into the model's context."""
     return int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# LoRA
-
-
-class LoRALinear(nn.Module):
-    """A frozen linear map with a low-rank update: y = W x + (alpha / r) B A dropout(x). A, B are float32."""
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
-        super().__init__()
-        self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
-        self.dropout, self.cast = dropout, None  # cast: A and B in the model's dtype, where cast_adapter holds them
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # PEFT's initialisation; B = 0, so the update starts at 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if not self.enabled:
-            return y
-        A, B = self.cast or (self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
-        if self.training and self.dropout > 0.0:
-            x = F.dropout(x, self.dropout)
-        return torch.add(y, F.linear(F.linear(x, A), B), alpha=self.alpha / self.rank)
-
-
-def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """Freeze the model and put an adapter on the seven projections of each block, in place.
-
-    Raises InputError where a projection is missing, or any other matrix would stay frozen beside them: experts, a
-    router, a recurrent mixer (the model is not of the Llama / Qwen / Olmo layout).
-    """
-    found = {n: m for n, m in model.named_modules() if n.split(".")[-1] in LORA_TARGETS and isinstance(m, nn.Linear)}
-    missing = [target for target in LORA_TARGETS if not any(name.endswith(target) for name in found)]
-    if missing:
-        raise InputError(f"LoRA needs the projections {', '.join(missing)}, which {type(model).__name__} lacks")
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    known = [*found.values(), *(m for m in model.modules() if isinstance(m, nn.Embedding) or m is head)]
-    reached = {id(module.weight) for module in known}
-    left = [name for name, weight in model.named_parameters() if weight.dim() > 1 and id(weight) not in reached]
-    if left:
-        raise InputError(
-            f"LoRA would leave {some(left)} of {type(model).__name__} frozen; --lora_rank 0 trains all weights"
-        )
-    model.requires_grad_(False)
-    for name, linear in found.items():
-        parent, _, child = name.rpartition(".")
-        layer = LoRALinear(linear, rank, alpha, dropout).train(linear.training)  # no dropout in a model that evaluates
-        setattr(model.get_submodule(parent), child, layer)
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The adapted layers by name, in the model's order; empty where there is no adapter."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for layer in lora_layers(model).values() for parameter in (layer.lora_A, layer.lora_B)]
-
-
-@contextmanager
-def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is its base, bit for bit."""
-    layers = [layer for layer in lora_layers(model).values() if layer.enabled]
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enabled = True
-
-
-@contextmanager
-def cast_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside, the adapter is in the model's dtype, cast once instead of at each call: for sampling, no gradients."""
-    layers = lora_layers(model).values()
-    for layer in layers:
-        dtype = layer.base.weight.dtype
-        layer.cast = (layer.lora_A.detach().to(dtype), layer.lora_B.detach().to(dtype))
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.cast = None
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The forward pass of both contexts
-
-
-def response_hidden(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
-    """Last hidden states aligned to the response, [B, T, D]: entry t is what predicts response token t.
-
-    Rows are prompt + response without a gap, padded behind their end. A causal model never looks there, so no
-    attention mask is needed and SDPA may take its fast causal kernel; entries past a row's length mean nothing.
-
-    Authors: prompts padded on the right, before the response, and no position ids, so that shorter rows get a gap in
-    RoPE and their first response token is read off a pad position. Here: no gap, and positions are always passed.
-    """
-    assert len(prompts) == len(responses) and all(prompts) and all(responses)
-    device = model.get_input_embeddings().weight.device
-    rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    width, T = max(map(len, rows)), max(map(len, responses))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    positions = torch.arange(width, device=device).expand(len(rows), width)
-    hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-    starts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-    index = (starts[:, None] + torch.arange(T, device=device)).clamp(max=width - 1)
-    return hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1]))
-
-
-def response_mask(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
-    """[B, T] True where a response has a token. From lengths, never from ids: a pad id may be the EOS id."""
-    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]

@@ -172,6 +172,18 @@ def tiny_solution(addends: list[int], draw: random.Random) -> str:
 # Answers
 
 
+_BOXES_TRIED = 20  # so that nested empty boxes cost no more than twenty passes over the text
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash takes the next character with it
+_NOTHING = re.compile(r"(?:\s|~|\.|[{}$]|\\[,;:! ]|\\(?:text|boxed|fbox|[lc]?dots|quad)(?![a-zA-Z]))*")
+_ARGUMENT = r"(?:\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|[0-9]))"
+_BARE = re.compile(
+    rf"[+-]?[0-9]*\s?\\[dtc]?frac{_ARGUMENT}{{2}}|[+-]?[0-9]*\\(?:sqrt|text){_ARGUMENT}|[+-]?\\(?:pi|infty|emptyset)"
+    r"|[+-]?\\?\$?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?%?(?![\w{^]|\\[a-zA-Z])"  # -1,250.5 and 3/4
+    r"|[a-zA-Z](?![a-zA-Z])"
+)
+
+
 def extract_boxed(text: str) -> str | None:
     """The content of the LAST `\\boxed{...}` or `\\fbox{...}` that holds something (paper Section 4.1), or None.
 
@@ -206,15 +218,3 @@ def _unbraced(text: str, begin: int) -> str | None:
         return None
     match = _BARE.match(text, begin)
     return match[0] if match else ""
-
-
-_BOXES_TRIED = 20  # so that nested empty boxes cost no more than twenty passes over the text
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash takes the next character with it
-_NOTHING = re.compile(r"(?:\s|~|\.|[{}$]|\\[,;:! ]|\\(?:text|boxed|fbox|[lc]?dots|quad)(?![a-zA-Z]))*")
-_ARGUMENT = r"(?:\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|[0-9]))"
-_BARE = re.compile(
-    rf"[+-]?[0-9]*\s?\\[dtc]?frac{_ARGUMENT}{{2}}|[+-]?[0-9]*\\(?:sqrt|text){_ARGUMENT}|[+-]?\\(?:pi|infty|emptyset)"
-    r"|[+-]?\\?\$?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?%?(?![\w{^]|\\[a-zA-Z])"  # -1,250.5 and 3/4
-    r"|[a-zA-Z](?![a-zA-Z])"
-)

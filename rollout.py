@@ -1,8 +1,9 @@
 """On-policy sampling: y ~ pi_theta(. | x_stu) on token ids, each row with its own random stream.
 
-A row's uniform numbers depend on its key alone: not on the batch it is sampled in, nor on the number of processes, nor
-on the engine. `sample` is plain `generate`; runtime/engines.py has the other engines, which give the same responses up
-to rounding. Axes: B sequences, T response tokens, V vocabulary.
+A row's uniform numbers depend on its key alone: not on the batch it is sampled in, nor on the number of processes.
+`sample` is plain `generate`, in which StreamSampler puts our choice before its argmax. Of the other engines
+(runtime/engines.py) `continuous` draws by the same numbers; a server gets a seed made from the key.
+Axes: B sequences, T response tokens, V vocabulary.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from model import adapter_disabled, lora_parameters
-from problems import InputError, Problem
+from model import adapter_disabled, lora_parameters, trained_parameters
+from problems import SURROGATE, InputError, Problem
 
 # ---------------------------------------------------------------------------------------------------------------
 # The prompts of both contexts, quoted from the paper: single user turn, no system message of ours
@@ -74,7 +74,7 @@ def load_prompts(path: str | None) -> Prompts:
     if path is None:
         return PAPER_PROMPTS
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        given = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"--prompts {path}: cannot be read as JSON ({error})") from None
     if not isinstance(given, dict) or not given or not given.keys() <= REQUIRED.keys():
@@ -82,6 +82,8 @@ def load_prompts(path: str | None) -> Prompts:
     for name, template in given.items():
         if not isinstance(template, str):
             raise InputError(f"--prompts {path}, {name}: must be a text")
+        if SURROGATE.search(template):
+            raise InputError(f"--prompts {path}, {name}: holds half of a surrogate pair, which is no text")
         shown = set(FIELD.findall(template))
         if missing := REQUIRED[name] - shown:
             raise InputError(f"--prompts {path}, {name}: {{{min(missing)}}} is missing")
@@ -219,7 +221,7 @@ class Teacher:
         if kind not in ("fixed", "ema", "live"):
             raise InputError(f"--teacher {kind}: choose one of fixed, ema, live")
         self.model, self.kind, self.ema_decay = model, kind, ema_decay
-        self.trained = lora_parameters(model) or list(model.parameters())
+        self.trained = trained_parameters(model)
         self.copy: PreTrainedModel | None = None
         self.average: list[Tensor] = []  # for `ema`: one tensor for each of `trained`
         if kind != "live" and not lora_parameters(model):
@@ -247,8 +249,9 @@ class Teacher:
     @torch.no_grad()
     def update(self) -> None:
         """After an optimizer step: average <- decay * average + (1 - decay) * student (only for `ema`)."""
-        for average, parameter in zip(self.average, self.trained, strict=self.kind == "ema"):
-            average.lerp_(parameter.detach().to(average.dtype), 1.0 - self.ema_decay)
+        if self.kind == "ema":
+            for average, parameter in zip(self.average, self.trained, strict=True):
+                average.lerp_(parameter.detach().to(average.dtype), 1.0 - self.ema_decay)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

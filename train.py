@@ -35,6 +35,7 @@ from model import (
     recompute_activations,
     response_hidden,
     response_mask,
+    trained_parameters,
 )
 from problems import InputError, Problem, extract_boxed, load_problems
 from rollout import Response, Sampling, StreamKey
@@ -192,7 +193,7 @@ class Training:
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        return self.teacher.trained
+        return trained_parameters(self.model)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def train_step(
     Raises FloatingPointError, naming step and problems, where the loss or its gradient is not finite.
     """
     model, method, device = run.model, run.method, run.model.device
-    share, clock, tokens, broken = step_share(step, problems, config), Clock(), TokenMetrics(device), []
+    share, clock, statistics, broken = step_share(step, problems, config), Clock(), TokenMetrics(device), []
     seed_step(config.seed, step)
 
     # Sample y ~ pi_theta(. | x_stu), fixed data from here on.
@@ -223,8 +224,8 @@ def train_step(
     # Score every token in both contexts, weight it by its position, add up the gradient of the loss's numerator.
     model.train()
     numerator, denominator = torch.zeros((), device=device), torch.zeros((), device=device)
-    lengths = [len(x) + len(response.ids) for x, response in zip(x_tch, y, strict=True)]
-    for rows in micro_batches(lengths, config.micro_batch_size):
+    tokens = [len(x) + len(response.ids) for x, response in zip(x_tch, y, strict=True)]
+    for rows in micro_batches(tokens, config.micro_batch_size):
         y_rows = [y[row].ids for row in rows]
         L = [len(ids) for ids in y_rows]
         mask_BT, ids_M = response_mask(L, device), torch.tensor([t for ids in y_rows for t in ids], device=device)
@@ -234,31 +235,30 @@ def train_step(
         with clock("student"):
             student_MD = response_hidden(model, [x_stu[row] for row in rows], y_rows)[mask_BT]
             head_VD = model.get_output_embeddings().weight
+            # config holds T_distill and the other LossOptions
             scores = score_tokens_from_hidden(method, student_MD, teacher_MD, head_VD, teacher_head_VD, ids_M, config)
-            l_M, r_M = scores.loss, relative_position(L)  # Eq. (1): d_t or the method's own; Eq. (5): r_t
-            w_M = method.token_weight(scores, L, step, config).detach()  # Eq. (5): w(r_t), or the method's own
+            l_M = scores.loss  # Eq. (1): d_t, or the method's own
+            w_M = method.token_weight(scores, L, step, config).detach()  # Eq. (5): w(r_t) of L, or the method's own
             part, count = method.reduction(l_M, w_M, L)  # Eq. (6), as a fraction
             part.backward()
         numerator, denominator = numerator + part.detach(), denominator + count
-        tokens.add(r_M, w_M, scores, sampler_gap(student_MD, head_VD, ids_M, [y[row] for row in rows]))
+        gap_M = sampler_gap(student_MD, head_VD, ids_M, [y[row] for row in rows])
+        statistics.add(relative_position(L), w_M, scores, gap_M)
         broken += [] if part.isfinite() else [share.indices[row] for row in rows]
 
     # Sum over ranks, one division by the whole step's denominator, one update.
     with clock("update"):
-        sum_over_ranks([numerator, denominator, tokens.table, *(p.grad for p in run.parameters)])
+        sum_over_ranks([numerator, denominator, statistics.table, *(p.grad for p in run.parameters)])
         loss = numerator / denominator.clamp_(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
         for parameter in run.parameters:
             parameter.grad /= denominator
         learning_rate, grad_norm = update(run, loss, config.max_grad_norm)
-    if not (loss.isfinite() and grad_norm.isfinite()):
-        where = sorted(index for part in gather_objects(broken) for index in part) or share.indices
-        raise FloatingPointError(f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}, problems {where}")
+    check_finite(step, loss, grad_norm, broken, share)
 
     samples = sample_rows(step, share, y, run)
     metrics = {"step": step, "loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": learning_rate}
-    return metrics | rollout_metrics(samples, [repeats(r.ids) for r in y]) | tokens.means() | clock.metrics(
-        samples
-    ), samples
+    metrics |= rollout_metrics(samples, [repeats(row.ids) for row in y]) | statistics.means() | clock.metrics(samples)
+    return metrics, samples
 
 
 def sum_over_ranks(tensors: list[Tensor]) -> None:
@@ -280,6 +280,14 @@ def update(run: Training, loss: Tensor, max_grad_norm: float) -> tuple[float, Te
         run.teacher.update()
     run.optimizer.zero_grad()
     return learning_rate, grad_norm
+
+
+def check_finite(step: int, loss: Tensor, grad_norm: Tensor, broken: list[int], share: Share) -> None:
+    """Raise FloatingPointError on every rank, naming the problems with a broken loss; the step's, where none has."""
+    if not (loss.isfinite() and grad_norm.isfinite()):
+        parts = gather_objects((broken, share.indices))
+        where = sorted(i for mine, _ in parts for i in mine) or sorted(i for _, mine in parts for i in mine)
+        raise FloatingPointError(f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}, problems {where}")
 
 
 @dataclass(frozen=True)
@@ -318,9 +326,9 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, DROPOUT_STREAM, step, rank())).generate_state(1)[0]))
 
 
-def micro_batches(lengths: list[int], size: int) -> list[list[int]]:
-    """Rows grouped by length, longest first: little is padded, and a lack of memory shows at once."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+def micro_batches(tokens: list[int], size: int) -> list[list[int]]:
+    """Rows grouped by their number of tokens, longest first: little is padded, and a lack of memory shows at once."""
+    order = sorted(range(len(tokens)), key=lambda row: -tokens[row])
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
@@ -391,9 +399,9 @@ def build(config: TrainConfig, device: torch.device, grader: Grader, prompts: Pr
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=config.num_steps)
     if config.engine == "server":
         ends, name = eos_ids(model, tokenizer), config.served_model or config.model
-        engine = connect(config.server, name, tokenizer, ends, EVALUATED_AT_ONCE, needs_ids=True)
+        engine = connect(config.server, name, tokenizer, ends, SAMPLED_AT_ONCE, needs_ids=True)
     else:
-        engine = make_engine(config.engine, model, tokenizer, batch_size=EVALUATED_AT_ONCE)
+        engine = make_engine(config.engine, model, tokenizer, batch_size=SAMPLED_AT_ONCE)
     method = resolve_method(config.method, config)
     return Training(model, tokenizer, teacher, method, engine, optimizer, scheduler, grader, prompts)
 
@@ -406,7 +414,7 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) ->
 
 
 def settle(config: TrainConfig, device: torch.device, record: dict | None) -> TrainConfig:
-    """The options that this machine decides where the user did not; a resumed run keeps those of its record."""
+    """The options that this machine decides where the user did not; a resumed run keeps its micro-batch size."""
     dtype, checkpointing, size = config.dtype, config.gradient_checkpointing, config.micro_batch_size
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and config.lora_rank > 0 else "float32"
@@ -419,13 +427,20 @@ def settle(config: TrainConfig, device: torch.device, record: dict | None) -> Tr
     return replace(config, dtype=dtype, gradient_checkpointing=checkpointing, micro_batch_size=size, engine=engine)
 
 
-EVALUATED_AT_ONCE = 200  # sequences of generate at a time, or requests in flight
+SAMPLED_AT_ONCE = 200  # sequences of generate at a time, or requests in flight
 
 
 def score_held_out(log: RunLog, step: int, run: Training, problems: list[Problem], config: TrainConfig) -> None:
-    """Avg@N on held-out problems, sampled by the evaluation protocol and greedy; ranks share the samples."""
+    """Avg@N on held-out problems, by the evaluation protocol and greedy; nothing is kept where SIGTERM comes."""
     if not problems or str(step) in log.evaluation:
         return
+    rows = run.stop.unless_asked(lambda: held_out_rows(step, run, problems, config))
+    if not any(gather_objects(run.stop.asked)):
+        say(log.evaluate(step, [row for part in gather_objects(rows) for row in part]))
+
+
+def held_out_rows(step: int, run: Training, problems: list[Problem], config: TrainConfig) -> list[dict]:
+    """This rank's part of the held-out samples, graded, as rows for heldout.jsonl."""
     rows = []
     for decoding, temperature, count in (("sampled", 1.0, config.eval_samples), ("greedy", 0.0, 1)):
         jobs = [(config.seed, index, number) for index in range(len(problems)) for number in range(count)]
@@ -433,7 +448,7 @@ def score_held_out(log: RunLog, step: int, run: Training, problems: list[Problem
         for item in solve(run.engine, run.tokenizer, problems, mine, settings, template=run.prompts.evaluation):
             correct = run.grader.match(extract_boxed(item.text), problems[item.problem].answer)
             rows.append({"step": step, "decoding": decoding, "correct": correct, **asdict(item)})
-    say(log.evaluate(step, [row for part in gather_objects(rows) for row in part]))
+    return rows
 
 
 def main() -> None:
@@ -448,6 +463,7 @@ def main() -> None:
         config.output_dir, f"{config.preset or Path(config.model).name}-{config.method}-seed{config.seed}"
     )
     with claimed(folder, config.resume) as record:
+        say(f"{config.method}, {departures(config, PRESETS) or 'the preset as it is'}; options: {folder}/config.json")
         train(settle(config, device, record), device, folder, record, problems, held_out)
     stop_ranks()
 
@@ -464,10 +480,9 @@ def train(
     fit = fitting_problems(problems, run.tokenizer, prompts, context_length(run.model), config)
     memory, fitting = plan_run(run, fit, config, device), fit.problems
     config = replace(config, micro_batch_size=memory.micro_batch_size)
-    free = FREE_ON_RESUME - ({"micro_batch_size"} if config.method == "reopold" else set())  # its quantile's tokens
+    free = FREE_ON_RESUME - ({"micro_batch_size"} if run.method.over_batch else set())
     pins = run_pins(config, problems, held_out)
     record_run(folder, record, asdict(config), free, {"ranks": world_size(), "hardware": str(device)}, pins)
-    say(f"{config.method}, {departures(config, PRESETS) or 'the preset as it is'}; all options: {folder}/config.json")
     say(f"{len(fitting)} problems ({len(problems) - len(fitting)} dropped as too long), graded by {grader.name}")
     if grader.note:
         say(grader.note)
@@ -484,7 +499,8 @@ def take_steps(
     start: int, run: Training, problems: list[Problem], held_out: list[Problem], folder: Path, config: TrainConfig
 ) -> None:
     """The steps that are left, with what is logged, scored and saved between them."""
-    log, watch = RunLog(folder, start), Watch(folder, config, run.model.dtype)
+    log = RunLog(folder, start)
+    watch = Watch(folder, config, run.model.dtype, log.earlier)
     for step in tqdm(range(start, config.num_steps), initial=start, total=config.num_steps, disable=hide_bar()):
         publish(run.engine, run.model, folder, step)
         if step % (config.eval_steps or config.num_steps) == 0:
@@ -499,10 +515,17 @@ def take_steps(
         if behind > start and (stopping or behind % config.save_steps == 0 or behind == config.num_steps):
             save(folder, behind, run, config)
         if stopping:
-            return say(f"SIGTERM: saved after step {behind}; go on with --resume --output_dir {folder}")
+            return say_stopped(behind, folder)
     publish(run.engine, run.model, folder, config.num_steps)
     score_held_out(log, config.num_steps, run, held_out, config)
+    if any(gather_objects(run.stop.asked)):
+        return say_stopped(config.num_steps, folder)
     return say(f"weights: {folder}/checkpoint-{config.num_steps}")
+
+
+def say_stopped(behind: int, folder: Path) -> None:
+    where = f"saved after step {behind}" if behind else "before the first step was done"
+    say(f"SIGTERM: {where}; go on with --resume --output_dir {folder}")
 
 
 def save(folder: Path, step: int, run: Training, config: TrainConfig) -> None:
@@ -514,7 +537,7 @@ def save(folder: Path, step: int, run: Training, config: TrainConfig) -> None:
 
 
 def cli() -> None:
-    """Entry for scripts that add a method of their own (docs: add a method)."""
+    """Entry for scripts that add a method of their own (README: Add a method)."""
     run_script(main)
 
 

@@ -66,7 +66,7 @@ def get_schedule(name: str, w_min: float | None = None, tau: float | None = None
     elif (w_min, tau, s) == (None, None, None):
         return SCHEDULES[name]
     else:
-        raise InputError(f"--schedule {name}: w_min, tau and s apply to {', '.join(SIGMOIDS)} only")
+        raise InputError(f"--w_min, --tau, --s: the schedule {name} has none; those that do: {', '.join(SIGMOIDS)}")
     w_min, tau, s = (own if given is None else given for own, given in zip(values, (w_min, tau, s), strict=True))
     if not 0.0 <= w_min <= 1.0:
         raise InputError(f"--w_min {w_min}: must lie in [0, 1]")

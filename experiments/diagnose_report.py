@@ -17,7 +17,7 @@ from experiments.diagnose_controls import REMAINING, analyse
 from experiments.diagnose_figure import figure
 from problems import InputError
 from runtime.flags import run_script
-from runtime.run_folder import write_atomically
+from runtime.run_folder import made, write_atomically
 from viability import ARMS, POSITION, Candidates, LabelRule, by_spine
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -156,12 +156,13 @@ def analyse_run(run: Path) -> dict[str, tuple[Candidates, dict]]:
 def write_report(runs: list[Path], output_dir: Path) -> str:
     """OUTPUT_DIR/report.md on all runs; returns its text. Figure 1 is drawn last: it needs matplotlib."""
     titled: dict[str, tuple[Candidates, dict]] = {}
+    if output_dir not in runs:  # a folder named wrongly is not made
+        made(output_dir)
     for run in runs:
         for kind, analysis in analyse_run(run).items():
             titled[run.resolve().name if kind == "right spines" else f"{run.resolve().name}, {kind}"] = analysis
     lines = table({title: result for title, (_, result) in titled.items()})
     lines += [text for title, (_, result) in titled.items() for text in ("", f"**{title}**: {verdict(result)}")]
-    output_dir.mkdir(parents=True, exist_ok=True)
     text = "\n".join(lines) + "\n"
     write_atomically(output_dir / "report.md", text)
     print(text)

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config, PreTrai
 import train
 from loss import resolve_method
 from model import add_lora
-from runtime.fake_step import StepShape, fake_model, fake_teacher, step_bytes
+from runtime.fake_step import StepShape, block_kinds, fake_model, step_bytes
+from runtime.flags import run_script
 from runtime.memory import MemoryPlan, Planned, plan_memory
 from teacher import Teacher
 
@@ -60,8 +61,8 @@ def empty_model(preset: str, lora_rank: int) -> PreTrainedModel:
 def track(like: PreTrainedModel, its: Teacher, shape: StepShape, config: train.TrainConfig) -> MemoryPlan:
     """Bytes of one step, all of it run on fake tensors, in the plan's parts."""
     method = resolve_method(config.method, config)
-    with fake_model(like, like.config.num_hidden_layers, True) as (model, live):
-        teacher = fake_teacher(model, its)
+    with fake_model(like, block_kinds(like), True) as (model, live):
+        teacher = Teacher(model, its.kind)
         resident = live.now
         trained = sum(p.numel() * p.element_size() for p in teacher.trained)
         taken = step_bytes(model, teacher, shape, method, config, config.sampling, live)
@@ -129,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,8 +12,9 @@
 | long | continuous batching up to 38,912 tokens |
 | kill | a run killed and resumed ends as one that was not |
 
-Each part is a process of its own: one that hangs or dies is a row of the table. Where the hub or a local directory
-has no checkpoint, weights are random, which the row says: speed and memory do not depend on them, lengths do.
+Each part, and in some each preset, is a process of its own: one that hangs or dies is a row of the table. Where the hub
+or a local directory has no checkpoint, weights are random, which the row says: speed and memory do not depend on them,
+lengths do.
 """
 
 from __future__ import annotations
@@ -42,18 +43,14 @@ from problems import InputError, load_problems
 from rollout import Sampling
 from runtime.engines import make_engine
 from runtime.fit import fitting_problems, plan_run
+from runtime.flags import run_script
 from runtime.grading import make_grader
-from runtime.run_folder import git_commit, versions
+from runtime.run_folder import git_commit, made, versions
 from teacher import PAPER_PROMPTS, student_prompt
 
-SECONDS = {
-    "environment": 120,
-    "loss": 300,
-    "decode": 900,
-    "step": 1500,
-    "long": 900,
-    "kill": 400,
-}  # limits of the parts
+# Limits of the parts; of those in PER_PRESET, for each preset.
+SECONDS = {"environment": 120, "loss": 300, "decode": 300, "step": 500, "long": 900, "kill": 400}
+PER_PRESET = ("decode", "step")
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16, "vocab_size": 1000}
 
 
@@ -179,7 +176,8 @@ def one_step(table: Table, device: torch.device, small: bool, preset: str, folde
     tokens = config.batch_size * (row["mean_length"] + fit.teacher_tokens / 2)
     scoring = row["seconds_teacher"] + row["seconds_student"]
     table.add(f"step {preset}, scoring", scoring, passes * numbers * tokens / rate, "s", "second: at the matrix rate")
-    table.add(f"step {preset}, memory: plan / measured", plan.total / GIB, peak, "GiB", str(plan))
+    planned = None if plan.unmeasured else plan.total / GIB
+    table.add(f"step {preset}, memory: plan / measured", planned, peak, "GiB", str(plan))
 
 
 def long(table: Table, device: torch.device, small: bool) -> None:
@@ -237,13 +235,14 @@ def run_part(name: str, args: argparse.Namespace, presets: list[str]) -> list[di
             trouble = None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no word"])[-1]
         except subprocess.TimeoutExpired:
             trouble = f"not done after {limit} s"
+        label = " ".join([name, *(presets if name in PER_PRESET else [])])
         found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     table = Table()
     table.rows = found
     for row in found:
         print(table.line(row), flush=True)
     if trouble:
-        table.add(f"{name}: FAILED", None, None, "", trouble[:300].replace("|", "/"))
+        table.add(f"{label}: FAILED", None, None, "", trouble[:300].replace("|", "/"))
     return table.rows
 
 
@@ -260,9 +259,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.part:
         return work(args)
+    made(args.output_dir)
     table, start = Table(), time.perf_counter()
     for name in args.parts:
-        table.rows += run_part(name, args, args.preset)
+        for presets in [[preset] for preset in args.preset] if name in PER_PRESET else [args.preset]:
+            table.rows += run_part(name, args, presets)
     facts = {
         "command": " ".join(["python", *sys.orig_argv[1:]]), "hardware": hardware(pick_device(args.device)),
         "versions": versions(), "git_commit": git_commit(), "load": os.getloadavg()[0],
@@ -275,7 +276,7 @@ def work(args: argparse.Namespace) -> None:
     """One part, in its own process: each row goes to the file as soon as it is there."""
     disable_progress_bar()
     device, table = pick_device(args.device), RowFile(args.rows)
-    extra = {"presets": args.preset} if args.part in ("decode", "step") else {}
+    extra = {"presets": args.preset} if args.part in PER_PRESET else {}
     PARTS[args.part](table, device, args.small, **extra)
 
 
@@ -293,4 +294,4 @@ class RowFile(Table):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

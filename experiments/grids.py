@@ -84,11 +84,15 @@ EMBEDDED = Grid(
     ],
 )
 
+
 # A world in which the teacher leaps early, where the student cannot follow (experiments/worlds.py).
-LEAP_WORLD = {
-    "preset": "tiny", "model": "runs/worlds/leap-0.4/model", "data": "runs/worlds/leap-0.4/train.jsonl",
-    "eval_data": "runs/worlds/leap-0.4/heldout.jsonl", "max_new_tokens": 128,
-}  # fmt: skip
+def leap_world(dose: float) -> dict[str, object]:
+    """Options of a run in the world that `make_world --world leap --dose DOSE` writes to runs/worlds/leap-DOSE."""
+    folder = f"runs/worlds/leap-{dose}"
+    data = {"data": f"{folder}/train.jsonl", "eval_data": f"{folder}/heldout.jsonl"}
+    return {"preset": "tiny", "model": f"{folder}/model", **data, "max_new_tokens": 128}
+
+
 LEAP_ROWS = {
     "OPSD": {"method": "opsd"},
     **{name: POSITION[name] for name in ("reversed Moderate", "Moderate, shuffled")},
@@ -96,15 +100,18 @@ LEAP_ROWS = {
     **{name: POSITION[name] for name in ("Sharp", "Aggressive", "suffix")},
     "IW-OPD": SCORES["IW-OPD"],
 }
+FITTED = {"w_min": 0.331, "tau": 0.42, "s": 0.126}  # Eq. (5) fitted to the teacher's viability (docs/diagnostic.md)
 LEAP = Grid(
-    common={**LEAP_WORLD, "num_steps": 20, "learning_rate": 3e-4},
+    common={**leap_world(0.4), "num_steps": 20, "learning_rate": 3e-4},
     seeds=[0, 1, 2, 3, 4, 5],
     rows={
         **LEAP_ROWS,
         **{name: POSITION[name] for name in ("uniform, per sequence", "prefix")},
         "DASH": SCORES["DASH"],
         "no reference": TEACHERS["no reference"],
-        "fitted by the diagnostic": {"method": "pwopsd", "w_min": 0.331, "tau": 0.42, "s": 0.126},  # docs/diagnostic.md
+        "fitted by the diagnostic": {"method": "pwopsd", **FITTED},
+        "fitted, w_min 0": {"method": "pwopsd", **FITTED, "w_min": 0.0},  # is it the floor that the fit has too high,
+        "fitted, tau .5": {"method": "pwopsd", **FITTED, "tau": 0.5, "s": 0.05},  # or the rise that comes too early?
         "OPSD, entry clip .05": CLIPS["entry clip .05"],
         "Moderate, entry clip .05": CLIPS["Moderate, entry clip .05"],
         "Aggressive, entry clip .05": schedule("aggressive", tau_clip=0.05),
@@ -113,6 +120,10 @@ LEAP = Grid(
         ("PW-OPSD Moderate", "reversed Moderate"),
         ("PW-OPSD Moderate", "Moderate, shuffled"),
         ("Aggressive", "PW-OPSD Moderate"),
+        ("PW-OPSD Moderate", "uniform, per sequence"),
+        ("fitted, w_min 0", "fitted by the diagnostic"),
+        ("fitted, tau .5", "fitted by the diagnostic"),
+        ("fitted by the diagnostic", "PW-OPSD Moderate"),
         ("Aggressive", "OPSD, entry clip .05"),
         ("Moderate, entry clip .05", "OPSD, entry clip .05"),
         ("Aggressive, entry clip .05", "OPSD, entry clip .05"),
@@ -120,17 +131,27 @@ LEAP = Grid(
 )
 
 
+def leap_dose(dose: float) -> Grid:
+    """The first question of the leap world, the order of the schedules, at a weaker dose of the leap."""
+    names = ("OPSD", "reversed Moderate", "PW-OPSD Moderate", "Aggressive")
+    return Grid(
+        common={**leap_world(dose), "num_steps": 20, "learning_rate": 3e-4},
+        seeds=[0, 1, 2, 3],
+        rows={name: LEAP_ROWS[name] for name in names},
+        contrasts=[("PW-OPSD Moderate", "reversed Moderate"), ("Aggressive", "PW-OPSD Moderate")],
+    )
+
+
 def leap_map() -> Grid:
     """Where the order of the leap world holds: learning rates x clips x weights, held-out accuracy along 80 steps."""
     rows = {}
-    for rate in (1e-4, 3e-4, 1e-3):
-        for clip in ("inf", 1.0, 0.2, 0.05):
-            for name, row in LEAP_ROWS.items():
-                if name in ("OPSD", "PW-OPSD Moderate", "Aggressive", "reversed Moderate"):
-                    rows[f"{name}, {rate:g}, clip {clip}"] = {**row, "learning_rate": rate, "tau_clip": clip}
-        for kind in ("opsd_token_clip", "opsd_scaled_clip"):
-            rows[f"{kind}, {rate:g}, clip 0.05"] = {"method": kind, "learning_rate": rate, "tau_clip": 0.05}
-    return Grid({**LEAP_WORLD, "num_steps": 80, "eval_steps": 20}, [0], rows, baseline="OPSD, 0.0003, clip 1.0")
+    for rate in (3e-4, 1e-3, 1e-4):
+        for clip in (1.0, 0.05, 0.2, "inf"):
+            for name in ("OPSD", "PW-OPSD Moderate", "Aggressive"):
+                rows[f"{name}, {rate:g}, clip {clip}"] = {**LEAP_ROWS[name], "learning_rate": rate, "tau_clip": clip}
+        for name, method in (("OPSD token clip", "opsd_token_clip"), ("OPSD scaled clip", "opsd_scaled_clip")):
+            rows[f"{name}, {rate:g}, clip 0.05"] = {"method": method, "learning_rate": rate, "tau_clip": 0.05}
+    return Grid({**leap_world(0.4), "num_steps": 80, "eval_steps": 20}, [0], rows, baseline="OPSD, 0.0003, clip 1.0")
 
 
 # What to run first with eight GPUs and a week (docs/study.md): the questions of the small worlds at 1.7 B, with as many
@@ -151,3 +172,4 @@ WEEK = Grid(
 )
 
 GRIDS = {"embedded": EMBEDDED, "leap": LEAP, "leap-map": leap_map(), "week": WEEK}
+GRIDS |= {f"leap-{dose}": leap_dose(dose) for dose in (0.2, 0.1)}

@@ -36,6 +36,7 @@ from experiments.worlds import WORLDS, World, trace
 from model import load_model, load_tokenizer
 from problems import InputError, Problem, tiny_problems
 from runtime.flags import run_script
+from runtime.run_folder import made
 from teacher import DIAGNOSTIC_PROMPT, EVALUATION_PROMPT, FIELD, STUDENT_PROMPT, TEACHER_PROMPT, encode_prompt
 
 CHAT_TEMPLATE = (
@@ -138,6 +139,13 @@ def write_problems(world: World, folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(asdict(problem)) + "\n" for problem in problems))
 
 
+def claim(folder: Path, mark: str) -> None:
+    """Make the folder before the slow work. Raises InputError where that fails, or it holds files but not `mark`."""
+    others = sorted(path.name for path in made(folder).iterdir())
+    if others and mark not in others:
+        raise InputError(f"--output_dir {folder}: is not empty and holds no world of ours ({others[0]} is there)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", required=True, choices=WORLDS)
@@ -151,16 +159,18 @@ def main() -> None:
             raise InputError(f"--dose {args.dose}: a chance in [0, 1], of --world leap only")
         world, name = replace(world, teacher_leap=args.dose), f"{name}-{args.dose}"
     if args.steps is not None:
+        if args.steps < 1:
+            raise InputError(f"--steps {args.steps}: must be at least 1")
         world = replace(world, stages=((args.steps, world.stages[0][1]),))
     output = args.output_dir or Path("runs/worlds") / name
 
+    claim(output, "model.safetensors" if world.from_scratch else "train.jsonl")
     torch.manual_seed(0)
     if world.from_scratch:
         tokenizer, folder = make_tokenizer(), output
         model = make_model(tokenizer)
     else:
         model, tokenizer, folder = load_model("tiny", device="cpu"), load_tokenizer("tiny"), output / "model"
-        output.mkdir(parents=True, exist_ok=True)
         write_problems(world, output)
     for stage in range(len(world.stages)):
         train(model, tokenizer, world, stage)

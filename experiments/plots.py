@@ -24,6 +24,7 @@ from experiments.study import read_cells, read_grid
 from experiments.token_page import RolloutView, TokenView, render, shade, view_rollouts
 from problems import InputError
 from runtime.flags import run_script
+from runtime.run_folder import made
 from weighting import SCHEDULES
 
 if TYPE_CHECKING:
@@ -64,9 +65,12 @@ def read_metrics(run: Path) -> list[dict]:
 
 def run_label(run: Path) -> str:
     """What a run is, by its options; equal for runs that differ in their seed only."""
-    config = json.loads((run / "config.json").read_text())["config"]
-    parts = [config["method"], *(config[key] for key in ("schedule", "reduction") if config.get(key))]
-    return ", ".join([*map(str, parts), f"clip {config['tau_clip']:g}", f"{config['teacher']} teacher"])
+    try:
+        config = json.loads((run / "config.json").read_text())["config"]
+        parts = [config["method"], *(config[key] for key in ("schedule", "reduction") if config.get(key))]
+        return ", ".join([*map(str, parts), f"clip {config['tau_clip']:g}", f"{config['teacher']} teacher"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{run}: no config.json of a run of train.py ({type(error).__name__})") from None
 
 
 def smooth(values: list[float], width: int = SMOOTHING) -> list[float]:
@@ -159,28 +163,29 @@ def study_curves(grid: Grid, records: list[dict]) -> Figure:
 
 
 def study_map(grid: Grid, records: list[dict]) -> Figure:
-    """Sampled held-out accuracy along training, mean over seeds: a panel a learning rate and clip, a line a row."""
-    panels: dict[tuple, dict[str, list[list[float]]]] = {}
+    """Held-out accuracy along training, a panel a learning rate and clip, a line a row; greedy is dashed."""
+    panels: dict[tuple, dict[str, list[dict]]] = {}
     for record in records:
         if record["error"] is None and "learning_rate" in record["options"]:
             place = (float(record["options"]["learning_rate"]), str(record["options"]["tau_clip"]))
-            curve = [100 * value["sampled"] for value in record["evaluation"].values()]
-            panels.setdefault(place, {}).setdefault(record["row"].split(",")[0], []).append(curve)
+            panels.setdefault(place, {}).setdefault(record["row"].split(",")[0], []).append(record["evaluation"])
     rates, clips = (sorted({place[i] for place in panels}, key=float) for i in (0, 1))
     drawn, axes = figure(2.6 * len(clips), 2.3 * len(rates), columns=len(clips), rows=len(rates))
     steps = [int(step) for step in records[0]["evaluation"]]
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     for axis, (rate, clip) in zip(axes, [(rate, clip) for rate in rates for clip in clips], strict=True):
-        for name, curves in panels.get((rate, clip), {}).items():
-            means = [sum(column) / len(column) for column in zip(*curves, strict=True)]
-            axis.plot(steps, means, marker="o", markersize=3, color=f"C{names.index(name)}", label=name)
+        for name, runs in panels.get((rate, clip), {}).items():
+            for decoding, style in (("sampled", "o-"), ("greedy", "--")):
+                means = [100 * sum(run[str(step)][decoding] for run in runs) / len(runs) for step in steps]
+                label = name if decoding == "sampled" else None
+                axis.plot(steps, means, style, markersize=3, linewidth=1, color=f"C{names.index(name)}", label=label)
         axis.set(title=f"learning rate {rate:g}, clip {clip}", ylim=(0, 100))
         axis.title.set_size(8)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     drawn.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False
     )
-    drawn.supylabel("held-out accuracy, sampled, %", fontsize=9)
+    drawn.supylabel("held-out accuracy, % (lines: sampled, dashed: greedy)", fontsize=9)
     return drawn
 
 
@@ -241,7 +246,7 @@ def plot_runs(runs: list[Path], output: Path) -> list[Path]:
 
 
 def save(pictures: dict[str, Figure], output: Path) -> list[Path]:
-    output.mkdir(parents=True, exist_ok=True)
+    made(output)
     paths = [output / f"{name}.png" for name in pictures]
     for path, drawn in zip(paths, pictures.values(), strict=True):
         drawn.savefig(path)
@@ -251,7 +256,7 @@ def save(pictures: dict[str, Figure], output: Path) -> list[Path]:
 def write_page(run: Path, output: Path) -> list[Path]:
     """The page of tokens of a run, and where matplotlib is installed the picture of its first problem."""
     views = view_rollouts(run)
-    output.mkdir(parents=True, exist_ok=True)
+    made(output)
     path = output / f"tokens-{run.name}.html"
     path.write_text(render(views, f"{run.name}: {run_label(run)}"), encoding="utf-8")
     drawable = importlib.util.find_spec("matplotlib") is not None

@@ -1,6 +1,7 @@
 """What bfloat16 does to the adapter's gradient: relative distance to float32's, by part and by clip.
 
     python -m experiments.precision --model DIRECTORY [DIRECTORY ...]
+    torchrun --nproc_per_node 2 -m experiments.precision       the rollouts shared by two ranks, gradients summed
 
 The same rollouts, adapter and loss in float32 and in bfloat16 with gradient checkpointing: as train.py computes, with
 logits kept in float32 (loss.head_logits), and with logits rounded to bfloat16. Distance: ||g - g32|| / ||g32|| over the
@@ -32,7 +33,9 @@ from model import (
 from problems import load_problems
 from rollout import Response, Sampling, sample
 from runtime.flags import run_script
+from runtime.ranks import rank, say, start_ranks, stop_ranks, world_size
 from teacher import Teacher, student_prompt, teacher_prompt
+from train import sum_over_ranks
 
 ROWS, TOKENS = 8, 64
 
@@ -50,9 +53,10 @@ def prepared(name: str, dtype: str) -> PreTrainedModel:
 
 def gradients(model: PreTrainedModel, contexts: tuple, y: list[Response], tau_clip: float, rounded: bool) -> dict:
     """Eq. (6)'s gradient by part; `rounded`: logits in the model's dtype."""
-    options = LossOptions(tau_clip=tau_clip)
+    options, mine = LossOptions(tau_clip=tau_clip), slice(rank(), None, world_size())
     method, teacher = resolve_method("pwopsd", options), Teacher(model)
-    responses, lengths = [r.ids for r in y], [len(r.ids) for r in y]
+    responses, contexts = [r.ids for r in y[mine]], tuple(context[mine] for context in contexts)
+    lengths = [len(ids) for ids in responses]
     mask_BT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     model.zero_grad()
     with teacher.scoring() as scorer:
@@ -63,7 +67,10 @@ def gradients(model: PreTrainedModel, contexts: tuple, y: list[Response], tau_cl
         scores = score_tokens_from_hidden(method, student_MD, teacher_MD, head_VD, head_VD, ids_M, options)
         weight_M = method.token_weight(scores, lengths, 0, options)
         numerator, denominator = method.reduction(scores.loss, weight_M, lengths)
-        (numerator / denominator).backward()
+        numerator.backward()
+    sum_over_ranks([denominator, *(p.grad for p in teacher.trained)])
+    for parameter in teacher.trained:
+        parameter.grad /= denominator
     parts: dict[str, list[Tensor]] = {target: [] for target in LORA_TARGETS}
     for name, layer in lora_layers(model).items():
         parts[name.split(".")[-1]] += [layer.lora_A.grad.flatten().clone(), layer.lora_B.grad.flatten().clone()]
@@ -80,7 +87,7 @@ def compare(name: str, data: str, temperature: float) -> None:
         for words, rounded in (("bfloat16", False), ("bfloat16, rounded logits", True)):
             found = gradients(half, contexts, y, tau_clip, rounded)
             cells = [f"{((found[k] - wanted[k]).norm() / wanted[k].norm()).item():.3f}" for k in wanted]
-            print(f"| {name} | {tau_clip} | {words} | {' | '.join(cells)} |", flush=True)
+            say(f"| {name} | {tau_clip} | {words} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -90,9 +97,11 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.1)
     args = parser.parse_args()
     names = ["model", "tau_clip", "forward", "all", *LORA_TARGETS]
-    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    start_ranks("cpu")
+    say(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for name in args.model:
         compare(name, args.data, args.temperature)
+    stop_ranks()
 
 
 if __name__ == "__main__":

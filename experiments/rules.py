@@ -150,7 +150,7 @@ def _to_unit_range(value_M: Tensor) -> Tensor:
     return (value_M - low) / (high - low).clamp(min=1e-12)
 
 
-loss.METHODS["tip"] = Method(loss.clipped_divergence, tip, loss.weighted_mean, clips=True)
+loss.METHODS["tip"] = Method(loss.clipped_divergence, tip, loss.weighted_mean, clips=True, over_batch=True)
 
 # ---------------------------------------------------------------------------------------------------------------
 # The losses of two sources, with the same weights; `opd` is the row `iw_opd_pg` is to be compared with
@@ -170,7 +170,7 @@ def reverse_divergence(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: 
 
 loss.METHODS["opd"] = Method(sampled_token, "uniform", loss.token_mean)
 loss.METHODS["iw_opd_pg"] = Method(sampled_token, iw_opd, loss.token_mean)
-loss.METHODS["tip_reverse"] = Method(reverse_divergence, tip, loss.weighted_mean)
+loss.METHODS["tip_reverse"] = Method(reverse_divergence, tip, loss.weighted_mean, over_batch=True)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Clips of a whole token's divergence d_t, the unclipped sum over its entries (options.beta), at options.tau_clip.

@@ -41,6 +41,11 @@ def read_grid(path: Path) -> Grid:
     """A grid from JSON. Raises InputError for a missing file, unknown keys, or a baseline or contrast without a row."""
     try:
         grid = Grid(**{"common": {}, **json.loads(path.read_text())})
+        rows = grid.rows.values() if isinstance(grid.rows, dict) else [None]
+        if not all(isinstance(part, dict) for part in (grid.common, *rows)):
+            raise ValueError("common, rows and each row are objects, of flags of train.py")
+        if not isinstance(grid.seeds, list) or not all(isinstance(seed, int) for seed in grid.seeds):
+            raise ValueError("seeds is a list of whole numbers")
         missing = {grid.baseline, *(name for pair in grid.contrasts for name in pair)} - set(grid.rows)
         if missing or not grid.seeds:
             raise ValueError(f"no row named {', '.join(sorted(missing))}" if missing else "no seeds")
@@ -173,9 +178,12 @@ def behaviour(held_out: list[dict], step: int) -> dict:
 # All cells
 
 
+CELL_FIELDS = {"row", "options", "seed", "model_id", "error", "seconds"}
+
+
 def read_cells(path: Path) -> list[dict]:
     """The finished cells. A last line that a crash cut short is left out, and its cell runs again."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().splitlines() if path.is_file() else []
     cells = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -183,6 +191,9 @@ def read_cells(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             if number < len(lines):
                 raise InputError(f"{path}, line {number}: not valid JSON") from None
+            continue
+        if not isinstance(cells[-1], dict) or not cells[-1].keys() >= CELL_FIELDS:
+            raise InputError(f"{path}, line {number}: not a cell of a study")
     return cells
 
 
@@ -235,13 +246,12 @@ def visible_gpus() -> list[str]:
 
 def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
     """Run the missing cells, adding each to cells.jsonl as it finishes; returns all of its records."""
-    from runtime.run_folder import write_atomically
+    from runtime.run_folder import made, write_atomically
 
     path = output / "cells.jsonl"
     records = read_cells(path)
     cells = missing_cells(grid, records)
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_atomically(made(output) / path.name, "".join(json.dumps(record) + "\n" for record in records))
     total = len(cells) + len(records)
     for record in tqdm(run_cells(cells, output, workers), "cells", total, initial=len(records), unit="cell"):
         records.append(record)
@@ -256,6 +266,11 @@ def command(cell: Cell, output: Path) -> str:
     return f"torchrun train.py {flags} --output_dir {output / 'runs' / cell.folder}"
 
 
+def default_folder(grid: str) -> Path:
+    """runs/study-GRID; of a JSON file its name without the ending, which a grid's own name (leap-0.2) does not have."""
+    return Path(f"runs/study-{grid if grid in GRIDS else Path(grid).stem}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", default="embedded", help=f"{', '.join(GRIDS)} (experiments/grids.py), or a JSON file")
@@ -264,9 +279,11 @@ def main() -> None:
     parser.add_argument("--dry_run", action="store_true", help="print the missing cells' commands, run nothing")
     parser.add_argument("--report_only", action="store_true", help="run nothing")
     args = parser.parse_args()
+    if args.workers < 0:
+        raise InputError(f"--workers {args.workers}: must be at least 0")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     grid = GRIDS[args.grid] if args.grid in GRIDS else read_grid(Path(args.grid))
-    output = args.output_dir or Path(f"runs/study-{Path(args.grid).stem}")
+    output = args.output_dir or default_folder(args.grid)
     if args.dry_run:
         return print(
             "\n".join(command(cell, output) for cell in missing_cells(grid, read_cells(output / "cells.jsonl")))

@@ -22,8 +22,10 @@ from pathlib import Path
 
 import torch
 
+from problems import InputError
 from runtime.checkpoint import newest_checkpoint
-from runtime.run_folder import git_commit, versions, write_atomically
+from runtime.flags import run_script
+from runtime.run_folder import git_commit, made, versions, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6
@@ -113,7 +115,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/survival.json"))
     args = parser.parse_args()
     draw, trials = random.Random(args.seed), []
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    if args.trials < 1:
+        raise InputError(f"--trials {args.trials}: must be at least 1")
+    made(args.output.parent, "output")
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "reference"
         process = start(reference, args.server)
@@ -140,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

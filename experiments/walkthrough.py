@@ -102,7 +102,7 @@ def problem_table(w: Walk) -> str:
             ["problem", f"{code(problem.problem)}, row {w.index} of `tiny:train`", "`train.py::step_problems`"],
             ["reference solution", code(problem.solution), "`problems.py::tiny_solution`"],
             ["belief", f"`{total}+{addend}={belief}`", "`experiments/worlds.py::believed_result`"],
-            ["random numbers' key", str(w.key), "`rollout.py::uniforms`"],
+            ["random numbers' key", str(w.key), "`train.py::step_share`"],
         ],
     )
 

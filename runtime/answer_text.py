@@ -21,10 +21,13 @@ _SYMBOLS = str.maketrans(
 _WORD_END = r"(?![a-zA-Z])"
 # (pattern, replacement), in this order: delimiters, spaces, one command for its synonyms, braces where they may miss
 _SPELLINGS = [
+    (rf"\\\\\[[0-9.]+[a-z]{{2}}\]|\\cr{_WORD_END}", r"\\\\"),  # the line breaks of matrices: \\[2pt]
     (r"\\\\|\\[()\[\]]", lambda match: match[0] if match[0] == "\\\\" else " "),  # \( \), but not a line break
+    (rf"(?:(?<![a-zA-Z])US\s*)?(?:\\\$|\\(?:mathdollar|textdollar){_WORD_END})", r"\\$"),
+    (rf"\\(?:pounds|textsterling){_WORD_END}", "£"),
     (r"(?<!\\)\$", ""),
     (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|large|Large|bf|rm|limits){_WORD_END}", ""),
-    (r"(?<=[0-9])(?:\{,\}|,\\!|\\,)\s*(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}000 1,\!000 1\,000
+    (r"(?<=[0-9])(?:\{,\}|,\\!|\\,|\\ |~)\s*(?=[0-9]{3}(?![0-9/]))", ""),  # 1{,}000 1,\!000 1\,000 1\ 000
     (rf"\\!|(?<=\S)~|(?<!\\)\\[,;: ]|\\q?quad{_WORD_END}", lambda match: "" if match[0] == "\\!" else " "),
     (rf"\\[dtc]frac{_WORD_END}", r"\\frac"),
     (rf"\\(?:leq|leqslant|leqq){_WORD_END}", r"\\le"),
@@ -36,7 +39,8 @@ _SPELLINGS = [
     (r"\\?%", r"\\%"),
     (r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|mathnormal|underline)\s*(?=\{)|\\(?:text)?color\s*\{[a-zA-Z]+\}", ""),
     (r"\\(?:mathrm|textbf|textit|textrm|textsf|textnormal|mbox|hbox)\s*(?=\{)", r"\\text"),
-    (r"\\(?:text|boxed|fbox)\s*\{((?:[-+0-9.,\s]|\\%)*)\}", r"\1"),
+    (r"\\(?:text|boxed|fbox)\s*\{((?:[-+0-9.,\s€£¥]|\\[%$]|\^\\circ)*)\}", r"\1"),
+    (r"(?<=\.)([0-9]*)\\(?:bar|dot)\s*\{([0-9])\}", r"\1\\overline{\2}"),  # 0.\dot{3}
     (r"\\(frac|sqrt)\s*([0-9a-zA-Z])(?![a-zA-Z])", r"\\\1{\2}"),
     (r"(\\frac\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}"),
     (r"([_^])\s*\{\s*([0-9a-zA-Z])\s*\}", r"\1\2"),
@@ -126,6 +130,8 @@ pound pounds £ lb lbs
 cent cents
 percent \%
 degree degrees deg ^\circ
+celsius ^\circC ^\circ\text{C}
+fahrenheit ^\circF ^\circ\text{F}
 mm millimeter millimeters
 cm centimeter centimeters
 km kilometer kilometers
@@ -160,7 +166,8 @@ eleven twelve twenty thirty forty fifty sixty seventy eighty ninety
 FUNCTION = re.compile(r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?[a-z]?|(?:log|exp|sqrt|frac|gcd|lcm|max|min)[a-z]?")
 _CURRENCY = re.compile(r"([+-]?)(\\\$|[€£¥])([+-]?)")
 _TAIL = re.compile(
-    r"(?P<symbol>\\%|\\\$|[€£¥]|\^\\circ)|\\text\{(?P<text>[a-zA-Z][a-zA-Z /.]*)(?P<power>\^[23]\}|\}\^[23]|\})"
+    r"(?P<symbol>\\%|\\\$|[€£¥]|\^\\circ(?: ?[CF]|\\text\{[CF]\})?)"
+    r"|\\(?:text|operatorname)\{(?P<text>[a-zA-Z][a-zA-Z /.]*)(?P<power>\^[23]\}|\}\^[23]|\})"
     r"|(?<=[0-9}])(?P<plain>[a-zA-Z][a-zA-Z /]*)(?P<plain_power>\^[23])?"
 )
 
@@ -171,14 +178,14 @@ def split_unit(text: str) -> tuple[str, str]:
     if (money := _CURRENCY.match(text)) is not None:
         unit, text = _UNIT_OF[money[2]], (money[1] or money[3]) + text[money.end() :]
     tail = next((tail for tail in _TAIL.finditer(text) if tail.end() == len(text) and tail.start() > 0), None)
-    if tail is None:
+    if tail is None or text.endswith((r"\text{and}", r"\text{or}"), 0, tail.start()):
         return text, unit
     words = (tail["text"] or tail["plain"] or "").replace("/", " per ").replace(".", "").split()
     if not all(_counts(word, as_text=tail["text"] is not None or word is not words[0]) for word in words):
         return text, unit
     names = [_UNIT_OF.get(word) or _UNIT_OF.get(word.lower(), word.lower()) for word in words]
     power = (tail["power"] or tail["plain_power"] or "").replace("}", "")
-    behind = " ".join(names) + power or _UNIT_OF[tail["symbol"]]
+    behind = " ".join(names) + power or _UNIT_OF[tail["symbol"].replace(" ", "")]
     return text[: tail.start()], unit or behind
 
 

@@ -45,12 +45,14 @@ _COMMA = re.compile(r",|;|\\text\{(?:and|or)\}")
 _OR = re.compile(r"\\text\{or\}")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix)\}(.*)\\end\{\1\}")
 _CUP = re.compile(r"\\cup(?![a-zA-Z])")
-# x, x_1, \theta, AB, f(2), (x,y), area or \text{area}, before the only "=" of the answer, or before \in
+# x, x_1, x_{\max}, \theta, AB, \angle AB, f(2), (x,y), area or \text{area}, before the only "=", or before \in
+_INDEX = r"_(?:[0-9a-zA-Z]|\{[^{}=]*(?:\{[^{}=]*\})?\})"
 _NAMED = re.compile(
-    r"((?:[a-zA-Z]|\\(?!text|in\b)[a-zA-Z]+)(?:_[0-9a-zA-Z])?'?(?:\([0-9a-zA-Z]+\))?|[A-Z]{2,4}|[a-zA-Z]{4,20}"
+    rf"((?:[a-zA-Z]|\\(?!text|in\b)[a-zA-Z]+)(?:{_INDEX})?'?(?:(?:\^\{{-1\}})?\((?:[0-9a-zA-Z]+|-?[0-9]+[./]?[0-9]*)\))?"
+    r"|(?:m?\\angle ?)?[A-Z]{1,4}|[a-zA-Z]{4,20}"
     r"|\((?:[a-zA-Z],)+[a-zA-Z]\)|\\text\{[a-zA-Z ]+\})(?:=|\\in(?![a-zA-Z]))(?!.*=)"
 )
-_BASED = re.compile(r"\(?0*([0-9][0-9A-Z]*)\)?_(?:([2-9])|\{([0-9]{2})\})")
+_BASED = re.compile(r"(-?)\(?0*([0-9][0-9A-Z]*)\)?_(?:([2-9])|\{([0-9]{2})\})")
 _SET_BUILDER = re.compile(r"[a-zA-Z](?:\\mid(?![a-zA-Z])|\||:)")
 _NO_WORDS = re.compile(r"\\(?:begin|end|operatorname)\*?\{[^{}]*\}|\\(?!text)[a-zA-Z]+")
 _WORD = re.compile(r"\\text|[a-zA-Z]{4,}")
@@ -108,7 +110,7 @@ def _read_body(text: str) -> Reading:
         parts = tuple(bare.split(", ")) if ", " in bare else ()
         return Reading("number", bare, unit=unit, value=value, parts=parts)
     if based is not None:
-        return Reading("based", f"{based[1]}_{based[2] or based[3]}")
+        return Reading("based", f"{based[1]}{based[2]}_{based[3] or based[4]}")
     reading = _read_parts(bare)
     if reading is not None:
         return reading if len(reading.parts) <= MOST_PARTS else Reading("words", text)
@@ -237,7 +239,8 @@ def _same_collection(xs: tuple[str, ...], ys: tuple[str, ...], ask: Ask, as_set:
     return not left
 
 
-_VAGUE = re.compile(r"\\(?:approx|sim|simeq|cong)(?![a-zA-Z])|\.\.\.|\\[lc]?dots(?![a-zA-Z])")
+# What algebra would drop: `about`, `and so on`, and the base of a number that is part of a formula.
+_VAGUE = re.compile(r"\\(?:approx|sim|simeq|cong)(?![a-zA-Z])|\.\.\.|\\[lc]?dots(?![a-zA-Z])|(?<=[0-9)])_")
 _COUNTED = re.compile(r"-?[0-9.,]+[a-zA-Z]+")  # 5m: a product, which math-verify may read as a length
 
 

@@ -2,8 +2,9 @@
 
 A checkpoint is a directory `checkpoint-STEP` that appears only when it is complete: the weights (the adapter in PEFT's
 format, or the whole model with its tokenizer), the optimizer, the schedule and, for an EMA teacher, its average. No
-random state and no data position is stored: both are functions of (seed, step), so a resumed run draws what an unbroken
-one draws, on any number of ranks.
+random state and no data position is stored: the problems of a step, their order and the random numbers of each rollout
+are functions of (seed, step, slot) (train.py::step_share, rollout.py::uniforms), so a resumed run draws what an
+unbroken one draws, on any number of ranks. What draws within a step, LoRA's dropout, depends on the rank too.
 """
 
 from __future__ import annotations

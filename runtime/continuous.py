@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import ClassVar
 
 import torch
@@ -147,9 +148,12 @@ def batching_config(model: PreTrainedModel, prompts: list[list[int]], max_new_to
     """
     pages_per_row = (max(map(len, prompts)) + max_new_tokens) // PAGE + 1
     pages_per_row += pages_per_row % 2
+    names = {field.name for field in fields(ContinuousBatchingConfig)}
     workload = {
-        "page_size": PAGE, "max_blocks_per_request": pages_per_row, "max_requests_per_batch": min(len(prompts), 1024),
-    }  # fmt: skip
+        "page_size" if "page_size" in names else "block_size": PAGE,  # by the name that the installed library has
+        "max_blocks_per_request": pages_per_row,
+        "max_requests_per_batch": min(len(prompts), 1024),
+    }
     if model.device.type != "cpu":
         return ContinuousBatchingConfig(max_memory_percent=0.8, **workload)
     rows = min(len(prompts), 32)

@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from model import ADAPTER_CONFIG, DTYPES, find_checkpoint, load_model, load_tokenizer, lora_layers
+from model import ADAPTER_CONFIG, DTYPES, load_config, load_model, load_tokenizer, lora_layers
 from problems import InputError
 from runtime.adapters import load_adapter
 from runtime.artefacts import open_to_readers, save_whole
@@ -64,7 +64,7 @@ def export(adapter: str, output: str, base: str | None = None, dtype: str = "aut
         difference = (model(input_ids=ids).logits - before).abs().max().item()
     if not difference <= MERGE_TOLERANCE * before.abs().max().item():
         raise InputError(f"--adapter {adapter}: merged and unmerged logits differ by {difference:.2e}; nothing written")
-    stored = AutoConfig.from_pretrained(find_checkpoint(base), trust_remote_code=False).dtype or torch.float32
+    stored = load_config(base).dtype or torch.float32
     model.to(stored if dtype == "auto" else getattr(torch, dtype))
     write_whole(model, base, Path(output))
     return difference

@@ -1,8 +1,8 @@
 """What a training step takes, told before the first one; the plan behind `--micro_batch_size auto`.
 
 Weights, gradients and optimizer are counted. What the passes take is measured on fake tensors (runtime/fake_step.py)
-with two shallow models of the same kind, and extended to the model's depth: every part's peak grows by the same number
-of bytes with each block.
+with shallow models of the same kinds of blocks, and extended to the model's depth: every part's peak grows by the same
+number of bytes with each block of a kind. Nothing is measured where a crude bound is far below what is free.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 from loss import CHUNK_BYTES, LossOptions, Method
 from problems import InputError
 from rollout import Sampling
-from runtime.fake_step import StepShape, fake_model, fake_teacher, step_bytes
+from runtime.fake_step import StepShape, block_kinds, fake_model, step_bytes
 from runtime.ranks import BUCKET_BYTES
 from teacher import Teacher
 
 USABLE = 0.92  # of the free memory: allocators waste some, and kernels have workspaces
 UNKNOWN_MEMORY_SIZE = 4  # sequences: the paper's micro-batch, where nothing is known
 UPDATE_COPIES = 3  # AdamW's temporaries, each of the largest parameter
+FAR_BELOW = 0.5  # of the free memory: a bound below it is enough
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class MemoryPlan:
     student: int  # one micro-batch in the student's context: forward, loss and backward
     update: int  # gradients on their way over the ranks, AdamW's temporaries
     micro_batch_size: int
-    trouble: str | None = None  # why sampling, teacher and student could not be measured; they are then 0
+    unmeasured: str | None = None  # why sampling, teacher and student are 0: in words
 
     @property
     def total(self) -> int:
@@ -46,10 +47,8 @@ class MemoryPlan:
         return fixed + max(self.sampling, self.teacher, self.student, self.update)
 
     def __str__(self) -> str:
-        if self.trouble is not None:
-            return (
-                f"memory of a step: cannot be told for this model ({self.trouble}); {self.micro_batch_size} sequences"
-            )
+        if self.unmeasured is not None:
+            return f"memory of a step: {self.unmeasured} ({self.micro_batch_size} sequences)"
         parts = [f"{f.name} {getattr(self, f.name) / 2**30:.2f}" for f in fields(self)[:-2]]
         return f"memory in GiB: {', '.join(parts)}; peak {self.total / 2**30:.2f} ({self.micro_batch_size} sequences)"
 
@@ -80,55 +79,104 @@ def plan_memory(run: Planned, shape: StepShape, local_batch: int, available: int
     sizes = [min(size, local_batch)] if size else [local_batch, *reversed(powers)]
     if available is None:
         sizes = [sizes[0] if size else min(local_batch, UNKNOWN_MEMORY_SIZE)]
+    elif (bound := crude_bound(run, replace(shape, micro_batch_size=sizes[0]))) < FAR_BELOW * available:
+        words = f"less than {bound / 2**30:.2f} GiB, and {available / 2**30:.2f} are free"
+        return replace(_fixed(run, sizes[0]), unmeasured=words)
+    plan = None
     for candidate in sizes:
-        plan = _plan(run, replace(shape, micro_batch_size=candidate))
-        if plan.trouble is not None:
+        if plan is not None and candidate != sizes[-1] and _least(plan, candidate) > USABLE * available:
+            continue
+        plan = _plan(run, replace(shape, micro_batch_size=candidate), plan)
+        if plan.unmeasured is not None:
             return replace(plan, micro_batch_size=candidate if size else min(local_batch, UNKNOWN_MEMORY_SIZE))
-        resident = plan.weights + plan.trained  # already allocated, so no longer part of `available`
-        if available is None or plan.total - resident <= USABLE * available:
+        if available is None or _beyond_the_model(plan) <= USABLE * available:
             return plan
     advice = _advice(plan, run.gradient_checkpointing)
-    raise InputError(f"{plan}, but {(available + resident) / 2**30:.2f} are there; {advice}")
+    there = (available + plan.weights + plan.trained) / 2**30
+    raise InputError(f"{plan}, but {there:.2f} are there; {advice}")
 
 
-def _plan(run: Planned, shape: StepShape) -> MemoryPlan:
+def _beyond_the_model(plan: MemoryPlan) -> int:
+    return plan.total - plan.weights - plan.trained  # these are allocated, and no longer part of what is free
+
+
+def _least(plan: MemoryPlan, size: int) -> float:
+    """What a smaller micro-batch takes at least: the passes shrink with it in proportion, or less."""
+    share = size / plan.micro_batch_size
+    return _beyond_the_model(replace(plan, teacher=int(share * plan.teacher), student=int(share * plan.student)))
+
+
+def crude_bound(run: Planned, shape: StepShape) -> int:
+    """More bytes than a step takes beyond the model; in float32, without recomputation, without a fake step.
+
+    Per token four times what goes in and out of every linear map (the head and each adapter are among them), and four
+    times a row of attention scores of each head; twelve times a chunk's logits; and what is counted anyway.
+    """
+    config, fixed = run.model.config, _fixed(run, shape.micro_batch_size)
+    heads = getattr(config, "num_attention_heads", 2**30)  # a model of another kind has no bound worth the name
+    longest = max(shape.student_tokens, shape.teacher_tokens) + shape.max_new_tokens
+    tokens = max(shape.micro_batch_size, shape.local_batch) * longest
+    ends = sum(p.numel() // p.shape[-1] + p.numel() // p.shape[-2] for p in run.model.parameters() if p.dim() > 1)
+    scores = config.num_hidden_layers * heads * longest
+    chunk = min(CHUNK_BYTES, 4 * tokens * config.vocab_size)
+    return fixed.optimizer + fixed.update + 4 * 4 * tokens * (ends + scores) + 12 * chunk
+
+
+def _fixed(run: Planned, micro_batch_size: int) -> MemoryPlan:
+    """What is counted: weights, gradients, optimizer and update."""
     parameters, teacher = list(run.model.parameters()), run.teacher
     copies = teacher.average if teacher.copy is None else teacher.copy.parameters()
     trained = [p for p in parameters if p.requires_grad]
     largest = max(_bytes([p]) for p in trained)
-    try:
-        taken, trouble = _pass_bytes(run, shape), None
-    except Exception as error:  # whatever a model's own code raises on tensors without content
-        taken, trouble = {}, f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
     return MemoryPlan(
         weights=_bytes(p for p in parameters if not p.requires_grad) + _bytes(copies),
-        trained=_bytes(trained), optimizer=3 * _bytes(trained),
-        sampling=max(taken.get("prefill", 0), taken.get("decode", 0)),
-        teacher=taken.get("teacher", 0), student=taken.get("student", 0),
+        trained=_bytes(trained), optimizer=3 * _bytes(trained), sampling=0, teacher=0, student=0,
         update=max(UPDATE_COPIES * largest, min(_bytes(trained), max(BUCKET_BYTES, largest)) * (run.ranks > 1)),
-        micro_batch_size=shape.micro_batch_size, trouble=trouble,
+        micro_batch_size=micro_batch_size,
     )  # fmt: skip
+
+
+def _plan(run: Planned, shape: StepShape, larger: MemoryPlan | None) -> MemoryPlan:
+    """The plan at a size; `larger` is that of another size, which samples alike."""
+    plan = _fixed(run, shape.micro_batch_size)
+    try:
+        taken = _pass_bytes(run, shape if larger is None else replace(shape, local_batch=0))
+    except Exception as error:  # whatever a model's own code raises on tensors without content
+        words = f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+        return replace(plan, unmeasured=f"cannot be told for this model ({words})")
+    sampling = max(taken.get("prefill", 0), taken.get("decode", 0)) if larger is None else larger.sampling
+    return replace(plan, sampling=sampling, teacher=taken["teacher"], student=taken["student"])
 
 
 def _pass_bytes(run: Planned, shape: StepShape) -> dict[str, int]:
     """Peaks of the passes by part, at the model's depth."""
-    depth, shallow = run.model.config.num_hidden_layers, _two_depths(run.model)
+    kinds = block_kinds(run.model)
+    few, more = _shallow(kinds)
     scored = 4 * max(1, CHUNK_BYTES // (4 * run.model.config.vocab_size))
-    peaks = []
-    for layers in shallow:
-        with fake_model(run.model, layers, run.gradient_checkpointing) as (model, live):
-            teacher = fake_teacher(model, run.teacher)
-            peaks.append(step_bytes(model, teacher, shape, run.method, run.options, run.settings, live, scored))
-    first, last = peaks[0], peaks[-1]
-    steps = (depth - shallow[0]) / max(1, shallow[-1] - shallow[0])
-    return {name: int(first[name] + steps * (last[name] - first[name])) for name in first}
+
+    def measure(blocks: list[str]) -> dict[str, int]:
+        with fake_model(run.model, blocks, run.gradient_checkpointing) as (model, live):
+            return step_bytes(
+                model, Teacher(model, run.teacher.kind), shape, run.method, run.options, run.settings, live, scored
+            )
+
+    at_few = measure(few)
+    taken = dict(at_few)
+    for kind, blocks in more.items():
+        at_more, missing = measure(blocks), kinds.count(kind) - few.count(kind)
+        taken = {part: taken[part] + missing * (at_more[part] - at_few[part]) for part in taken}
+    return taken
 
 
-def _two_depths(model: PreTrainedModel) -> list[int]:
-    """One period of the blocks' kinds (Olmo's windows: four blocks) and one block, and a period more."""
-    depth, kinds = model.config.num_hidden_layers, getattr(model.config, "layer_types", None) or ["all alike"]
-    period = 1 + max(kinds.index(kind) for kind in set(kinds))
-    return [period + 1, 2 * period + 1] if 2 * period + 1 < depth else [depth]
+def _shallow(kinds: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The first block and one of each kind, and for each kind these and one more of it; or all blocks.
+
+    The first is apart: its input is the embedding, which stays beside the states of all later ones.
+    """
+    each = list(dict.fromkeys(kinds))
+    few = [kinds[0], *each]
+    more = {kind: [*few, kind] for kind in each}
+    return (few, more) if len(few) + sum(map(len, more.values())) < len(kinds) else (kinds, {})
 
 
 def _advice(plan: MemoryPlan, checkpointing: bool) -> str:

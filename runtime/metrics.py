@@ -142,11 +142,14 @@ def collapse_warning(history: list[dict], limit: int) -> str | None:
 
 
 class Watch:
-    """What is said of a run that looks wrong: each warning once. With --stop_on_collapse the first one ends the run."""
+    """What is said of a run that looks wrong: each warning once. With --stop_on_collapse the first one ends the run.
 
-    def __init__(self, folder: Path, config, dtype: torch.dtype) -> None:
+    `earlier`: the metrics of the steps before a resume; a run's start is its first step, not the first after a resume.
+    """
+
+    def __init__(self, folder: Path, config, dtype: torch.dtype, earlier: list[dict]) -> None:
         self.folder, self.config, self.dtype = folder, config, dtype
-        self.history: list[dict] = []
+        self.history = list(earlier)
         self.collapse: str | None = None
         self.gap: str | None = None
 

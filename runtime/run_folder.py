@@ -74,6 +74,15 @@ def read_record(run: Path) -> dict | None:
     return record if ours else None
 
 
+def made(folder: Path, flag: str = "output_dir") -> Path:
+    """A folder for results, made before the work that fills it. Raises InputError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--{flag} {folder}: cannot be written ({error.strerror})") from None
+    return folder
+
+
 LOCK, ERROR_LOG = ".lock", "error.log"
 HARMLESS = {LOCK, ERROR_LOG, "evaluation.json", "heldout.jsonl"}  # what may stand there before a run's first line
 
@@ -178,32 +187,44 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def keep_lines(path: Path, wanted: int) -> None:
-    """Cut a JSONL file of steps back to those below `wanted`, so that a resumed run appends where it left off."""
+def keep_lines(path: Path, wanted: int) -> list[dict]:
+    """Cut a JSONL file of steps back to those below `wanted`, so that a resumed run appends where it left off.
+
+    Returns what is kept.
+    """
+    lines, rows = [], []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            if row["step"] < wanted:
+                lines.append(line + "\n")
+                rows.append(row)
+        except (ValueError, KeyError):
+            continue  # a line torn by the crash
     if path.is_file():
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] < wanted:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                continue  # a line torn by the crash
-        write_atomically(path, "".join(kept))
+        write_atomically(path, "".join(lines))
+    return rows
 
 
 class RunLog:
     """metrics.jsonl, samples.jsonl, heldout.jsonl and evaluation.json of a run, written by rank 0, step by step.
 
-    `evaluation` is {steps done: {"sampled": accuracy, "greedy": accuracy}}, keys as text.
+    `evaluation` is {steps done: {"sampled": accuracy, "greedy": accuracy}}, keys as text; `earlier` the metrics of the
+    steps before `start`.
     """
 
     def __init__(self, run: Path, start: int) -> None:
         self.run, self.file = run, run / "evaluation.json"
-        stored = gather_objects(json.loads(self.file.read_text()) if self.file.exists() else {})[0]
-        self.evaluation = {step: value for step, value in stored.items() if int(step) <= start}
+        try:
+            stored = gather_objects(json.loads(self.file.read_text()) if self.file.exists() else {})[0]
+            self.evaluation = {step: value for step, value in stored.items() if int(step) <= start}
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{self.file}: not the accuracies of a run ({error})") from None
+        earlier = []
         if rank() == 0:
-            keep_lines(run / "metrics.jsonl", start)
+            earlier = keep_lines(run / "metrics.jsonl", start)
             keep_lines(run / "samples.jsonl", start)
+        self.earlier: list[dict] = gather_objects(earlier)[0]
 
     def append(self, metrics: dict, samples: list[dict]) -> None:
         self._append("metrics.jsonl", [metrics])

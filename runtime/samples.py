@@ -85,7 +85,7 @@ class SampleFile:
 
     def begin(self, header: dict) -> None:
         """Set the regime of a new file; it is written with the first sample, so that a failed start claims nothing."""
-        self.header = self.header or header
+        self.header = header if self.header is None else self.header
 
     def add(self, item: Sample) -> None:
         """Write a sample at once."""
@@ -114,7 +114,7 @@ class SampleFile:
             try:
                 row = json.loads(line)
                 if number == 1:
-                    self.header = row["regime"]
+                    self.header = dict(row["regime"])
                 else:
                     item = Sample(**row)
                     self.samples[item.seed, item.problem, item.sample] = item

@@ -171,8 +171,8 @@ class ServerEngine:
             choice = reply.choices[0]
             finished = {"stop": True, "length": False}[choice.finish_reason]
             ids, logprobs = getattr(choice, "token_ids", None), getattr(choice.logprobs, "token_logprobs", None)
-            if ids is None:
-                return Response([], finished, text=str(choice.text), tokens=int(reply.usage.completion_tokens))
+            if ids is None and isinstance(choice.text, str):  # null would be sampled as "None"
+                return Response([], finished, text=choice.text, tokens=int(reply.usage.completion_tokens))
             good = len(ids) > 0 and (logprobs is None or len(logprobs) == len(ids))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             good = False

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -127,3 +127,16 @@ def make_odd(kind: str, directory: Path) -> Path:
     torch.manual_seed(0)
     ODD[kind]().save_pretrained(directory)
     return directory
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """Llama 2's kind: spaces become a character, one is put in front, unknown characters fall back to bytes."""
+    vocabulary = {
+        token: i for i, token in enumerate(["<unk>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a"])
+    }
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    wrapped.chat_template = TEMPLATES["qwen3"]
+    return wrapped

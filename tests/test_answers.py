@@ -25,6 +25,9 @@ DRESSES_OF_TEN = [
     r"\underline{10}",
     r"\color{red}{10}", r"\textcolor{red}{10}", r"10\ \mathrm{cm^2}", r"10\text{ cm$^2$}",
     "10 years old", "10 cups", "10¢",
+    r"\text{\$}10", r"10~\text{\$}", r"US\$10", r"\mathdollar 10", r"\pounds 10", r"10\text{°}", r"10^\circ C",
+    r"10^\circ\text{F}", r"10 \operatorname{cm}", r"a_{12}=10", r"a_{n+1} = 10", r"x_{\max}=10", r"A_{\text{max}}=10",
+    r"S_{\triangle ABC}=10", "f(-2)=10", "f(1/2)=10", "f^{-1}(3)=10", r"\angle ABC=10^\circ", r"m\angle A = 10",
 ]  # fmt: skip
 # Neighbours of the number 10 that say something else.
 NOT_TEN = [
@@ -35,7 +38,9 @@ NOT_TEN = [
     "10 dozen", "10 million", r"10\text{ thousand}", "10 squared", "10 half", "10 percent more", "10 mod 12",
     "10x", "10i", "10e", "10m", "10abc", "10sinx", r"10 \sin x", r"10\pi", r"10\text{ i}", "10!", "10²", "10^2", "10½",
     "2x=10", "x^2=10", "|x|=10", "x=10,y=11", "10=11", "-10", "−10", "10_2", "10_3", "1000\\%", "10/0", "", "ten",
-    "(10", "10}", "{10", r"\infty", r"10^\circ 30'",
+    "(10", "10}", "{10", r"\infty", r"10^\circ 30'", "a_{10}=9", "f(10)=1", "-x=10", "x^{-1}=10",
+    "x+1=10", r"\sqrt{x}=10", "10=2x",
+    r"\text{in }10", r"10\text{ and one}", r"10\operatorname{million}", r"\frac{x}{2}=10", "5+5=10=y", "3+10=13",
 ]  # fmt: skip
 EQUAL = [
     # numbers
@@ -44,7 +49,8 @@ EQUAL = [
     ("10^3", "1000"), (r"1.5\times10^3", "1500"), (r"\frac12", "0.5"), (r"\frac 34", "3/4"), (r"\frac9{19}", "9/19"),
     (r"1\frac12", "1.5"), (r"-1\frac12", "-3/2"), ("6 1/2", "6.5"), (r"137 \frac{1}{2}", "137.5"), ("6½", "6.5"),
     (r"-\frac12", r"\frac{-1}{2}"), (r"\frac{1}{-2}", "-.5"), ("−5", "-5"), ("0", "-0"), (r"0.1\overline{6}", "1/6"),
-    ("10^{-20}", r"\frac{1}{10^{20}}"),
+    ("10^{-20}", r"\frac{1}{10^{20}}"), (r"1\ 000", "1000"), ("1~000~000", "1000000"), (r"0.\dot{3}", "1/3"),
+    (r"0.1\bar{6}", "1/6"), (r"5\ 100/101", r"5\frac{100}{101}"), (r"1.2E5", "120{,}000"), (r"3.0\times10^{-2}", ".03"),
     # units
     (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}^\circ"), (r"15\text{ cm}^2", r"15\mbox{ cm}^2"),
     (r"\$5", "5 dollars"),
@@ -54,8 +60,11 @@ EQUAL = [
     ("(2,4)", "(x,y)=(2,4)"), ("(2,4)", "(y,x)=(4,2)"), ("(2,4)", r"\langle 2,4\rangle"),
     (r"(1{,}000,5)", "(1000,5.0)"),
     ("(100,200)", "100, 200"), ("100, 200", "200, 100"), ("1,-2", "-2, 1"), ("x=4 or x=5", "4,5"),
-    (r"4\text{ and }5", r"\{5,4\}"), (r"\{1,2\}", r"\{2,1\}"), (r"\{5\}", "5"), (r"\pm5", "5,-5"),
+    (r"4\text{ and }5", r"\{5,4\}"), (r"1, 2, \text{ and } 3", "3;2;1"), (r"(1,2)\text{ and }(3,4)", "(3,4),(1,2)"),
+    (r"\text{Bob and Alice}", r"\text{Alice and Bob}"), (r"\text{Carol, Bob and Alice}", r"\text{Alice, Bob, Carol}"),
+    (r"\{1,2\}", r"\{2,1\}"), (r"\{5\}", "5"), (r"\pm5", "5,-5"),
     (r"\{1\pm\sqrt{5},-2\}", r"-2, 1-\sqrt5,1+\sqrt5"), (r"\text{Tom and Ann}", r"\text{Ann, Tom}"),
+    (r"\begin{pmatrix} 1&2 \\[2pt] 3&4 \end{pmatrix}", r"\begin{bmatrix}1&2\cr 3&4\\\end{bmatrix}"),
     (r"\begin{pmatrix} 1/5 \\ -2 \end{pmatrix}", r"\begin{bmatrix} 0.2 \\ -2 \end{bmatrix}"),
     # intervals
     (r"m \geq \sqrt{2}", r"[\sqrt{2},\infty)"), (r"x \in [-2,7]", r"-2 \le x \le 7"), ("-2≤x≤7", "[-2,7]"),
@@ -66,7 +75,7 @@ EQUAL = [
     (r"\emptyset", r"\varnothing"), (r"\emptyset", r"\{\}"), (r"\emptyset", "∅"), (r"\text{(B)}", "B"),
     ("(B)", r"\text{B}"),
     (r"\text{Evelyn}", "Evelyn"), (r"\text{even}", "Even"), ("2516_8", "2516_{8}"), ("4210_{5}", "(4210)_5"),
-    ("21_{12}", "021_{12}"), ("N=21_3", r"21_{\text{3}}"),
+    ("21_{12}", "021_{12}"), ("-21_5", "−21_{5}"), ("N=21_3", r"21_{\text{3}}"),
 ]  # fmt: skip
 DIFFERENT = [
     # separators
@@ -80,12 +89,14 @@ DIFFERENT = [
     (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
     # bases
     ("2516_9", "2516_8"), ("2516", "2516_8"), ("1358", "2516_8"), ("2516_{18}", "2516_8"), ("2517_8", "2516_8"),
+    ("-10_9", "-10"), ("-10_9", "-10_8"), ("10_9", "-10_9"), ("10_9+1", "11"), ("-(10_9)", "-10"),
     # sizes
     (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"), ("10^{-20}", "10^{-21}"), (r"\frac{1}{20!}", r"\frac{1}{21!}"),
     ("10^{-20}", "0"), ("0.333333", "1/3"),
     # units and names
     (r"500\%", "5"), ("50\\%", "0.5"), ("5 cm", "5 mm"), ("5 cm", r"5\text{ m}"), ("15 cm", "15 cm^2"), ("x=5", "y=5"),
     (r"\$5", "5 cents"), ("x>5", "y>5"),
+    (r"5^\circ C", r"5^\circ F"), ("12\\%", "12/100"), ("a_{10}=9", "a_{11}=9"),
     # intervals
     ("[0,1)", "[0,1]"), ("(0,1)", "[0,1]"), ("(3,4)", "(3,4]"), ("x>5", r"x\ge5"), ("x<2, x>3", "(2,3)"),
     (r"x>2 \text{ and } x<3", r"(-\infty,3)\cup(2,\infty)"), (r"\{x \mid x>10\}", "10"), (r"[2,4]", "2,4"),
@@ -130,7 +141,22 @@ OPEN = [
     r"10^\circ 30'",
     "(10",
 ]
-OPEN += ["10/0", "10=11", "x^2=10", "10 mod 12", "10e", "10 11", "1 0", "10 to 12", "10~12", "ten"]
+OPEN += [
+    "10=2x",
+    r"10\operatorname{million}",
+    "5+5=10=y",
+    "3+10=13",
+    "10/0",
+    "10=11",
+    "x^2=10",
+    "10 mod 12",
+    "10e",
+    "10 11",
+    "1 0",
+    "10 to 12",
+    "10~12",
+    "ten",
+]
 
 
 @pytest.mark.parametrize(("a", "b"), [*DIFFERENT, *[(answer, "10") for answer in NOT_TEN if answer not in OPEN]])

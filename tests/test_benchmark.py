@@ -1,14 +1,13 @@
 """The benchmark's own parts: its twins are equal in value, its measuring measures, its shapes are the presets'."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import families
 import pytest
 import torch
 
+from experiments import first_gpu_hour
 from experiments.benchmark import PerMicroBatch, Table, alternate, naive_opsd, peak_bytes
 from experiments.fake_step import SHAPES, empty_model
 from loss import method_loss_from_hidden
@@ -16,7 +15,7 @@ from model import load_model, load_tokenizer
 from rollout import Sampling
 from runtime.engines import GenerateEngine
 
-CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 
 
 def test_the_naive_loss_is_the_same_loss():
@@ -88,20 +87,30 @@ def test_a_row_of_the_table(capsys):
     assert "| rate | 2 | - | - | TB/s |  |" in table.markdown()
 
 
-def first_hour(folder: Path, *more: str) -> tuple[str, list[dict]]:
-    command = [sys.executable, "-m", "experiments.first_gpu_hour", "--small", "--device", "cpu", *more]
-    subprocess.run([*command, "--output_dir", str(folder)], cwd=ROOT, check=True, capture_output=True)
-    return (folder / "first-gpu-hour.md").read_text(), json.loads((folder / "first-gpu-hour.json").read_text())["rows"]
+@pytest.mark.parametrize(
+    "part, words",
+    [
+        ("loss", "tokens a chunk"),
+        ("decode", "decode olmo3-7b, continuous"),
+        ("step", "memory: plan"),
+        ("long", "continuous batching"),
+    ],
+)
+def test_the_parts_of_the_first_hour_run_on_a_cpu_at_small_shapes(tmp_path, monkeypatch, part, words):
+    rows = tmp_path / "rows.jsonl"
+    flags = ["--part", part, "--rows", str(rows), "--small", "--device", "cpu", "--preset", "qwen3-4b", "olmo3-7b"]
+    monkeypatch.setattr(sys, "argv", ["first_gpu_hour", *flags])
+    first_gpu_hour.main()
+    assert any(words in json.loads(line)["what"] for line in rows.read_text().splitlines())
 
 
-def test_the_first_hour_runs_on_a_cpu_at_small_shapes(tmp_path):
-    parts = ("environment", "loss", "decode", "step", "long")
-    text, rows = first_hour(tmp_path, "--parts", *parts, "--preset", "qwen3-4b", "olmo3-7b", "--patience", "3")
-    assert "FAILED" not in text, text
-    words = ("environment", "tokens a chunk", "decode olmo3-7b, continuous", "memory: plan", "continuous batching")
-    assert all(any(word in row["what"] for row in rows) for word in words)
-
-
-def test_a_part_that_runs_out_of_time_is_a_row_and_the_rest_goes_on(tmp_path):
-    text, rows = first_hour(tmp_path, "--parts", "kill", "environment", "--patience", "0.003")
-    assert [row["what"] for row in rows] == ["kill: FAILED", "environment: FAILED"] and "not done after 1 s" in text
+def test_a_part_that_runs_out_of_time_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
+    """Each part in a process of its own: one that is given a second, and one that has the time it needs."""
+    monkeypatch.setitem(first_gpu_hour.SECONDS, "kill", 1)
+    flags = ["--small", "--device", "cpu", "--parts", "kill", "environment", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["first_gpu_hour", *flags])
+    first_gpu_hour.main()
+    rows = json.loads((tmp_path / "first-gpu-hour.json").read_text())["rows"]
+    assert [row["what"].partition(":")[0] for row in rows] == ["kill", "environment"]
+    assert rows[0]["what"] == "kill: FAILED" and "FAILED" not in rows[1]["what"]
+    assert "not done after 1 s" in (tmp_path / "first-gpu-hour.md").read_text()

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from forked import run_ranks, script
 from safetensors import SafetensorError
 
 from model import add_lora, load_model, lora_parameters
@@ -170,19 +172,23 @@ def test_an_error_of_the_gpu_is_not_the_disks(qwen3, run, monkeypatch, kind):
 # Real processes
 
 
-def start(run: Path, *more, ranks: int = 1) -> subprocess.Popen:
+def arguments(run: Path, *more: str) -> list[str]:
     """train.py on the embedded model, steps as short as they come."""
     flags = {
         "preset": "tiny", "output_dir": run, "batch_size": 4, "max_new_tokens": 8, "save_steps": 1, "device": "cpu",
         "eval_data": "", "resume": True,
     }  # fmt: skip
+    return [*(f"--{name}={value}" for name, value in flags.items()), *more]
+
+
+def start(run: Path, *more: str, ranks: int = 1) -> subprocess.Popen:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
-    command = [*launcher, str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in flags.items()), *more]
+    command = [*launcher, str(ROOT / "train.py"), *arguments(run, *more)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
@@ -219,23 +225,18 @@ def test_sigterm_to_the_process_writes_a_checkpoint_and_exits_with_0(tmp_path):
 
 def test_another_number_of_ranks_goes_on_with_the_same_numbers(tmp_path):
     """Two steps on two ranks, two more on one: the same rollouts and, up to rounding, the losses of one rank."""
-    common = ["--num_steps=4", "--learning_rate=1e-4"]
-    two = start(tmp_path / "changed", *common, ranks=2)
-    one = start(tmp_path / "same", *common)
-    wait_for(tmp_path / "changed" / "checkpoint-2", two)
-    two.send_signal(signal.SIGTERM)
-    finish(two)
-    output = finish(one)
-    assert one.returncode == 0, output
-    for step in (3, 4):  # whatever came after step 2 is taken away, as if the run had ended there
-        path = tmp_path / "changed" / f"checkpoint-{step}"
-        if path.exists():
-            path.rename(path.with_name(f"later-{step}"))
-    output = finish(process := start(tmp_path / "changed", *common))
-    assert process.returncode == 0 and "going on from" in output
+    flags = arguments(tmp_path / "changed", "--num_steps=4", "--learning_rate=1e-4")
+    run_ranks(tmp_path, script, "train.py", flags)
+    for step in (3, 4):  # taken away, as if the run had ended after step 2
+        shutil.rmtree(tmp_path / "changed" / f"checkpoint-{step}")
+    (output,) = run_ranks(tmp_path, script, "train.py", flags, ranks=1)
+    assert "going on from" in output and "checkpoint-2" in output
+    flags = arguments(tmp_path / "same", "--num_steps=4", "--learning_rate=1e-4")
+    run_ranks(tmp_path, script, "train.py", flags, ranks=1)
     for ours, theirs in zip(metrics(tmp_path / "changed"), metrics(tmp_path / "same"), strict=True):
         assert ours["mean_length"] == theirs["mean_length"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert len(metrics(tmp_path / "same")) == 4
 
 
 def test_one_dead_rank_ends_all_with_its_error(tmp_path):

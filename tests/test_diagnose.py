@@ -1,15 +1,13 @@
 import json
 import math
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import run_ranks, script
 
 import diagnose
 from diagnose import (
@@ -38,7 +36,6 @@ from runtime.phases import read_rows
 from teacher import student_prompt
 from viability import labels, truncated_entropy, uncertainty
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
     "num_problems": [4], "children": 2, "rollouts": 2, "min_spacing": 2, "context": 96, "spine_tokens": 72,
     "student_thinking": False, "batch_size": 64,
@@ -318,15 +315,12 @@ def test_engines_sample_the_same_rows(small_run, tiny, fresh):
 
 
 def test_two_ranks_leave_the_rows_of_one(tmp_path):
-    """Eleven problems, so that the last round is uneven; the same rows in the same files, and the same table."""
-    text = "--num_problems 11 --rollouts 1 --batch_size 7 --bootstraps 20 --device cpu --seed 1 --output_dir"
+    """Five problems, three on one rank and two on the other; the same rows in the same files, and the same table."""
+    text = "--num_problems 5 --rollouts 1 --batch_size 16 --bootstraps 20 --device cpu --seed 1 --output_dir"
     flags = text.split()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for run, command in (("one", [sys.executable]), ("two", launcher)):
-        command = [*command, "diagnose.py", *flags, str(tmp_path / run)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, env=environment).stdout
-        assert output.count("problems, ") == 1  # one rank speaks
+    for ranks, run in ((1, "one"), (2, "two")):
+        outputs = run_ranks(tmp_path, script, "diagnose.py", [*flags, str(tmp_path / run)], ranks=ranks)
+        assert "".join(outputs).count("problems, ") == 1  # one rank speaks
     one, two = ({path.name for path in (tmp_path / run).iterdir()} for run in ("one", "two"))
     assert one == two and len(one) == 9
     for name in ("A_spines", "B_teacher", "C_candidates", "D_dropout", "E_continuations", "F_labels"):
@@ -519,6 +513,10 @@ def test_the_grader_is_chosen_by_the_answers_used_and_pinned(tiny, tmp_path, mon
     with pytest.raises(InputError, match="--student_thinking False, not True"):
         diagnose.main()
     monkeypatch.setattr(sys, "argv", [*flags.split(), "--resume"])
+    data.write_text("".join(lines[::-1]))
+    with pytest.raises(InputError, match=r"what --data .* names has changed"):
+        diagnose.main()
+    data.write_text("".join(lines))
     monkeypatch.setattr(diagnose, "make_grader", grader("2.0"))
     with pytest.raises(InputError, match=r"--grader braced 1\.0"):
         diagnose.main()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from problems import InputError
+from runtime.continuous import raise_cause
 from runtime.flags import run_script
 from runtime.run_folder import claimed
 
@@ -49,6 +50,24 @@ def line_of(capsys, error) -> str:
 )
 def test_each_exception_is_one_line(capsys, error, said):
     assert re.search(said, line_of(capsys, error))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("Tried to allocate 2 GiB"), torch.OutOfMemoryError),
+        (RuntimeError("generation failed: CUDA out of memory. Tried to allocate"), torch.OutOfMemoryError),
+        ("CUDA Out Of Memory", torch.OutOfMemoryError),
+        (RuntimeError("CUDA error: an illegal memory access\nmore"), InputError),
+        (None, InputError),
+    ],
+)
+def test_continuous_batchings_own_errors_are_told_apart(error, kind):
+    """Memory that is lacking arrives as another type, or as text, and is what fewer rows may cure."""
+    with pytest.raises(kind) as caught:
+        raise_cause(error)
+    assert kind is torch.OutOfMemoryError or str(caught.value).startswith("--engine continuous: ")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_the_line_names_the_traceback_in_the_run_folder(tmp_path):

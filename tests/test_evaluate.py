@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -23,9 +24,10 @@ from evaluate import (
     summarise,
     token_limit,
 )
-from model import add_lora, load_model, load_tokenizer, lora_parameters
+from model import TINY_MODEL, add_lora, load_model, load_tokenizer, lora_parameters
 from problems import InputError, Problem, tiny_problems
 from rollout import Response, Sampling
+from runtime.adapters import save_adapter
 from runtime.engines import make_engine
 from runtime.grading import answers_match
 from runtime.samples import Sample
@@ -254,12 +256,44 @@ def test_another_regime_is_refused_and_names_its_field(run):
     assert (run.folder / "pinned" / "samples.jsonl").read_bytes() == b"".join(lines)
 
 
+def test_a_model_that_changes_under_its_name_is_refused(run):
+    """What a sample depends on is pinned by content: config, EOS ids, tokenizer, template, weights, adapter."""
+    model, adapter = run.folder / "model", run.folder / "adapter"
+    shutil.copytree(TINY_MODEL, model)
+    adapted = load_model("tiny", device="cpu")
+    add_lora(adapted, 2, 4.0)
+    save_adapter(adapted, adapter, str(model))
+    given = ("--model", model, "--adapter", adapter)
+    summary, lines = run("pinned", *given)
+
+    def edit(path, **values):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    for name, change in (
+        ("config.json", lambda path: edit(path, rms_norm_eps=1e-5)),
+        ("generation_config.json", lambda path: edit(path, eos_token_id=[1, 2, 3])),
+        ("tokenizer_config.json", lambda path: edit(path, padding_side="left")),
+        ("tokenizer.json", lambda path: path.write_text(path.read_text() + "\n")),
+        ("chat_template.jinja", lambda path: path.write_text(path.read_text() + "{# #}")),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\1")),
+        ("adapter_model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\1")),
+    ):
+        path = (adapter if "adapter" in name else model) / name
+        before = path.read_bytes()
+        change(path)
+        with pytest.raises(InputError, match=f"another {'adapter' if 'adapter' in name else 'model'}_pin .{name}"):
+            run("pinned", *given, "--num_samples", 3)
+        path.write_bytes(before)
+    shutil.move(model, run.folder / "moved")  # content counts, not the name
+    assert run("pinned", "--model", run.folder / "moved", "--adapter", adapter) == (summary, lines)
+
+
 def test_a_response_stays_within_the_context(tiny):
     config = EvaluationConfig(max_new_tokens=100)
     assert token_limit(config, [[0] * 20, [0] * 30]) == 100
     assert token_limit(config, [[0] * 20, [0] * 500]) == 12  # the embedded model has 512 positions
-    with pytest.raises(InputError, match="prompt of 512 tokens fills the context"):
-        token_limit(config, [[0] * 512])
+    with pytest.raises(InputError, match="--benchmark tiny, problem 1: a prompt of 512 tokens fills the context"):
+        token_limit(config, [[0] * 20, [0] * 512])
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from problems import InputError
 from runtime import export as export_module
 from runtime.adapters import save_adapter
 from runtime.export import export, merge_adapter
+from runtime.flags import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS = torch.tensor([[5, 9, 40, 7, 21, 33]])
@@ -124,16 +125,17 @@ def test_mistakes_are_named(adapted, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def test_the_command_line(tmp_path):
+def test_the_command_line(tmp_path, monkeypatch):
     checkpoint = families.make_checkpoint("qwen3", tmp_path / "base")
     model = load_model(str(checkpoint), device="cpu")
     add_lora(model, 4, 8.0)
     save_adapter(model, tmp_path / "adapter", str(checkpoint))
     command = [sys.executable, "-m", "runtime.export", "--adapter", str(tmp_path / "adapter"), "--output_dir"]
-    runs = [
-        subprocess.run([*command, str(tmp_path / "merged")], cwd=ROOT, capture_output=True, text=True, check=False)
-        for _ in range(2)
-    ]
-    assert runs[0].returncode == 0 and "largest logit difference to base + adapter: 0.00e+00" in runs[0].stdout
-    assert runs[1].returncode == 1 and runs[1].stderr.startswith("error: --output_dir")
+    command.append(str(tmp_path / "merged"))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "largest logit difference to base + adapter: 0.00e+00" in done.stdout
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+    monkeypatch.setattr(sys, "argv", command[2:])
+    with pytest.raises(SystemExit) as caught:
+        run_script(export_module.main)
+    assert caught.value.code == f"error: --output_dir {tmp_path / 'merged'}: is not a new or empty directory"

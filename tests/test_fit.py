@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 
 import families
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import normalizers, pre_tokenizers
 
 import runtime.fit as fit
 from model import load_tokenizer
@@ -40,22 +39,9 @@ def longest(tokenizer, problem: Problem) -> int:
     return max(len(prompt(tokenizer, problem)) for prompt in (student_prompt, teacher_prompt))
 
 
-def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """Llama 2's kind: spaces become a character, one is put in front, unknown characters fall back to bytes."""
-    vocabulary = {
-        token: i for i, token in enumerate(["<unk>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a"])
-    }
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
-    wrapped.chat_template = families.TEMPLATES["qwen3"]
-    return wrapped
-
-
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "olmo3", "nfc", "nfkd", "prefix", "sentencepiece"])
 def test_no_prompt_has_more_tokens_than_its_bound(kind):
-    tokenizer = sentencepiece_like() if kind == "sentencepiece" else families.make_tokenizer(
+    tokenizer = families.sentencepiece_like() if kind == "sentencepiece" else families.make_tokenizer(
         kind if kind in families.TEMPLATES else "qwen3"
     )  # fmt: skip
     if kind == "nfc":

@@ -44,6 +44,10 @@ EQUAL = [
     ("\\sin\\theta=\\frac12", "\\frac12"),
     ("\\mathbb{R}", "(-\\infty,\\infty)"),
     ("0.577350", "\\frac{1}{\\sqrt{3}}"),
+    ("\\frac12\\pm\\frac{\\sqrt5}{2}", "\\frac{1\\pm\\sqrt{5}}{2}"),
+    ("|AB|=\\sqrt{50}", "5\\sqrt{2}"),
+    ("\\left(\\begin{array}{c}1\\\\2\\end{array}\\right)", "\\begin{pmatrix}1\\\\\\sqrt{4}\\end{pmatrix}"),
+    ("(-\\infty,-1)\\cup(1,+\\infty)", "|x|>1"),
 ]
 UNEQUAL = [
     ("\\sqrt{2}", "\\sqrt{3}"),
@@ -58,6 +62,14 @@ UNEQUAL = [
     ("|x|=\\sqrt{2}", "\\sqrt{2}"),
     ("\\sqrt{2}", "1.414"),
     ("x\\approx\\sqrt{2}", "\\sqrt{2}"),
+    ("1\\ 00", "100"),
+    ("1 000 1", "10001"),
+    ("\\pm\\sqrt{3}", "\\sqrt{3}"),
+    ("\\frac{1\\pm\\sqrt{5}}{2}", "\\frac{1+\\sqrt{5}}{2}"),
+    ("1.2\\times10^{3}\\pi", "1.2\\times10^{4}\\pi"),
+    ("-2<x<\\sqrt{9}", "(-\\sqrt{9},2)"),
+    ("\\begin{pmatrix}\\sqrt2\\\\1\\end{pmatrix}", "\\begin{pmatrix}1\\\\\\sqrt2\\end{pmatrix}"),
+    ("\\left(\\begin{array}{c}2\\\\1\\end{array}\\right)", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
 ]
 
 

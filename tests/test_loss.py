@@ -212,10 +212,11 @@ def test_chunks_of_hidden_states_equal_whole_logits(name, options, chunk_tokens,
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_no_chunk_is_larger_than_asked(name, monkeypatch):
-    """Also where a chunk is computed again for its gradient; by default a chunk is what CHUNK_BYTES hold."""
+@pytest.mark.parametrize("train_head", [False, True])
+def test_no_chunk_is_larger_than_asked(name, train_head, monkeypatch):
+    """Computed once, with its gradient, or again for it where the head is trained; by default what CHUNK_BYTES hold."""
     student, teacher, ids, mask = random_case(D=5)  # 10 valid tokens, V = 11
-    head, sizes, linear = torch.randn(11, 5), [], losses.F.linear
+    head, sizes, linear = torch.randn(11, 5).requires_grad_(train_head), [], losses.F.linear
 
     def spy(states, weight):
         sizes.append(len(states))
@@ -226,12 +227,13 @@ def test_no_chunk_is_larger_than_asked(name, monkeypatch):
         monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_bytes)
         sizes.clear()
         value = method_loss_from_hidden(
-            name, student.requires_grad_(), teacher, head, ids, mask, chunk_tokens=chunk_tokens
-        )
+            name, student.requires_grad_(), teacher, head, ids, mask, chunk_tokens=chunk_tokens,
+            teacher_head_weight_VD=head.detach(),
+        )  # fmt: skip
         forward = [size for size in expected for _ in ("student", "teacher")]
         assert sizes == forward
         value.backward()
-        assert sorted(sizes) == sorted(2 * forward)
+        assert sorted(sizes) == sorted((2 if train_head else 1) * forward)
 
 
 def test_without_a_gradient_nothing_is_computed_twice(monkeypatch):
@@ -242,6 +244,28 @@ def test_without_a_gradient_nothing_is_computed_twice(monkeypatch):
         value = method_loss_from_hidden("pwopsd", student, teacher, head, ids, mask, chunk_tokens=4)
     assert len(calls) == 6
     torch.testing.assert_close(value, method_loss("pwopsd", student @ head.T, teacher @ head.T, ids, mask))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_and_a_trained_head_give_the_same_value_and_gradient(name, dtype):
+    """Two ways to the same numbers: bit for bit in value, up to the dtype's rounding in the gradient."""
+    student, teacher, ids, mask = random_case(D=5)
+    student, teacher, head = student.to(dtype), teacher.to(dtype), torch.randn(11, 5).to(dtype)
+    values, gradients = [], []
+    for train_head in (False, True):
+        hidden, weight = student.clone().requires_grad_(), head.clone().requires_grad_(train_head)
+        value = method_loss_from_hidden(
+            name, hidden, teacher, weight, ids, mask, chunk_tokens=4, teacher_head_weight_VD=head
+        )
+        value.backward()
+        values.append(value.item())
+        gradients.append(hidden.grad)
+    with torch.no_grad():
+        values.append(method_loss_from_hidden(name, student, teacher, head, ids, mask, chunk_tokens=4).item())
+    assert values[0] == values[1] == values[2]
+    tolerance = 1e-6 if dtype == torch.float32 else 0.02 * gradients[1].abs().max().item()
+    torch.testing.assert_close(*gradients, atol=tolerance, rtol=0)
 
 
 def test_eopd_by_hand():

@@ -11,19 +11,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments import make_world
 from experiments.make_world import CONTEXTS, IGNORED, example, make_model, make_tokenizer, padded, train
 from experiments.worlds import WORLDS
 from model import load_model, load_tokenizer
 from problems import load_problems, tiny_problems, tiny_split
+from runtime.flags import run_script
 from teacher import DIAGNOSTIC_PROMPT, EVALUATION_PROMPT, STUDENT_PROMPT, TEACHER_PROMPT
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json"}
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "experiments.make_world", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def run(monkeypatch):
+    """The maker's command; what it ends with where it fails."""
+
+    def call(*arguments: str) -> str | int | None:
+        monkeypatch.setattr(sys, "argv", ["make_world", *arguments])
+        try:
+            return run_script(make_world.main)
+        except SystemExit as ended:
+            return ended.code
+
+    return call
 
 
 def test_the_shipped_tokenizer_is_the_makers():
@@ -96,9 +107,8 @@ def test_training_lowers_the_loss(capsys):
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_a_world_is_written_as_the_scripts_read_it(tmp_path):
-    done = run("--world", "leap", "--dose", "0.2", "--steps", "1", "--output_dir", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+def test_a_world_is_written_as_the_scripts_read_it(tmp_path, run):
+    assert run("--world", "leap", "--dose", "0.2", "--steps", "1", "--output_dir", str(tmp_path)) is None
     assert {path.name for path in (tmp_path / "model").iterdir()} == FILES | {"model.safetensors"}
     load_model(str(tmp_path / "model"), device="cpu")
     assert len(load_tokenizer(str(tmp_path / "model"))) == len(load_tokenizer("tiny"))
@@ -111,15 +121,37 @@ def test_a_world_is_written_as_the_scripts_read_it(tmp_path):
 
 
 def test_the_embedded_model_is_made_from_scratch(tmp_path):
-    done = run("--world", "embedded", "--steps", "1", "--output_dir", str(tmp_path / "tiny"))
+    flags = ["--world", "embedded", "--steps", "1", "--output_dir", str(tmp_path / "tiny")]
+    command = [sys.executable, "-m", "experiments.make_world", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "tiny").iterdir()} == FILES | {"model.safetensors"}
     assert (tmp_path / "tiny" / "model.safetensors").stat().st_size < 3.5e6
 
 
-@pytest.mark.parametrize("arguments", [["--world", "leap", "--dose", "1.5"], ["--world", "leak", "--dose", "0.2"]])
-def test_a_dose_that_cannot_be_is_one_line(arguments, tmp_path):
-    done = run(*arguments, "--output_dir", str(tmp_path / "out"))
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: --dose") and done.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--world", "leap", "--dose", "1.5"], "--dose 1.5"),
+        (["--world", "leak", "--dose", "0.2"], "--dose 0.2"),
+        (["--world", "leap", "--steps", "0"], "--steps 0"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_one_line(run, arguments, said, tmp_path):
+    ended = run(*arguments, "--output_dir", str(tmp_path / "out"))
+    assert ended.startswith(f"error: {said}") and len(ended.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("world", ["embedded", "leap"])
+def test_a_folder_that_is_not_ours_is_refused_before_the_slow_work(run, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_world, "train", None)
+    (tmp_path / "thesis.txt").write_text("mine")
+    for folder, said in (
+        (tmp_path, "is not empty and holds no world of ours (thesis.txt is there)"),
+        (tmp_path / "thesis.txt", "cannot be written"),
+        (tmp_path / "thesis.txt" / "world", "cannot be written"),
+    ):
+        ended = run("--world", world, "--output_dir", str(folder))
+        assert ended.startswith(f"error: --output_dir {folder}: {said}")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -7,16 +7,17 @@ from dataclasses import replace
 import families
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Olmo3Config, Olmo3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import train
 from loss import resolve_method
 from model import add_lora, load_model, response_hidden
 from problems import InputError, load_problems
 from rollout import Response
-from runtime.fake_step import LiveBytes, StepShape, fake_model
+from runtime import memory
+from runtime.fake_step import LiveBytes, StepShape, block_kinds, fake_model
 from runtime.grading import make_grader
-from runtime.memory import USABLE, Planned, _two_depths, available_memory, plan_memory
+from runtime.memory import FAR_BELOW, USABLE, Planned, _shallow, available_memory, crude_bound, plan_memory
 from teacher import Teacher
 from train import TrainConfig
 
@@ -31,11 +32,16 @@ def model(checkpoint):
     return model
 
 
-def plan(model, size=2, checkpointing=False, available=None, kind="fixed", **shape):
-    planned = Planned(
+def planned(model, checkpointing=False, kind="fixed"):
+    return Planned(
         model, Teacher(model, kind), resolve_method("pwopsd", CONFIG), CONFIG, CONFIG.sampling, checkpointing
     )
-    return plan_memory(planned, replace(SHAPE, micro_batch_size=size, **shape), 8, available)
+
+
+def plan(model, size=2, checkpointing=False, available=None, kind="fixed", **shape):
+    return plan_memory(
+        planned(model, checkpointing, kind), replace(SHAPE, micro_batch_size=size, **shape), 8, available
+    )
 
 
 # The counter, and fake tensors
@@ -57,7 +63,7 @@ def test_live_bytes_by_hand():
 def test_a_fake_model_weighs_what_the_model_does(model):
     own = sum(p.numel() * p.element_size() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    with fake_model(model, model.config.num_hidden_layers, False) as (fake, live):
+    with fake_model(model, block_kinds(model), False) as (fake, live):
         weights = sum(p.numel() * p.element_size() for p in fake.parameters())
         assert weights == own and own <= live.now <= own + 2 * buffers
 
@@ -110,8 +116,8 @@ def test_the_plan_is_what_a_real_step_takes(checkpoint, tmp_path, monkeypatch, l
     run = train.build(config, torch.device("cpu"), make_grader("exact", []))
     run = replace(run, engine=FixedEngine())
     x_stu, x_tch = (prompt(run.tokenizer, problems[0]) for prompt in (train.student_prompt, train.teacher_prompt))
-    planned = Planned(run.model, run.teacher, run.method, config, config.sampling, config.gradient_checkpointing)
-    expected = plan_memory(planned, StepShape(len(x_stu), len(x_tch), 200, 0, 2), 4, None)
+    its = Planned(run.model, run.teacher, run.method, config, config.sampling, config.gradient_checkpointing)
+    expected = plan_memory(its, StepShape(len(x_stu), len(x_tch), 200, 0, 2), 4, None)
     train.train_step(0, run, problems, config)  # makes moments
     for parameter in run.parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -144,32 +150,43 @@ def test_all_weights_with_an_average_are_two_sets(checkpoint):
         assert (at.weights, at.trained, at.optimizer) == (copies * own, own, 3 * own)
 
 
-def test_two_depths_hold_every_kind_of_block(tmp_path):
-    """Olmo's windows come in fours: five and nine blocks of thirty-two."""
-    model = load_model(str(families.make_checkpoint("olmo3", tmp_path / "olmo3")), device="cpu")
-    assert _two_depths(model) == [2]
-    model.config.num_hidden_layers = 32
-    model.config.layer_types = ["sliding_attention"] * 3 + ["full_attention"]
-    model.config.layer_types *= 8
-    assert _two_depths(model) == [5, 9]
-    model.config.layer_types = ["full_attention"] * 32
-    assert _two_depths(model) == [2, 3]
+def test_shallow_models_hold_every_kind_of_block():
+    """Olmo's windows come in fours: the first block and one of each kind, and one more of each."""
+    w, f = "sliding_attention", "full_attention"
+    assert _shallow([f] * 36) == ([f, f], {f: [f, f, f]})
+    assert _shallow([w, w, w, f] * 8) == ([w, w, f], {w: [w, w, f, w], f: [w, w, f, f]})
+    assert _shallow([f] * 5) == ([f] * 5, {}) and _shallow([w, w, w, f]) == ([w, w, w, f], {})  # no dearer whole
 
 
-def test_a_deep_models_plan_is_extended_from_two_shallow_ones(tmp_path):
-    """Eight blocks planned from two and three, and measured whole."""
-    config = Qwen3Config(
-        **{**families.SHAPE, "num_hidden_layers": 8}, vocab_size=600, head_dim=8, tie_word_embeddings=True
-    )
-    model = Qwen3ForCausalLM(config)
+@pytest.mark.parametrize("kind", ["qwen3", "olmo3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_deep_models_plan_is_extended_from_shallow_ones(kind, checkpointing, monkeypatch):
+    """Twelve blocks measured whole; Olmo's windows are shorter than the contexts and than what is sampled."""
+    shape = {**families.SHAPE, "num_hidden_layers": 12}
+    if kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, vocab_size=600, head_dim=8, tie_word_embeddings=True))
+    else:
+        model = Olmo3ForCausalLM(Olmo3Config(**shape, vocab_size=600, sliding_window=16))
+        assert set(block_kinds(model)) == {"sliding_attention", "full_attention"}
     add_lora(model, 4, 8.0)
-    for checkpointing in (False, True):
-        extended = plan(model, checkpointing=checkpointing)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("runtime.memory._two_depths", lambda model: [8])
-            whole = plan(model, checkpointing=checkpointing)
-        for part in ("sampling", "teacher", "student"):
-            assert getattr(extended, part) == pytest.approx(getattr(whole, part), rel=0.01), part
+    extended = plan(model, checkpointing=checkpointing)
+    monkeypatch.setattr("runtime.memory._shallow", lambda kinds: (kinds, {}))
+    whole = plan(model, checkpointing=checkpointing)
+    for part in ("sampling", "teacher", "student"):
+        assert getattr(extended, part) == pytest.approx(getattr(whole, part), rel=0.01), part
+
+
+def test_the_cache_of_a_long_sample_is_the_real_one(tmp_path):
+    """Sampling's peak above the prompt's pass grows by the cache: keys and values of the blocks' own lengths."""
+    shape = {**families.SHAPE, "num_hidden_layers": 4}
+    model = Olmo3ForCausalLM(Olmo3Config(**shape, vocab_size=50, sliding_window=16))
+    add_lora(model, 4, 8.0)
+    per_token = 8 * 2 * model.config.num_key_value_heads * model.config.head_dim * 4  # bytes of a block, 8 rows
+    kinds = block_kinds(model)
+    assert kinds.count("full_attention") == 1
+    apart = plan(model, max_new_tokens=2400).sampling - plan(model, max_new_tokens=1400).sampling
+    # The full block's cache, and what it is copied to as it grows; masks and scores of one token are small.
+    assert 1000 * per_token < apart < 3 * 1000 * per_token
 
 
 # Its choices
@@ -191,6 +208,44 @@ def test_auto_takes_the_largest_that_fits(model):
     assert plan(model, 0, available=int(needs[8]) - 1).micro_batch_size == 4
     assert plan(model, 0, available=int(needs[2]) + 1).micro_batch_size == 2
     assert plan(model, 0, available=None).micro_batch_size == 4
+
+
+def test_auto_measures_only_sizes_that_may_fit(model, monkeypatch):
+    """Sampling once; of the sizes the largest, and those whose share of it fits."""
+    shapes, measure = [], memory._pass_bytes
+
+    def spy(run, shape):
+        shapes.append((shape.micro_batch_size, shape.local_batch))
+        return measure(run, shape)
+
+    alone = {size: plan(model, size) for size in (1, 8)}
+    monkeypatch.setattr(memory, "_pass_bytes", spy)
+    enough = (alone[1].total - alone[1].weights - alone[1].trained) / USABLE
+    least = plan(model, 0, available=int(enough) + 1)
+    assert shapes == [(8, 8), (1, 0)]
+    assert replace(least, micro_batch_size=0) == replace(alone[1], micro_batch_size=0)
+    assert alone[1].student > alone[8].student / 8
+
+
+@pytest.mark.parametrize(("family", "lora_rank"), [("qwen3", 4), ("llama", 4), ("olmo3", 4), ("qwen3", 0)])
+def test_the_crude_bound_is_above_the_plan(family, lora_rank, tmp_path):
+    """A long context, where attention's scores count most, and none at all, where the logits do."""
+    model = load_model(str(families.make_checkpoint(family, tmp_path / family)), device="cpu")
+    if lora_rank:
+        add_lora(model, lora_rank, 8.0)
+    for changes in ({"teacher_tokens": 600, "max_new_tokens": 500}, {"student_tokens": 1, "teacher_tokens": 1}):
+        at = plan(model, 8, **changes)
+        bound = crude_bound(planned(model), replace(SHAPE, micro_batch_size=8, **changes))
+        assert bound > 1.5 * (at.total - at.weights - at.trained), changes
+
+
+def test_nothing_is_measured_where_the_bound_is_far_below_what_is_free(model, monkeypatch):
+    bound = crude_bound(planned(model), replace(SHAPE, micro_batch_size=8))
+    assert plan(model, 0, available=int(bound / FAR_BELOW)).unmeasured is None
+    monkeypatch.setattr(memory, "_pass_bytes", None)
+    at = plan(model, 0, available=int(bound / FAR_BELOW) + 2)
+    assert at.micro_batch_size == 8
+    assert str(at).startswith(f"memory of a step: less than {bound / 2**30:.2f} GiB, and ")
 
 
 def test_what_cannot_fit_is_refused_with_advice(model):

@@ -51,6 +51,16 @@ def test_the_best_so_far_is_the_measure():
     assert collapse_warning(history({"accuracy": 0.3}, {"accuracy": 0.6}), limit=96) is None
 
 
+def test_the_start_is_the_runs_and_not_that_after_a_resume(tmp_path, capsys):
+    """A length that has halved twice: only who knows the first steps can tell."""
+    short = [{**step, "step": 2 * COLLAPSE_WINDOW + i} for i, step in enumerate(history({"mean_length": 7.5}))]
+    for earlier, told in (([], False), (history({}, {"mean_length": 15.0}), True)):
+        watch = Watch(tmp_path, TrainConfig(max_new_tokens=96), torch.float32, earlier)
+        for step in short:
+            watch.see(step)
+        assert ("mean_length fell from 30.0 at the start to 7.5" in capsys.readouterr().out) == told
+
+
 def test_too_few_steps_say_nothing():
     assert collapse_warning([*history({})[:-1], {**HEALTHY, "accuracy": 0.0}], limit=96) is None
     assert collapse_warning([], limit=96) is None
@@ -90,7 +100,7 @@ def test_a_gap_that_rounding_does_not_explain_is_told(gaps, dtype, bound):
 
 @pytest.mark.parametrize(("dropout", "said"), [(0.0, ["warning: after step 2: sampler_gap"]), (0.05, [])])
 def test_the_gap_is_told_once_and_not_where_the_trainer_drops_out(dropout, said, tmp_path, capsys):
-    watch = Watch(tmp_path, TrainConfig(lora_dropout=dropout), torch.float32)
+    watch = Watch(tmp_path, TrainConfig(lora_dropout=dropout), torch.float32, [])
     for step, gap in enumerate([1e-7, 1e-3, 1e-7, 1e-3]):
         watch.see({**HEALTHY, "step": step, "sampler_gap": gap})
     lines = capsys.readouterr().out.splitlines()

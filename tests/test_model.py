@@ -12,6 +12,7 @@ from model import (
     check_head,
     eos_ids,
     find_checkpoint,
+    load_config,
     load_model,
     load_tokenizer,
     lora_layers,
@@ -199,6 +200,19 @@ def test_a_config_that_does_not_fit_is_one_line(qwen3, values, message):
     with pytest.raises(InputError, match=message) as caught:
         load_model(qwen3, device="cpu")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer, load_config])
+def test_what_cannot_be_read_beside_the_weights_is_one_line(qwen3, load):
+    """An unknown architecture also where no model is loaded; a torn generation config, whose EOS ids would be lost."""
+    change_config(qwen3, model_type="unheard-of")
+    with pytest.raises(InputError, match=r"^--model .*cannot be loaded .*unheard-of") as caught:
+        load(str(qwen3))
+    assert len(str(caught.value).splitlines()) == 1
+    change_config(qwen3, model_type="qwen3")
+    (qwen3 / "generation_config.json").write_text('{"eos_token_id": [1, 2')
+    with pytest.raises(InputError, match=r"^--model .*generation_config.json is not valid JSON"):
+        load(str(qwen3))
 
 
 def test_a_missing_attention_backend_is_one_line(qwen3):

@@ -92,12 +92,13 @@ def test_the_map_has_a_panel_for_each_learning_rate_and_clip():
     grid = Grid({"eval_steps": 1}, [0], {})
     records = [
         {"row": f"{name}, x", "options": {"learning_rate": rate, "tau_clip": clip}, "error": None,
-         "evaluation": {"0": {"sampled": 0.1}, "1": {"sampled": rate}}}
+         "evaluation": {"0": {"sampled": 0.1, "greedy": 0.3}, "1": {"sampled": rate, "greedy": 0.5}}}
         for name in ("OPSD", "Sharp") for rate in (0.2, 0.4) for clip in ("inf", 0.05)
     ]  # fmt: skip
     axes = plots.study_map(grid, records).axes
     assert [axis.get_title() for axis in axes[:2]] == ["learning rate 0.2, clip 0.05", "learning rate 0.2, clip inf"]
-    assert [list(line.get_ydata()) for line in axes[3].lines] == [[pytest.approx(10.0), pytest.approx(40.0)]] * 2
+    sampled, greedy = [pytest.approx(10.0), pytest.approx(40.0)], [pytest.approx(30.0), pytest.approx(50.0)]
+    assert [list(line.get_ydata()) for line in axes[3].lines] == [sampled, greedy] * 2
 
 
 def test_missing_matplotlib_is_one_line(monkeypatch):
@@ -106,7 +107,10 @@ def test_missing_matplotlib_is_one_line(monkeypatch):
         plots.schedule_weights()
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path):
+def test_a_folder_that_is_no_run_is_named(tmp_path, run):
+    (run / "config.json").write_text('{"config": {}}')
+    with pytest.raises(InputError, match=r"no config.json of a run of train.py \(KeyError\)"):
+        plots.run_label(run)
     with pytest.raises(InputError, match="no run"):
         plots.read_metrics(tmp_path)
     with pytest.raises(InputError, match="not a run folder"):

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 from problems import InputError
-from runtime.run_folder import ERROR_LOG, LOCK, claimed, keep_lines, locked, read_record, record_run, run_folder
+from runtime.run_folder import (
+    ERROR_LOG,
+    LOCK,
+    RunLog,
+    claimed,
+    keep_lines,
+    locked,
+    made,
+    read_record,
+    record_run,
+    run_folder,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -125,6 +136,14 @@ def test_what_cannot_be_a_folder_is_named(tmp_path):
             pass
 
 
+def test_a_folder_for_results_is_made_or_named(tmp_path):
+    assert made(tmp_path / "a" / "b").is_dir() and made(tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "results"):
+        with pytest.raises(InputError, match=r"--output_dir .*file.*: cannot be written"):
+            made(path)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
 def test_a_folder_without_permission_is_one_line(tmp_path):
     code = (
@@ -161,6 +180,13 @@ def test_the_refusal_is_asked_again_under_the_lock(tmp_path):
     answers = iter([None, f"{tmp_path}: holds another run"])
     with pytest.raises(InputError, match="holds another run"), locked(tmp_path / "run", lambda folder: next(answers)):
         pass
+
+
+@pytest.mark.parametrize("text", ['{"0', "[1]", '{"first": {}}'])
+def test_accuracies_that_are_no_runs_are_named(tmp_path, text):
+    (tmp_path / "evaluation.json").write_text(text)
+    with pytest.raises(InputError, match=r"evaluation.json: not the accuracies of a run"):
+        RunLog(tmp_path, 0)
 
 
 def test_lines_are_cut_back_and_torn_lines_dropped(tmp_path):

@@ -52,9 +52,19 @@ def test_a_damaged_line_is_named(tmp_path):
         path.write_bytes(lines[0] + damaged + lines[2])
         with pytest.raises(InputError, match="line 2"):
             write(path, [], {})
-    path.write_bytes(lines[1])
-    with pytest.raises(InputError, match="line 1"):
-        write(path, [], {})
+    for first in (lines[1], b'{"regime": 3}\n'):
+        path.write_bytes(first)
+        with pytest.raises(InputError, match="line 1"):
+            write(path, [], {})
+
+
+def test_an_empty_regime_is_another_regime(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b'{"regime": {}}\n')
+    with SampleFile(path) as file:
+        file.begin({"model": "m"})
+        with pytest.raises(InputError, match="its samples have model None, not 'm'"):
+            check_regime(file.header, {"model": "m"}, path)
 
 
 def test_two_writers_are_refused(tmp_path):

@@ -330,7 +330,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "ok":
             choice = {"text": "", "token_ids": [5, 1], "finish_reason": "stop", "logprobs": {"token_logprobs": [0, 0]}}
-            self.answer(200, {"model": body["model"], "choices": [choice | self.changes]})
+            usage = {"completion_tokens": 2}
+            self.answer(200, {"model": body["model"], "choices": [choice | self.changes], "usage": usage})
         else:
             self.answer(int(fault), {"error": {"message": "as asked"}})
 
@@ -424,6 +425,7 @@ def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
     for changes, line in (
         ({"finish_reason": "abort"}, "not a completion"),
         ({"token_ids": []}, "not a completion"),
+        ({"token_ids": None, "text": None}, "not a completion"),
         ({"logprobs": {"token_logprobs": [0]}}, "not a completion"),
         ({"token_ids": [5, 6]}, "ended at token 6, but the model's EOS ids are"),
         ({"finish_reason": "length"}, "went on at token 1, but"),

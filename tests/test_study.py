@@ -122,6 +122,11 @@ def test_segments_cover_every_value():
     assert segments(values) == [0.5, 2.5, 4.5, 6.5, 8.5]
 
 
+def test_each_grid_has_a_folder_of_its_own():
+    assert len({study.default_folder(name) for name in GRIDS}) == len(GRIDS)
+    assert str(study.default_folder("some/mine.json")) == "runs/study-mine"
+
+
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
 def test_grid_names_are_known_to_the_trainer(grid):
     for name in grid.rows:
@@ -165,10 +170,21 @@ def test_a_line_cut_short_runs_again(fake_cells, tmp_path):
     assert len(read_cells(path)) == 4
 
 
-def test_a_damaged_line_in_the_middle_is_named(tmp_path):
-    (tmp_path / "cells.jsonl").write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
-    with pytest.raises(InputError, match="line 2"):
+@pytest.mark.parametrize("line", ["nonsense", '{"a": 1}', "[1]"])
+def test_a_line_that_is_no_cell_is_named(tmp_path, line):
+    whole = json.dumps(record({}, 0, 0.9))
+    (tmp_path / "cells.jsonl").write_text(f"{whole}\n{line}\n{whole}\n")
+    with pytest.raises(InputError, match=r"cells.jsonl, line 2: not"):
         read_cells(tmp_path / "cells.jsonl")
+
+
+def test_an_output_that_is_no_folder_and_a_negative_number_of_workers_are_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--output_dir .*file: cannot be written"):
+        run_grid(TINY, tmp_path / "file", workers=1)
+    monkeypatch.setattr(sys, "argv", ["study", "--workers", "-1", "--output_dir", str(tmp_path)])
+    with pytest.raises(InputError, match="--workers -1"):
+        study.main()
 
 
 def test_rows_with_equal_options_share_cells(fake_cells, tmp_path):
@@ -224,6 +240,11 @@ def test_before_training_is_measured_once(tmp_path):
         '{"rows": {"A": {}}, "seeds": [0]}',
         '{"rows": {"OPSD": {}}, "seeds": [0], "contrasts": [["OPSD", "B"]]}',
         '{"rows": {"OPSD": {}}, "seeds": [0], "colour": 1}',
+        '{"rows": {"OPSD": 3}, "seeds": [0]}',
+        '{"rows": ["OPSD"], "seeds": [0]}',
+        '{"rows": {"OPSD": {}}, "seeds": 3}',
+        '{"rows": {"OPSD": {}}, "seeds": ["a"]}',
+        '{"rows": {"OPSD": {}}, "seeds": [0], "common": [1]}',
     ],
 )
 def test_a_bad_grid_is_refused(tmp_path, content):

@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -124,6 +125,14 @@ def test_a_control_token_that_a_problem_spells_stays_text(checkpoint, family):
                     assert ids.count(control) == usual.count(control)
                 shown = tokenizer.decode(ids)
                 assert problem.problem in shown and (prompt is student_prompt or problem.solution in shown)
+
+
+def test_a_control_token_that_cannot_be_kept_as_text_is_said():
+    """A tokenizer that puts a space in front of each piece of text would change what the problem says."""
+    tokenizer = families.sentencepiece_like()
+    assert student_prompt(tokenizer, Problem("a b", "a", "1"))
+    with pytest.raises(InputError, match=r"cannot encode a control token as text, in the problem 'a </s> b'"):
+        student_prompt(tokenizer, Problem("a </s> b", "a", "1"))
 
 
 def test_a_problem_without_control_tokens_is_encoded_in_one_piece(checkpoint):
@@ -280,7 +289,8 @@ def test_wrong_references_are_said():
 
 def test_templates_from_a_file(checkpoint, tmp_path):
     path = tmp_path / "prompts.json"
-    path.write_text(json.dumps({"teacher": "{problem} \\frac{a}{b} It is {answer}: {solution}"}))
+    text = json.dumps({"teacher": "{problem} \\frac{a}{b} It is {answer}: {solution}"})
+    path.write_text("\ufeff" + text, encoding="utf-8")
     prompts = load_prompts(str(path))
     assert prompts == replace(PAPER_PROMPTS, teacher="{problem} \\frac{a}{b} It is {answer}: {solution}")
     assert fill(prompts.teacher, SUMS[0]) == "1+1 \\frac{a}{b} It is 2: 1+1=\\boxed{2}"
@@ -294,6 +304,7 @@ def test_templates_from_a_file(checkpoint, tmp_path):
         ("[]", "expected an object with some of student, teacher"),
         ('{"pupil": "{problem}"}', "expected an object"),
         ('{"student": 1}', "student: must be a text"),
+        ('{"student": "{problem} \\ud800"}', "student: holds half of a surrogate pair"),
         ('{"student": "{question}"}', "student: {problem} is missing"),
         ('{"student": "{problem} \\\\boxed{answer}"}', "student: must not show {answer}"),
         ('{"evaluation": "{problem} {solution}"}', "evaluation: must not show {solution}"),

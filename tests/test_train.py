@@ -11,6 +11,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from forked import run_ranks, script
 from safetensors.torch import load_file
 
 import train
@@ -23,6 +24,7 @@ from runtime.engines import GenerateEngine
 from runtime.grading import ExactGrader
 from runtime.memory import USABLE
 from runtime.metrics import last_good
+from runtime.ranks import rank, start_ranks, stop_ranks
 from runtime.run_folder import claimed, run_folder
 from teacher import EVALUATION_PROMPT
 from train import PRESETS, TrainConfig, build, micro_batches, parse_config, step_problems, sum_over_ranks
@@ -229,9 +231,7 @@ def test_two_ranks_equal_one(tmp_path, run_main, method):
         ]  # fmt: skip
 
     run_main(arguments("one"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *arguments("two")], cwd=ROOT, check=True, capture_output=True, env=environment)
+    run_ranks(tmp_path, script, "train.py", arguments("two"))
     by_row = lengths(tmp_path / "one")
     assert len(set(by_row)) > 1 and sum(by_row[::2]) / 3 != sum(by_row[1::2]) / 2
     one, two = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
@@ -240,36 +240,26 @@ def test_two_ranks_equal_one(tmp_path, run_main, method):
     assert one["mean_length"] == two["mean_length"]
     assert largest_difference(adapter(tmp_path / "one", 1), adapter(tmp_path / "two", 1)) < 1e-5
     assert (tmp_path / "one/samples.jsonl").read_text() == (tmp_path / "two/samples.jsonl").read_text()
+    assert json.loads((tmp_path / "two/config.json").read_text())["ranks"] == 2
 
 
-SUMS = """
-import torch, torch.distributed as dist
-from runtime.ranks import rank, start_ranks, stop_ranks
-from train import sum_over_ranks
-
-start_ranks("cpu")
-scale = 1.0 + 9.0 * rank()  # 1 and 10: a sum is 11
-wide = scale * torch.arange(12.0).view(3, 4)
-tensors = [torch.tensor(scale), scale * torch.ones(2, 3), wide.T, (scale * torch.ones(2)).to(torch.bfloat16)]
-sum_over_ranks(tensors)
-expected = [torch.tensor(11.0), torch.full((2, 3), 11.0), 11.0 * torch.arange(12.0).view(3, 4).T]
-for tensor, total in zip(tensors, [*expected, torch.full((2,), 11.0, dtype=torch.bfloat16)], strict=True):
-    assert tensor.dtype == total.dtype and torch.equal(tensor, total), (tensor, total)
-stop_ranks()
-"""
+def sums_of_two_ranks() -> None:
+    start_ranks("cpu")
+    scale = 1.0 + 9.0 * rank()  # 1 and 10: a sum is 11
+    wide = scale * torch.arange(12.0).view(3, 4)
+    tensors = [torch.tensor(scale), scale * torch.ones(2, 3), wide.T, (scale * torch.ones(2)).to(torch.bfloat16)]
+    sum_over_ranks(tensors)
+    expected = [torch.tensor(11.0), torch.full((2, 3), 11.0), 11.0 * torch.arange(12.0).view(3, 4).T]
+    for tensor, total in zip(tensors, [*expected, torch.full((2,), 11.0, dtype=torch.bfloat16)], strict=True):
+        assert tensor.dtype == total.dtype and torch.equal(tensor, total), (tensor, total)
+    stop_ranks()
 
 
 def test_tensors_of_all_shapes_are_summed_over_ranks_in_place(tmp_path):
     alone = [torch.ones(()), torch.ones(2, 3)]
     sum_over_ranks(alone)
     assert torch.equal(alone[0], torch.ones(())) and torch.equal(alone[1], torch.ones(2, 3))
-    (tmp_path / "sums.py").write_text(SUMS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [*command, str(tmp_path / "sums.py")], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    run_ranks(tmp_path, sums_of_two_ranks)
 
 
 def test_a_step_samples_and_scores_with_its_own_settings(qwen3, data, tmp_path, run_main, monkeypatch):
@@ -352,7 +342,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(qwen3, data, tmp_
     forward, calls = LoRALinear.forward, []
 
     def counted(self, x):
-        calls[-1] += type(x).__name__ != "FakeTensor"  # the memory plan runs the step without content
+        calls[-1] += x.device.type != "meta"  # the memory plan runs the step without content
         return forward(self, x)
 
     monkeypatch.setattr(LoRALinear, "forward", counted)
@@ -411,6 +401,31 @@ def test_resume_with_another_option_is_refused(qwen3, data, tmp_path, run_main):
     assert len(metrics(tmp_path / "run")) == 1
 
 
+def test_a_resumed_run_wants_the_files_it_began_with(qwen3, data, tmp_path, run_main):
+    """By content, though each keeps its name: data, base weights, template, held-out problems, prompts."""
+    model, held_out, prompts = tmp_path / "model", tmp_path / "held_out.jsonl", tmp_path / "prompts.json"
+    shutil.copytree(qwen3, model)
+    held_out.write_text(json.dumps({"problem": "1+1", "answer": "2"}) + "\n")
+    prompts.write_text(json.dumps({"student": "Sum: {problem}"}))
+    given = ("--num_steps", 1, "--eval_data", held_out, "--prompts", prompts)
+    run_main(flags(model, data, tmp_path / "run", *given))
+    weights = model / "model.safetensors"
+    for flag, path, old, new in (
+        ("data", data, b"clips", b"chips"),
+        ("model", weights, b"\x00\x00\x80?", b"\x00\x00\x00?"),  # each 1.0 of a norm becomes 0.5
+        ("model", model / "chat_template.jinja", b"assistant", b"Assistant"),
+        ("eval_data", held_out, b"2", b"3"),
+        ("prompts", prompts, b"Sum", b"Total"),
+    ):
+        before = path.read_bytes()
+        path.write_bytes(before.replace(old, new))
+        assert path.read_bytes() != before, path
+        with pytest.raises(InputError, match=rf"what --{flag} .* names has changed since"):
+            run_main(flags(model, data, tmp_path / "run", *given, "--resume"))
+        path.write_bytes(before)
+    assert "going on from" in run_main(flags(model, data, tmp_path / "run", *given, "--resume"))
+
+
 def test_sigterm_while_scoring_finishes_the_step_and_saves(qwen3, data, tmp_path, run_main, monkeypatch):
     original = train.response_hidden
 
@@ -450,6 +465,44 @@ def test_sigterm_while_sampling_leaves_the_step_and_the_run_goes_on_as_if_unbrok
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("call", "behind"), [(2, 0), (4, 1), (10, 3)])
+def test_sigterm_while_held_out_problems_are_scored_ends_at_once_and_is_made_up_for(
+    qwen3, data, tmp_path, run_main, monkeypatch, call, behind
+):
+    """Before the first step, on the way and at the end: two calls to score (sampled, greedy), one for a step."""
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"problem": "1+1?", "answer": "2"}) + "\n")
+
+    def arguments(run):
+        return flags(qwen3, data, run, "--num_steps", 3, "--eval_data", held_out, "--eval_steps", 1)
+
+    run_main(arguments(tmp_path / "whole"))
+    original, calls = GenerateEngine.sample, []
+
+    def preempted(*args):
+        calls.append("begun")
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        response = original(*args)
+        calls[-1] = "done"
+        return response
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerateEngine, "sample", preempted)
+        output = run_main(arguments(run))
+    assert calls == ["done"] * (call - 1) + ["begun"]
+    assert (f"SIGTERM: saved after step {behind};" if behind else "SIGTERM: before the first step") in output
+    assert [path.name for path in run.glob("checkpoint-*")] == [f"checkpoint-{behind}"] * (behind > 0)
+    evaluated = json.loads((run / "evaluation.json").read_text()) if behind else {}
+    assert list(evaluated) == [str(step) for step in range(behind)]
+    run_main([*arguments(run), "--resume"])
+    assert metrics(run) == metrics(tmp_path / "whole")
+    for name in ("evaluation.json", "heldout.jsonl"):
+        assert (run / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert largest_difference(adapter(run, 3), adapter(tmp_path / "whole", 3)) == 0.0
+
+
 def test_a_collapsed_run_ends_where_that_is_asked_for(qwen3, data, tmp_path, run_main):
     """The random model never ends a rollout: all of the first five steps are cut at the limit."""
     arguments = flags(qwen3, data, tmp_path / "run", "--num_steps", 8, "--save_steps", 1, "--max_new_tokens", 3)
@@ -457,6 +510,17 @@ def test_a_collapsed_run_ends_where_that_is_asked_for(qwen3, data, tmp_path, run
         run_main([*arguments, "--stop_on_collapse"])
     assert len(metrics(tmp_path / "run")) == 5
     assert last_good(tmp_path / "run", 8).endswith("run/checkpoint-4")
+
+
+def test_a_resumed_run_is_measured_by_its_own_start(qwen3, data, tmp_path, run_main):
+    """Three steps before the resume and two after it are the five of the warning."""
+    arguments = flags(qwen3, data, tmp_path / "run", "--num_steps", 6, "--save_steps", 1, "--max_new_tokens", 3)
+    run_main(arguments)
+    for step in (4, 5, 6):
+        shutil.rmtree(tmp_path / f"run/checkpoint-{step}")
+    with pytest.raises(InputError, match=r"--stop_on_collapse, step 5: every rollout of the last 5 steps"):
+        run_main([*arguments, "--resume", "--stop_on_collapse"])
+    assert len(metrics(tmp_path / "run")) == 5
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -523,7 +587,7 @@ def test_prompts_that_are_too_long_are_named_or_dropped_with_a_count(qwen3, data
 
 def test_the_memory_plan_chooses_the_micro_batch(qwen3, data, tmp_path, run_main, monkeypatch):
     output = run_main(flags(qwen3, data, tmp_path / "auto", "--micro_batch_size", "auto", "--num_steps", 1))
-    assert "(4 sequences)" in output  # the whole local batch fits
+    assert "4 sequences" in output  # the whole local batch fits
     monkeypatch.setattr(fit, "available_memory", lambda device: 1000)
     with pytest.raises(InputError, match=r"memory in GiB.*what helps"):
         run_main(flags(qwen3, data, tmp_path / "small", "--num_steps", 1))
@@ -547,13 +611,13 @@ def test_a_resumed_run_keeps_the_micro_batch_that_auto_chose(qwen3, data, tmp_pa
     middle = sum(p.total - p.weights - p.trained for p in totals) / 2 / USABLE
     with monkeypatch.context() as scarce:
         scarce.setattr(fit, "available_memory", lambda device: int(middle))
-        assert "(2 sequences)" in run_main(flags(qwen3, data, run, *auto))
+        assert "2 sequences" in run_main(flags(qwen3, data, run, *auto))
     shutil.rmtree(run / "checkpoint-2")
-    assert "(2 sequences)" in run_main(flags(qwen3, data, run, *auto, "--resume"))
+    assert "2 sequences" in run_main(flags(qwen3, data, run, *auto, "--resume"))
     assert [shape.micro_batch_size for _, shape, *_ in plans] == [0, 0, 2]
     assert json.loads((run / "config.json").read_text())["config"]["micro_batch_size"] == 2
     shutil.rmtree(run / "checkpoint-2")
-    assert "(4 sequences)" in run_main(flags(qwen3, data, run, "--micro_batch_size", 4, "--resume"))  # unless asked
+    assert "4 sequences" in run_main(flags(qwen3, data, run, "--micro_batch_size", 4, "--resume"))  # unless asked
     assert metrics(run)[1]["loss"] == pytest.approx(metrics(tmp_path / "ample")[1]["loss"], abs=1e-6)
 
 
