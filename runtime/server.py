@@ -284,7 +284,8 @@ def answer(error) -> str:
     with suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["detail"]
     with suppress(ValueError, KeyError, TypeError):
-        text = json.loads(text)["error"]["message"]
+        text = json.loads(text)["error"]
+        text = text["message"]
     return one_line(f"{error.status_code} {text}")
 
 

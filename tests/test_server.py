@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ from rollout import Sampling, sample
 from runtime import server
 from runtime.adapters import load_adapter, save_adapter
 from runtime.metrics import GAP_FLOAT32
-from runtime.server import ServerEngine, base_url, prompt_text
+from runtime.server import ServerEngine, answer, base_url, prompt_text
 from teacher import EVALUATION_PROMPT, encode_prompt
 
 MISSING = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
@@ -443,6 +444,19 @@ def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     ask(fake.url, 1)
     assert fake.seen[-1][2] == "Bearer secret"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"error": "Unauthorized"}',
+        '{"error": {"message": "Unauthorized"}}',
+        '{"detail": "Unauthorized"}',
+        "Unauthorized",
+    ],
+)
+def test_a_refusal_has_its_message_in_whatever_form_it_comes(body):
+    assert answer(SimpleNamespace(status_code=401, response=SimpleNamespace(text=body))) == "401 Unauthorized"
 
 
 @needs_openai
