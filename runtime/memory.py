@@ -23,7 +23,7 @@ from teacher import Teacher
 
 USABLE = 0.92  # of the free memory: allocators waste some, and kernels have workspaces
 UNKNOWN_MEMORY_SIZE = 4  # sequences: the paper's micro-batch, where nothing is known
-UPDATE_COPIES = 3  # AdamW's temporaries, each of the largest parameter
+UPDATE_COPIES = 2  # AdamW's temporaries, each of the largest parameter
 FAR_BELOW = 0.5  # of the free memory: a bound below it is enough
 
 

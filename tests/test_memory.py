@@ -224,7 +224,7 @@ def test_auto_measures_only_sizes_that_may_fit(model, monkeypatch):
     least = plan(model, 0, available=int(enough) + 1)
     assert shapes == [(8, 8), (1, 0)]
     assert replace(least, micro_batch_size=0) == replace(alone[1], micro_batch_size=0)
-    assert alone[1].student > alone[8].student / 8
+    assert alone[1].student >= alone[8].student / 8
 
 
 @pytest.mark.parametrize(("family", "lora_rank"), [("qwen3", 4), ("llama", 4), ("olmo3", 4), ("qwen3", 0)])
