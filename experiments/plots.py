@@ -180,10 +180,11 @@ def study_map(grid: Grid, records: list[dict]) -> Figure:
                 label = name if decoding == "sampled" else None
                 axis.plot(steps, means, style, markersize=3, linewidth=1, color=f"C{names.index(name)}", label=label)
         axis.set(title=f"learning rate {rate:g}, clip {clip}", ylim=(0, 100))
+        axis.set_xlabel("steps", fontsize=8)
         axis.title.set_size(8)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     drawn.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False
+        handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
     )
     drawn.supylabel("held-out accuracy, % (lines: sampled, dashed: greedy)", fontsize=9)
     return drawn
