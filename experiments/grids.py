@@ -113,6 +113,7 @@ LEAP = Grid(
         "fitted, w_min 0": {"method": "pwopsd", **FITTED, "w_min": 0.0},  # is it the floor that the fit has too high,
         "fitted, tau .5": {"method": "pwopsd", **FITTED, "tau": 0.5, "s": 0.05},  # or the rise that comes too early?
         "OPSD, entry clip .05": CLIPS["entry clip .05"],
+        "OPSD, token clip .05": CLIPS["token clip 0.05"],
         "Moderate, entry clip .05": CLIPS["Moderate, entry clip .05"],
         "Aggressive, entry clip .05": schedule("aggressive", tau_clip=0.05),
     },
@@ -125,6 +126,7 @@ LEAP = Grid(
         ("fitted, tau .5", "fitted by the diagnostic"),
         ("fitted by the diagnostic", "PW-OPSD Moderate"),
         ("Aggressive", "OPSD, entry clip .05"),
+        ("OPSD, token clip .05", "OPSD, entry clip .05"),
         ("Moderate, entry clip .05", "OPSD, entry clip .05"),
         ("Aggressive, entry clip .05", "OPSD, entry clip .05"),
     ],
@@ -142,6 +144,16 @@ def leap_dose(dose: float) -> Grid:
     )
 
 
+LEAP_LONG = {**leap_world(0.4), "num_steps": 80, "eval_steps": 20}
+
+
+def leap_clips() -> Grid:
+    """The two clips of the map that part most, with more seeds: .05 per entry and per token, along 80 steps."""
+    both = {"learning_rate": 3e-4, "tau_clip": 0.05}
+    rows = {"entry clip .05": {"method": "opsd", **both}, "token clip .05": {"method": "opsd_token_clip", **both}}
+    return Grid(LEAP_LONG, [0, 1, 2], rows, baseline="entry clip .05")
+
+
 def leap_map() -> Grid:
     """Where the order of the leap world holds: learning rates x clips x weights, held-out accuracy along 80 steps."""
     rows = {}
@@ -151,7 +163,7 @@ def leap_map() -> Grid:
                 rows[f"{name}, {rate:g}, clip {clip}"] = {**LEAP_ROWS[name], "learning_rate": rate, "tau_clip": clip}
         for name, method in (("OPSD token clip", "opsd_token_clip"), ("OPSD scaled clip", "opsd_scaled_clip")):
             rows[f"{name}, {rate:g}, clip 0.05"] = {"method": method, "learning_rate": rate, "tau_clip": 0.05}
-    return Grid({**leap_world(0.4), "num_steps": 80, "eval_steps": 20}, [0], rows, baseline="OPSD, 0.0003, clip 1.0")
+    return Grid(LEAP_LONG, [0], rows, baseline="OPSD, 0.0003, clip 1.0")
 
 
 # What to run first with eight GPUs and a week (docs/study.md): the questions of the small worlds at 1.7 B, with as many
@@ -171,5 +183,5 @@ WEEK = Grid(
     contrasts=[("PW-OPSD Moderate", "Moderate, shuffled"), ("Moderate, no clip", "OPSD, no clip")],
 )
 
-GRIDS = {"embedded": EMBEDDED, "leap": LEAP, "leap-map": leap_map(), "week": WEEK}
+GRIDS = {"embedded": EMBEDDED, "leap": LEAP, "leap-map": leap_map(), "leap-clips": leap_clips(), "week": WEEK}
 GRIDS |= {f"leap-{dose}": leap_dose(dose) for dose in (0.2, 0.1)}
