@@ -183,9 +183,7 @@ def study_map(grid: Grid, records: list[dict]) -> Figure:
         axis.set_xlabel("steps", fontsize=8)
         axis.title.set_size(8)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    drawn.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
-    )
+    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     drawn.supylabel("held-out accuracy, % (lines: sampled, dashed: greedy)", fontsize=9)
     return drawn
 
