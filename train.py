@@ -360,6 +360,7 @@ def parse_config(arguments: list[str] | None = None) -> TrainConfig:
 
 def check_config(config: TrainConfig) -> None:
     """Raise InputError, naming the flag, for values that cannot work."""
+    find_checkpoint(config.model)
     resolve_method(config.method, config)
     engine, _ = choose_engine(config.engine, torch.device("cpu"), config.max_new_tokens, config.server)
     if engine == "server" and config.lora_rank == 0:
@@ -525,7 +526,7 @@ def take_steps(
 
 def say_stopped(behind: int, folder: Path) -> None:
     where = f"saved after step {behind}" if behind else "before the first step was done"
-    say(f"SIGTERM: {where}; go on with --resume --output_dir {folder}")
+    say(f"SIGTERM: {where}; the same command with --resume --output_dir {folder} goes on")
 
 
 def save(folder: Path, step: int, run: Training, config: TrainConfig) -> None:

@@ -50,7 +50,10 @@ class FlagParser(HfArgumentParser):
 
     def __init__(self, config_class: type, description: str | None) -> None:
         self._group_of_name: dict[str, argparse._ArgumentGroup] = {}
-        super().__init__(config_class, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            config_class, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )  # fmt: skip
 
     def add_argument(
         self, *names: str, group: str | None = None, parse: Callable | None = None, limits=None, **settings

@@ -126,3 +126,8 @@ def test_departures_are_what_differs_from_the_preset():
         "--tau_clip", "0.05", "--seed", "7",
     ]  # fmt: skip
     assert departures(parse_config(["--model", "a/b", "--top_k", "0"]), PRESETS) == "--model a/b --top_k 0"
+
+
+def test_a_flag_is_not_completed_from_its_beginning():
+    with pytest.raises(InputError, match="unrecognized arguments: --batch 8"):
+        parse_config(["--batch", "8"])

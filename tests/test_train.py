@@ -503,6 +503,11 @@ def test_sigterm_while_held_out_problems_are_scored_ends_at_once_and_is_made_up_
     assert largest_difference(adapter(run, 3), adapter(tmp_path / "whole", 3)) == 0.0
 
 
+def test_a_wrong_model_is_named_before_any_data_is_looked_for():
+    with pytest.raises(InputError, match="--model /no/such: neither a directory"):
+        parse_config(["--model", "/no/such"])
+
+
 def test_a_collapsed_run_ends_where_that_is_asked_for(qwen3, data, tmp_path, run_main):
     """The random model never ends a rollout: all of the first five steps are cut at the limit."""
     arguments = flags(qwen3, data, tmp_path / "run", "--num_steps", 8, "--save_steps", 1, "--max_new_tokens", 3)
