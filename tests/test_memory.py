@@ -181,7 +181,8 @@ def test_the_cache_of_a_long_sample_is_the_real_one(tmp_path):
     shape = {**families.SHAPE, "num_hidden_layers": 4}
     model = Olmo3ForCausalLM(Olmo3Config(**shape, vocab_size=50, sliding_window=16))
     add_lora(model, 4, 8.0)
-    per_token = 8 * 2 * model.config.num_key_value_heads * model.config.head_dim * 4  # bytes of a block, 8 rows
+    head_dim = model.config.hidden_size // model.config.num_attention_heads
+    per_token = 8 * 2 * model.config.num_key_value_heads * head_dim * 4  # bytes of a block, 8 rows
     kinds = block_kinds(model)
     assert kinds.count("full_attention") == 1
     apart = plan(model, max_new_tokens=2400).sampling - plan(model, max_new_tokens=1400).sampling
