@@ -360,7 +360,6 @@ def parse_config(arguments: list[str] | None = None) -> TrainConfig:
 
 def check_config(config: TrainConfig) -> None:
     """Raise InputError, naming the flag, for values that cannot work."""
-    find_checkpoint(config.model)
     resolve_method(config.method, config)
     engine, _ = choose_engine(config.engine, torch.device("cpu"), config.max_new_tokens, config.server)
     if engine == "server" and config.lora_rank == 0:
@@ -458,6 +457,7 @@ def main() -> None:
     device = start_ranks(config.device)
     if config.batch_size < world_size():
         raise InputError(f"--batch_size {config.batch_size}: fewer prompts than the {world_size()} ranks")
+    find_checkpoint(config.model)  # a wrong --model is told before the data are looked for
     problems = load_problems(config.data)
     held_out = load_problems(config.eval_data, need_solution=False) if config.eval_data else []
     folder = run_folder(

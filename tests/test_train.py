@@ -503,9 +503,9 @@ def test_sigterm_while_held_out_problems_are_scored_ends_at_once_and_is_made_up_
     assert largest_difference(adapter(run, 3), adapter(tmp_path / "whole", 3)) == 0.0
 
 
-def test_a_wrong_model_is_named_before_any_data_is_looked_for():
+def test_a_wrong_model_is_named_before_any_data_is_looked_for(run_main):
     with pytest.raises(InputError, match="--model /no/such: neither a directory"):
-        parse_config(["--model", "/no/such"])
+        run_main(["--model", "/no/such", "--data", "/no/such.jsonl"])
 
 
 def test_a_collapsed_run_ends_where_that_is_asked_for(qwen3, data, tmp_path, run_main):
