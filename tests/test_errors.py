@@ -92,8 +92,11 @@ def test_ctrl_c_ends_an_evaluation_with_one_line(tmp_path):
     """At its slowest, while it samples; what it has stays and counts."""
     command = [sys.executable, "evaluate.py", "--output_dir", str(tmp_path / "run"), "--num_samples", "20",
                "--device", "cpu", "--batch_size", "4"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     samples, end = tmp_path / "run" / "samples.jsonl", time.monotonic() + 240
     while not (samples.exists() and samples.stat().st_size > 0):
         assert process.poll() is None and time.monotonic() < end
