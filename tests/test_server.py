@@ -491,7 +491,10 @@ finally:
 def test_ctrl_c_ends_at_once_with_requests_in_flight_cancelled(fake):
     fake.faults += ["ok", "ok"] + ["hang"] * 100
     root = Path(__file__).resolve().parent.parent
-    process = subprocess.Popen([sys.executable, "-c", CTRL_C, fake.url], cwd=root, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CTRL_C, fake.url], cwd=root, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     assert process.stdout.readline() == process.stdout.readline() == "row\n"
     while fake.open < 4:
         time.sleep(0.01)
