@@ -135,7 +135,7 @@ def _at(logp_MV: Tensor, ids_M: Tensor) -> Tensor:
 class Method:
     """One row of Eq. (8). In METHODS a weight may be a schedule's name; `resolve_method` puts its function there."""
 
-    # (student_logp_MV, teacher_logp_MV, ids_M, options) -> l_M
+    # (student_logp_MV, teacher_logp_MV, ids_M, options) -> l_M, each from its own token's rows alone
     token_loss: Callable
     # A schedule's name (weights by position, weighting.py), or (scores, lengths, step, options) -> w_M
     token_weight: str | Callable

@@ -259,8 +259,8 @@ def some(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def one_line(error: Exception) -> str:
-    """What an exception says, on one line; its type where it says nothing."""
+def one_line(error: object) -> str:
+    """What an exception or a reply says, on one line; its type where it says nothing."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from model import find_checkpoint
+from model import find_checkpoint, one_line
 from problems import InputError
 from rollout import OnFinished, Response, Sampling, StreamKey
 
@@ -271,11 +271,6 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
         if tokenizer.encode(text) == ids:
             return text
     raise InputError("--server: a prompt cannot be written as text that encodes to the same tokens; use --engine")
-
-
-def one_line(value: object) -> str:
-    text = " ".join(str(value).split()) or type(value).__name__
-    return text[:300]
 
 
 def answer(error) -> str:
