@@ -115,6 +115,7 @@ def test_paired_difference_of_a_score_with_itself_is_zero():
 
 
 def test_one_class_gives_no_number_but_a_report(tmp_path):
+    pytest.importorskip("matplotlib")
     text = write_report([a_folder(tmp_path, a_world(base=lambda r: 0.99))], tmp_path)
     result = json.loads((tmp_path / "controls.json").read_text())["right spines"]
     assert result["table1"][POSITION] is None and result["labels"]["real-uncertain"] == 0
@@ -132,6 +133,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
 
 
 def test_wrong_spines_are_reported_apart(tmp_path):
+    pytest.importorskip("matplotlib")
     rows = a_world(problems=20)
     wrong = [{**row, "problem": row["problem"] + 100, "spine_correct": False} for row in a_world(problems=7, seed=5)]
     text = write_report([a_folder(tmp_path / "both", rows + wrong)], tmp_path / "both")
@@ -144,6 +146,7 @@ def test_wrong_spines_are_reported_apart(tmp_path):
 
 
 def test_runs_side_by_side_have_the_numbers_that_each_has_alone(tmp_path):
+    pytest.importorskip("matplotlib")
     runs = [a_folder(tmp_path / name, a_world(seed=seed, problems=20)) for name, seed in (("one", 0), ("two", 7))]
     cells = [write_report([run], run).splitlines() for run in runs]
     both = write_report(runs, tmp_path / "both").splitlines()
@@ -155,6 +158,7 @@ def test_runs_side_by_side_have_the_numbers_that_each_has_alone(tmp_path):
 
 
 def test_schedule_file_is_what_training_reads(tmp_path):
+    pytest.importorskip("matplotlib")
     write_report([a_folder(tmp_path, a_world())], tmp_path)
     content = json.loads((tmp_path / "schedule.json").read_text())
     schedule = get_schedule(str(tmp_path / "schedule.json"))

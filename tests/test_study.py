@@ -58,6 +58,7 @@ def fake_cells(monkeypatch):
 # Student's t: the tables of any statistics book.
 @pytest.mark.parametrize(("p", "df", "t"), [(0.05, 4, 2.776), (0.05, 1, 12.706), (0.01, 9, 3.250), (0.4, 4, 0.941)])
 def test_t_table(p, df, t):
+    pytest.importorskip("scipy")
     assert t_quantile(p, df) == pytest.approx(t, abs=1e-3)
     assert t_two_sided_p(t, df) == pytest.approx(p, abs=2e-4)
 
@@ -65,6 +66,7 @@ def test_t_table(p, df, t):
 @pytest.mark.parametrize("df", [1, 2, 5, 30])
 def test_t_equals_its_density_integrated(df):
     """Under t = sqrt(df) tan(a) the density is cos(a)^(df - 1) up to a factor; Simpson's rule over a."""
+    pytest.importorskip("scipy")
 
     def integral(low, high, pieces=2000):
         width = (high - low) / pieces
@@ -84,6 +86,7 @@ def test_no_scipy_is_one_line(monkeypatch):
 
 
 def test_paired_difference_by_hand():
+    pytest.importorskip("scipy")
     left, right = {0: 3.0, 1: 5.0, 2: 7.0, 9: 100.0}, {0: 1.0, 1: 4.0, 2: 4.0, 8: -100.0}
     d = paired_difference(left, right)  # differences 2, 1, 3: mean 2, std 1; seeds 8 and 9 have no partner
     assert (d.pairs, d.mean, d.std) == (3, 2.0, 1.0)
@@ -93,6 +96,7 @@ def test_paired_difference_by_hand():
 
 
 def test_pairing_removes_what_seeds_share():
+    pytest.importorskip("scipy")
     seeds = range(6)
     left = {s: 10.0 * s + 1.0 + 0.01 * (s % 2) for s in seeds}
     right = {s: 10.0 * s for s in seeds}
@@ -112,6 +116,7 @@ def test_holm_by_hand():
 
 
 def test_detectable_shrinks_with_seeds():
+    pytest.importorskip("scipy")
     assert detectable(2.0, 5) == pytest.approx((2.776 + 0.941) * 2.0 / 5**0.5, abs=1e-2)
     assert detectable(2.0, 20) < detectable(2.0, 5) / 2
 
@@ -256,6 +261,7 @@ def test_a_bad_grid_is_refused(tmp_path, content):
 
 def test_report_tells_effect_from_noise(tmp_path):
     """Six seeds: a row 10 points better each time, one that moves with no direction, one that broke off."""
+    pytest.importorskip("scipy")
     grid = Grid(
         {}, list(range(6)), {"OPSD": {"method": "opsd"}, "better": {"a": 1}, "noise": {"a": 2}, "broken": {"a": 3}}
     )
