@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ EMBEDDED = Grid(
 )
 
 
-# A world in which the teacher leaps early, where the student cannot follow (experiments/worlds.py).
-def leap_world(dose: float) -> dict[str, object]:
-    """Options of a run in the world that `make_world --world leap --dose DOSE` writes to runs/worlds/leap-DOSE."""
-    folder = f"runs/worlds/leap-{dose}"
+# Worlds in which the teacher misleads (experiments/worlds.py): by a leap where the student cannot follow, by its order.
+def other_world(name: str) -> dict[str, object]:
+    """Options of a run in a world that `make_world` wrote to runs/worlds/NAME."""
+    folder = f"runs/worlds/{name}"
     data = {"data": f"{folder}/train.jsonl", "eval_data": f"{folder}/heldout.jsonl"}
     return {"preset": "tiny", "model": f"{folder}/model", **data, "max_new_tokens": 128}
 
@@ -102,7 +102,7 @@ LEAP_ROWS = {
 }
 FITTED = {"w_min": 0.331, "tau": 0.42, "s": 0.126}  # Eq. (5) fitted to the teacher's viability (docs/diagnostic.md)
 LEAP = Grid(
-    common={**leap_world(0.4), "num_steps": 20, "learning_rate": 3e-4},
+    common={**other_world("leap-0.4"), "num_steps": 20, "learning_rate": 3e-4},
     seeds=[0, 1, 2, 3, 4, 5],
     rows={
         **LEAP_ROWS,
@@ -133,25 +133,19 @@ LEAP = Grid(
 )
 
 
-def leap_dose(dose: float) -> Grid:
-    """The first question of the leap world, the order of the schedules, at a weaker dose of the leap."""
+def schedules_in(world: str) -> Grid:
+    """The first question of the leap world, the order of the schedules, in another world."""
     names = ("OPSD", "reversed Moderate", "PW-OPSD Moderate", "Aggressive")
     return Grid(
-        common={**leap_world(dose), "num_steps": 20, "learning_rate": 3e-4},
-        seeds=[0, 1, 2, 3],
+        common={**LEAP.common, **other_world(world)},
+        seeds=[0, 1, 2, 3, 4, 5],
         rows={name: LEAP_ROWS[name] for name in names},
         contrasts=[("PW-OPSD Moderate", "reversed Moderate"), ("Aggressive", "PW-OPSD Moderate")],
     )
 
 
-LEAP_LONG = {**leap_world(0.4), "num_steps": 80, "eval_steps": 20}
-
-
-def leap_clips() -> Grid:
-    """The two clips of the map that part most, with more seeds: .05 per entry and per token, along 80 steps."""
-    both = {"learning_rate": 3e-4, "tau_clip": 0.05}
-    rows = {"entry clip .05": {"method": "opsd", **both}, "token clip .05": {"method": "opsd_token_clip", **both}}
-    return Grid(LEAP_LONG, [0, 1, 2], rows, baseline="entry clip .05")
+LONG = {"num_steps": 80, "eval_steps": 20}
+LEAP_LONG = replace(LEAP, common={**LEAP.common, **LONG})  # what lasts of it, along four times as many steps
 
 
 def leap_map() -> Grid:
@@ -163,7 +157,7 @@ def leap_map() -> Grid:
                 rows[f"{name}, {rate:g}, clip {clip}"] = {**LEAP_ROWS[name], "learning_rate": rate, "tau_clip": clip}
         for name, method in (("OPSD token clip", "opsd_token_clip"), ("OPSD scaled clip", "opsd_scaled_clip")):
             rows[f"{name}, {rate:g}, clip 0.05"] = {"method": method, "learning_rate": rate, "tau_clip": 0.05}
-    return Grid(LEAP_LONG, [0], rows, baseline="OPSD, 0.0003, clip 1.0")
+    return Grid({**other_world("leap-0.4"), **LONG}, [0], rows, baseline="OPSD, 0.0003, clip 1.0")
 
 
 # What to run first with eight GPUs and a week (docs/study.md): the questions of the small worlds at 1.7 B, with as many
@@ -183,5 +177,5 @@ WEEK = Grid(
     contrasts=[("PW-OPSD Moderate", "Moderate, shuffled"), ("Moderate, no clip", "OPSD, no clip")],
 )
 
-GRIDS = {"embedded": EMBEDDED, "leap": LEAP, "leap-map": leap_map(), "leap-clips": leap_clips(), "week": WEEK}
-GRIDS |= {f"leap-{dose}": leap_dose(dose) for dose in (0.2, 0.1)}
+GRIDS = {"embedded": EMBEDDED, "leap": LEAP, "leap-long": LEAP_LONG, "leap-map": leap_map(), "week": WEEK}
+GRIDS |= {world: schedules_in(world) for world in ("leap-0.2", "leap-0.1", "leak")}
