@@ -13,13 +13,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+from math import sqrt
 from pathlib import Path
+from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
 import torch
 
 from experiments.grids import GRIDS, Grid
-from experiments.report import collect, paired_difference
+from experiments.report import LEVEL, collect, paired_difference, t_quantile
 from experiments.study import read_cells, read_grid
 from experiments.token_page import RolloutView, TokenView, render, shade, view_rollouts
 from problems import InputError
@@ -130,12 +132,12 @@ def study_figure(grid: Grid, records: list[dict]) -> Figure:
     """Each row's paired difference to the baseline with its 95 % interval, held out, sampled and greedy."""
     rows = {row.name: row for row in collect(grid, records)}
     baseline = rows.pop(grid.baseline)
-    rows = {name: row for name, row in rows.items() if row.sampled}
+    rows = {name: row for name, row in rows.items() if row.at}
     drawn, axes = figure(11, 1.2 + 0.27 * len(rows), columns=2)
     for axis, column in zip(axes, ("sampled", "greedy"), strict=True):
         axis.axvline(0, color="0.4", linewidth=1)
         for place, row in enumerate(rows.values()):
-            d = paired_difference(getattr(row, column), getattr(baseline, column))
+            d = paired_difference(row.after(column), baseline.after(column))
             if d is not None:
                 axis.errorbar(d.mean, place, xerr=d.half, fmt="o", color="C0", markersize=4, capsize=2)
         axis.set(
@@ -159,6 +161,28 @@ def study_curves(grid: Grid, records: list[dict]) -> Figure:
         axis.plot(range(1, len(means) + 1), means, **style)
     axis.set(xlabel="step", ylabel="accuracy of the rollouts", ylim=(0, 1))
     axis.legend(fontsize=8, frameon=False, loc="lower right")
+    return drawn
+
+
+def study_along(grid: Grid, records: list[dict]) -> Figure:
+    """Held-out accuracy and leaps along training, a line a row: drawn through with a 95 % band where it has more than
+    one seed, dashed where it has one."""
+    rows = [row for row in collect(grid, records) if row.at]
+    drawn, axes = figure(12, 4.6, columns=3)
+    for axis, measure in zip(axes, ("sampled", "greedy", "leaps"), strict=True):
+        for number, row in enumerate(rows):
+            values = [list(row.after(measure, step).values()) for step in row.at]
+            means, seeds = [mean(of_seeds) for of_seeds in values], len(values[0])
+            style = {"linewidth": 2} if seeds > 1 else {"linewidth": 1, "linestyle": "--"}
+            axis.plot(list(row.at), means, color=f"C{number % 10}", label=f"{row.name} ({seeds})", **style)
+            if seeds > 1:
+                halves = [t_quantile(LEVEL, seeds - 1) * stdev(of_seeds) / sqrt(seeds) for of_seeds in values]
+                low, high = ([m + sign * half for m, half in zip(means, halves, strict=True)] for sign in (-1, 1))
+                axis.fill_between(list(row.at), low, high, color=f"C{number % 10}", alpha=0.15, linewidth=0)
+        axis.set(title={"leaps": "greedy solutions that leap, %"}.get(measure, f"held-out accuracy, {measure}, %"))
+        axis.set(xlabel="steps", ylim=(-2, 102))
+        axis.title.set_size(10)
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return drawn
 
 
@@ -280,6 +304,8 @@ def main() -> None:
         grid = GRIDS[args.grid] if args.grid in GRIDS else read_grid(Path(args.grid))
         pictures = {"study": study_figure(grid, records), "study_curves": study_curves(grid, records)}
         if "eval_steps" in grid.common:
+            pictures["study_along"] = study_along(grid, records)
+        if any("learning_rate" in options for options in grid.rows.values()):
             pictures = {"study_map": study_map(grid, records)}
         paths += save(pictures, args.output_dir)
     if args.html:

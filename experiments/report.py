@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from experiments.study import Grid
 
 LEVEL, POWER = 0.05, 0.80
+DECODINGS = ("sampled", "greedy")
 SEGMENTS = 5  # points of a learning curve in the report
 
 
@@ -101,19 +102,20 @@ def detectable(std: float, pairs: int) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """A row's cells by seed, in percent; a run whose loss was not finite has none."""
+    """A row's cells, in percent; a run whose loss was not finite has none."""
 
     name: str
-    before: dict[int, dict[str, float]]  # seed -> {"sampled", "greedy"}, held out, before training
-    sampled: dict[int, float]  # held out, after training
-    greedy: dict[int, float]
-    training: dict[int, float]  # mean rollout accuracy over all steps: how fast it learned
-    repaired: dict[int, float]  # believed facts that are right after training
-    broken: dict[int, float]  # right facts that are wrong after training
-    leaps: dict[int, float]  # greedy solutions that leap
+    at: dict[int, dict[str, dict[int, float]]]  # steps -> sampled, greedy, repaired, broken or leaps -> seed -> value
     curve: list[float]  # rollout accuracy in SEGMENTS equal parts of training, mean over seeds
-    held_out: dict[str, list[float]]  # steps -> sampled accuracy of the seeds, where it was measured along the way
     errors: list[str]
+
+    def after(self, measure: str, steps: int | None = None) -> dict[int, float]:
+        """Held-out values by seed, after so many steps (None: all of them)."""
+        return self.at.get(max(self.at, default=0) if steps is None else steps, {}).get(measure, {})
+
+
+BEHAVIOUR = ("repaired", "broken", "leaps")
+MEASURES = dict.fromkeys(DECODINGS, "evaluation") | dict.fromkeys(BEHAVIOUR, "behaviour")  # -> its part of a cell
 
 
 def collect(grid: Grid, records: list[dict]) -> list[Row]:
@@ -127,30 +129,24 @@ def collect(grid: Grid, records: list[dict]) -> list[Row]:
 
 def _row(name: str, cells: list[dict]) -> Row:
     whole = [cell for cell in cells if cell["error"] is None]
-    steps = list(whole[0]["evaluation"]) if whole else []
-    last = max(map(int, steps), default=0)
 
-    def percent(part: str, key: str) -> dict[int, float]:
-        values = {cell["seed"]: cell[part][str(last)][key] for cell in whole}
+    def percent(step: str, measure: str) -> dict[int, float]:
+        values = {cell["seed"]: cell[MEASURES[measure]][step][measure] for cell in whole}
         return {seed: 100 * value for seed, value in values.items() if value is not None}
 
+    steps = list(whole[0]["evaluation"]) if whole else []
     return Row(
         name,
-        {cell["seed"]: {key: 100 * value for key, value in cell["evaluation"]["0"].items()} for cell in whole},
-        percent("evaluation", "sampled"), percent("evaluation", "greedy"),
-        {cell["seed"]: 100 * mean(cell["accuracy"]) for cell in whole},
-        percent("behaviour", "repaired"), percent("behaviour", "broken"), percent("behaviour", "leaps"),
+        {int(step): {measure: percent(step, measure) for measure in MEASURES} for step in steps},
         [100 * mean(values) for values in zip(*(segments(cell["accuracy"]) for cell in whole), strict=True)],
-        {step: [100 * cell["evaluation"][step]["sampled"] for cell in whole] for step in steps},
         [f"seed {cell['seed']}: {cell['error']}" for cell in cells if cell["error"] is not None],
-    )  # fmt: skip
+    )
 
 
 def untrained(rows: list[Row]) -> Row:
     """The model before training, as a row of its own: the same problems and random numbers at each seed."""
-    before = {seed: value for row in rows for seed, value in row.before.items()}
-    sampled, greedy = ({seed: value[key] for seed, value in before.items()} for key in ("sampled", "greedy"))
-    return Row("before training", {}, sampled, greedy, {}, {}, {}, {}, [], {}, [])
+    start = {measure: {s: v for row in rows for s, v in row.after(measure, 0).items()} for measure in MEASURES}
+    return Row("before training", {0: {name: start[name] for name in ("sampled", "greedy")}}, [], [])
 
 
 def segments(values: list[float]) -> list[float]:
@@ -165,8 +161,12 @@ def segments(values: list[float]) -> list[float]:
 
 
 def write_report(grid: Grid, records: list[dict], output: Path) -> str:
-    """Write OUTPUT/report.md and return its text."""
-    rows = [row for row in collect(grid, records) if row.sampled or row.errors]
+    """Write OUTPUT/report.md and return its text. Raises InputError where no cell is of this grid."""
+    options = [grid.options(name) for name in grid.rows]
+    records = [record for record in records if record["seed"] in grid.seeds and record["options"] in options]
+    if not records:
+        raise InputError(f"{output / 'cells.jsonl'}: no cell of this grid has been measured there")
+    rows = [row for row in collect(grid, records) if row.at or row.errors]
     rows.insert(0, untrained(rows))
     text = "\n\n".join(part for part in (_header(grid, records, rows), *_answer(grid, rows)) if part) + "\n"
     (output / "report.md").write_text(text, encoding="utf-8")
@@ -174,7 +174,7 @@ def write_report(grid: Grid, records: list[dict], output: Path) -> str:
 
 
 def _header(grid: Grid, records: list[dict], rows: list[Row]) -> str:
-    cells = sum(len(row.sampled) + len(row.errors) for row in rows[1:])
+    cells = sum(len(row.after("sampled")) + len(row.errors) for row in rows[1:])
     first, seeds = records[0], ", ".join(map(str, grid.seeds))
     commits = ", ".join(sorted({str(record["git_commit"])[:10] for record in records}))
     common = " ".join(f"--{name} {value}" for name, value in grid.common.items())
@@ -193,14 +193,17 @@ def _answer(grid: Grid, rows: list[Row]) -> list[str]:
     if baseline is None:
         return ["The baseline has not been measured yet.", _curves(rows)]
     others = [row for row in rows if row is not baseline]
-    sampled = {row.name: paired_difference(row.sampled, baseline.sampled) for row in others}
-    greedy = {row.name: paired_difference(row.greedy, baseline.greedy) for row in others}
+    sampled, greedy = (
+        {row.name: paired_difference(row.after(decoding), baseline.after(decoding)) for row in others}
+        for decoding in DECODINGS
+    )
     settled = holm(sampled), holm(greedy)
     return [
         _verdict("sampled held-out accuracy after training", sampled, settled[0], grid.baseline),
         _verdict("greedy held-out accuracy after training", greedy, settled[1], grid.baseline),
         _table(grid, rows, sampled, greedy, settled),
         _contrasts(grid, rows),
+        _along(rows, baseline),
         _curves(rows),
         _failures(rows),
     ]
@@ -229,23 +232,25 @@ def _verdict(what: str, differences: dict[str, Difference | None], settled: set[
     )
 
 
+def _markdown(head: list[str], body: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body])
+
+
 def _table(grid: Grid, rows: list[Row], sampled: dict, greedy: dict, settled: tuple[set[str], set[str]]) -> str:
-    lines = [
-        f"| row | sampled % | to {grid.baseline} | greedy % | to {grid.baseline} | repaired % | broken % | leaps % |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    to = f"to {grid.baseline}"
+    body = []
     for row in rows:
         cells = [row.name]
-        for values, differences, sure in ((row.sampled, sampled, settled[0]), (row.greedy, greedy, settled[1])):
-            cells += [_mean_std(values), _interval(differences.get(row.name), row.name in sure)]
-        cells += [_mean_std(values) for values in (row.repaired, row.broken, row.leaps)]
-        lines.append("| " + " | ".join(cells) + " |")
+        for decoding, differences, sure in zip(DECODINGS, (sampled, greedy), settled, strict=True):
+            cells += [_mean_std(row.after(decoding)), _interval(differences.get(row.name), row.name in sure)]
+        body.append([*cells, *(_mean_std(row.after(measure)) for measure in BEHAVIOUR)])
     note = (
         "Held-out problems. Mean ± standard deviation over training seeds; difference [95 % interval] paired by seed; "
         "** settled after Holm's correction. Repaired: facts wrong before and right after; broken: facts right "
         "before and wrong after; leaps: solutions that take all that is left at once. All three of greedy solutions."
     )
-    return "\n".join([*lines, "", note])
+    head = ["row", "sampled %", to, "greedy %", to, *(f"{measure} %" for measure in BEHAVIOUR)]
+    return _markdown(head, body) + "\n\n" + note
 
 
 def _contrasts(grid: Grid, rows: list[Row]) -> str:
@@ -253,39 +258,65 @@ def _contrasts(grid: Grid, rows: list[Row]) -> str:
     pairs = [(by_name[a], by_name[b]) for a, b in grid.contrasts if a in by_name and b in by_name]
     if not pairs:
         return ""
-    sampled = {f"{a.name} - {b.name}": paired_difference(a.sampled, b.sampled) for a, b in pairs}
-    greedy = {f"{a.name} - {b.name}": paired_difference(a.greedy, b.greedy) for a, b in pairs}
-    sure = holm(sampled), holm(greedy)
-    lines = ["## One thing changed at a time", "", "| contrast | sampled | greedy |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {_interval(sampled[name], name in sure[0])} | {_interval(greedy[name], name in sure[1])} |"
-        for name in sampled
+    columns = []
+    for decoding in DECODINGS:
+        found = {f"{a.name} - {b.name}": paired_difference(a.after(decoding), b.after(decoding)) for a, b in pairs}
+        settled = holm(found)
+        columns.append({name: _interval(difference, name in settled) for name, difference in found.items()})
+    body = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    return "## One thing changed at a time\n\n" + _markdown(["contrast", *DECODINGS], body)
+
+
+def _along(rows: list[Row], baseline: Row) -> str:
+    """Where held-out problems were scored along the way: each row there, and its difference to the baseline."""
+    steps = sorted({step for row in rows for step in row.at if step > 0})
+    if len(steps) < 2:
+        return ""
+    trained, head = [row for row in rows if max(row.at, default=0)], ["after steps", *map(str, steps)]
+    tables = []
+    for decoding in DECODINGS:
+        found = {
+            (row.name, step): paired_difference(row.after(decoding, step), baseline.after(decoding, step))
+            for row in trained
+            for step in steps
+            if row is not baseline
+        }
+        settled = holm(found)
+
+        def cell(row: Row, step: int, decoding=decoding, found=found, settled=settled) -> str:
+            place = (row.name, step)
+            difference = f", {_interval(found[place], place in settled)}" if found.get(place) else ""
+            return _mean_std(row.after(decoding, step)) + difference
+
+        tables.append(
+            f"Held out, {decoding}, %, and the difference to {baseline.name}; ** settled after Holm over the table."
+        )
+        tables.append(_markdown(head, [[row.name, *(cell(row, step) for step in steps)] for row in trained]))
+    tables.append("Leaps and repaired facts, %, of greedy solutions.")
+    body = [
+        [row.name, *(", ".join(_mean(row.after(name, step)) for name in ("leaps", "repaired")) for step in steps)]
+        for row in trained
     ]
-    return "\n".join(lines)
+    return "\n\n".join(["## Along training", *tables, _markdown(head, body)])
 
 
 def _curves(rows: list[Row]) -> str:
     width = max((len(row.curve) for row in rows), default=0)
     if not width:
         return ""
-    heads = [f"{100 * i // width}-{100 * (i + 1) // width} %" for i in range(width)]
-    lines = ["## Learning curves", "", "Rollout accuracy, %, by part of training, mean over seeds.", ""]
-    lines += ["| row | " + " | ".join(heads) + " |", "|---" * (width + 1) + "|"]
-    for row in rows:
-        lines += ["| " + " | ".join([row.name, *(f"{value:.1f}" for value in row.curve)]) + " |"] if row.curve else []
-    steps = max((list(row.held_out) for row in rows), key=len)
-    if len(steps) > 2:
-        lines += ["", "Sampled held-out accuracy, %, after so many steps, mean over seeds.", ""]
-        lines += ["| row | " + " | ".join(steps) + " |", "|---" * (len(steps) + 1) + "|"]
-        for row in rows:
-            values = [f"{mean(row.held_out[step]):.1f}" for step in steps if step in row.held_out]
-            lines += ["| " + " | ".join([row.name, *values]) + " |"] if values else []
-    return "\n".join(lines)
+    head = ["row", *(f"{100 * i // width}-{100 * (i + 1) // width} %" for i in range(width))]
+    body = [[row.name, *(f"{value:.1f}" for value in row.curve)] for row in rows if row.curve]
+    note = "Rollout accuracy, %, by part of training, mean over seeds."
+    return "\n\n".join(["## Learning curves", note, _markdown(head, body)])
 
 
 def _failures(rows: list[Row]) -> str:
     failed = [f"- {row.name}, {error}" for row in rows for error in row.errors]
     return "\n".join(["## Runs that stopped with a loss that was not finite", "", *failed]) if failed else ""
+
+
+def _mean(values: dict[int, float]) -> str:
+    return f"{mean(values.values()):.1f}" if values else "-"
 
 
 def _mean_std(values: dict[int, float]) -> str:

@@ -101,6 +101,27 @@ def test_the_map_has_a_panel_for_each_learning_rate_and_clip():
     assert [list(line.get_ydata()) for line in axes[3].lines] == [sampled, greedy] * 2
 
 
+def test_along_training_a_row_of_several_seeds_has_a_band():
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy")
+    grid = Grid({"eval_steps": 1}, [0, 1], {"OPSD": {"a": 0}, "once": {"a": 1}})
+    records = [
+        {"options": {"a": a, "eval_steps": 1}, "seed": seed, "accuracy": [0.5], "error": None,
+         "evaluation": {step: {"sampled": 0.5 + 0.1 * seed * int(step), "greedy": 0.1} for step in ("0", "1", "2")},
+         "behaviour": {step: {"repaired": None, "broken": 0.0, "leaps": 0.2} for step in ("0", "1", "2")}}
+        for a, seed in ((0, 0), (0, 1), (1, 0))
+    ]  # fmt: skip
+    sampled, greedy, leaps = plots.study_along(grid, records).axes
+    assert [list(line.get_ydata()) for line in sampled.lines] == [
+        [50.0, pytest.approx(55.0), pytest.approx(60.0)],
+        [50.0] * 3,
+    ]
+    (band,) = sampled.collections
+    assert band.get_paths()[0].get_extents().y1 == pytest.approx(60 + 12.706 * 10, rel=1e-3)  # t(1) std / sqrt(2)
+    assert [list(line.get_ydata()) for line in leaps.lines] == [[20.0] * 3] * 2
+    assert [line.get_linestyle() for line in greedy.lines] == ["-", "--"]
+
+
 def test_missing_matplotlib_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="pip install matplotlib"):

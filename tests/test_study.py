@@ -196,7 +196,7 @@ def test_rows_with_equal_options_share_cells(fake_cells, tmp_path):
     grid = Grid({}, [0], {"OPSD": {"method": "opsd"}, "again": {"method": "opsd"}})
     records = run_grid(grid, tmp_path, workers=1)
     assert len(fake_cells) == 1
-    assert [row.sampled for row in collect(grid, records)] == [{0: 90.0}, {0: 90.0}]
+    assert [row.after("sampled") for row in collect(grid, records)] == [{0: 90.0}, {0: 90.0}]
 
 
 def test_changed_options_run_again(fake_cells, tmp_path):
@@ -283,6 +283,39 @@ def test_report_tells_effect_from_noise(tmp_path):
     assert "| before training | 50.0 ± 0.0 | **-32.5 [" in text
     assert "step 3: the loss is nan" in text
     assert "seeds 0, 1, 2, 3, 4, 5" in text
+
+
+def test_report_along_training(tmp_path):
+    """A row 20 points better after 1 step and 10 worse after 2: by step, paired, with leaps and repaired facts."""
+    pytest.importorskip("scipy")
+    grid = Grid({"eval_steps": 1}, [0, 1, 2], {"OPSD": {"method": "opsd"}, "early": {"a": 1}, "once": {"a": 2}})
+    records = []
+    for seed, (row, (first, last)) in product(
+        grid.seeds, {"OPSD": (0, 0), "early": (0.2, -0.1), "once": (0, 0)}.items()
+    ):
+        if row == "once" and seed:
+            continue
+        cell = record(grid.options(row), seed, 0.5 + 0.01 * seed + last + 0.001 * (row == "early") * seed)
+        cell["evaluation"]["1"] = {"sampled": 0.6 + 0.01 * seed + first, "greedy": 0.3}
+        cell["behaviour"]["1"] = {"repaired": None, "broken": 0.0, "leaps": 0.25}
+        records.append(cell)
+    text = write_report(grid, records, tmp_path)
+    sampled, greedy, leaps = (
+        text.split("## Along training")[1].split("## Learning")[0].split("| after steps | 1 | 2 |")[1:]
+    )
+    assert "| early | 81.0 ± 1.0, **+20.0 [+20.0, +20.0]** | 41.1 ± 1.1, **-9.9 [-10.1, -9.7]** |" in sampled
+    assert "| once | 60.0 | 50.0 |" in sampled  # one seed: no difference
+    assert "| OPSD | 61.0 ± 1.0 | 51.0 ± 1.0 |" in sampled
+    assert "| early | 30.0 ± 0.0, +0.0 [+0.0, +0.0] |" in greedy
+    assert "| early | 25.0, - | 0.0, 50.0 |" in leaps
+    assert "Along training" not in write_report(TINY, [record(TINY.options("OPSD"), 0, 0.8)], tmp_path)
+
+
+def test_cells_of_another_grid_are_no_report(tmp_path):
+    with pytest.raises(InputError, match="no cell of this grid"):
+        write_report(TINY, [record({"method": "eopd"}, 0, 0.9), record(TINY.options("PW"), 7, 0.9)], tmp_path)
+    text = write_report(TINY, [record(TINY.options("PW"), 0, 0.9), record({"method": "eopd"}, 0, 0.9)], tmp_path)
+    assert "1 of 4 cells" in text and "; 0 minutes" in text
 
 
 def test_report_of_an_unfinished_grid(tmp_path):
