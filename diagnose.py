@@ -173,7 +173,7 @@ def valid_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     - junk: text without a printing character (spaces, line breaks, controls), or a broken piece of a UTF-8 character.
     """
     V = model.get_output_embeddings().weight.shape[0]
-    special = {*tokenizer.all_special_ids, *eos_ids(model, tokenizer)}
+    special = {*tokenizer.all_special_ids, *eos_ids(model.generation_config, tokenizer)}
     added = tokenizer.get_added_vocab()
     markup = {i for text, i in added.items() if text.strip().startswith("<") and text.strip().endswith(">")}
     valid_V = torch.zeros(V, dtype=torch.bool)
@@ -396,8 +396,8 @@ def prepare(config: DiagnoseConfig, device: torch.device, folder: Path) -> Diagn
         config, engine=name, dtype=str(model.dtype).removeprefix("torch."), grader=f"{grader.name} {grader.version}"
     )
     if name == "server":  # samples in phases A and E; B and D pass through the model here
-        served = config.served_model or config.model
-        engine = connect(config.server, served, tokenizer, eos_ids(model, tokenizer), config.batch_size, needs_ids=True)
+        served, ends = config.served_model or config.model, eos_ids(model.generation_config, tokenizer)
+        engine = connect(config.server, served, tokenizer, ends, config.batch_size, needs_ids=True)
     else:
         engine = make_engine(name, model, tokenizer, config.batch_size)
     run = Diagnosis(model, tokenizer, engine, grader, problems, config, folder, prompts)

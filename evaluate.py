@@ -265,9 +265,16 @@ def summarise(samples: list[Sample], problems: list[Problem], match: Callable = 
 
 
 def bootstrap_interval(values_P: np.ndarray, resamples: int = 10_000, seed: int = 0) -> list[float]:
-    """95 % percentile interval of the mean over problems, drawn with replacement."""
+    """95 % percentile interval of the mean over problems, drawn with replacement.
+
+    Where all problems are at 0 or all at 1, every resample is alike; there stands the exact binomial (Clopper-Pearson)
+    interval of 0 of P or P of P, whose open end is .025 ** (1 / P) away.
+    """
     draw = np.random.default_rng(seed)
     P, chunk = len(values_P), 500  # resamples at once, to bound the memory
+    if np.all(values_P == 0.0) or np.all(values_P == 1.0):
+        bound = 0.025 ** (1 / P)
+        return [bound, 1.0] if values_P[0] else [0.0, 1.0 - bound]
     means = [values_P[draw.integers(0, P, (chunk, P))].mean(axis=1) for _ in range(resamples // chunk)]
     return np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
 

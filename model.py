@@ -317,9 +317,9 @@ def pick_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def eos_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a response: those of the checkpoint's generation config and the tokenizer's own."""
-    own = model.generation_config.eos_token_id
+    own = generation.eos_token_id
     listed = own if isinstance(own, list) else [] if own is None else [own]
     return sorted({*listed, tokenizer.eos_token_id})
 

@@ -68,7 +68,8 @@ def sample(
 
     Leaves the model in the mode it was in. Raises FloatingPointError where the model's logits are not numbers.
     """
-    device, pad, ends = model.get_input_embeddings().weight.device, tokenizer.pad_token_id, eos_ids(model, tokenizer)
+    device, pad = model.get_input_embeddings().weight.device, tokenizer.pad_token_id
+    ends = eos_ids(model.generation_config, tokenizer)
     width, was_training = max(map(len, prompts)), model.training
     ids_BP = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask_BP = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)

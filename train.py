@@ -398,7 +398,7 @@ def build(config: TrainConfig, device: torch.device, grader: Grader, prompts: Pr
     optimizer = make_optimizer(teacher.trained, config)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=config.num_steps)
     if config.engine == "server":
-        ends, name = eos_ids(model, tokenizer), config.served_model or config.model
+        ends, name = eos_ids(model.generation_config, tokenizer), config.served_model or config.model
         engine = connect(config.server, name, tokenizer, ends, SAMPLED_AT_ONCE, needs_ids=True)
     else:
         engine = make_engine(config.engine, model, tokenizer, batch_size=SAMPLED_AT_ONCE)
@@ -502,6 +502,8 @@ def take_steps(
     """The steps that are left, with what is logged, scored and saved between them."""
     log = RunLog(folder, start)
     watch = Watch(folder, config, run.model.dtype, log.earlier)
+    if start == config.num_steps:
+        say(f"all {start} steps are done: only held-out scores that are missing are made up for")
     for step in tqdm(range(start, config.num_steps), initial=start, total=config.num_steps, disable=hide_bar()):
         publish(run.engine, run.model, folder, step)
         if step % (config.eval_steps or config.num_steps) == 0:

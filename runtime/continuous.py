@@ -77,7 +77,7 @@ class ContinuousEngine:
         """A running manager for this workload; stopped at once where the body fails."""
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([sampler]))
         processors.tensors_required = 1  # one number per row; the list counts only what it converted itself
-        ends, limit = eos_ids(self.model, self.tokenizer), settings.max_new_tokens
+        ends, limit = eos_ids(self.model.generation_config, self.tokenizer), settings.max_new_tokens
         generation = GenerationConfig(do_sample=False, eos_token_id=ends, max_new_tokens=limit)
         manager = self.model.init_continuous_batching(generation, batching_config(self.model, prompts, limit))
         self._say_what_is_lost()
@@ -95,7 +95,7 @@ class ContinuousEngine:
     def _collect(
         self, manager, prompts: list[list[int]], sampler: RowSampler, settings: Sampling, on_finished: OnFinished | None
     ) -> dict[int, Response]:
-        ends, limit = eos_ids(self.model, self.tokenizer), settings.max_new_tokens
+        ends, limit = eos_ids(self.model.generation_config, self.tokenizer), settings.max_new_tokens
         for row, prompt in enumerate(prompts):
             manager.add_request(prompt, f"row {row}", max_new_tokens=limit, eos_token_id=ends, row=row)
         done: dict[int, Response] = {}

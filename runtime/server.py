@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from model import find_checkpoint, one_line
+from model import eos_ids, find_checkpoint, one_line
 from problems import InputError
 from rollout import OnFinished, Response, Sampling, StreamKey
 
@@ -253,10 +253,9 @@ def base_url(server: str) -> str:
 def checkpoint_eos_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """model.eos_ids of a checkpoint that is not loaded here."""
     try:
-        own = GenerationConfig.from_pretrained(find_checkpoint(model)).eos_token_id
+        return eos_ids(GenerationConfig.from_pretrained(find_checkpoint(model)), tokenizer)
     except OSError:  # a checkpoint need not have one
-        own = None
-    return sorted({*(own if isinstance(own, list) else [] if own is None else [own]), tokenizer.eos_token_id})
+        return eos_ids(GenerationConfig(), tokenizer)
 
 
 def request_seed(key: StreamKey) -> int:

@@ -118,7 +118,13 @@ def test_bootstrap_interval_of_many_values_is_the_normal_one():
     assert low == pytest.approx(values.mean() - half, abs=0.03) and high == pytest.approx(
         values.mean() + half, abs=0.03
     )
-    assert bootstrap_interval(values) == [low, high] and bootstrap_interval(np.ones(5)) == [1.0, 1.0]
+    assert bootstrap_interval(values) == [low, high]
+
+
+def test_interval_where_all_problems_are_alike_is_the_exact_binomial_one():
+    assert bootstrap_interval(np.ones(5)) == [pytest.approx(0.4782, abs=1e-4), 1.0]  # 1 - .5218, any table of Clopper-Pearson
+    assert bootstrap_interval(np.zeros(10)) == [0.0, pytest.approx(0.3085, abs=1e-4)]
+    assert bootstrap_interval(np.full(5, 0.5)) == [0.5, 0.5]  # the mean of many samples each, no binomial count
 
 
 def test_the_last_box_counts():

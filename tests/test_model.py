@@ -101,7 +101,7 @@ def test_a_model_without_the_projections_is_refused():
 def test_eos_ids_join_the_checkpoints_and_the_tokenizers(model, checkpoint):
     tokenizer = load_tokenizer(checkpoint)
     model.generation_config.eos_token_id = [3, 1]
-    assert eos_ids(model, tokenizer) == sorted({1, 3, tokenizer.eos_token_id})
+    assert eos_ids(model.generation_config, tokenizer) == sorted({1, 3, tokenizer.eos_token_id})
 
 
 @pytest.mark.parametrize("name", ["/no/such/dir", "./nothing", "just-a-name"])

@@ -697,7 +697,8 @@ def test_held_out_accuracy_on_the_way_is_kept_once(tmp_path, run_main):
     for step in (2, 3):
         shutil.rmtree(broken / f"checkpoint-{step}")
     output = run_main(arguments(broken, "--resume"))
-    assert "after 0 steps" not in output and "after 2 steps" in output
+    assert "after 0 steps" not in output and "after 2 steps" in output and "all 3 steps are done" not in output
+    assert "all 3 steps are done" in run_main(arguments(broken, "--resume"))
     assert json.loads((broken / "evaluation.json").read_text()) == evaluation
     assert (broken / "heldout.jsonl").read_text() == (whole / "heldout.jsonl").read_text()
 
