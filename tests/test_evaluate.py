@@ -122,7 +122,7 @@ def test_bootstrap_interval_of_many_values_is_the_normal_one():
 
 
 def test_interval_where_all_problems_are_alike_is_the_exact_binomial_one():
-    assert bootstrap_interval(np.ones(5)) == [pytest.approx(0.4782, abs=1e-4), 1.0]  # 1 - .5218, any table of Clopper-Pearson
+    assert bootstrap_interval(np.ones(5)) == [pytest.approx(0.4782, abs=1e-4), 1.0]  # tables of Clopper-Pearson
     assert bootstrap_interval(np.zeros(10)) == [0.0, pytest.approx(0.3085, abs=1e-4)]
     assert bootstrap_interval(np.full(5, 0.5)) == [0.5, 0.5]  # the mean of many samples each, no binomial count
 
