@@ -2,8 +2,8 @@
 
     python evaluate.py --model Qwen/Qwen3-4B --adapter runs/qwen3-4b/checkpoint-100 --benchmark aime24 --seeds 0 1 2
 
-Defaults are the paper's protocol (Section 4.1). Every sample is on the disk before anything is graded: the same command
-goes on where a killed one stopped. Axes: N samples of one problem, P problems, S seeds.
+Sampling defaults are the paper's (Section 4.1), for one of its three seeds. Every sample is on the disk before anything
+is graded: the same command goes on where a killed one stopped. Axes: N samples of one problem, P problems, S seeds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from teacher import EVALUATION_PROMPT, encode_prompt, load_prompts
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Options of evaluate.py; defaults are the paper's."""
+    """Options of evaluate.py; sampling defaults are the paper's, for one of its three seeds."""
 
     benchmark: str = option(
         "tiny", "math500, aime24, aime25, hmmt25, tiny, a .jsonl path or a hub name owner/name:split", "data"
@@ -101,7 +101,8 @@ def maj_at_n(answers: Sequence[str | None], correct: Sequence[bool], match: Call
     for index, answer in enumerate(answers):
         for cluster, first in enumerate(firsts):
             other = answers[first]
-            if (answer is None and other is None) or (None not in (answer, other) and match(answer, other)):
+            alike = answer is other if None in (answer, other) else match(answer, other)
+            if alike:
                 sizes[cluster] += 1
                 break
         else:

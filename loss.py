@@ -3,8 +3,8 @@
     L = reduce_t( w_t * l_t ),   l_t from p_t = pi_theta(. | x_stu, y_<t) and p^opsd_t = p_tch(. | x_tch, y_<t)
 
 Both distributions are softmax(float32 logits / T_distill) over the full vocabulary; the teacher carries no gradient.
-`method_loss` is the form to read: whole logits in, a scalar out. Training uses its equal on hidden states, which meets
-the vocabulary a chunk of tokens at a time (`score_tokens_from_hidden`, `method_loss_from_hidden`).
+`method_loss` is the form to read: whole logits in, a scalar out. Training uses `score_tokens_from_hidden`, which meets
+the vocabulary a chunk of tokens at a time; `method_loss_from_hidden` is `method_loss` made of it, its tested equal.
 
 Axes: B sequences, T response tokens, V vocabulary, D hidden, K alternatives, M valid tokens (the paper's set M) row
 after row. The paper's y_t is `ids_M`, w_{i,t} `w_M`, log p_t `student_logp_MV`, log p^opsd_t `teacher_logp_MV`.
@@ -103,8 +103,8 @@ def policy_gradient(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Ten
 def phase_mask(scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
     """REOPOLD's weight: before `switch_step` 1[R >= floor], then 1[H(p_S) >= its (1 - entropy_quantile) quantile]; [M].
 
-    The quantile is over the tokens given in one call: a micro-batch in training, as in that paper (whose beta is
-    `entropy_quantile`).
+    The quantile is over the tokens of one call: a micro-batch in training, as in that paper (whose beta is
+    `entropy_quantile`), here of rows of like length.
     """
     if step < options.switch_step:
         return (scores.teacher_logprob - scores.student_logprob >= reward_floor(options)).float()
@@ -182,7 +182,7 @@ def score_tokens(
 ) -> TokenScores:
     """l_t and the statistics that weights and logs need.
 
-    The loss comes last: what it keeps for its gradient is then not yet there while the statistics take their memory.
+    Statistics first: their memory is free again when the loss begins to keep what its gradient needs.
     """
     with torch.no_grad():
         clipped_mass_M = torch.zeros_like(ids_M, dtype=torch.float32)
@@ -344,8 +344,8 @@ def method_loss_from_hidden(
 ) -> Tensor:
     """`method_loss` of the two contexts' hidden states: `method_loss(name, hidden @ head.T, ...)`, value and gradient.
 
-    At most `chunk_tokens` rows of logits exist at any time (default: CHUNK_BYTES of them). The gradient flows into the
-    student's hidden states and, where it is trained, the head.
+    At most `chunk_tokens` rows of logits exist at any time (default: as many as CHUNK_BYTES hold). The gradient flows
+    into the student's hidden states and, where it is trained, the head.
     """
     options = _options(overrides)
     method = resolve_method(name, options)
@@ -407,9 +407,9 @@ def _score_chunk(method, student_MD, teacher_MD, ids_M, head_VD, teacher_head_VD
 
 
 def head_logits(hidden_MD: Tensor, head_VD: Tensor) -> Tensor:
-    """hidden @ head.T; of bfloat16 states in float32, the numbers that a matrix product accumulates anyway.
+    """hidden @ head.T in float32, also of bfloat16 states: a matrix product accumulates in float32 anyway.
 
-    Rounded to bfloat16 they carry entries over the step of tau_clip, where the gradient turns around.
+    Logits rounded to bfloat16 would move entries across tau_clip, where the gradient turns around.
     """
     return F.linear(hidden_MD, head_VD) if hidden_MD.dtype == torch.float32 else _WideProduct.apply(hidden_MD, head_VD)
 

@@ -32,6 +32,7 @@ from problems import InputError
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name of it
+ADAPTER_BESIDE = f"{ADAPTER_CONFIG} stands beside the model; put the adapter into a directory of its own"
 DTYPES = ("float32", "bfloat16", "float16")
 TINY_MODEL = Path(__file__).resolve().parent / "tiny-model"  # the embedded model, known to every script as `tiny`
 
@@ -225,7 +226,7 @@ def check_weights(model: PreTrainedModel, name: str, found: dict) -> None:
         if keys:
             raise InputError(f"--model {name}: the checkpoint {what} {some(sorted(keys))}")
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise InputError(f"--model {name}: {ADAPTER_CONFIG} stands beside the model; give the adapter as --adapter")
+        raise InputError(f"--model {name}: {ADAPTER_BESIDE}")
 
 
 @torch.no_grad()
@@ -294,9 +295,7 @@ def find_checkpoint(name: str) -> str:
         if not (path / "config.json").is_file():
             raise InputError(f"--model {name}: no checkpoint there (config.json is missing)")
         if (path / ADAPTER_CONFIG).is_file():  # where peft is installed, transformers would apply it in silence
-            raise InputError(
-                f"--model {name}: {ADAPTER_CONFIG} stands beside the model; put the adapter into a directory of its own"
-            )
+            raise InputError(f"--model {name}: {ADAPTER_BESIDE}")
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"--model {name}: neither a directory nor a hub name like 'owner/name'")

@@ -188,7 +188,7 @@ def extract_boxed(text: str) -> str | None:
     """The content of the LAST `\\boxed{...}` or `\\fbox{...}` that holds something (paper Section 4.1), or None.
 
     The braces may stand behind a space or a line break, or be missing: `\\boxed 5`. A box that holds nothing does not
-    hide the one before it. None where the last box is never closed: the solution was cut inside it.
+    hide the one before it (of the last 20). None where the last box is never closed: the solution was cut inside it.
     """
     for box in reversed(list(_BOX.finditer(text))[-_BOXES_TRIED:]):
         content = _braced(text, box.end()) if text.startswith("{", box.end()) else _unbraced(text, box.end())

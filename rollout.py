@@ -3,7 +3,7 @@
 A row's uniform numbers depend on its key alone: not on the batch it is sampled in, nor on the number of processes.
 `sample` is plain `generate`, in which StreamSampler puts our choice before its argmax. Of the other engines
 (runtime/engines.py) `continuous` draws by the same numbers; a server gets a seed made from the key.
-Axes: B sequences, T response tokens, V vocabulary.
+Axes: B sequences, P prompt tokens (padded on the left), T response tokens, X = P + T, V vocabulary, K candidates.
 """
 
 from __future__ import annotations
@@ -58,12 +58,9 @@ OnFinished = Callable[[int, Response], None]  # (row, response), called as soon 
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    keys: Sequence[StreamKey],
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], keys: Sequence[StreamKey],
     settings: Sampling,
-) -> list[Response]:
+) -> list[Response]:  # fmt: skip
     """Sample one response per prompt from the model as it stands (adapter on), all prompts in one batch.
 
     Leaves the model in the mode it was in. Raises FloatingPointError where the model's logits are not numbers.
@@ -98,22 +95,23 @@ def choose_tokens(logits_BV: Tensor, uniform_B: Tensor, settings: Sampling) -> T
     """Draw one token a row by inverting the cumulative distribution at `uniform_B` in [0, 1); returns ids [B].
 
     In the field's order: temperature, then the top_k most likely, then the smallest set of those that holds top_p of
-    their mass.
+    their mass: K candidates, most likely first.
     """
     if settings.temperature == 0.0:
         return logits_BV.argmax(dim=-1)
     scaled_BV = logits_BV.float() / settings.temperature
     if 0 < settings.top_k < scaled_BV.shape[-1]:
-        values, ids = scaled_BV.topk(settings.top_k, dim=-1)
+        values_BK, ids_BK = scaled_BV.topk(settings.top_k, dim=-1)
     else:
-        values, ids = scaled_BV.sort(dim=-1, descending=True)
-    probabilities = values.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    kept = probabilities if settings.top_p == 1.0 else probabilities.masked_fill(before >= settings.top_p, 0.0)
-    cumulative = kept.cumsum(dim=-1)
-    index = (cumulative <= uniform_B[:, None] * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
-    last = (kept > 0).sum(dim=-1, keepdim=True).clamp(min=1) - 1
-    return ids.gather(-1, torch.minimum(index, last)).squeeze(-1)
+        values_BK, ids_BK = scaled_BV.sort(dim=-1, descending=True)
+    p_BK = values_BK.softmax(dim=-1)
+    before_BK = p_BK.cumsum(dim=-1) - p_BK  # mass of the more likely ones
+    kept_BK = p_BK if settings.top_p == 1.0 else p_BK.masked_fill(before_BK >= settings.top_p, 0.0)
+    cumulative_BK = kept_BK.cumsum(dim=-1)
+    index_B1 = (cumulative_BK <= uniform_B[:, None] * cumulative_BK[:, -1:]).sum(dim=-1, keepdim=True)
+    # Rounding must not reach a token that top_p has cut. Logits that are NaN keep none: `sample` then raises.
+    last_B1 = (kept_BK > 0).sum(dim=-1, keepdim=True).clamp(min=1) - 1
+    return ids_BK.gather(-1, torch.minimum(index_B1, last_B1)).squeeze(-1)
 
 
 def uniforms(keys: Sequence[StreamKey], count: int) -> Tensor:

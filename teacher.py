@@ -93,12 +93,12 @@ def load_prompts(path: str | None) -> Prompts:
 
 
 def student_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts: Prompts = PAPER_PROMPTS) -> list[int]:
-    """x_stu: the problem alone, thinking off."""
+    """x_stu: the problem alone, thinking off by default."""
     return encode_prompt(tokenizer, prompts.student, problem, prompts.student_thinking)
 
 
 def teacher_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts: Prompts = PAPER_PROMPTS) -> list[int]:
-    """x_tch: the problem and its reference solution, thinking on."""
+    """x_tch: the problem and its reference solution, thinking on by default."""
     return encode_prompt(tokenizer, prompts.teacher, problem, prompts.teacher_thinking)
 
 
@@ -144,12 +144,11 @@ def encode_prompt(
     """
     text, cut = render_prompt(tokenizer, template, problem, enable_thinking)
     ids = [token for part in text.split(cut) for token in tokenizer.encode(part, add_special_tokens=False)]
-    if cut in text and tokenizer.decode(ids) != tokenizer.decode(
-        tokenizer.encode(text.replace(cut, ""), add_special_tokens=False)
-    ):
-        raise InputError(
-            f"{tokenizer.name_or_path}: cannot encode a control token as text, in the problem {problem.problem[:80]!r}"
-        )
+    if cut in text:  # with the cut and without, the ids must read the same
+        whole = tokenizer.encode(text.replace(cut, ""), add_special_tokens=False)
+        if tokenizer.decode(ids) != tokenizer.decode(whole):
+            where = f"in the problem {problem.problem[:80]!r}"
+            raise InputError(f"{tokenizer.name_or_path}: cannot encode a control token as text, {where}")
     return ids
 
 
@@ -234,14 +233,16 @@ class Teacher:
     @contextmanager
     def scoring(self) -> Iterator[PreTrainedModel]:
         """Yield the model that scores, in evaluation mode and without gradients; restores the student on leaving."""
-        if self.copy is not None or self.kind == "live":
-            weights = nullcontext()
+        if self.kind == "live" or self.copy is not None:
+            switched = nullcontext()  # the model, or the copy, scores as it stands
+        elif self.kind == "fixed":
+            switched = adapter_disabled(self.model)
         else:
-            weights = adapter_disabled(self.model) if self.kind == "fixed" else self._averaged()
+            switched = self._averaged()
         model, was_training = self.copy or self.model, self.model.training
         model.eval()
         try:
-            with torch.no_grad(), weights:
+            with torch.no_grad(), switched:
                 yield model
         finally:
             self.model.train(was_training)

@@ -1,12 +1,12 @@
 """PW-OPSD training, Algorithm 1 of the paper, on one process or several.
 
-    python train.py                                             the embedded model, about a minute on a laptop
+    python train.py                                             the embedded model, within a minute on a laptop
     torchrun --nproc_per_node 4 train.py --preset qwen3-4b      the paper's run
 
 Each step: sample one solution per prompt from the student, score every token of it in both contexts, weight the
-tokens' losses by position, update. Ranks share the step's prompts. A loss is a fraction: every micro-batch adds the
-gradient of its numerator; gradients, numerators and denominators are summed over micro-batches and ranks, and divided
-once, which is the exact mean over the whole step whatever the split.
+tokens' losses by position, update. Ranks share the step's prompts. A loss is a fraction: each micro-batch adds its
+numerator (and that one's gradient) and its denominator; both are summed over micro-batches and ranks, and one division
+at the end gives the exact mean over the whole step, whatever the split.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from model import (
 )
 from problems import InputError, Problem, extract_boxed, load_problems
 from rollout import Response, Sampling, StreamKey
-from runtime.checkpoint import resume, save_checkpoint
+from runtime.checkpoint import damage, resume, save_checkpoint
 from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine, publish, withdraw
 from runtime.fit import fitting_problems, plan_run
 from runtime.flags import FlagParser, Sigterm, departures, option, run_script
@@ -157,7 +157,7 @@ class TrainConfig(LossOptions):
 
 
 PRESETS: dict[str, dict] = {
-    # tau_clip 0.05 harms a model of this size (docs/study.md); the rest is scale.
+    # At tau_clip 0.05 the beliefs of this world are hardly repaired (docs/study.md); the rest is scale.
     "tiny": {
         "model": "tiny", "data": "tiny:train", "eval_data": "tiny:heldout", "num_steps": 20, "tau_clip": 1.0,
         "max_new_tokens": 96, "micro_batch_size": 32, "learning_rate": 2e-3, "max_grad_norm": 1.0,
@@ -169,7 +169,8 @@ PRESETS: dict[str, dict] = {
     },
     "olmo3-7b": {"model": "allenai/Olmo-3-7B-Think", "long_prompts": "drop", "micro_batch_size": 2},
 }  # fmt: skip
-# What may differ when a run is taken up again: how it is computed, not what.
+# What may differ when a run is taken up again. It changes rounding only, with two exceptions: a server draws other
+# tokens, and LoRA dropout other masks under another micro_batch_size.
 FREE_ON_RESUME = {
     "resume", "output_dir", "stop_on_collapse", "device", "micro_batch_size", "gradient_checkpointing", "save_steps",
     "engine", "server", "served_model",
@@ -205,9 +206,8 @@ def train_step(
 ) -> tuple[dict, list[dict]] | None:
     """Algorithm 1, one step over all ranks. Returns its metrics and this rank's rollouts, as rows for samples.jsonl.
 
-    Returns None, with nothing changed, where SIGTERM came while it was sampling.
-
-    Raises FloatingPointError, naming step and problems, where the loss or its gradient is not finite.
+    Returns None, with nothing changed, where SIGTERM came while it was sampling. Raises FloatingPointError, naming step
+    and problems, where the loss or its gradient is not finite.
     """
     model, method, device = run.model, run.method, run.model.device
     share, clock, statistics, broken = step_share(step, problems, config), Clock(), TokenMetrics(device), []
@@ -228,7 +228,7 @@ def train_step(
     for rows in micro_batches(tokens, config.micro_batch_size):
         y_rows = [y[row].ids for row in rows]
         L = [len(ids) for ids in y_rows]
-        mask_BT, ids_M = response_mask(L, device), torch.tensor([t for ids in y_rows for t in ids], device=device)
+        mask_BT, ids_M = response_mask(L, device), torch.tensor([y_t for ids in y_rows for y_t in ids], device=device)
         with clock("teacher"), run.teacher.scoring() as teacher:
             teacher_MD = response_hidden(teacher, [x_tch[row] for row in rows], y_rows)[mask_BT]
             teacher_head_VD = teacher.get_output_embeddings().weight
@@ -238,18 +238,20 @@ def train_step(
             # config holds T_distill and the other LossOptions
             scores = score_tokens_from_hidden(method, student_MD, teacher_MD, head_VD, teacher_head_VD, ids_M, config)
             l_M = scores.loss  # Eq. (1): d_t, or the method's own
-            w_M = method.token_weight(scores, L, step, config).detach()  # Eq. (5): w(r_t) of L, or the method's own
+            r_M = relative_position(L)  # Eq. (5), for the log; loss.by_position takes the same r of L
+            w_M = method.token_weight(scores, L, step, config).detach()  # Eq. (5): w(r_t), or the method's own
             part, count = method.reduction(l_M, w_M, L)  # Eq. (6), as a fraction
             part.backward()
         numerator, denominator = numerator + part.detach(), denominator + count
         gap_M = sampler_gap(student_MD, head_VD, ids_M, [y[row] for row in rows])
-        statistics.add(relative_position(L), w_M, scores, gap_M)
+        statistics.add(r_M, w_M, scores, gap_M)
         broken += [] if part.isfinite() else [share.indices[row] for row in rows]
 
     # Sum over ranks, one division by the whole step's denominator, one update.
     with clock("update"):
         sum_over_ranks([numerator, denominator, statistics.table, *(p.grad for p in run.parameters)])
-        loss = numerator / denominator.clamp_(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
+        denominator.clamp_(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
+        loss = numerator / denominator
         for parameter in run.parameters:
             parameter.grad /= denominator
         learning_rate, grad_norm = update(run, loss, config.max_grad_norm)
@@ -301,6 +303,7 @@ class Share:
 
 
 def step_share(step: int, problems: list[Problem], config: TrainConfig) -> Share:
+    """This rank's slots of the step's batch; a rollout's key is (seed, purpose, step, slot), whatever the ranks."""
     slots = range(rank(), config.batch_size, world_size())
     picked = step_problems(len(problems), config.batch_size, config.seed, step)
     indices = [picked[slot] for slot in slots]
@@ -322,7 +325,7 @@ def step_problems(num_problems: int, batch_size: int, seed: int, step: int) -> l
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Whatever torch draws within a step (LoRA dropout) depends on (seed, step, rank) alone."""
+    """Torch's generator starts a step from (seed, step, rank); which row gets which draw is up to the micro-batches."""
     torch.manual_seed(int(np.random.SeedSequence((seed, DROPOUT_STREAM, step, rank())).generate_state(1)[0]))
 
 
@@ -506,7 +509,7 @@ def take_steps(
         say(f"all {start} steps are done: only held-out scores that are missing are made up for")
     for step in tqdm(range(start, config.num_steps), initial=start, total=config.num_steps, disable=hide_bar()):
         publish(run.engine, run.model, folder, step)
-        if step % (config.eval_steps or config.num_steps) == 0:
+        if step == 0 or (config.eval_steps and step % config.eval_steps == 0):
             score_held_out(log, step, run, held_out, config)
         done = train_step(step, run, problems, config)
         if done is not None:
@@ -514,11 +517,13 @@ def take_steps(
             log.append(metrics, [row for part in gather_objects(samples) for row in part])
             say(step_line(metrics, config.num_steps))
             watch.see(metrics)
-        behind, stopping = step + (done is not None), any(gather_objects(run.stop.asked))
-        if behind > start and (stopping or behind % config.save_steps == 0 or behind == config.num_steps):
-            save(folder, behind, run, config)
+        steps_done = step if done is None else step + 1
+        stopping = any(gather_objects(run.stop.asked))
+        due = steps_done % config.save_steps == 0 or steps_done == config.num_steps
+        if steps_done > start and (stopping or due):
+            save(folder, steps_done, run, config)
         if stopping:
-            return say_stopped(behind, folder)
+            return say_stopped(steps_done, folder)
     publish(run.engine, run.model, folder, config.num_steps)
     score_held_out(log, config.num_steps, run, held_out, config)
     if any(gather_objects(run.stop.asked)):
@@ -526,14 +531,14 @@ def take_steps(
     return say(f"weights: {folder}/checkpoint-{config.num_steps}")
 
 
-def say_stopped(behind: int, folder: Path) -> None:
-    where = f"saved after step {behind}" if behind else "before the first step was done"
+def say_stopped(steps_done: int, folder: Path) -> None:
+    where = f"saved after step {steps_done}" if steps_done else "before the first step was done"
     say(f"SIGTERM: {where}; the same command with --resume --output_dir {folder} goes on")
 
 
 def save(folder: Path, step: int, run: Training, config: TrainConfig) -> None:
-    """Write the checkpoint after `step` steps, unless it is there; no rank runs ahead of one that may fail."""
-    if rank() == 0 and not (folder / f"checkpoint-{step}").exists():
+    """Write the checkpoint after `step` steps, unless it is there, whole; no rank runs ahead of one that may fail."""
+    if rank() == 0 and damage(folder / f"checkpoint-{step}") is not None:
         base = find_checkpoint(config.model)
         save_checkpoint(folder, step, run.model, base, run.teacher, run.optimizer, run.scheduler)
     wait_for_all()

@@ -44,7 +44,7 @@ SIGMOIDS: dict[str, tuple[float, float, float]] = {
 SCHEDULES: dict[str, Schedule] = {
     "uniform": torch.ones_like,
     **{name: partial(position_weight, w_min=w_min, tau=tau, s=s) for name, (w_min, tau, s) in SIGMOIDS.items()},
-    # Controls, not in the paper; each has Moderate's range of weights.
+    # Controls, not in the paper; each lies between Moderate's w_min and 1.
     "reversed": lambda r: position_weight(1.0 - r, *SIGMOIDS["moderate"]),
     "linear_up": lambda r: 0.25 + 0.75 * r,
     "linear_down": lambda r: 1.0 - 0.75 * r,

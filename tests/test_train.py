@@ -20,6 +20,7 @@ from model import LoRALinear, lora_parameters
 from problems import InputError, load_problems, tiny_problems
 from rollout import Response, Sampling
 from runtime import fit
+from runtime.checkpoint import damage
 from runtime.engines import GenerateEngine
 from runtime.grading import ExactGrader
 from runtime.memory import USABLE
@@ -390,6 +391,18 @@ def test_a_resumed_run_equals_an_unbroken_one(qwen3, data, tmp_path, run_main, m
     for path in (whole / "checkpoint-4").glob("*.safetensors"):
         ours, theirs = load_file(broken / "checkpoint-4" / path.name), load_file(path)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_then_replaced(qwen3, data, tmp_path, run_main):
+    run = tmp_path / "run"
+    given = ("--num_steps", 4, "--save_steps", 2)
+    run_main(flags(qwen3, data, run, *given))
+    weights = run / "checkpoint-4/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    output = run_main(flags(qwen3, data, run, *given, "--resume"))
+    assert "checkpoint-4: adapter_model.safetensors is damaged" in output and "going on from" in output
+    assert weights.read_bytes() == whole and damage(run / "checkpoint-4") is None
 
 
 def test_resume_with_another_option_is_refused(qwen3, data, tmp_path, run_main):
