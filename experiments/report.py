@@ -6,7 +6,6 @@ difference counts as settled only after Holm's correction over all comparisons o
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isclose, sqrt
@@ -17,10 +16,11 @@ from typing import TYPE_CHECKING
 from problems import InputError
 
 if TYPE_CHECKING:
-    from experiments.study import Grid
+    from experiments.grids import Grid
 
 LEVEL, POWER = 0.05, 0.80
 DECODINGS = ("sampled", "greedy")
+BEFORE = "before training"  # the row of the untrained model; a contrast may name it
 SEGMENTS = 5  # points of a learning curve in the report
 
 
@@ -74,7 +74,7 @@ def paired_difference(left: dict[int, float], right: dict[int, float]) -> Differ
         return None
     centre, spread = mean(differences), stdev(differences)
     if isclose(spread, 0.0, abs_tol=1e-12):
-        return Difference(n, centre, 0.0, 0.0, 1.0 if isclose(centre, 0.0, abs_tol=1e-12) else 0.0)
+        return Difference(n, centre, 0.0, 0.0, 1.0)  # scores come in steps: equal differences are no certainty
     error = spread / sqrt(n)
     return Difference(n, centre, spread, t_quantile(LEVEL, n - 1) * error, t_two_sided_p(centre / error, n - 1))
 
@@ -105,7 +105,7 @@ class Row:
     """A row's cells, in percent; a run whose loss was not finite has none."""
 
     name: str
-    at: dict[int, dict[str, dict[int, float]]]  # steps -> sampled, greedy, repaired, broken or leaps -> seed -> value
+    at: dict[int, dict[str, dict[int, float]]]  # steps -> measure (MEASURES) -> seed -> value
     curve: list[float]  # rollout accuracy in SEGMENTS equal parts of training, mean over seeds
     errors: list[str]
 
@@ -114,24 +114,36 @@ class Row:
         return self.at.get(max(self.at, default=0) if steps is None else steps, {}).get(measure, {})
 
 
-BEHAVIOUR = ("repaired", "broken", "leaps")
+BEHAVIOUR = ("repaired", "broken", "leaps", "leaps_sampled", "strays")
 MEASURES = dict.fromkeys(DECODINGS, "evaluation") | dict.fromkeys(BEHAVIOUR, "behaviour")  # -> its part of a cell
+STATED = 0.5  # below this share of the base's facts, repaired and broken say nothing
+
+
+def of_grid(grid: Grid, records: list[dict]) -> list[dict]:
+    """The records of a grid's rows and seeds. Raises InputError where there is none, or they are of several models."""
+    options = [grid.options(name) for name in grid.rows]
+    found = [record for record in records if record["seed"] in grid.seeds and record["options"] in options]
+    if not found:
+        raise InputError("no cell of this grid has been measured there; --grid names another one")
+    models = sorted({record["model_id"] for record in found})
+    if len(models) > 1:
+        raise InputError(f"cells of several models cannot be compared: {', '.join(models)}")
+    return found
 
 
 def collect(grid: Grid, records: list[dict]) -> list[Row]:
-    """The grid's rows; records of other options are left out."""
-    by_options: dict[str, list[dict]] = {}
-    for record in records:
-        if record["seed"] in grid.seeds:
-            by_options.setdefault(json.dumps(record["options"], sort_keys=True), []).append(record)
-    return [_row(name, by_options.get(json.dumps(grid.options(name), sort_keys=True), [])) for name in grid.rows]
+    """The grid's rows, in its order; records of other options and seeds are left out."""
+    found = of_grid(grid, records)
+    return [_row(name, [cell for cell in found if cell["options"] == grid.options(name)]) for name in grid.rows]
 
 
 def _row(name: str, cells: list[dict]) -> Row:
     whole = [cell for cell in cells if cell["error"] is None]
 
     def percent(step: str, measure: str) -> dict[int, float]:
-        values = {cell["seed"]: cell[MEASURES[measure]][step][measure] for cell in whole}
+        values = {cell["seed"]: cell[MEASURES[measure]][step].get(measure) for cell in whole}
+        if measure in ("repaired", "broken") and any((c["behaviour"][step]["stated"] or 0) < STATED for c in whole):
+            return {}
         return {seed: 100 * value for seed, value in values.items() if value is not None}
 
     steps = list(whole[0]["evaluation"]) if whole else []
@@ -145,8 +157,9 @@ def _row(name: str, cells: list[dict]) -> Row:
 
 def untrained(rows: list[Row]) -> Row:
     """The model before training, as a row of its own: the same problems and random numbers at each seed."""
-    start = {measure: {s: v for row in rows for s, v in row.after(measure, 0).items()} for measure in MEASURES}
-    return Row("before training", {0: {name: start[name] for name in ("sampled", "greedy")}}, [], [])
+    kept = [measure for measure in MEASURES if measure not in ("repaired", "broken")]
+    start = {measure: {s: v for row in rows for s, v in row.after(measure, 0).items()} for measure in kept}
+    return Row(BEFORE, {0: start}, [], [])
 
 
 def segments(values: list[float]) -> list[float]:
@@ -161,11 +174,8 @@ def segments(values: list[float]) -> list[float]:
 
 
 def write_report(grid: Grid, records: list[dict], output: Path) -> str:
-    """Write OUTPUT/report.md and return its text. Raises InputError where no cell is of this grid."""
-    options = [grid.options(name) for name in grid.rows]
-    records = [record for record in records if record["seed"] in grid.seeds and record["options"] in options]
-    if not records:
-        raise InputError(f"{output / 'cells.jsonl'}: no cell of this grid has been measured there")
+    """Write OUTPUT/report.md and return its text. Raises InputError as `of_grid` does."""
+    records = of_grid(grid, records)
     rows = [row for row in collect(grid, records) if row.at or row.errors]
     rows.insert(0, untrained(rows))
     text = "\n\n".join(part for part in (_header(grid, records, rows), *_answer(grid, rows)) if part) + "\n"
@@ -178,12 +188,14 @@ def _header(grid: Grid, records: list[dict], rows: list[Row]) -> str:
     first, seeds = records[0], ", ".join(map(str, grid.seeds))
     commits = ", ".join(sorted({str(record["git_commit"])[:10] for record in records}))
     common = " ".join(f"--{name} {value}" for name, value in grid.common.items())
+    machines = "; ".join(sorted({record["machine"] for record in records}))
+    seconds = [record["seconds"] for record in records]
     facts = [
         f"{cells} of {len(grid.rows) * len(grid.seeds)} cells: {len(grid.rows)} rows, seeds {seeds}.",
         f"`train.py {common}`.",
         f"Model {first['model_id']}, commit {commits}, torch {first['versions']['torch']},",
-        f"transformers {first['versions']['transformers']}, {first['machine']};",
-        f"{sum(record['seconds'] for record in records) / 60:.0f} minutes summed over the cells.",
+        f"transformers {first['versions']['transformers']}, on {machines}.",
+        f"{sum(seconds) / 60:.0f} minutes summed over the cells, {median(seconds):.0f} s a cell (median).",
     ]
     return "# The controlled study\n\n" + " ".join(facts)
 
@@ -246,10 +258,14 @@ def _table(grid: Grid, rows: list[Row], sampled: dict, greedy: dict, settled: tu
         body.append([*cells, *(_mean_std(row.after(measure)) for measure in BEHAVIOUR)])
     note = (
         "Held-out problems. Mean ± standard deviation over training seeds; difference [95 % interval] paired by seed; "
-        "** settled after Holm's correction. Repaired: facts wrong before and right after; broken: facts right "
-        "before and wrong after; leaps: solutions that take all that is left at once. All three of greedy solutions."
+        "** settled after Holm's correction over the column. Intervals are over training seeds, on the same problems "
+        "and from one base model; a sampled column's deviation is mostly that of one sample a problem. Repaired: facts "
+        "wrong before and right after; broken: right before and wrong after; of greedy solutions, - where they state "
+        "less than half of the facts of the base's. Leaps: solutions that take all that is left at once; stray: greedy "
+        "solutions that add what is not in the sum, or leave some of it out without a leap."
     )
-    head = ["row", "sampled %", to, "greedy %", to, *(f"{measure} %" for measure in BEHAVIOUR)]
+    columns = ["repaired %", "broken %", "leaps %, greedy", "leaps %, sampled", "stray %"]
+    head = ["row", "sampled %", to, "greedy %", to, *columns]
     return _markdown(head, body) + "\n\n" + note
 
 
@@ -289,13 +305,14 @@ def _along(rows: list[Row], baseline: Row) -> str:
             return _mean_std(row.after(decoding, step)) + difference
 
         tables.append(
-            f"Held out, {decoding}, %, and the difference to {baseline.name}; ** settled after Holm over the table."
+            f"Held out, {decoding}, %, and the difference to {baseline.name}; ** settled after Holm's correction over "
+            "this table, which is a family of its own."
         )
         tables.append(_markdown(head, [[row.name, *(cell(row, step) for step in steps)] for row in trained]))
-    tables.append("Leaps and repaired facts, %, of greedy solutions.")
+    tables.append("Leaps, strays and repaired facts, %, of greedy solutions.")
+    shown = ("leaps", "strays", "repaired")
     body = [
-        [row.name, *(", ".join(_mean(row.after(name, step)) for name in ("leaps", "repaired")) for step in steps)]
-        for row in trained
+        [row.name, *(", ".join(_mean(row.after(name, step)) for name in shown) for step in steps)] for row in trained
     ]
     return "\n\n".join(["## Along training", *tables, _markdown(head, body)])
 

@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -28,13 +29,17 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from experiments.grids import GRIDS, Grid
-from experiments.report import write_report
-from problems import InputError
+from experiments.report import BEFORE, write_report
+from problems import InputError, Problem, load_problems
 from runtime.flags import run_script
+
+if TYPE_CHECKING:
+    from train import TrainConfig
 
 
 def read_grid(path: Path) -> Grid:
@@ -46,7 +51,9 @@ def read_grid(path: Path) -> Grid:
             raise ValueError("common, rows and each row are objects, of flags of train.py")
         if not isinstance(grid.seeds, list) or not all(isinstance(seed, int) for seed in grid.seeds):
             raise ValueError("seeds is a list of whole numbers")
-        missing = {grid.baseline, *(name for pair in grid.contrasts for name in pair)} - set(grid.rows)
+        missing = {grid.baseline, *(name for pair in grid.contrasts for name in pair)} - {*grid.rows, BEFORE}
+        if not all(len(pair) == 2 for pair in grid.contrasts):
+            raise ValueError("contrasts are pairs of rows")
         if missing or not grid.seeds:
             raise ValueError(f"no row named {', '.join(sorted(missing))}" if missing else "no seeds")
         return grid
@@ -87,6 +94,18 @@ def model_id(name: str) -> str:
     return f"{name} {digest.hexdigest()[:12]}" if files else name
 
 
+def flags(options: dict, seed: int) -> list[str]:
+    return [f"--{name}={value}" for name, value in {**options, "seed": seed}.items()]
+
+
+def config_of(options: dict, seed: int = 0) -> TrainConfig:
+    """What train.py makes of a cell's flags. Raises InputError for what it refuses."""
+    import experiments.rules  # noqa: F401  (registers its rows)
+    from train import parse_config
+
+    return parse_config(flags(options, seed))
+
+
 def run_cell(cell: Cell, output: Path, keep_checkpoints: bool = False) -> dict:
     """Train a cell, or go on with it, and return its line of cells.jsonl. A loss that is not finite is a result too."""
     import experiments.rules  # noqa: F401  (registers its rows)
@@ -94,10 +113,9 @@ def run_cell(cell: Cell, output: Path, keep_checkpoints: bool = False) -> dict:
 
     run = output / "runs" / cell.folder
     share_start(cell, output, run)
-    flags = [f"--{name}={value}" for name, value in {**cell.options, "seed": cell.seed}.items()]
     started, error, argv, on_sigterm = time.time(), None, sys.argv, signal.getsignal(signal.SIGTERM)
     with run.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        sys.argv = ["train.py", *flags, f"--output_dir={run}", "--resume=true"]
+        sys.argv = ["train.py", *flags(cell.options, cell.seed), f"--output_dir={run}", "--resume=true"]
         try:
             train.main()
         except FloatingPointError as problem:
@@ -105,20 +123,27 @@ def run_cell(cell: Cell, output: Path, keep_checkpoints: bool = False) -> dict:
         finally:
             sys.argv = argv
             signal.signal(signal.SIGTERM, on_sigterm)
+    record = {**asdict(cell), **measured(run, error), "error": error, "seconds": round(time.time() - started, 1)}
     if not keep_checkpoints:
         for checkpoint in run.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-    return {**asdict(cell), **measured(run, error), "error": error, "seconds": round(time.time() - started, 1)}
+    return record
 
 
 EVALUATION_FILES = ("evaluation.json", "heldout.jsonl")
+# The options that held-out samples before training depend on, besides model and seed.
+BEFORE_TRAINING = (
+    "eval_data", "eval_samples", "max_new_tokens", "prompts", "engine", "server", "dtype", "device", "attention",
+    "batch_size", "grader",
+)  # fmt: skip
 
 
 def share_start(cell: Cell, output: Path, run: Path) -> None:
     """Give a new run the held-out samples before training, if another row has them: they share model and streams."""
 
-    def evaluation(options: dict) -> dict:
-        return {name: value for name, value in options.items() if name.startswith(("eval_", "max_new_tokens"))}
+    def start(options: dict) -> list:
+        config = config_of(options)
+        return [getattr(config, name) for name in BEFORE_TRAINING]
 
     run.mkdir(parents=True, exist_ok=True)
     if (run / EVALUATION_FILES[0]).exists():
@@ -126,11 +151,11 @@ def share_start(cell: Cell, output: Path, run: Path) -> None:
     for record in read_cells(output / "cells.jsonl"):
         same = (record["seed"], record["model_id"]) == (cell.seed, cell.model_id)
         other = output / "runs" / Cell(record["row"], record["options"], record["seed"], record["model_id"]).folder
-        if same and evaluation(record["options"]) == evaluation(cell.options) and (other / "heldout.jsonl").exists():
+        if same and (other / "heldout.jsonl").exists() and start(record["options"]) == start(cell.options):
             rows = [row for row in read_lines(other / "heldout.jsonl") if row["step"] == 0]
-            start = json.loads((other / "evaluation.json").read_text())["0"]
+            accuracy = json.loads((other / "evaluation.json").read_text())["0"]
             (run / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            (run / "evaluation.json").write_text(json.dumps({"0": start}))
+            (run / "evaluation.json").write_text(json.dumps({"0": accuracy}))
             return
 
 
@@ -145,33 +170,48 @@ def measured(run: Path, error: str | None) -> dict:
     if error is None and last not in evaluation:
         raise InputError(f"{run}: stopped before its end; the same command goes on with it")
     steps, held_out = read_lines(run / "metrics.jsonl"), read_lines(run / "heldout.jsonl")
+    problems = load_problems(record["config"]["eval_data"], need_solution=False)
     return {
         "evaluation": evaluation,
-        "behaviour": {step: behaviour(held_out, int(step)) for step in evaluation},
+        "behaviour": {step: behaviour(problems, held_out, int(step)) for step in evaluation},
         "accuracy": [step["accuracy"] for step in steps],
         "mean_length": [round(step["mean_length"], 2) for step in steps],
         "eos_rate": [step["eos_rate"] for step in steps],
         "divergence": [round(step["divergence"], 6) for step in steps],
+        "max_grad_norm": round(max(step["grad_norm"] for step in steps), 6) if steps else None,
         "git_commit": record.get("git_commit"),
         "versions": record.get("versions"),
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "machine": f"{platform.machine()}, {cores()} cores",
     }
 
 
-def behaviour(held_out: list[dict], step: int) -> dict:
-    """What accuracy hides, of the greedy solutions after `step` steps: facts repaired and broken, leaps."""
-    from experiments.worlds import leaps, repaired_and_broken
+def behaviour(problems: list[Problem], held_out: list[dict], step: int) -> dict:
+    """What accuracy hides, after `step` steps: shares in [0, 1], None where solutions are not those of a world.
 
-    before, after = (
-        [row["text"] for row in held_out if row["step"] == number and row["decoding"] == "greedy"]
-        for number in (0, step)
-    )
+    Of greedy solutions `repaired` and `broken` facts, out of the `stated` share of the base's facts that they still
+    state; `leaps` and `strays` of greedy ones, and with `_sampled` behind them of sampled ones.
+    """
+    from experiments.worlds import leaps, repaired_and_broken, strays
+
+    def rows(number: int, decoding: str) -> list[dict]:
+        return [row for row in held_out if row["step"] == number and row["decoding"] == decoding]
+
+    def share(part: int, whole: int) -> float | None:
+        return part / whole if whole else None
+
+    before, after = ([row["text"] for row in rows(number, "greedy")] for number in (0, step))
     change = repaired_and_broken(before, after)
-    return {
-        "repaired": change.repaired / change.wrong_before if change.wrong_before else None,
-        "broken": change.broken / change.right_before if change.right_before else None,
-        "leaps": sum(map(leaps, after)) / len(after),
+    shares = {
+        "repaired": share(change.repaired, change.wrong_before),
+        "broken": share(change.broken, change.right_before),
+        "stated": share(change.wrong_before + change.right_before, change.before),
     }
+    for decoding, name in (("greedy", ""), ("sampled", "_sampled")):
+        solutions = rows(step, decoding) if change.before else []
+        shares[f"leaps{name}"] = share(sum(leaps(row["text"]) for row in solutions), len(solutions))
+        stray = sum(strays(problems[row["problem"]].problem, row["text"]) for row in solutions)
+        shares[f"strays{name}"] = share(stray, len(solutions))
+    return shares
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -199,13 +239,14 @@ def read_cells(path: Path) -> list[dict]:
 
 def missing_cells(grid: Grid, records: list[dict]) -> list[Cell]:
     """Seed by seed, so that a grid stopped early still holds whole pairs. Rows with equal options share their cells."""
-    models = {name: model_id(name) for name in {str(grid.options(row).get("model", "tiny")) for row in grid.rows}}
+    names = {row: config_of(grid.options(row)).model for row in grid.rows}  # a row that train.py refuses is told here
+    models = {name: model_id(name) for name in set(names.values())}
     done = {Cell("", r["options"], r["seed"], r["model_id"]).key for r in records}
     cells: dict[str, Cell] = {}
     for seed in grid.seeds:
         for row in grid.rows:
             options = grid.options(row)
-            cell = Cell(row, options, seed, models[str(options.get("model", "tiny"))])
+            cell = Cell(row, options, seed, models[names[row]])
             if cell.key not in done:
                 cells.setdefault(cell.key, cell)
     stale = {r["model_id"] for r in records} - set(models.values())
@@ -236,6 +277,11 @@ def _take_slot(slots: multiprocessing.Queue) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = slots.get()
 
 
+def cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def visible_gpus() -> list[str]:
     """The names that CUDA_VISIBLE_DEVICES takes, of the GPUs that this process may use."""
     import torch
@@ -251,6 +297,8 @@ def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
     path = output / "cells.jsonl"
     records = read_cells(path)
     cells = missing_cells(grid, records)
+    if blind := sorted({cell.row for cell in cells if not config_of(cell.options).eval_data}):
+        raise InputError(f"row {blind[0]}: no --eval_data to score its cells by; --dry_run prints their commands")
     write_atomically(made(output) / path.name, "".join(json.dumps(record) + "\n" for record in records))
     total = len(cells) + len(records)
     for record in tqdm(run_cells(cells, output, workers), "cells", total, initial=len(records), unit="cell"):
@@ -261,9 +309,9 @@ def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
 
 
 def command(cell: Cell, output: Path) -> str:
-    """A cell as a line of the shell, for machines on which the study itself does not run."""
-    flags = " ".join(f"--{name} {value}" for name, value in {**cell.options, "seed": cell.seed}.items())
-    return f"torchrun train.py {flags} --output_dir {output / 'runs' / cell.folder}"
+    """A cell as a line of the shell, for machines on which the study itself does not run; rules.py knows all rows."""
+    words = ["torchrun", "-m", "experiments.rules", *flags(cell.options, cell.seed)]
+    return shlex.join([*words, f"--output_dir={output / 'runs' / cell.folder}"])
 
 
 def default_folder(grid: str) -> Path:
@@ -291,7 +339,7 @@ def main() -> None:
     if args.report_only:
         records = read_cells(output / "cells.jsonl")
     else:
-        records = run_grid(grid, output, args.workers or len(visible_gpus() or os.sched_getaffinity(0)))
+        records = run_grid(grid, output, args.workers or len(visible_gpus()) or cores())
     if not records:
         raise InputError(f"--output_dir {output}: no cells have been measured there")
     return print(write_report(grid, records, output))

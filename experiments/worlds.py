@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from problems import Problem
@@ -142,6 +143,19 @@ def leaps(text: str) -> bool:
     return LEAP.search(text) is not None
 
 
+def strays(problem: str, text: str) -> bool:
+    """Whether the steps of a solution add what is not in the sum `3+8+5`, or leave some of it out without a leap.
+
+    A wrong result does not make it stray, nor does a step that is taken back. A text without a step is not judged.
+    """
+    steps = STEP.findall(text)
+    if not steps:
+        return False
+    used = Counter([steps[0][0], *(addend for _, addend, _ in steps)])
+    given = Counter(problem.split("+"))
+    return bool(used - given) or (not leaps(text) and bool(given - used))
+
+
 def known_facts(texts: list[str]) -> dict[tuple[int, int], bool]:
     """For every fact (running total, addend) in the steps of these solutions: whether more than half state it rightly.
 
@@ -156,8 +170,9 @@ def known_facts(texts: list[str]) -> dict[tuple[int, int], bool]:
 
 @dataclass(frozen=True)
 class FactChange:
-    """Counts of facts."""
+    """Counts of facts; `before` are all that the base's solutions state, the others those that both lists state."""
 
+    before: int
     wrong_before: int
     repaired: int
     right_before: int
@@ -176,6 +191,6 @@ def repaired_and_broken(base_texts: list[str], trained_texts: list[str]) -> Fact
     right = [fact for fact in both if before[fact]]
     wrong = [fact for fact in both if not before[fact]]
     return FactChange(
-        wrong_before=len(wrong), repaired=sum(after[fact] for fact in wrong),
+        before=len(before), wrong_before=len(wrong), repaired=sum(after[fact] for fact in wrong),
         right_before=len(right), broken=sum(not after[fact] for fact in right),
     )  # fmt: skip

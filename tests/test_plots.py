@@ -70,9 +70,9 @@ def test_study_picture_shows_the_paired_difference():
     pytest.importorskip("matplotlib")
     grid = Grid({}, [0, 1, 2], {"OPSD": {"a": 0}, "other": {"a": 1}})
     records = [
-        {"options": {"a": a}, "seed": seed, "accuracy": [0.5], "error": None,
+        {"options": {"a": a}, "seed": seed, "accuracy": [0.5], "error": None, "model_id": "m",
          "evaluation": {step: {"sampled": 0.5 + 0.1 * a * seed, "greedy": 0.1} for step in ("0", "2")},
-         "behaviour": {step: {"repaired": 0.5, "broken": 0.0, "leaps": 0.0} for step in ("0", "2")}}
+         "behaviour": {step: {"stated": 0.9, "repaired": 0.5, "broken": 0.0, "leaps": 0.0} for step in ("0", "2")}}
         for a in (0, 1) for seed in grid.seeds
     ]  # fmt: skip
     (container,) = plots.study_figure(grid, records).axes[0].containers
@@ -106,9 +106,9 @@ def test_along_training_a_row_of_several_seeds_has_a_band():
     pytest.importorskip("scipy")
     grid = Grid({"eval_steps": 1}, [0, 1], {"OPSD": {"a": 0}, "once": {"a": 1}})
     records = [
-        {"options": {"a": a, "eval_steps": 1}, "seed": seed, "accuracy": [0.5], "error": None,
+        {"options": {"a": a, "eval_steps": 1}, "seed": seed, "accuracy": [0.5], "error": None, "model_id": "m",
          "evaluation": {step: {"sampled": 0.5 + 0.1 * seed * int(step), "greedy": 0.1} for step in ("0", "1", "2")},
-         "behaviour": {step: {"repaired": None, "broken": 0.0, "leaps": 0.2} for step in ("0", "1", "2")}}
+         "behaviour": {step: {"stated": 0.9, "leaps": 0.2} for step in ("0", "1", "2")}}
         for a, seed in ((0, 0), (0, 1), (1, 0))
     ]  # fmt: skip
     sampled, greedy, leaps = plots.study_along(grid, records).axes

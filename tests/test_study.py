@@ -2,8 +2,10 @@
 
 import json
 import math
+import shlex
 import sys
 from itertools import product
+from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
@@ -12,6 +14,7 @@ import experiments.rules  # noqa: F401  (registers its rows)
 from experiments import study
 from experiments.grids import EMBEDDED, GRIDS, Grid
 from experiments.report import (
+    BEFORE,
     Difference,
     collect,
     detectable,
@@ -27,6 +30,10 @@ from problems import InputError
 from train import parse_config
 
 TINY = Grid(common={"num_steps": 2}, seeds=[0, 1], rows={"OPSD": {"method": "opsd"}, "PW": {"method": "pwopsd"}})
+BEHAVIOUR = {
+    "repaired": 0.5, "broken": None, "stated": 0.9, "leaps": 0.0, "strays": 0.0,
+    "leaps_sampled": 0.0, "strays_sampled": 0.0,
+}  # fmt: skip
 VERSIONS = {"python": "3", "torch": "2", "transformers": "5"}
 
 
@@ -36,7 +43,7 @@ def record(options, seed, after, *, error=None, accuracy=(0.5, 0.5)):
     return {
         "row": "any", "options": options, "seed": seed, "model_id": "m", "seconds": 1.0,
         "evaluation": start | end,
-        "behaviour": {step: {"repaired": 0.5, "broken": None, "leaps": 0.0} for step in start | end},
+        "behaviour": {step: dict(BEHAVIOUR) for step in start | end},
         "accuracy": list(accuracy), "eos_rate": [1.0] * len(accuracy), "error": error, "git_commit": "c",
         "versions": VERSIONS, "machine": "x",
     }  # fmt: skip
@@ -137,7 +144,7 @@ def test_grid_names_are_known_to_the_trainer(grid):
     for name in grid.rows:
         flags = [f"--{key}={value}" for key, value in grid.options(name).items()]
         assert parse_config(flags).method == grid.rows[name]["method"]
-    assert {grid.baseline, *(name for pair in grid.contrasts for name in pair)} <= set(grid.rows)
+    assert {grid.baseline, *(name for pair in grid.contrasts for name in pair)} <= {*grid.rows, BEFORE}
 
 
 def test_grid_has_what_the_question_needs():
@@ -220,12 +227,16 @@ def test_before_training_is_measured_once(tmp_path):
     rows = [{"step": step, "decoding": "greedy", "text": "a"} for step in (0, 2)]
     (first / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (first / "evaluation.json").write_text(json.dumps(measured["evaluation"]))
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('{"evaluation": "Add: {problem}"}')
     for number, (cell, shares) in enumerate(
         [
             (study.Cell("PW", {"eval_samples": 2, "method": "pwopsd"}, 0, "m"), True),
             (study.Cell("PW", options, 1, "m"), False),
             (study.Cell("PW", options, 0, "n"), False),
             (study.Cell("PW", {"eval_samples": 3, "method": "pwopsd"}, 0, "m"), False),
+            (study.Cell("PW", {"eval_samples": 2, "method": "pwopsd", "prompts": str(prompts)}, 0, "m"), False),
+            (study.Cell("PW", {"eval_samples": 2, "method": "pwopsd", "eval_data": "tiny:heldout"}, 0, "m"), True),
         ]
     ):
         run = tmp_path / "runs" / str(number)
@@ -297,17 +308,17 @@ def test_report_along_training(tmp_path):
             continue
         cell = record(grid.options(row), seed, 0.5 + 0.01 * seed + last + 0.001 * (row == "early") * seed)
         cell["evaluation"]["1"] = {"sampled": 0.6 + 0.01 * seed + first, "greedy": 0.3}
-        cell["behaviour"]["1"] = {"repaired": None, "broken": 0.0, "leaps": 0.25}
+        cell["behaviour"]["1"] = BEHAVIOUR | {"stated": 0.4, "leaps": 0.25}
         records.append(cell)
     text = write_report(grid, records, tmp_path)
     sampled, greedy, leaps = (
         text.split("## Along training")[1].split("## Learning")[0].split("| after steps | 1 | 2 |")[1:]
     )
-    assert "| early | 81.0 ± 1.0, **+20.0 [+20.0, +20.0]** | 41.1 ± 1.1, **-9.9 [-10.1, -9.7]** |" in sampled
+    assert "| early | 81.0 ± 1.0, +20.0 [+20.0, +20.0] | 41.1 ± 1.1, **-9.9 [-10.1, -9.7]** |" in sampled
     assert "| once | 60.0 | 50.0 |" in sampled  # one seed: no difference
     assert "| OPSD | 61.0 ± 1.0 | 51.0 ± 1.0 |" in sampled
     assert "| early | 30.0 ± 0.0, +0.0 [+0.0, +0.0] |" in greedy
-    assert "| early | 25.0, - | 0.0, 50.0 |" in leaps
+    assert "| early | 25.0, 0.0, - | 0.0, 0.0, 50.0 |" in leaps
     assert "Along training" not in write_report(TINY, [record(TINY.options("OPSD"), 0, 0.8)], tmp_path)
 
 
@@ -315,13 +326,43 @@ def test_cells_of_another_grid_are_no_report(tmp_path):
     with pytest.raises(InputError, match="no cell of this grid"):
         write_report(TINY, [record({"method": "eopd"}, 0, 0.9), record(TINY.options("PW"), 7, 0.9)], tmp_path)
     text = write_report(TINY, [record(TINY.options("PW"), 0, 0.9), record({"method": "eopd"}, 0, 0.9)], tmp_path)
-    assert "1 of 4 cells" in text and "; 0 minutes" in text
+    assert "1 of 4 cells" in text and " 0 minutes summed" in text
+    other = record(TINY.options("PW"), 1, 0.9) | {"model_id": "n"}
+    with pytest.raises(InputError, match="several models"):
+        write_report(TINY, [record(TINY.options("PW"), 0, 0.9), other], tmp_path)
 
 
 def test_report_of_an_unfinished_grid(tmp_path):
     records = [record(TINY.options("PW"), 0, 0.9)]
     assert "has not been measured yet" in write_report(TINY, records, tmp_path)
     assert "no row has two seeds" in write_report(TINY, [*records, record(TINY.options("OPSD"), 0, 0.8)], tmp_path)
+
+
+def test_equal_differences_of_few_seeds_settle_nothing(tmp_path):
+    """Scores come in steps: that two seeds differ by the same quarter of a point happens."""
+    pytest.importorskip("scipy")
+    records = [record(TINY.options(row), seed, 0.5 + 0.1 * (row == "PW")) for row in TINY.rows for seed in TINY.seeds]
+    assert "Settled (5 %, Holm over 2 rows): none." in write_report(TINY, records, tmp_path)
+
+
+def test_a_row_that_the_trainer_refuses_is_told_before_the_first_cell(fake_cells, tmp_path):
+    for options, said in (({"method": "none"}, "--method none"), ({"method": "opsd", "top_p": 2}, "--top_p 2")):
+        with pytest.raises(InputError, match=said):
+            run_grid(Grid({}, [0], {"OPSD": {"method": "opsd"}, "bad": options}), tmp_path, 1)
+    blind = Grid({"preset": "qwen3-4b", "model": "tiny"}, [0], {"OPSD": {"method": "opsd"}})
+    with pytest.raises(InputError, match="row OPSD: no --eval_data"):
+        run_grid(blind, tmp_path, 1)
+    assert not fake_cells and len(missing_cells(blind, [])) == 1
+
+
+def test_a_command_is_one_that_runs(tmp_path):
+    """Of every grid, through the rules' own entry: the trainer without them knows four methods."""
+    cell = study.Cell("a row", {"method": "shuffled", "data": "my data.jsonl"}, 3, "m")
+    words = shlex.split(study.command(cell, tmp_path))
+    assert words[:3] == ["torchrun", "-m", "experiments.rules"]
+    config = parse_config(words[3:])
+    assert (config.method, config.data, config.seed) == ("shuffled", "my data.jsonl", 3)
+    assert Path(config.output_dir) == tmp_path / "runs" / cell.folder
 
 
 def test_workers_stay_on_the_gpus_they_may_use(monkeypatch):
@@ -343,7 +384,7 @@ def test_a_cell_is_a_run_of_train(tmp_path):
     (run,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir())
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert cell["evaluation"] == evaluation and set(evaluation) == {"0", "1"}
-    assert set(cell["behaviour"]["1"]) == {"repaired", "broken", "leaps"}
+    assert cell["behaviour"]["1"].keys() == BEHAVIOUR.keys()
     assert cell["accuracy"] == [json.loads((run / "metrics.jsonl").read_text())["accuracy"]]
     assert json.loads((run / "config.json").read_text())["config"]["seed"] == 3
     assert not list(run.glob("checkpoint-*"))

@@ -15,6 +15,7 @@ from experiments.worlds import (
     leaps,
     reference_order,
     repaired_and_broken,
+    strays,
     trace,
 )
 from problems import extract_boxed, tiny_problems, tiny_split
@@ -179,6 +180,32 @@ def test_leaps_by_hand(text, expected):
     assert leaps(text) is expected
 
 
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("3+8=11;11+5=16;\\boxed{16}", False),
+        ("5+3=8;8+8=16;\\boxed{16}", False),  # in another order
+        ("3+8=12;12+5=17;", False),  # a wrong result
+        ("3+8=12!3+8=11;11+5=16;", False),  # taken back
+        ("3+8=11;11+~=16;", False),  # a leap takes the rest
+        ("3+8=11;\\boxed{11}", True),  # leaves 5 out
+        ("3+8=11;11+5=16;16+5=21;", True),  # 5 twice
+        ("3+8=11;11+7=18;", True),
+        ("3+7=10;10+~=16;", True),
+        ("4+8=12;12+5=17;", True),  # begins with what is not there
+        ("16", False),
+    ],
+)
+def test_strays_by_hand(text, expected):
+    assert strays("3+8+5", text) is expected
+
+
+def test_no_solution_of_a_world_strays():
+    for name in WORLDS:
+        for problem, pieces in solutions(name, teacher=False):
+            assert not strays(problem.problem, "".join(text for text, _ in pieces))
+
+
 def test_known_facts_by_hand():
     texts = [
         "3+8=11;11+5=18;\\boxed{18}",  # (3, 8) right, (11, 5) wrong
@@ -198,7 +225,7 @@ def test_repaired_and_broken_by_hand():
     base = ["3+8=12;12+5=17;17+1=19;", "6+6=12;12+5=17;17+9=26;"]  # wrong: (3, 8), (17, 1)
     trained = ["3+8=11;12+5=16;17+1=19;", "6+6=12;4+4=9;"]  # (17, 9) and (4, 4) occur in one list only
     change = repaired_and_broken(base, trained)
-    assert change == FactChange(wrong_before=2, repaired=1, right_before=2, broken=1)
+    assert change == FactChange(before=5, wrong_before=2, repaired=1, right_before=2, broken=1)
 
 
 def test_nothing_changes_without_training():
@@ -206,4 +233,5 @@ def test_nothing_changes_without_training():
     change = repaired_and_broken(texts, texts)
     assert change.wrong_before > 5 and change.right_before > 50
     assert (change.repaired, change.broken) == (0, 0)
-    assert repaired_and_broken(["nothing"], texts) == FactChange(0, 0, 0, 0)
+    assert repaired_and_broken(["nothing"], texts) == FactChange(0, 0, 0, 0, 0)
+    assert change.before == change.wrong_before + change.right_before
