@@ -50,12 +50,13 @@ SCORES = {
     "SCGate": {"method": "scgate"},
     "TIP": {"method": "tip"},
 }
+TAUS = {"1.0": 1.0, ".2": 0.2, ".05": 0.05}
 CLIPS = {
     "no clip": {"method": "opsd", "tau_clip": "inf"},
     "entry clip .2": {"method": "opsd", "tau_clip": 0.2},
     "entry clip .05": {"method": "opsd", "tau_clip": 0.05},
-    **{f"token clip {tau}": {"method": "opsd_token_clip", "tau_clip": tau} for tau in (1.0, 0.2, 0.05)},
-    **{f"scaled clip {tau}": {"method": "opsd_scaled_clip", "tau_clip": tau} for tau in (1.0, 0.2, 0.05)},
+    **{f"token clip {name}": {"method": "opsd_token_clip", "tau_clip": tau} for name, tau in TAUS.items()},
+    **{f"scaled clip {name}": {"method": "opsd_scaled_clip", "tau_clip": tau} for name, tau in TAUS.items()},
     "Moderate, entry clip .05": {"method": "pwopsd", "tau_clip": 0.05},
 }
 TEACHERS = {
@@ -78,8 +79,8 @@ EMBEDDED = Grid(
         ("PW-OPSD Moderate", "Moderate, over tokens"),
         ("linear up", "linear down"),
         ("suffix", "prefix"),
-        ("token clip 0.05", "entry clip .05"),
-        ("scaled clip 0.05", "entry clip .05"),
+        ("token clip .05", "entry clip .05"),
+        ("scaled clip .05", "entry clip .05"),
         ("scaled clip 1.0", "no clip"),
         ("EOPD", "no clip"),
         ("entry clip .05", "before training"),
@@ -116,9 +117,7 @@ LEAP = Grid(
         "fitted by the diagnostic": {"method": "pwopsd", **FITTED},
         "fitted, w_min 0": {"method": "pwopsd", **FITTED, "w_min": 0.0},  # is it the floor that the fit has too high,
         "fitted, tau .5": {"method": "pwopsd", **FITTED, "tau": 0.5, "s": 0.05},  # or the rise that comes too early?
-        "OPSD, entry clip .05": CLIPS["entry clip .05"],
-        "OPSD, token clip .05": CLIPS["token clip 0.05"],
-        "OPSD, scaled clip .05": CLIPS["scaled clip 0.05"],
+        **{name: CLIPS[name] for name in ("entry clip .05", "token clip .05", "scaled clip .05")},
         "Moderate, entry clip .05": CLIPS["Moderate, entry clip .05"],
         "Aggressive, entry clip .05": schedule("aggressive", tau_clip=0.05),
     },
@@ -137,11 +136,11 @@ LEAP = Grid(
         ("fitted, w_min 0", "fitted by the diagnostic"),
         ("fitted, tau .5", "fitted by the diagnostic"),
         ("fitted by the diagnostic", "PW-OPSD Moderate"),
-        ("Aggressive", "OPSD, entry clip .05"),
-        ("OPSD, token clip .05", "OPSD, entry clip .05"),
-        ("OPSD, scaled clip .05", "OPSD, entry clip .05"),
-        ("Moderate, entry clip .05", "OPSD, entry clip .05"),
-        ("Aggressive, entry clip .05", "OPSD, entry clip .05"),
+        ("Aggressive", "entry clip .05"),
+        ("token clip .05", "entry clip .05"),
+        ("scaled clip .05", "entry clip .05"),
+        ("Moderate, entry clip .05", "entry clip .05"),
+        ("Aggressive, entry clip .05", "entry clip .05"),
     ],
 )
 
@@ -173,8 +172,8 @@ def leap_map() -> Grid:
     return Grid({**other_world("leap-0.4"), **LONG}, [0], rows, baseline="OPSD, 0.0003, clip 1.0")
 
 
-# What to run first with eight GPUs and a week (docs/study.md): the questions of the small worlds at 1.7 B, with as many
-# training seeds as tell a third of a point apart. The checkpoint of step 100 is the one to evaluate.
+# What to run first with eight GPUs and a week (docs/study.md): the questions of the small worlds at 1.7 B, with training
+# seeds enough for about three quarters of a point. The checkpoint of step 100 is the one to evaluate.
 WEEK = Grid(
     common={"preset": "qwen3-4b", "model": "Qwen/Qwen3-1.7B", "num_steps": 150},
     seeds=[0, 1, 2, 3, 4, 5, 6, 7],

@@ -202,6 +202,26 @@ def test_python_blocks_are_python(page):
         ast.parse(block)
 
 
+@pytest.mark.parametrize(
+    "heading, folder",
+    [("## The embedded world", "study-embedded"), ("## The leap world", "study-leap")],
+)
+def test_the_studys_tables_are_the_reports(heading, folder):
+    """Every cell of the page's table stands in the report's row of the same name."""
+
+    def rows(text: str) -> dict[str, list[str]]:
+        start = text.index("| row | sampled %")
+        lines = text[start : text.index("\n\n", start)].splitlines()[2:]
+        cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+        return {first: rest for first, *rest in cells}
+
+    report = rows((ROOT / "experiments/results" / folder / "report.md").read_text())
+    page = rows(PAGES["docs/study.md"].split(heading)[1])
+    assert len(page) > 15
+    for name, cells in page.items():
+        assert set(cells) <= set(report[name]), name
+
+
 # --- to be read -------------------------------------------------------------------------------------------------
 
 
