@@ -148,7 +148,8 @@ def study_figure(grid: Grid, records: list[dict]) -> Figure:
             title=f"held-out accuracy, {column}", xlabel=f"points, minus {grid.baseline}", ylim=(len(rows) - 0.5, -0.5)
         )
         axis.set_xscale("symlog", linthresh=10)  # a collapse must not squeeze the rows that can be compared
-        axis.set_xticks(TICKS, labels=map(str, TICKS))
+        ticks = [tick for tick in TICKS if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
+        axis.set_xticks(ticks, labels=map(str, ticks))
         axis.title.set_size(10)
         axis.set_yticks(range(len(rows)), labels=list(rows) if axis is axes[0] else [""] * len(rows), fontsize=8)
     return drawn
@@ -236,7 +237,9 @@ def study_map(grid: Grid, records: list[dict]) -> Figure:
         axis.set_xlabel("steps", fontsize=8)
         axis.title.set_size(8)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    drawn.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=len(clips), fontsize=7, frameon=False
+    )
     drawn.supylabel("held-out accuracy, % (lines: sampled, dashed: greedy)", fontsize=9)
     return drawn
 
