@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from experiments.compare import (
     detectable_difference,
     flips,
     load_summary,
+    main,
     permutation_p,
     report,
 )
@@ -149,6 +151,17 @@ def test_rows_of_a_study_that_cannot_be_compared_are_one_line(evaluation):
     ):
         with pytest.raises(InputError, match=said):
             compare_seeds(left, right)
+
+
+def test_the_flags_of_two_rows(evaluation, monkeypatch, capsys):
+    pytest.importorskip("scipy")
+    a, b, c, d = (str(evaluation(name, [1, i % 3, 0, 0])) for i, name in enumerate("abcd"))
+    monkeypatch.setattr(sys, "argv", ["compare", "--left", a, b, "--right", c, d])
+    main()
+    assert capsys.readouterr().out == compare_seeds([a, b], [c, d]) + "\n"
+    monkeypatch.setattr(sys, "argv", ["compare", "--left", a, b])
+    with pytest.raises(InputError, match="--left and --right: 2 and 0 evaluations"):
+        main()
 
 
 def test_sample_files_give_what_their_summaries_give(evaluation):
