@@ -1,6 +1,7 @@
-"""When the per-entry clip of Eq. (1) turns the gradient around: an account from real rollouts.
+"""What the clips cut, measured where training starts: rollouts of the untrained student, both contexts.
 
-    python -m experiments.clipping              train OPSD at clip 0.05, 0.2, 1.0 and none, and measure it on the way
+    python -m experiments.clipping                                       the embedded model
+    python -m experiments.clipping --model runs/worlds/leap-0.4/model --data runs/worlds/leap-0.4/heldout.jsonl
 
 Min(., tau_clip) keeps a clipped entry's value but drops its gradient. With A the entries that are not clipped and P_A
 the teacher's mass on them, the gradient with respect to the student's logit i, times T_distill, is
@@ -8,36 +9,37 @@ the teacher's mass on them, the gradient with respect to the student's logit i, 
     clipped:    P_A p_S(i) - p_T(i) 1[i in A]              not clipped:    p_S(i) - p_T(i)
 
 A clipped entry always has p_T > p_S: it should rise and is pushed down instead. Where P_A p_S < p_T < p_S, an entry
-that should fall is pushed up. Axes: M tokens, V vocabulary.
+that should fall is pushed up. The clip of a whole token drops the tokens above it, with all of their entries; which
+tokens these are is told by one chosen alternative, the leap of experiments/worlds.py. Axes: M tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from experiments.study import Cell, model_id, run_cell
 from loss import divergence_entries, log_probabilities
-from model import adapter_disabled, load_model, load_tokenizer, response_hidden, response_mask
-from problems import Problem, load_problems
+from model import load_model, load_tokenizer, response_hidden, response_mask
+from problems import InputError, Problem, load_problems
 from rollout import Sampling, sample
-from runtime.adapters import load_adapter
 from runtime.flags import run_script
-from runtime.run_folder import write_atomically
 from teacher import student_prompt, teacher_prompt
-from weighting import relative_position
 
-CLIPS = (0.05, 0.2, 1.0, float("inf"))
-STEPS, EVERY, ROLLOUTS, SEED = 30, 5, 64, 0
-TEMPERATURE = 1.1  # of the rollouts and of both contexts, as in training
+CLIPS = (1.0, 0.2, 0.05)
+ROLLOUTS, SEED = 64, 0
+SAMPLING = Sampling(temperature=1.1, top_p=0.95, top_k=0, max_new_tokens=128)  # T also of both contexts, as in training
 MEASURE_STREAM = 101  # second entry of the rollouts' stream key, apart from those of train.py
-COLUMNS = ("clipped_mass", "reversed_entries", "reversed_gradient")
-TITLES = ("teacher's mass clipped", "entries with the sign reversed", "gradient with the sign reversed")
+PROPOSED = 0.2  # the teacher's probability above which it proposes the chosen token
+COLUMNS = {
+    "tokens": "tokens with a cut entry",
+    "mass": "teacher's mass cut",
+    "divergence": "divergence on cut entries",
+    "on_token": "- of that on `{}`",
+    "dropped": "tokens that the token clip drops",
+    "at_token": "- of these where the teacher proposes `{}`",
+}
 
 
 def logit_gradients(student_logp_MV: Tensor, teacher_logp_MV: Tensor, clip: float) -> tuple[Tensor, Tensor]:
@@ -48,107 +50,71 @@ def logit_gradients(student_logp_MV: Tensor, teacher_logp_MV: Tensor, clip: floa
     return (1.0 - clipped_mass_M)[:, None] * student_MV - teacher_MV * kept_MV, student_MV - teacher_MV
 
 
-def clip_statistics(student_logp_MV: Tensor, teacher_logp_MV: Tensor, clip: float) -> Tensor:
-    """[M, 3], the COLUMNS: teacher mass clipped, share of the V entries reversed, and their share of sum_i |g_i|."""
-    clipped_MV, unclipped_MV = logit_gradients(student_logp_MV, teacher_logp_MV, clip)
-    reversed_MV = clipped_MV * unclipped_MV < 0.0
-    cut_MV = divergence_entries(student_logp_MV, teacher_logp_MV, beta=0.0) > clip
-    size_MV = unclipped_MV.abs()
-    return torch.stack(
-        [
-            (teacher_logp_MV.exp() * cut_MV).sum(dim=-1),
-            reversed_MV.float().mean(dim=-1),
-            (size_MV * reversed_MV).sum(dim=-1) / size_MV.sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny),
-        ],
-        dim=1,
-    )
+def account(student_logp_MV: Tensor, teacher_logp_MV: Tensor, clip: float, token: int) -> dict[str, float]:
+    """The COLUMNS as shares; nan for a share of nothing.
 
-
-@torch.no_grad()
-def measure(model, tokenizer, problems: list[Problem], clip: float) -> dict:
-    """Sample the problems once from the model as it stands; statistics over all tokens and by tenth of the solution."""
-    keys = [(SEED, MEASURE_STREAM, index) for index in range(len(problems))]
-    prompts = [student_prompt(tokenizer, problem) for problem in problems]
-    responses = sample(model, tokenizer, prompts, keys, Sampling(TEMPERATURE, top_p=0.95, top_k=0, max_new_tokens=96))
-    model.eval()
-    y = [response.ids for response in responses]
-    L = [len(ids) for ids in y]
-    head_VD = model.get_output_embeddings().weight
-
-    def in_context(contexts: list[list[int]]) -> Tensor:
-        hidden_MD = response_hidden(model, contexts, y)[response_mask(L)]
-        return log_probabilities(hidden_MD @ head_VD.T, TEMPERATURE)
-
-    student = in_context(prompts)
-    with adapter_disabled(model):
-        teacher = in_context([teacher_prompt(tokenizer, problem) for problem in problems])
-    values = clip_statistics(student, teacher, clip)
-    decile_M = (relative_position(L) * 10).long().clamp(max=9)
-    sums = torch.zeros(10, len(COLUMNS)).index_add_(0, decile_M, values)
-    means = sums / torch.bincount(decile_M, minlength=10).clamp(min=1)[:, None]
+    Divergence: the sum of the cut entries of Eq. (1), which get no gradient, out of the sum of all positive entries.
+    """
+    entries_MV = divergence_entries(student_logp_MV, teacher_logp_MV, beta=0.0)
+    cut_MV, dropped_M = entries_MV > clip, entries_MV.sum(dim=-1) > clip
+    proposed_M = teacher_logp_MV[:, token].exp() > PROPOSED
+    cut = (entries_MV * cut_MV).sum(dim=0)
     return {
-        **dict(zip(COLUMNS, values.mean(dim=0).tolist(), strict=True)),
-        "by_decile": dict(zip(COLUMNS, means.T.tolist(), strict=True)),
-        "eos_rate": sum(response.finished for response in responses) / len(problems),
+        "tokens": cut_MV.any(dim=-1).float().mean().item(),
+        "mass": (teacher_logp_MV.exp() * cut_MV).sum(dim=-1).mean().item(),
+        "divergence": (cut.sum() / entries_MV.clamp(min=0.0).sum()).item(),
+        "on_token": (cut[token] / cut.sum()).item(),
+        "dropped": dropped_M.float().mean().item(),
+        "at_token": proposed_M[dropped_M].float().mean().item(),
     }
 
 
-def account(clip: float, output: Path, problems: list[Problem]) -> list[dict]:
-    """Train OPSD at one clip with a checkpoint every few steps, and measure each of them; step 0 is the base model."""
-    options = {"method": "opsd", "tau_clip": str(clip), "num_steps": STEPS, "save_steps": EVERY}
-    cell = Cell(f"clip {clip}", options, SEED, model_id("tiny"))
-    trained = run_cell(cell, output, keep_checkpoints=True)
-    rows = []
-    for step in range(0, STEPS + 1, EVERY):
-        model, tokenizer = load_model("tiny", device="cpu"), load_tokenizer("tiny")
-        if step:
-            load_adapter(model, output / "runs" / cell.folder / f"checkpoint-{step}")
-        rows.append({"clip": str(clip), "step": step, **measure(model, tokenizer, problems, clip)})
-    rows[-1]["held_out"] = trained["evaluation"][str(STEPS)]["sampled"]
-    return rows
+@torch.no_grad()
+def both_contexts(model, tokenizer, problems: list[Problem]) -> tuple[Tensor, Tensor]:
+    """log p_t and log p^opsd_t of one rollout of each problem, both [M, V], from the model as it is."""
+    prompts = [student_prompt(tokenizer, problem) for problem in problems]
+    keys = [(SEED, MEASURE_STREAM, index) for index in range(len(problems))]
+    y = [response.ids for response in sample(model, tokenizer, prompts, keys, SAMPLING)]
+    model.eval()
+    head_VD, mask = model.get_output_embeddings().weight, response_mask([len(ids) for ids in y])
+
+    def scored(contexts: list[list[int]]) -> Tensor:
+        return log_probabilities(response_hidden(model, contexts, y)[mask] @ head_VD.T, SAMPLING.temperature)
+
+    return scored(prompts), scored([teacher_prompt(tokenizer, problem) for problem in problems])
 
 
-def markdown(rows: list[dict]) -> str:
-    """Two tables: through training over all positions, and by position (averaged over training)."""
-    clips = list(dict.fromkeys(row["clip"] for row in rows))
-    steps = sorted({row["step"] for row in rows})
-    at = {(row["clip"], row["step"]): row for row in rows}
-    lines = [
-        "# What the clip does to the gradient",
-        "",
-        f"OPSD, embedded model, seed {SEED}; {ROLLOUTS} rollouts of training problems at each checkpoint; percent, "
-        "means over tokens. A reversed entry is pushed the other way than without the clip; the gradient with the sign "
-        "reversed is its share of a token's sum of |p_S - p_T|. By tenth of the solution: means over the checkpoints.",
-    ]
-    for column, title in zip(COLUMNS, TITLES, strict=True):
-        lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
-        lines += ["| clip | " + " | ".join(f"step {step}" for step in steps) + " | held-out after |"]
-        lines += ["|---" * (len(steps) + 2) + "|"]
-        for clip in clips:
-            held_out = at[clip, steps[-1]]["held_out"]
-            cells = [f"{100 * at[clip, step][column]:.2f}" for step in steps]
-            cells.append("-" if held_out is None else f"{100 * held_out:.1f}")
-            lines.append(f"| {clip} | " + " | ".join(cells) + " |")
-        lines += [
-            "",
-            "| clip, by tenth of the solution | " + " | ".join(map(str, range(1, 11))) + " |",
-            "|---" * 11 + "|",
-        ]
-        for clip in clips:
-            tenths = [sum(at[clip, step]["by_decile"][column][i] for step in steps) / len(steps) for i in range(10)]
-            lines.append(f"| {clip} | " + " | ".join(f"{100 * value:.2f}" for value in tenths) + " |")
-    return "\n".join(lines) + "\n"
+def markdown(student_logp_MV: Tensor, teacher_logp_MV: Tensor, token: int, text: str) -> str:
+    """A column a clip, in percent, and how many tokens were measured."""
+    accounts = [account(student_logp_MV, teacher_logp_MV, clip, token) for clip in CLIPS]
+    lines = ["| % | " + " | ".join(f"tau_clip {clip:g}" for clip in CLIPS) + " |", "|---" * (len(CLIPS) + 1) + "|"]
+    for name, title in COLUMNS.items():
+        lines.append(f"| {title.format(text)} | " + " | ".join(f"{100 * each[name]:.1f}" for each in accounts) + " |")
+    proposed = (teacher_logp_MV[:, token].exp() > PROPOSED).float().mean().item()
+    divergence = divergence_entries(student_logp_MV, teacher_logp_MV, beta=0.0).sum(dim=-1).mean().item()
+    return "\n".join([
+        *lines, "",
+        f"{len(student_logp_MV)} tokens, divergence {divergence:.4f} nats a token without a clip; the teacher gives "
+        f"`{text}` more than {PROPOSED:g} at {100 * proposed:.1f} % of them.",
+    ])  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/clipping"), help="clipping.jsonl, clipping.md")
+    parser.add_argument(
+        "--model", default="tiny", help="directory or hub name of a small model (whole logits are kept)"
+    )
+    parser.add_argument(
+        "--data", default="tiny:heldout", help=f"problems with solutions; the first {ROLLOUTS} are used"
+    )
+    parser.add_argument("--token", default="~", help="the chosen alternative, one token; the default is the leap")
     args = parser.parse_args()
-    problems = load_problems("tiny:train")[:ROLLOUTS]
-    rows = [row for clip in tqdm(CLIPS, "clips") for row in account(clip, args.output_dir, problems)]
-    write_atomically(args.output_dir / "clipping.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_atomically(args.output_dir / "clipping.md", markdown(rows))
-    print(markdown(rows))
+    model, tokenizer = load_model(args.model, device="cpu"), load_tokenizer(args.model)
+    ids = tokenizer.encode(args.token, add_special_tokens=False)
+    if len(ids) != 1:
+        raise InputError(f"--token {args.token!r}: {len(ids)} tokens of {args.model}, not one")
+    student_logp_MV, teacher_logp_MV = both_contexts(model, tokenizer, load_problems(args.data)[:ROLLOUTS])
+    print(markdown(student_logp_MV, teacher_logp_MV, ids[0], args.token))
 
 
 if __name__ == "__main__":

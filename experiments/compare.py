@@ -1,10 +1,11 @@
 """What two evaluations can say about each other, and tables of many.
 
     python -m experiments.compare runs/eval-opsd runs/eval-pwopsd     is B better than A, and what could have been seen
+    python -m experiments.compare --left A0 A1 A2 --right B0 B1 B2    two rows of a study, by training seed
     python -m experiments.compare --report runs                       Markdown table, ours and the paper's apart
 
 Takes folders of evaluate.py, their summary.json, or a samples.jsonl (which is graded anew). Differences are paired:
-both sides met the same problems. Axes: P problems, S seeds.
+both sides met the same problems. Axes: P problems, S training seeds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from statistics import NormalDist
 import numpy as np
 
 from evaluate import benchmark_digest, bootstrap_interval, summarise
+from experiments.report import paired_difference
 from problems import InputError, load_problems
 from runtime.flags import run_script
 from runtime.grading import make_grader
@@ -54,9 +56,15 @@ def permutation_p(difference_P: np.ndarray, draws: int = 100_000, seed: int = 0)
         signs = np.array(list(itertools.product((-1.0, 1.0), repeat=P)))
         return float((abs(signs @ difference_P) >= observed).mean())
     draw, hits = np.random.default_rng(seed), 0
-    for size in [1000] * (draws // 1000):
+    for size in [*[1000] * (draws // 1000), draws % 1000]:  # at once, to bound the memory
         hits += int((abs(draw.choice((-1.0, 1.0), (size, P)) @ difference_P) >= observed).sum())
-    return (hits + 1) / (draws // 1000 * 1000 + 1)
+    return (hits + 1) / (draws + 1)
+
+
+def problem_interval(difference_P: np.ndarray) -> list[float]:
+    """95 % bootstrap interval of a mean difference over problems; where all are alike, no width."""
+    alike = np.ptp(difference_P) == 0.0
+    return [float(difference_P[0])] * 2 if alike else bootstrap_interval(difference_P)
 
 
 def detectable_difference(difference_P: np.ndarray, power: float = 0.8, level: float = 0.05) -> float:
@@ -122,14 +130,25 @@ def _grade(path: Path) -> dict:
 # Comparison of two
 
 
-def compare(a: dict, b: dict, metric: str = "avg") -> dict:
-    """B minus A, in points of 100. Raises InputError where the two are not answers to the same question."""
+def check_comparable(a: dict, b: dict, metric: str) -> None:
+    """Raise InputError where the two are not answers to the same question."""
     for name, where in (("benchmark_sha256", "regime"), ("answers_sha256", None), ("name", "grader")):
         left, right = (side[where][name] if where else side[name] for side in (a, b))
         if left != right:
             raise InputError(f"not comparable: {where + ' ' if where else ''}{name} is {left!r} and {right!r}")
     if metric != "avg" and a["num_samples"] != b["num_samples"]:
         raise InputError(f"not comparable: --metric {metric} with N {a['num_samples']} and {b['num_samples']}")
+
+
+def other_settings(a: dict, b: dict) -> list[str]:
+    """What of A's regime is another in B's, model and adapter aside."""
+    ours = ("model", "model_sha256", "adapter", "adapter_sha256", "benchmark")
+    return sorted(name for name, value in a["regime"].items() if name not in ours and b["regime"].get(name) != value)
+
+
+def compare(a: dict, b: dict, metric: str = "avg") -> dict:
+    """B minus A, in points of 100. Raises InputError where the two are not answers to the same question."""
+    check_comparable(a, b, metric)
     a_P, b_P = (np.array(side["per_problem"][metric]).mean(axis=0) for side in (a, b))
     difference_P = 100 * (b_P - a_P)
     if len(difference_P) < 2:
@@ -137,15 +156,11 @@ def compare(a: dict, b: dict, metric: str = "avg") -> dict:
     gained, lost = flips(a_P, b_P)
     return {
         "problems": len(difference_P), "a": 100 * a_P.mean(), "b": 100 * b_P.mean(), "difference": difference_P.mean(),
-        "interval": bootstrap_interval(difference_P), "p": permutation_p(difference_P),
+        "interval": problem_interval(difference_P), "p": permutation_p(difference_P),
         "detectable": detectable_difference(difference_P),
         "gained": [(a["problems"][i], a_P[i], b_P[i]) for i in gained],
         "lost": [(a["problems"][i], a_P[i], b_P[i]) for i in lost],
-        "other_settings": sorted(
-            name for name, value in a["regime"].items()
-            if name not in ("model", "model_sha256", "adapter", "adapter_sha256", "benchmark")
-            and b["regime"].get(name) != value
-        ),
+        "other_settings": other_settings(a, b),
     }  # fmt: skip
 
 
@@ -165,6 +180,44 @@ def comparison_text(result: dict, metric: str) -> str:
         lines.append(f"not the same    {', '.join(result['other_settings'])}")
     lines.append("Training seeds are not in this: one run a side says nothing about the method's spread between runs.")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Two rows of a study
+
+
+def compare_seeds(left: list[str], right: list[str]) -> str:
+    """Two rows, an evaluation a training seed, paired in the order given: Markdown, right minus left, a line a metric.
+
+    Two intervals: t over training seeds; and over problems, of the mean over the training seeds given. Raises
+    InputError where the evaluations differ in more than the model and its adapter.
+    """
+    if len(left) != len(right) or len(left) < 2:
+        raise InputError(
+            f"--left and --right: {len(left)} and {len(right)} evaluations, not pairs of two or more seeds"
+        )
+    if twice := {source for source in [*left, *right] if [*left, *right].count(source) > 1}:
+        raise InputError(f"--left and --right: {', '.join(sorted(twice))} is named twice")
+    sides = [[load_summary(source) for source in side] for side in (left, right)]
+    for source, summary in zip([*left, *right][1:], [*sides[0], *sides[1]][1:], strict=True):
+        check_comparable(sides[0][0], summary, "pass")
+        different = other_settings(sides[0][0], summary) + ["seeds"] * (sides[0][0]["seeds"] != summary["seeds"])
+        if different:
+            raise InputError(f"{source}: evaluated otherwise than {left[0]}: {', '.join(different)}")
+    body = []
+    for metric in ("avg", "pass", "maj"):
+        a_SP, b_SP = (100 * np.array([np.mean(s["per_problem"][metric], axis=0) for s in side]) for side in sides)
+        over_seeds = paired_difference(*(dict(enumerate(x_SP.mean(axis=1).tolist())) for x_SP in (b_SP, a_SP)))
+        intervals = ((over_seeds.low, over_seeds.high), problem_interval((b_SP - a_SP).mean(axis=0)))
+        means = [f"{a_SP.mean():.2f}", f"{b_SP.mean():.2f}", f"{over_seeds.mean:+.2f}"]
+        body.append([metric, *means, *(f"[{low:+.2f}, {high:+.2f}]" for low, high in intervals)])
+    seeds, problems = a_SP.shape
+    over = [f"95 % over {seeds} training seeds (t)", f"95 % over {problems} problems (bootstrap)"]
+    note = (
+        "\nThe first interval says whether the method does it. The second holds the training runs fixed: what other "
+        "problems\nlike these, and other samples, would do to their mean."
+    )
+    return "\n".join([*_table(["metric", "left %", "right %", "right - left", *over], body), note])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -228,13 +281,19 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pair", nargs="*", metavar="A B", help="folders, summary.json or samples.jsonl files")
+    for side in ("left", "right"):
+        parser.add_argument(
+            f"--{side}", nargs="+", metavar="RUN", help="one row's evaluations, in order of their seeds"
+        )
     parser.add_argument("--metric", default="avg", help="avg, pass or maj (a report also takes the others)")
     parser.add_argument("--report", metavar="DIR", help="table of all summary.json files under DIR")
     args = parser.parse_args()
     if args.report:
         print(report(args.report, args.metric))
+    elif args.left or args.right:
+        print(compare_seeds(args.left or [], args.right or []))
     elif len(args.pair) != 2:
-        raise InputError("give two evaluations to compare, or --report DIR")
+        raise InputError("give two evaluations to compare, --left and --right, or --report DIR")
     elif args.metric not in ("avg", "pass", "maj"):
         raise InputError(f"--metric {args.metric}: choose avg, pass or maj")
     else:

@@ -4,6 +4,7 @@
   forced, at the same positions with the same budget, compared by candidate.
 - The null: in a world where only what remains to be done matters, early candidates fail more often with no fault of
   the teacher's at all.
+- The children: how viable they are by rank and by token, which names a culprit.
 - The fit: the schedule that the measured viability supports.
 
 Axes: C candidates, K children of a candidate, N rollouts of a child, P problems, R bootstrap resamples, G grid points.
@@ -11,6 +12,7 @@ Axes: C candidates, K children of a candidate, N rollouts of a child, P problems
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 from math import comb
@@ -37,6 +39,7 @@ from viability import (
 
 REMAINING, INDEX = "remaining length", "absolute index"
 SIMULATIONS = 1000  # worlds drawn for the null
+COMMON = 5  # tokens whose children are counted apart
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -53,6 +56,7 @@ def analyse(rows: list[dict], rule: LabelRule) -> tuple[Candidates, dict]:
         **table1(data),
         "position_minus": {name: difference(position, auroc_of(data, score_C)) for name, score_C in rivals.items()},
         "arms": {arm: analyse_arm(data, arm) for arm in ARMS},
+        "children": analyse_children(rows, data, rule),
         "null": analyse_null(data, rule),
         "schedule": {arm: analyse_fit(data, arm) for arm in ("teacher", "unforced")},
     }
@@ -71,6 +75,44 @@ def analyse_arm(data: Candidates, arm: str) -> dict:
         "position": position and position[0],
         "position_teacher_minus_arm": difference(teacher, position),
     }
+
+
+def analyse_children(rows: list[dict], data: Candidates, rule: LabelRule) -> dict:
+    """Counts behind the means: who forced what where, and the viability behind it by child's rank and by token id.
+
+    By token: the COMMON most frequent of an arm's children there, each beside the mean of all its other children.
+    """
+    first = {row["problem"]: row["length"] for row in rows}
+    forced = sum(len({*row["teacher"], *row["student"]}) for row in rows)
+    result = {
+        "continuations": (forced + rule.children * len(rows)) * rule.rollouts,
+        "mean_spine_tokens": sum(first.values()) / len(first),
+        "candidates_behind_0.6": int((data.r > 0.6).sum()),
+    }
+    for part, where_C in (("early", data.r < 0.5), ("late", data.r >= 0.5)):
+        here = [row for row, inside in zip(rows, where_C, strict=True) if inside]
+        same = sum({*row["teacher"]} == {*row["student"]} for row in here)
+        result[part] = {"candidates": len(here), "same_tokens_in_both_arms": same}
+        for arm in ("teacher", "student"):
+            by_rank = [row["viability"][arm] for row in here]
+            children = [child for row in here for child in zip(row[arm], row["viability"][arm], strict=True)]
+            tokens = [token for token, _ in Counter(token for token, _ in children).most_common(COMMON)]
+            result[part][arm] = {
+                "by_rank": [float(mean) for mean in np.mean(by_rank, axis=0)] if here else [],
+                "by_token": {
+                    str(token): {
+                        "n": sum(child == token for child, _ in children),
+                        "mean": _mean([value for child, value in children if child == token]),
+                        "others": _mean([value for child, value in children if child != token]),
+                    }
+                    for token in tokens
+                },
+            }
+    return result
+
+
+def _mean(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 def analyse_null(data: Candidates, rule: LabelRule) -> dict:

@@ -159,8 +159,11 @@ def write_report(runs: list[Path], output_dir: Path) -> str:
     if output_dir not in runs:  # a folder named wrongly is not made
         made(output_dir)
     for run in runs:
+        name = run.resolve().name
+        if name in titled:
+            raise InputError(f"{run}: another of the runs is in a folder named {name}, too; give it a name of its own")
         for kind, analysis in analyse_run(run).items():
-            titled[run.resolve().name if kind == "right spines" else f"{run.resolve().name}, {kind}"] = analysis
+            titled[name if kind == "right spines" else f"{name}, {kind}"] = analysis
     lines = table({title: result for title, (_, result) in titled.items()})
     lines += [text for title, (_, result) in titled.items() for text in ("", f"**{title}**: {verdict(result)}")]
     text = "\n".join(lines) + "\n"

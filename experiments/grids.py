@@ -172,8 +172,8 @@ def leap_map() -> Grid:
     return Grid({**other_world("leap-0.4"), **LONG}, [0], rows, baseline="OPSD, 0.0003, clip 1.0")
 
 
-# What to run first with eight GPUs and a week (docs/study.md): the questions of the small worlds at 1.7 B, with training
-# seeds enough for about three quarters of a point. The checkpoint of step 100 is the one to evaluate.
+# What to run first with eight GPUs and a week (docs/study.md): the questions of the small worlds at 1.7 B, with
+# training seeds enough for about three quarters of a point. The checkpoint of step 100 is the one to evaluate.
 WEEK = Grid(
     common={"preset": "qwen3-4b", "model": "Qwen/Qwen3-1.7B", "num_steps": 150},
     seeds=[0, 1, 2, 3, 4, 5, 6, 7],

@@ -1,11 +1,12 @@
 """Make the model of a world (experiments/worlds.py): a small Qwen3 in the ordinary Hugging Face layout.
 
     python -m experiments.make_world --world embedded --output_dir tiny-model     from scratch, 26 minutes
-    python -m experiments.make_world --world leap --dose 0.4                      12 minutes
+    python -m experiments.make_world --world leap --dose 0.2                      12 minutes
     python -m experiments.make_world --world leak                                 12 minutes
 
 Times are of one CPU core. `embedded` is the model that ships with the project. The others learn on from it and write
-model/, train.jsonl and heldout.jsonl into runs/worlds/: `train.py --model .../model --data ...` takes them.
+model/, train.jsonl and heldout.jsonl into runs/worlds/leak or, with the dose, runs/worlds/leap-0.4, where the study's
+grids look for them: `train.py --model .../model --data ...`.
 
 leap    Sums of seven addends. While five or six are left, the teacher leaps to the end with probability --dose.
 leak    Sums of seven addends. The teacher insists on the order of its reference: the information term I(Y; Z | h) of
@@ -150,18 +151,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", required=True, choices=WORLDS)
     parser.add_argument("--dose", type=float, help="the teacher's chance of an early leap (world leap; default 0.4)")
-    parser.add_argument("--output_dir", type=Path, help="default: runs/worlds/WORLD")
+    parser.add_argument("--output_dir", type=Path, help="default: runs/worlds/WORLD, of leap with its dose (leap-0.4)")
     parser.add_argument("--steps", type=int, help="supervised steps, where the world's own number is not wanted")
     args = parser.parse_args()
-    world, name = WORLDS[args.world], args.world
+    world = WORLDS[args.world]
     if args.dose is not None:
         if not world.teacher_leap or not 0.0 <= args.dose <= 1.0:
             raise InputError(f"--dose {args.dose}: a chance in [0, 1], of --world leap only")
-        world, name = replace(world, teacher_leap=args.dose), f"{name}-{args.dose}"
+        world = replace(world, teacher_leap=args.dose)
     if args.steps is not None:
         if args.steps < 1:
             raise InputError(f"--steps {args.steps}: must be at least 1")
         world = replace(world, stages=((args.steps, world.stages[0][1]),))
+    name = f"{args.world}-{world.teacher_leap}" if WORLDS[args.world].teacher_leap else args.world
     output = args.output_dir or Path("runs/worlds") / name
 
     claim(output, "model.safetensors" if world.from_scratch else "train.jsonl")

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+import experiments.rules  # noqa: F401  (registers its rows: a run of one can be drawn)
 from experiments.grids import GRIDS, Grid
-from experiments.report import LEVEL, collect, paired_difference, t_quantile
+from experiments.report import LEVEL, Row, collect, paired_difference, t_quantile
 from experiments.study import read_cells, read_grid
 from experiments.token_page import RolloutView, TokenView, render, shade, view_rollouts
 from problems import InputError
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SMOOTHING = 5  # steps; a step's accuracy is a mean over few rollouts
+TICKS = [-50, -20, -10, -5, 0, 5, 10, 20, 50]  # points
+# Line styles by whether a row has several seeds; the next one where the ten colours begin anew.
+STYLES = {True: ["-", "-.", (0, (8, 2))], False: ["--", ":", (0, (3, 1, 1, 1, 1, 1))]}
 
 
 def figure(width: float, height: float, columns: int = 1, rows: int = 1):
@@ -101,7 +105,7 @@ def learning_curves(runs: dict[str, list[list[dict]]]) -> Figure:
 
 
 def schedule_weights() -> Figure:
-    """Figure 2 of the paper, w(r) of Eq. (5), with the controls of weighting.py drawn dashed."""
+    """Figure 2 of the paper, w(r) of Eq. (5), with all other schedules drawn dashed."""
     drawn, (axis,) = figure(7, 4)
     paper = ("mild", "moderate", "sharp", "aggressive")
     r = torch.linspace(0, 1, 501)
@@ -144,7 +148,8 @@ def study_figure(grid: Grid, records: list[dict]) -> Figure:
             title=f"held-out accuracy, {column}", xlabel=f"points, minus {grid.baseline}", ylim=(len(rows) - 0.5, -0.5)
         )
         axis.set_xscale("symlog", linthresh=10)  # a collapse must not squeeze the rows that can be compared
-        axis.set_xticks([-50, -20, -10, -5, 0, 5, 10], labels=["-50", "-20", "-10", "-5", "0", "5", "10"])
+        ticks = [tick for tick in TICKS if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
+        axis.set_xticks(ticks, labels=map(str, ticks))
         axis.title.set_size(10)
         axis.set_yticks(range(len(rows)), labels=list(rows) if axis is axes[0] else [""] * len(rows), fontsize=8)
     return drawn
@@ -165,17 +170,20 @@ def study_curves(grid: Grid, records: list[dict]) -> Figure:
 
 
 def study_along(grid: Grid, records: list[dict]) -> Figure:
-    """Held-out accuracy and leaps along training, a line a row: drawn through with a 95 % band where it has more than
-    one seed, dashed where it has one."""
+    """Held-out accuracy and leaps along training, a line a row: thick with a 95 % band where it has more than one seed,
+    thin and dashed where it has one. No two of up to thirty rows of a kind look alike."""
     rows = [row for row in collect(grid, records) if row.at]
     drawn, axes = figure(12, 4.6, columns=3)
     for axis, measure in zip(axes, ("sampled", "greedy", "leaps"), strict=True):
-        for number, row in enumerate(rows):
+        drawn_so_far = {True: 0, False: 0}
+        for row in rows:
             values = [list(row.after(measure, step).values()) for step in row.at]
             means, seeds = [mean(of_seeds) for of_seeds in values], len(values[0])
-            style = {"linewidth": 2} if seeds > 1 else {"linewidth": 1, "linestyle": "--"}
+            several, number = seeds > 1, drawn_so_far[seeds > 1]
+            drawn_so_far[several] += 1
+            style = {"linewidth": 1.8 if several else 1.2, "linestyle": STYLES[several][number // 10 % 3]}
             axis.plot(list(row.at), means, color=f"C{number % 10}", label=f"{row.name} ({seeds})", **style)
-            if seeds > 1:
+            if several:
                 halves = [t_quantile(LEVEL, seeds - 1) * stdev(of_seeds) / sqrt(seeds) for of_seeds in values]
                 low, high = ([m + sign * half for m, half in zip(means, halves, strict=True)] for sign in (-1, 1))
                 axis.fill_between(list(row.at), low, high, color=f"C{number % 10}", alpha=0.15, linewidth=0)
@@ -186,30 +194,64 @@ def study_along(grid: Grid, records: list[dict]) -> Figure:
     return drawn
 
 
+def map_panels(grid: Grid, records: list[dict]) -> dict[tuple[str, str], list[Row]]:
+    """The measured rows by (learning rate, clip); "preset" where neither the row nor the grid says."""
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for row in collect(grid, records):
+        options = grid.options(row.name)
+        if row.at:
+            place = tuple(str(options.get(name, "preset")) for name in ("learning_rate", "tau_clip"))
+            panels.setdefault(place, []).append(row)
+    return panels
+
+
+def is_map(grid: Grid, records: list[dict]) -> bool:
+    """Whether rows are crossed with learning rates, and scored along the way."""
+    panels = map_panels(grid, records)
+    crossed = len({rate for rate, _ in panels}) > 1 and all(len(rows) > 1 for rows in panels.values())
+    return crossed and "eval_steps" in grid.common
+
+
 def study_map(grid: Grid, records: list[dict]) -> Figure:
-    """Held-out accuracy along training, a panel a learning rate and clip, a line a row; greedy is dashed."""
-    panels: dict[tuple, dict[str, list[dict]]] = {}
-    for record in records:
-        if record["error"] is None and "learning_rate" in record["options"]:
-            place = (float(record["options"]["learning_rate"]), str(record["options"]["tau_clip"]))
-            panels.setdefault(place, {}).setdefault(record["row"].split(",")[0], []).append(record["evaluation"])
-    rates, clips = (sorted({place[i] for place in panels}, key=float) for i in (0, 1))
+    """Held-out accuracy along training, a panel a learning rate and clip, a line a row; greedy is dashed.
+
+    Rows that differ in these two alone share a colour, and are called by the parts of their names that they share.
+    """
+    panels, lines = map_panels(grid, records), {}
+    for row in (row for rows in panels.values() for row in rows):
+        lines.setdefault(line_of(grid, row), []).append(row.name.split(", "))
+    labels = {
+        line: ", ".join(part for part in names[0] if all(part in other for other in names))
+        for line, names in lines.items()
+    }
+    rates, clips = (sorted({place[i] for place in panels}, key=preset_last) for i in (0, 1))
     drawn, axes = figure(2.6 * len(clips), 2.3 * len(rates), columns=len(clips), rows=len(rates))
-    steps = [int(step) for step in records[0]["evaluation"]]
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     for axis, (rate, clip) in zip(axes, [(rate, clip) for rate in rates for clip in clips], strict=True):
-        for name, runs in panels.get((rate, clip), {}).items():
+        for row in panels.get((rate, clip), []):
+            line = line_of(grid, row)
             for decoding, style in (("sampled", "o-"), ("greedy", "--")):
-                means = [100 * sum(run[str(step)][decoding] for run in runs) / len(runs) for step in steps]
-                label = name if decoding == "sampled" else None
-                axis.plot(steps, means, style, markersize=3, linewidth=1, color=f"C{names.index(name)}", label=label)
-        axis.set(title=f"learning rate {rate:g}, clip {clip}", ylim=(0, 100))
+                means = [mean(row.after(decoding, step).values()) for step in row.at]
+                label, color = labels[line] if decoding == "sampled" else None, f"C{list(lines).index(line)}"
+                axis.plot(list(row.at), means, style, markersize=3, linewidth=1, color=color, label=label)
+        axis.set(title=f"learning rate {rate}, clip {clip}", ylim=(0, 100))
         axis.set_xlabel("steps", fontsize=8)
         axis.title.set_size(8)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    drawn.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=len(clips), fontsize=7, frameon=False
+    )
     drawn.supylabel("held-out accuracy, % (lines: sampled, dashed: greedy)", fontsize=9)
     return drawn
+
+
+def line_of(grid: Grid, row: Row) -> str:
+    """A row's options without those that name its panel."""
+    options = grid.options(row.name)
+    return json.dumps({k: options[k] for k in sorted(options) if k not in ("learning_rate", "tau_clip")})
+
+
+def preset_last(value: str) -> tuple[bool, float]:
+    return (True, 0.0) if value == "preset" else (False, float(value))
 
 
 def repair(before: RolloutView, after: RolloutView) -> Figure:
@@ -268,6 +310,16 @@ def plot_runs(runs: list[Path], output: Path) -> list[Path]:
     return save(pictures, output)
 
 
+def study_pictures(grid: Grid, records: list[dict]) -> dict[str, Figure]:
+    """The pictures that fit a grid: the map alone where rows are crossed with learning rates."""
+    if is_map(grid, records):
+        return {"study_map": study_map(grid, records)}
+    pictures = {"study": study_figure(grid, records), "study_curves": study_curves(grid, records)}
+    if "eval_steps" in grid.common:
+        pictures["study_along"] = study_along(grid, records)
+    return pictures
+
+
 def save(pictures: dict[str, Figure], output: Path) -> list[Path]:
     made(output)
     paths = [output / f"{name}.png" for name in pictures]
@@ -302,12 +354,7 @@ def main() -> None:
         if not records:
             raise InputError(f"--study {args.study}: no cells have been measured there")
         grid = GRIDS[args.grid] if args.grid in GRIDS else read_grid(Path(args.grid))
-        pictures = {"study": study_figure(grid, records), "study_curves": study_curves(grid, records)}
-        if "eval_steps" in grid.common:
-            pictures["study_along"] = study_along(grid, records)
-        if any("learning_rate" in options for options in grid.rows.values()):
-            pictures = {"study_map": study_map(grid, records)}
-        paths += save(pictures, args.output_dir)
+        paths += save(study_pictures(grid, records), args.output_dir)
     if args.html:
         paths += [path for run in args.runs for path in write_page(run, args.output_dir)]
     elif args.runs:

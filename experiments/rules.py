@@ -1,6 +1,8 @@
 """Rules of later work as rows of the table: how else to weight tokens, and how else to clip.
 
-    import experiments.rules        # from here on `--method scgate` and `--schedule suffix` are known to every script
+    python -m experiments.rules --method scgate ...     train.py, with these rows known to it
+    torchrun -m experiments.rules --method scgate ...   the same on several processes
+    import experiments.rules                            the rows, and `--schedule suffix`, for a script of your own
 
 Written as a fork would write it: a schedule of position is a line of weighting.SCHEDULES, a method a row of
 loss.METHODS, and the rest of the file is the function each row needs. Rows of the first table differ from OPSD in the
@@ -203,3 +205,8 @@ def scaled_clip(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor,
 
 loss.METHODS["opsd_token_clip"] = Method(token_clip, "uniform", loss.token_mean)
 loss.METHODS["opsd_scaled_clip"] = Method(scaled_clip, "uniform", loss.token_mean)
+
+if __name__ == "__main__":
+    import train  # finds the rows in loss.METHODS, where they stand by now
+
+    train.cli()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import experiments.rules  # noqa: F401  (registers its rows: a run of one can be shown)
 from loss import log_probabilities, resolve_method, score_tokens
 from model import adapter_disabled, load_model, load_tokenizer, response_hidden
 from problems import InputError, Problem, extract_boxed, load_problems
@@ -61,10 +62,11 @@ def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
     from train import TrainConfig, choose_prompts
 
     try:
-        fields = json.loads((run / "config.json").read_text())["config"]
+        config = TrainConfig(**json.loads((run / "config.json").read_text())["config"])
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{run}: not a run folder ({type(error).__name__})") from None
-    config = TrainConfig(**fields)
+    except TypeError as error:
+        raise InputError(f"{run}: its config.json is of another version of train.py ({error})") from None
     checkpoint, _ = newest_checkpoint(run)
     if checkpoint is None or config.lora_rank == 0:
         raise InputError(f"{run}: no checkpoint with an adapter to sample from")

@@ -27,13 +27,8 @@ from problems import Problem
 OFFSETS = (-10, -2, -1, 1, 2, 10)  # of a wrong result from the right one
 TEACHER_BELIEF = 0.8  # share of the teacher's slips on a believed fact that are the belief
 FOLLOWS_REFERENCE = 0.5  # share of a leaking teacher's steps that take the reference's next addend, and are learned
-LEAP_RIGHT = {
-    6: 0.05,
-    5: 0.08,
-    4: 0.15,
-    3: 0.35,
-    2: 0.80,
-}  # chance that the student's leap is right, by addends left (6: or more)
+# Chance that the student's leap is right, by addends left (6: or more).
+LEAP_RIGHT = {6: 0.05, 5: 0.08, 4: 0.15, 3: 0.35, 2: 0.80}
 TEACHER_LEAPS_AT = (5, 6)  # addends left where the teacher leaps
 
 
@@ -115,11 +110,8 @@ def trace(problem: Problem, draw: random.Random, world: World, teacher: bool) ->
     pieces = [(str(total), learned)]
     while left:
         if draw.random() < leap_chance(len(left), world, teacher):
-            wrong = (
-                0
-                if teacher or draw.random() < LEAP_RIGHT[min(len(left), 6)]
-                else draw.choice((-1, 1)) * draw.randint(1, 9)
-            )
+            right = teacher or draw.random() < LEAP_RIGHT[min(len(left), 6)]
+            wrong = 0 if right else draw.choice((-1, 1)) * draw.randint(1, 9)
             total = max(1, total + sum(left) + wrong)
             pieces.append((f"+~={total};", True))
             break

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from experiments.compare import (
     PAPER,
     PAPER_BENCHMARKS,
     compare,
+    compare_seeds,
     comparison_text,
     detectable_difference,
     flips,
     load_summary,
+    main,
     permutation_p,
     report,
 )
@@ -28,6 +31,8 @@ def test_permutation_p_by_hand():
     assert permutation_p(np.array([1.0, -1.0, 2.0])) == 6 / 8
     assert permutation_p(np.zeros(5)) == 1.0 and permutation_p(np.zeros(40)) == 1.0
     assert permutation_p(np.full(30, 0.1)) == pytest.approx(1 / 100_001)
+    assert permutation_p(np.full(30, 0.1), draws=1200) == pytest.approx(1 / 1201)
+    assert permutation_p(np.full(30, 0.1), draws=200) == pytest.approx(1 / 201)
 
 
 def test_random_signs_agree_with_the_normal_limit_and_are_fair():
@@ -102,6 +107,61 @@ def test_a_comparison_by_hand(evaluation):
     assert "+0.00 points" in text and "2 (0% -> 50%)" in text and "temperature" in text
     back = compare(load_summary(str(b)), load_summary(str(a)), "pass")
     assert back["difference"] == 0.0 and back["a"] == 50.0
+
+
+def test_the_same_evaluation_twice_differs_by_exactly_nothing(evaluation):
+    a = load_summary(str(evaluation("a", [1, 2, 0, 0])))
+    assert compare(a, a)["interval"] == [0.0, 0.0]
+
+
+def test_two_rows_of_a_study_by_hand(evaluation):
+    """Right minus left by training seed: +12.5, +25, +37.5: mean 25, half a width t(2) 12.5 / sqrt(3) = 31.05.
+
+    By problem, over the training seeds: +1/6, 0, +1/2, +1/3.
+    """
+    pytest.importorskip("scipy")
+    left = [evaluation(f"a{i}", [1, 2, 0, 0]) for i in range(3)]
+    right = [evaluation(f"b{i}", right) for i, right in enumerate(([1, 2, 1, 0], [1, 2, 1, 1], [2, 2, 1, 1]))]
+    lines = compare_seeds([*map(str, left)], [*map(str, right)]).splitlines()
+    assert lines[0].split(" | ")[-2:] == ["95 % over 3 training seeds (t)", "95 % over 4 problems (bootstrap) |"]
+    avg, of_pass, of_maj = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:5])
+    assert avg[:5] == ["avg", "37.50", "62.50", "+25.00", "[-6.05, +56.05]"]
+    low, high = map(float, avg[5].strip("[]").split(", "))
+    assert 0.0 < low < 25.0 - 10.0 and 25.0 + 10.0 < high <= 50.0
+    assert of_pass[:4] == ["pass", "50.00", "91.67", "+41.67"]  # 75 once and 100 twice, minus 50
+    assert of_maj[0] == "maj"
+    swapped = compare_seeds([*map(str, right)], [*map(str, left)])
+    assert "| -25.00 | [-56.05, +6.05] |" in swapped
+
+
+def test_rows_of_a_study_that_cannot_be_compared_are_one_line(evaluation):
+    a, b, c = (str(evaluation(name, [1, 2, 0, 0])) for name in "abc")
+    for left, right, said in (
+        ([a, b], [c], "2 and 1 evaluations"),
+        ([a], [b], "1 and 1 evaluations"),
+        ([], [], "0 and 0 evaluations"),
+        ([a, b], [c, a], f"{a} is named twice"),
+        (
+            [a, b],
+            [c, str(evaluation("cool", [1, 2, 0, 0], temperature=0.7))],
+            "cool: evaluated otherwise .*temperature",
+        ),
+        ([a, b], [c, str(evaluation("once", [1, 2, 0, 0], seeds=(0,)))], "once: evaluated otherwise .*seeds"),
+        ([a, b], [c, str(evaluation("other", [1, 2, 0, 0], benchmark_sha256="x"))], "regime benchmark_sha256"),
+    ):
+        with pytest.raises(InputError, match=said):
+            compare_seeds(left, right)
+
+
+def test_the_flags_of_two_rows(evaluation, monkeypatch, capsys):
+    pytest.importorskip("scipy")
+    a, b, c, d = (str(evaluation(name, [1, i % 3, 0, 0])) for i, name in enumerate("abcd"))
+    monkeypatch.setattr(sys, "argv", ["compare", "--left", a, b, "--right", c, d])
+    main()
+    assert capsys.readouterr().out == compare_seeds([a, b], [c, d]) + "\n"
+    monkeypatch.setattr(sys, "argv", ["compare", "--left", a, b])
+    with pytest.raises(InputError, match="--left and --right: 2 and 0 evaluations"):
+        main()
 
 
 def test_sample_files_give_what_their_summaries_give(evaluation):

@@ -33,6 +33,7 @@ def a_world(teacher_factor=lambda r: 1.0, problems=60, seed=0, base=lambda r: 0.
                 "problem": problem, "position": position, "length": length, "spine_correct": True,
                 "h_trunc": draw.random(), "entropy": draw.random(), "mutual_information": draw.random(),
                 "log_kappa": draw.normal(), "viability": viability,
+                "teacher": [7, 8, 9], "student": [7, 9, 8] if r > 0.5 else [7, 8, 5],
                 "label": {arm: LABELS[int(label_children(np.array(v), RULE))] for arm, v in viability.items()},
             })  # fmt: skip
     return rows
@@ -120,6 +121,33 @@ def test_one_class_gives_no_number_but_a_report(tmp_path):
     result = json.loads((tmp_path / "controls.json").read_text())["right spines"]
     assert result["table1"][POSITION] is None and result["labels"]["real-uncertain"] == 0
     assert f"| AUROC of {POSITION} | - |" in text and "says nothing about any score" in text
+
+
+def test_children_by_hand():
+    """Two candidates of one problem, early and late, two children; token 7 fails wherever it is forced."""
+    early, late = a_world(problems=1)[:2]
+    early |= {"position": 1, "length": 10, "teacher": [7, 8], "student": [8, 5]}
+    late |= {"position": 8, "length": 10, "teacher": [8, 7], "student": [7, 8]}
+    early["viability"] = {"teacher": [0.0, 1.0], "student": [1.0, 0.5], "unforced": [0.5, 0.5]}
+    late["viability"] = {"teacher": [1.0, 0.5], "student": [0.5, 1.0], "unforced": [0.5, 0.5]}
+    rule = LabelRule(children=2, rollouts=4, bootstraps=20)
+    found = analyse([early, late], rule)[1]["children"]
+    assert found["continuations"] == 4 * (3 + 2 + 2 + 2)  # tokens 7, 8, 5; tokens 7, 8; unforced twice
+    assert (found["mean_spine_tokens"], found["candidates_behind_0.6"]) == (10.0, 1)
+    assert [found[part]["same_tokens_in_both_arms"] for part in ("early", "late")] == [0, 1]
+    assert found["early"]["teacher"]["by_rank"] == [0.0, 1.0] and found["late"]["student"]["by_rank"] == [0.5, 1.0]
+    assert found["early"]["teacher"]["by_token"]["7"] == {"n": 1, "mean": 0.0, "others": 1.0}
+    none_late = analyse([early], rule)[1]["children"]["late"]
+    assert none_late["candidates"] == 0 and none_late["teacher"] == {"by_rank": [], "by_token": {}}
+
+
+def test_runs_in_folders_of_one_name_are_refused(tmp_path):
+    runs = [tmp_path / "one" / "run", tmp_path / "two" / "run"]
+    for run in runs:
+        run.parent.mkdir()
+        a_folder(run, a_world(problems=5))
+    with pytest.raises(InputError, match="two/run: another of the runs is in a folder named run, too"):
+        write_report(runs, tmp_path / "both")
 
 
 def test_mistakes_are_named(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from experiments import make_world
+from experiments.grids import GRIDS
 from experiments.make_world import CONTEXTS, IGNORED, example, make_model, make_tokenizer, padded, train
 from experiments.worlds import WORLDS
 from model import load_model, load_tokenizer
@@ -118,6 +119,26 @@ def test_a_world_is_written_as_the_scripts_read_it(tmp_path, run):
     assert json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0]).keys() == {
         "problem", "solution", "answer",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["--world", "leap"], "leap-0.4"),
+        (["--world", "leap", "--dose", "0.4"], "leap-0.4"),
+        (["--world", "leap", "--dose", "0"], "leap-0.0"),
+        (["--world", "leak"], "leak"),
+    ],
+)
+def test_a_world_lies_where_the_grids_look_for_it(arguments, folder, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_world, "train", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) is None
+    assert [path.name for path in Path("runs/worlds").iterdir()] == [folder]
+    if folder in GRIDS:  # leak; the grid of leap-0.4 is called leap
+        assert Path(GRIDS[folder].common["data"]).is_file()
+    if folder == "leap-0.4":
+        assert Path(GRIDS["leap"].common["data"]).is_file() and Path(GRIDS["leap"].common["model"]).is_dir()
 
 
 def test_the_embedded_model_is_made_from_scratch(tmp_path):

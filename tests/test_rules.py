@@ -1,4 +1,8 @@
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from loss import LossOptions, TokenScores, method_loss, method_loss_from_hidden
 from weighting import SCHEDULES, position_weight, relative_position
 
 WEIGHTS = {
+    "shuffled": rules.shuffled,
     "skip": rules.skip,
     "iw_opd": rules.iw_opd,
     "dash": rules.dash,
@@ -71,6 +76,23 @@ def test_skip():
     assert weigh("skip", scores, [5, 2]).tolist() == [0, 0, 0, 1, 1, 0, 0]
     assert weigh("skip", scores, [5, 2], first=1).tolist() == [0, 1, 1, 1, 1, 0, 1]
     assert weigh("skip", scores, [5, 2], first=0).all()
+
+
+def test_shuffled():
+    """The study's main control: each row holds Moderate's weights of its own, in a random order."""
+    lengths, scores = [12, 1, 30], scores_of(43)
+    torch.manual_seed(5)
+    first, second = weigh("shuffled", scores, lengths), weigh("shuffled", scores, lengths)
+    moderate = SCHEDULES["moderate"](relative_position(lengths))
+    for weights in (first, second):
+        for row, unshuffled in zip(weights.split(lengths), moderate.split(lengths), strict=True):
+            assert torch.equal(row.sort().values, unshuffled)  # Moderate rises: sorted, they are its own
+    for one, other in ((first, moderate), (second, moderate), (first, second)):
+        assert [torch.equal(*rows) for rows in zip(one.split(lengths), other.split(lengths), strict=True)] == [
+            False, True, False,
+        ]  # fmt: skip
+    torch.manual_seed(5)
+    assert torch.equal(weigh("shuffled", scores, lengths), first)
 
 
 def test_iw_opd():
@@ -148,7 +170,7 @@ def test_a_row_alone_has_the_weights_it_has_in_a_batch(name):
     assert together.unique().numel() > 1
 
 
-@pytest.mark.parametrize("name", [*WITHIN_A_ROW, "tip"])
+@pytest.mark.parametrize("name", [*WITHIN_A_ROW, "tip", "shuffled"])
 def test_weights_are_non_negative_float32_without_gradient(name):
     lengths = [7, 4, 1]
     values = random_scores(lengths)
@@ -276,3 +298,19 @@ def test_the_sources_own_losses():
         method_loss("tip_reverse", *case, clip=0.05, **everywhere), method_loss("opsd", *case, clip=None, beta=1.0)
     )
     torch.testing.assert_close(method_loss("iw_opd_pg", *case, **everywhere), method_loss("opd", *case))
+
+
+# The file as a script
+
+
+def test_the_file_trains_with_its_rows_known(tmp_path):
+    """`python -m experiments.rules` is train.py, and finds the row `shuffled`."""
+    flags = ["--num_steps", "1", "--batch_size", "2", "--max_new_tokens", "16", "--eval_data", "", "--device", "cpu"]
+    command = [sys.executable, "-m", "experiments.rules", "--method", "shuffled", *flags, "--output_dir", str(tmp_path)]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["method"] == "shuffled"
+    (step,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    tenths = step["by_decile"]["weight"]
+    assert 0.25 < step["weight"] < 1.0 and tenths != sorted(tenths)  # in Moderate's own order they rise
