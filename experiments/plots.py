@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+from collections import Counter
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
@@ -194,21 +195,24 @@ def study_along(grid: Grid, records: list[dict]) -> Figure:
     return drawn
 
 
+def place(options: dict) -> tuple[str, ...]:
+    """(learning rate, clip); "preset" where neither the row nor the grid says."""
+    return tuple(str(options.get(name, "preset")) for name in ("learning_rate", "tau_clip"))
+
+
 def map_panels(grid: Grid, records: list[dict]) -> dict[tuple[str, str], list[Row]]:
-    """The measured rows by (learning rate, clip); "preset" where neither the row nor the grid says."""
+    """The measured rows by `place`."""
     panels: dict[tuple[str, str], list[Row]] = {}
     for row in collect(grid, records):
-        options = grid.options(row.name)
         if row.at:
-            place = tuple(str(options.get(name, "preset")) for name in ("learning_rate", "tau_clip"))
-            panels.setdefault(place, []).append(row)
+            panels.setdefault(place(grid.options(row.name)), []).append(row)
     return panels
 
 
-def is_map(grid: Grid, records: list[dict]) -> bool:
-    """Whether rows are crossed with learning rates, and scored along the way."""
-    panels = map_panels(grid, records)
-    crossed = len({rate for rate, _ in panels}) > 1 and all(len(rows) > 1 for rows in panels.values())
+def is_map(grid: Grid) -> bool:
+    """Whether its rows are crossed with learning rates and clips, and scored along the way."""
+    places = Counter(place(grid.options(name)) for name in grid.rows)
+    crossed = len({rate for rate, _ in places}) > 1 and min(places.values()) > 1
     return crossed and "eval_steps" in grid.common
 
 
@@ -218,8 +222,8 @@ def study_map(grid: Grid, records: list[dict]) -> Figure:
     Rows that differ in these two alone share a colour, and are called by the parts of their names that they share.
     """
     panels, lines = map_panels(grid, records), {}
-    for row in (row for rows in panels.values() for row in rows):
-        lines.setdefault(line_of(grid, row), []).append(row.name.split(", "))
+    for name in grid.rows:
+        lines.setdefault(line_of(grid.options(name)), []).append(name.split(", "))
     labels = {
         line: ", ".join(part for part in names[0] if all(part in other for other in names))
         for line, names in lines.items()
@@ -228,7 +232,7 @@ def study_map(grid: Grid, records: list[dict]) -> Figure:
     drawn, axes = figure(2.6 * len(clips), 2.3 * len(rates), columns=len(clips), rows=len(rates))
     for axis, (rate, clip) in zip(axes, [(rate, clip) for rate in rates for clip in clips], strict=True):
         for row in panels.get((rate, clip), []):
-            line = line_of(grid, row)
+            line = line_of(grid.options(row.name))
             for decoding, style in (("sampled", "o-"), ("greedy", "--")):
                 means = [mean(row.after(decoding, step).values()) for step in row.at]
                 label, color = labels[line] if decoding == "sampled" else None, f"C{list(lines).index(line)}"
@@ -244,9 +248,8 @@ def study_map(grid: Grid, records: list[dict]) -> Figure:
     return drawn
 
 
-def line_of(grid: Grid, row: Row) -> str:
+def line_of(options: dict) -> str:
     """A row's options without those that name its panel."""
-    options = grid.options(row.name)
     return json.dumps({k: options[k] for k in sorted(options) if k not in ("learning_rate", "tau_clip")})
 
 
@@ -312,7 +315,7 @@ def plot_runs(runs: list[Path], output: Path) -> list[Path]:
 
 def study_pictures(grid: Grid, records: list[dict]) -> dict[str, Figure]:
     """The pictures that fit a grid: the map alone where rows are crossed with learning rates."""
-    if is_map(grid, records):
+    if is_map(grid):
         return {"study_map": study_map(grid, records)}
     pictures = {"study": study_figure(grid, records), "study_curves": study_curves(grid, records)}
     if "eval_steps" in grid.common:

@@ -232,7 +232,7 @@ def _verdict(what: str, differences: dict[str, Difference | None], settled: set[
     pairs = max(d.pairs for d in known.values())
 
     def listed(names: set[str] | dict) -> str:
-        ordered = sorted(names, key=lambda name: known[name].mean)
+        ordered = sorted(names, key=lambda name: (known[name].mean, name))
         return "; ".join(f"{name} {known[name].mean:+.1f}" for name in ordered) or "none"
 
     return (
