@@ -231,6 +231,7 @@ def study_map(grid: Grid, records: list[dict]) -> Figure:
     rates, clips = (sorted({place[i] for place in panels}, key=preset_last) for i in (0, 1))
     drawn, axes = figure(2.6 * len(clips), 2.3 * len(rates), columns=len(clips), rows=len(rates))
     for axis, (rate, clip) in zip(axes, [(rate, clip) for rate in rates for clip in clips], strict=True):
+        axis.set_visible((rate, clip) in panels)
         for row in panels.get((rate, clip), []):
             line = line_of(grid.options(row.name))
             for decoding, style in (("sampled", "o-"), ("greedy", "--")):
