@@ -253,10 +253,10 @@ def summarise(samples: list[Sample], problems: list[Problem], match: Callable = 
     metrics, per_problem = {}, {}
     for name in scores[seeds[0], indices[0]]:
         values_SP = np.array([[scores[seed, index][name] for index in indices] for seed in seeds])
-        by_seed = values_SP.mean(axis=1)
+        by_seed, interval = values_SP.mean(axis=1), bootstrap_interval if name == "tokens" else share_interval
         metrics[name] = {
             "mean": float(values_SP.mean()),
-            "interval": bootstrap_interval(values_SP.mean(axis=0)),
+            "interval": interval(values_SP.mean(axis=0)),
             "by_seed": by_seed.tolist(),
             "std_over_seeds": float(by_seed.std(ddof=1)) if len(seeds) > 1 else None,
         }
@@ -265,17 +265,20 @@ def summarise(samples: list[Sample], problems: list[Problem], match: Callable = 
     return {"metrics": metrics, "seeds": seeds, "problems": indices, "per_problem": per_problem}
 
 
-def bootstrap_interval(values_P: np.ndarray, resamples: int = 10_000, seed: int = 0) -> list[float]:
-    """95 % percentile interval of the mean over problems, drawn with replacement.
+def share_interval(shares_P: np.ndarray) -> list[float]:
+    """`bootstrap_interval` of shares. Where all are 0 or all 1 every resample is alike; there stands the exact binomial
+    (Clopper-Pearson) interval of 0 of P or P of P, whose closed end is 0 or 1 and whose open end .025 ** (1 / P) from
+    the other."""
+    bound = 0.025 ** (1 / len(shares_P))
+    if np.all(shares_P == 1.0):
+        return [bound, 1.0]
+    return [0.0, 1.0 - bound] if np.all(shares_P == 0.0) else bootstrap_interval(shares_P)
 
-    Where all problems are at 0 or all at 1, every resample is alike; there stands the exact binomial (Clopper-Pearson)
-    interval of 0 of P or P of P, whose open end is .025 ** (1 / P) away.
-    """
+
+def bootstrap_interval(values_P: np.ndarray, resamples: int = 10_000, seed: int = 0) -> list[float]:
+    """95 % percentile interval of the mean over problems, drawn with replacement."""
     draw = np.random.default_rng(seed)
     P, chunk = len(values_P), 500  # resamples at once, to bound the memory
-    if np.all(values_P == 0.0) or np.all(values_P == 1.0):
-        bound = 0.025 ** (1 / P)
-        return [bound, 1.0] if values_P[0] else [0.0, 1.0 - bound]
     means = [values_P[draw.integers(0, P, (chunk, P))].mean(axis=1) for _ in range(resamples // chunk)]
     return np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
 

@@ -61,12 +61,6 @@ def permutation_p(difference_P: np.ndarray, draws: int = 100_000, seed: int = 0)
     return (hits + 1) / (draws + 1)
 
 
-def problem_interval(difference_P: np.ndarray) -> list[float]:
-    """95 % bootstrap interval of a mean difference over problems; where all are alike, no width."""
-    alike = np.ptp(difference_P) == 0.0
-    return [float(difference_P[0])] * 2 if alike else bootstrap_interval(difference_P)
-
-
 def detectable_difference(difference_P: np.ndarray, power: float = 0.8, level: float = 0.05) -> float:
     """(z_{1-level/2} + z_power) * sd(d) / sqrt(P): the smallest true difference found with that power."""
     z = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(power)
@@ -156,7 +150,7 @@ def compare(a: dict, b: dict, metric: str = "avg") -> dict:
     gained, lost = flips(a_P, b_P)
     return {
         "problems": len(difference_P), "a": 100 * a_P.mean(), "b": 100 * b_P.mean(), "difference": difference_P.mean(),
-        "interval": problem_interval(difference_P), "p": permutation_p(difference_P),
+        "interval": bootstrap_interval(difference_P), "p": permutation_p(difference_P),
         "detectable": detectable_difference(difference_P),
         "gained": [(a["problems"][i], a_P[i], b_P[i]) for i in gained],
         "lost": [(a["problems"][i], a_P[i], b_P[i]) for i in lost],
@@ -208,7 +202,7 @@ def compare_seeds(left: list[str], right: list[str]) -> str:
     for metric in ("avg", "pass", "maj"):
         a_SP, b_SP = (100 * np.array([np.mean(s["per_problem"][metric], axis=0) for s in side]) for side in sides)
         over_seeds = paired_difference(*(dict(enumerate(x_SP.mean(axis=1).tolist())) for x_SP in (b_SP, a_SP)))
-        intervals = ((over_seeds.low, over_seeds.high), problem_interval((b_SP - a_SP).mean(axis=0)))
+        intervals = ((over_seeds.low, over_seeds.high), bootstrap_interval((b_SP - a_SP).mean(axis=0)))
         means = [f"{a_SP.mean():.2f}", f"{b_SP.mean():.2f}", f"{over_seeds.mean:+.2f}"]
         body.append([metric, *means, *(f"[{low:+.2f}, {high:+.2f}]" for low, high in intervals)])
     seeds, problems = a_SP.shape

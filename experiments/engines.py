@@ -13,7 +13,7 @@ from contextlib import closing
 
 import numpy as np
 
-from evaluate import bootstrap_interval, solve
+from evaluate import share_interval, solve
 from model import load_model, load_tokenizer
 from problems import extract_boxed, tiny_problems
 from rollout import Sampling
@@ -38,7 +38,7 @@ def open_engine(name: str, adapter: str | None, server: str | None, rows: int) -
 
 def row(samples: list[Sample], problems: list, seconds: float, first: list[Sample]) -> str:
     solved = [ExactGrader().match(extract_boxed(s.text), problems[s.problem].answer) for s in samples]
-    low, high = bootstrap_interval(np.array(solved, dtype=float))
+    low, high = share_interval(np.array(solved, dtype=float))
     tokens, other = sum(s.tokens for s in samples), sum(a.text != b.text for a, b in zip(samples, first, strict=True))
     return (
         f"{100 * sum(solved) / len(solved):.1f} [{100 * low:.1f}, {100 * high:.1f}] | {other} | "

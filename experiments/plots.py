@@ -195,23 +195,23 @@ def study_along(grid: Grid, records: list[dict]) -> Figure:
     return drawn
 
 
-def place(options: dict) -> tuple[str, ...]:
+def panel_of(options: dict) -> tuple[str, ...]:
     """(learning rate, clip); "preset" where neither the row nor the grid says."""
     return tuple(str(options.get(name, "preset")) for name in ("learning_rate", "tau_clip"))
 
 
 def map_panels(grid: Grid, records: list[dict]) -> dict[tuple[str, str], list[Row]]:
-    """The measured rows by `place`."""
+    """The measured rows by `panel_of`."""
     panels: dict[tuple[str, str], list[Row]] = {}
     for row in collect(grid, records):
         if row.at:
-            panels.setdefault(place(grid.options(row.name)), []).append(row)
+            panels.setdefault(panel_of(grid.options(row.name)), []).append(row)
     return panels
 
 
 def is_map(grid: Grid) -> bool:
     """Whether its rows are crossed with learning rates and clips, and scored along the way."""
-    places = Counter(place(grid.options(name)) for name in grid.rows)
+    places = Counter(panel_of(grid.options(name)) for name in grid.rows)
     crossed = len({rate for rate, _ in places}) > 1 and min(places.values()) > 1
     return crossed and "eval_steps" in grid.common
 

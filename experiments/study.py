@@ -106,7 +106,7 @@ def config_of(options: dict, seed: int = 0) -> TrainConfig:
     return parse_config(flags(options, seed))
 
 
-def run_cell(cell: Cell, output: Path, keep_checkpoints: bool = False) -> dict:
+def run_cell(cell: Cell, output: Path) -> dict:
     """Train a cell, or go on with it, and return its line of cells.jsonl. A loss that is not finite is a result too."""
     import experiments.rules  # noqa: F401  (registers its rows)
     import train
@@ -124,9 +124,8 @@ def run_cell(cell: Cell, output: Path, keep_checkpoints: bool = False) -> dict:
             sys.argv = argv
             signal.signal(signal.SIGTERM, on_sigterm)
     record = {**asdict(cell), **measured(run, error), "error": error, "seconds": round(time.time() - started, 1)}
-    if not keep_checkpoints:
-        for checkpoint in run.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     return record
 
 

@@ -19,6 +19,7 @@ from evaluate import (
     pass_at_k,
     pass_at_n,
     score,
+    share_interval,
     solve,
     stream_keys,
     summarise,
@@ -122,9 +123,10 @@ def test_bootstrap_interval_of_many_values_is_the_normal_one():
 
 
 def test_interval_where_all_problems_are_alike_is_the_exact_binomial_one():
-    assert bootstrap_interval(np.ones(5)) == [pytest.approx(0.4782, abs=1e-4), 1.0]  # tables of Clopper-Pearson
-    assert bootstrap_interval(np.zeros(10)) == [0.0, pytest.approx(0.3085, abs=1e-4)]
-    assert bootstrap_interval(np.full(5, 0.5)) == [0.5, 0.5]  # the mean of many samples each, no binomial count
+    assert share_interval(np.ones(5)) == [pytest.approx(0.4782, abs=1e-4), 1.0]  # tables of Clopper-Pearson
+    assert share_interval(np.zeros(10)) == [0.0, pytest.approx(0.3085, abs=1e-4)]
+    assert share_interval(np.full(5, 0.5)) == [0.5, 0.5]  # the mean of many samples each, no binomial count
+    assert bootstrap_interval(np.zeros(10)) == [0.0, 0.0]  # of differences, say
 
 
 def test_the_last_box_counts():
