@@ -28,8 +28,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from errors import InputError
 from model import context_length, eos_ids, load_model, load_tokenizer, response_hidden
-from problems import InputError, Problem, extract_boxed, load_problems
+from problems import Problem, extract_boxed, load_problems
 from rollout import Sampling, StreamKey
 from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine
 from runtime.flags import FlagParser, departures, option, run_script

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from errors import InputError
 from model import ADAPTER_CONFIG, load_config, load_model, load_tokenizer, pick_device
-from problems import InputError, Problem, extract_boxed, load_problems
+from problems import Problem, extract_boxed, load_problems
 from rollout import Response, Sampling, StreamKey
 from runtime.adapters import load_adapter
 from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine

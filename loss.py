@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from problems import InputError
+from errors import InputError
 from weighting import Schedule, get_schedule, relative_position
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from problems import InputError
+from errors import InputError, one_line, some
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name of it
@@ -253,16 +253,6 @@ def check_head(model: PreTrainedModel, name: str) -> None:
 
 
 HEAD_TOKENS = 8  # of the one forward pass that compares
-
-
-def some(names: list[str], limit: int = 3) -> str:
-    """The first names of a list, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def one_line(error: object) -> str:
-    """What an exception or a reply says, on one line; its type where it says nothing."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -14,9 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-
-class InputError(ValueError):
-    """A mistake of the user's: the scripts print it as one line and exit with status 1."""
+from errors import InputError
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from errors import InputError
 from model import cast_adapter, eos_ids
-from problems import InputError
 
 StreamKey = tuple[int, ...]  # (seed, purpose, step or problem, slot or sample): what a row's random numbers depend on
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from errors import InputError
 from model import adapter_disabled, lora_parameters, trained_parameters
-from problems import SURROGATE, InputError, Problem
+from problems import SURROGATE, Problem
 
 # ---------------------------------------------------------------------------------------------------------------
 # The prompts of both contexts, quoted from the paper: single user turn, no system message of ours

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
+from errors import InputError
 from evaluate import solve
 from loss import LossOptions, Method, resolve_method, score_tokens_from_hidden
 from model import (
@@ -37,7 +38,7 @@ from model import (
     response_mask,
     trained_parameters,
 )
-from problems import InputError, Problem, extract_boxed, load_problems
+from problems import Problem, extract_boxed, load_problems
 from rollout import Response, Sampling, StreamKey
 from runtime.checkpoint import damage, resume, save_checkpoint
 from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine, publish, withdraw

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from problems import InputError
+from errors import InputError
 
 ARMS = ("teacher", "student", "unforced")  # whose tokens are forced; the paper has the first alone
 LABELS = ("diversity", "real-uncertain", "gray")  # by the integers of label_children

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from problems import InputError
+from errors import InputError
 
 Schedule = Callable[[Tensor], Tensor]  # r_M -> w_M
 

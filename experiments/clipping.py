@@ -20,9 +20,10 @@ import argparse
 import torch
 from torch import Tensor
 
+from errors import InputError
 from loss import divergence_entries, log_probabilities
 from model import load_model, load_tokenizer, response_hidden, response_mask
-from problems import InputError, Problem, load_problems
+from problems import Problem, load_problems
 from rollout import Sampling, sample
 from runtime.flags import run_script
 from teacher import student_prompt, teacher_prompt

@@ -19,9 +19,10 @@ from statistics import NormalDist
 
 import numpy as np
 
+from errors import InputError
 from evaluate import benchmark_digest, bootstrap_interval, summarise
 from experiments.report import paired_difference
-from problems import InputError, load_problems
+from problems import load_problems
 from runtime.flags import run_script
 from runtime.grading import make_grader
 from runtime.samples import SampleFile

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from errors import InputError
 from experiments.diagnose_controls import INDEX, REMAINING, mean_with_interval
-from problems import InputError
 from viability import POSITION, Candidates, centre, midranks
 from weighting import SIGMOIDS
 

@@ -13,9 +13,9 @@ import argparse
 import json
 from pathlib import Path
 
+from errors import InputError
 from experiments.diagnose_controls import REMAINING, analyse
 from experiments.diagnose_figure import figure
-from problems import InputError
 from runtime.flags import run_script
 from runtime.run_folder import made, write_atomically
 from viability import ARMS, POSITION, Candidates, LabelRule, by_spine

@@ -36,10 +36,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import train
+from errors import InputError
 from experiments.benchmark import GIB, ROOT, Table, alternate, hardware, loss_functions, peak_bytes, wait, write_report
 from experiments.fake_step import SHAPES
 from model import load_tokenizer, pick_device
-from problems import InputError, load_problems
+from problems import load_problems
 from rollout import Sampling
 from runtime.engines import make_engine
 from runtime.fit import fitting_problems, plan_run

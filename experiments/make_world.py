@@ -33,9 +33,10 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from errors import InputError
 from experiments.worlds import WORLDS, World, trace
 from model import load_model, load_tokenizer
-from problems import InputError, Problem, tiny_problems
+from problems import Problem, tiny_problems
 from runtime.flags import run_script
 from runtime.run_folder import made
 from teacher import DIAGNOSTIC_PROMPT, EVALUATION_PROMPT, FIELD, STUDENT_PROMPT, TEACHER_PROMPT, encode_prompt

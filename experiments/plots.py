@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 import torch
 
 import experiments.rules  # noqa: F401  (registers its rows: a run of one can be drawn)
+from errors import InputError
 from experiments.grids import GRIDS, Grid
 from experiments.report import LEVEL, Row, collect, paired_difference, t_quantile
 from experiments.study import read_cells, read_grid
 from experiments.token_page import RolloutView, TokenView, render, shade, view_rollouts
-from problems import InputError
 from runtime.flags import run_script
 from runtime.run_folder import made
 from weighting import SCHEDULES

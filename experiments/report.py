@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import TYPE_CHECKING
 
-from problems import InputError
+from errors import InputError
 
 if TYPE_CHECKING:
     from experiments.grids import Grid

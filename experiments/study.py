@@ -33,9 +33,10 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from errors import InputError
 from experiments.grids import GRIDS, Grid
 from experiments.report import BEFORE, write_report
-from problems import InputError, Problem, load_problems
+from problems import Problem, load_problems
 from runtime.flags import run_script
 
 if TYPE_CHECKING:

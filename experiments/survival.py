@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from problems import InputError
+from errors import InputError
 from runtime.checkpoint import newest_checkpoint
 from runtime.flags import run_script
 from runtime.run_folder import git_commit, made, versions, write_atomically

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 import experiments.rules  # noqa: F401  (registers its rows: a run of one can be shown)
+from errors import InputError
 from loss import log_probabilities, resolve_method, score_tokens
 from model import adapter_disabled, load_model, load_tokenizer, response_hidden
-from problems import InputError, Problem, extract_boxed, load_problems
+from problems import Problem, extract_boxed, load_problems
 from rollout import Sampling, sample
 from runtime.adapters import load_adapter
 from runtime.checkpoint import newest_checkpoint

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from errors import InputError
 from model import ADAPTER_CONFIG, LORA_TARGETS, add_lora, lora_layers
-from problems import InputError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."

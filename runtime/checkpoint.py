@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from errors import InputError
 from model import lora_layers
-from problems import InputError
 from runtime.adapters import ADAPTER_WEIGHTS, load_adapter, save_adapter
 from runtime.artefacts import open_to_readers, save_whole
 from runtime.pins import sha256

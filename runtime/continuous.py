@@ -25,8 +25,8 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 
+from errors import InputError
 from model import eos_ids
-from problems import InputError
 from rollout import OnFinished, Response, Sampling, StreamKey, choose_tokens, uniforms
 from runtime.ranks import say
 

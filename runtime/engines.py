@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from problems import InputError
+from errors import InputError
 from rollout import OnFinished, Response, Sampling, StreamKey, sample
 from runtime.adapters import save_adapter
 from runtime.ranks import gather_objects, rank

@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from errors import InputError
 from model import ADAPTER_CONFIG, DTYPES, load_config, load_model, load_tokenizer, lora_layers
-from problems import InputError
 from runtime.adapters import load_adapter
 from runtime.artefacts import open_to_readers, save_whole
 from runtime.checkpoint import cannot_be_written

@@ -8,7 +8,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from problems import InputError, Problem
+from errors import InputError
+from problems import Problem
 from runtime.fake_step import StepShape
 from runtime.memory import MemoryPlan, Planned, available_memory, plan_memory
 from runtime.ranks import gather_objects, hide_bar, rank, world_size

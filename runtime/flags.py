@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from transformers import HfArgumentParser
 
-from problems import InputError
+from errors import InputError
 
 
 @dataclass(frozen=True)

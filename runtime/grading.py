@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from problems import InputError
+from errors import InputError
 from runtime.answer_text import normalise_answer
 from runtime.answers import needs_algebra, same_answer
 from runtime.arithmetic import parse_number

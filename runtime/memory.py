@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from errors import InputError
 from loss import CHUNK_BYTES, LossOptions, Method
-from problems import InputError
 from rollout import Sampling
 from runtime.fake_step import StepShape, block_kinds, fake_model, step_bytes
 from runtime.ranks import BUCKET_BYTES

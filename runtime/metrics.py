@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from errors import InputError
 from loss import CHUNK_BYTES, TokenScores, log_probabilities
-from problems import InputError
 from rollout import Response
 from runtime.ranks import gather_objects, say
 

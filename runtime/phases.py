@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from problems import InputError
+from errors import InputError
 from runtime.ranks import gather_objects, hide_bar, rank, say, world_size
 from runtime.run_folder import write_atomically
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
-from model import find_checkpoint, one_line
-from problems import InputError, Problem
+from errors import InputError, one_line
+from model import find_checkpoint
+from problems import Problem
 from runtime.ranks import gather_objects, rank
 from teacher import load_prompts
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from errors import InputError
 from model import pick_device
-from problems import InputError
 
 
 def start_ranks(device_name: str) -> torch.device:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from problems import InputError
+from errors import InputError
 from runtime.pins import difference
 from runtime.ranks import gather_objects, rank, wait_for_all
 

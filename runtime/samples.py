@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from problems import InputError
+from errors import InputError
 from runtime.pins import difference
 from runtime.ranks import gather_objects, rank, wait_for_all
 from runtime.run_folder import HARMLESS, keep_traceback, locked

@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from model import eos_ids, find_checkpoint, one_line
-from problems import InputError
+from errors import InputError, one_line
+from model import eos_ids, find_checkpoint
 from rollout import OnFinished, Response, Sampling, StreamKey
 
 REQUEST_SECONDS = 2 * 3600  # 38,912 tokens on a busy server take most of an hour

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from test_model import PROMPTS, RESPONSES, randomise
 
+from errors import InputError
 from model import add_lora, load_model, response_hidden
-from problems import InputError
 from runtime.adapters import ADAPTER_FREE, ADAPTER_UNDERSTOOD, check_adapter_fields, load_adapter, save_adapter
 
 

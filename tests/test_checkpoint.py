@@ -17,8 +17,8 @@ import torch
 from forked import run_ranks, script
 from safetensors import SafetensorError
 
+from errors import InputError
 from model import add_lora, load_model, lora_parameters
-from problems import InputError
 from runtime import checkpoint as checkpoint_module
 from runtime.checkpoint import damage, load_checkpoint, newest_checkpoint, save_checkpoint
 from teacher import Teacher

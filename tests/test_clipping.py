@@ -6,11 +6,12 @@ import sys
 import pytest
 import torch
 
+from errors import InputError
 from experiments import clipping
 from experiments.clipping import account, both_contexts, logit_gradients, markdown
 from loss import LossOptions, clipped_divergence
 from model import load_model, load_tokenizer
-from problems import InputError, load_problems
+from problems import load_problems
 
 
 @pytest.mark.parametrize("clip", [0.05, 0.2, 1.0, math.inf])

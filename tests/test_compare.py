@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from errors import InputError
 from evaluate import benchmark_digest, summarise
 from experiments.compare import (
     PAPER,
@@ -21,7 +22,7 @@ from experiments.compare import (
     permutation_p,
     report,
 )
-from problems import InputError, load_problems
+from problems import load_problems
 from runtime.samples import Sample, SampleFile
 
 

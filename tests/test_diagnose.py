@@ -26,8 +26,9 @@ from diagnose import (
     teacher_pass,
     valid_tokens,
 )
+from errors import InputError
 from model import load_model, load_tokenizer, response_hidden
-from problems import InputError, Problem, load_problems
+from problems import Problem, load_problems
 from rollout import Response
 from runtime.continuous import ContinuousEngine
 from runtime.engines import GenerateEngine

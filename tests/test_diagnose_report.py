@@ -5,10 +5,10 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
+from errors import InputError
 from experiments import diagnose_controls, diagnose_report
 from experiments.diagnose_controls import INDEX, REMAINING, analyse, difference
 from experiments.diagnose_report import verdict, write_report
-from problems import InputError
 from viability import LABELS, POSITION, LabelRule, auroc, centre, label_children, table1, to_columns
 from weighting import SCHEDULES, get_schedule, relative_position
 

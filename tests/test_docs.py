@@ -14,7 +14,7 @@ import evaluate
 import loss
 import train
 import weighting
-from problems import InputError
+from errors import InputError
 from runtime.flags import FlagParser
 
 ROOT = Path(__file__).resolve().parent.parent

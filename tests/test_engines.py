@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers.dependency_versions_table import deps
 
+from errors import InputError
 from model import load_model, load_tokenizer
-from problems import InputError, tiny_problems
+from problems import tiny_problems
 from rollout import Sampling, sample
 from runtime import engines
 from runtime.engines import LONG_RESPONSE, GenerateEngine, choose_engine, make_engine

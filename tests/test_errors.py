@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from problems import InputError
+from errors import InputError
 from runtime.continuous import raise_cause
 from runtime.flags import run_script
 from runtime.run_folder import claimed

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import evaluate
+from errors import InputError
 from evaluate import (
     EvaluationConfig,
     avg_at_n,
@@ -26,7 +27,7 @@ from evaluate import (
     token_limit,
 )
 from model import TINY_MODEL, add_lora, load_model, load_tokenizer, lora_parameters
-from problems import InputError, Problem, tiny_problems
+from problems import Problem, tiny_problems
 from rollout import Response, Sampling
 from runtime.adapters import save_adapter
 from runtime.engines import make_engine

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from errors import InputError
 from model import LoRALinear, add_lora, load_model, lora_layers, lora_parameters
-from problems import InputError
 from runtime import export as export_module
 from runtime.adapters import save_adapter
 from runtime.export import export, merge_adapter

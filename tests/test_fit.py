@@ -8,8 +8,9 @@ import pytest
 from tokenizers import normalizers, pre_tokenizers
 
 import runtime.fit as fit
+from errors import InputError
 from model import load_tokenizer
-from problems import InputError, Problem
+from problems import Problem
 from runtime.fit import fitting_problems, token_bounds
 from teacher import PAPER_PROMPTS, student_prompt, teacher_prompt
 

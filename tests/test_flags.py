@@ -7,8 +7,8 @@ import pytest
 
 import evaluate
 import train
+from errors import InputError
 from evaluate import EvaluationConfig
-from problems import InputError
 from runtime.flags import FlagParser, departures
 from train import PRESETS, TrainConfig, parse_config
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from problems import InputError
+from errors import InputError
 from runtime import grading_worker
 from runtime.grading import ExactGrader, MathVerifyGrader, answers_match, make_grader
 from tests.test_answers import DIFFERENT, DRESSES_OF_TEN, NOT_TEN

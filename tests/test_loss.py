@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import loss as losses
+from errors import InputError
 from loss import METHODS, REDUCTIONS, LossOptions, entropy, method_loss, method_loss_from_hidden
-from problems import InputError
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_losses.json").read_text())
 CALLS = {

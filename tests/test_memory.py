@@ -10,9 +10,10 @@ import torch
 from transformers import Olmo3Config, Olmo3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import train
+from errors import InputError
 from loss import resolve_method
 from model import add_lora, load_model, response_hidden
-from problems import InputError, load_problems
+from problems import load_problems
 from rollout import Response
 from runtime import memory
 from runtime.fake_step import LiveBytes, StepShape, block_kinds, fake_model

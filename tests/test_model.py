@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from errors import InputError
 from model import (
     LORA_TARGETS,
     adapter_disabled,
@@ -21,7 +22,6 @@ from model import (
     response_hidden,
     response_mask,
 )
-from problems import InputError
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], list(range(20, 45))]
 RESPONSES = [[30, 31, 32], [33, 34, 35, 36, 37], [38]]

@@ -1,6 +1,6 @@
 import pytest
 
-from problems import InputError
+from errors import InputError
 from runtime.phases import read_rows, run_phase
 
 

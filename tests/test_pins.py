@@ -7,7 +7,8 @@ import families
 import pytest
 
 import runtime.pins
-from problems import InputError, Problem
+from errors import InputError
+from problems import Problem
 from runtime.pins import difference, fingerprint, model_pin, problems_pin
 
 DECIDING = (

@@ -10,10 +10,11 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from errors import InputError
 from experiments import plots
 from experiments.grids import Grid
 from experiments.token_page import RolloutView, TokenView, render, repaired, view_rollouts
-from problems import InputError, Problem
+from problems import Problem
 from weighting import position_weight
 
 # --- pictures ---------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ import time
 import pytest
 
 import problems
+from errors import InputError
 from problems import (
     BENCHMARKS,
-    InputError,
     extract_boxed,
     load_problems,
     tiny_problems,

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from forked import run_ranks
 
-from problems import InputError
+from errors import InputError
 from runtime import ranks
 from runtime.ranks import rank_device
 from train import sum_over_ranks

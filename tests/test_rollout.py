@@ -3,8 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from errors import InputError
 from model import load_model, load_tokenizer
-from problems import InputError, Problem
+from problems import Problem
 from rollout import Sampling, choose_tokens, sample, uniforms, until_eos
 from teacher import student_prompt
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from problems import InputError
+from errors import InputError
 from runtime.run_folder import (
     ERROR_LOG,
     LOCK,

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from problems import InputError
+from errors import InputError
 from runtime.samples import Sample, SampleFile, check_regime
 
 ROW = Sample(

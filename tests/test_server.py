@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import train
+from errors import InputError
 from model import (
     TINY_MODEL,
     add_lora,
@@ -31,7 +32,7 @@ from model import (
     lora_layers,
     response_hidden,
 )
-from problems import InputError, tiny_problems
+from problems import tiny_problems
 from rollout import Sampling, sample
 from runtime import server
 from runtime.adapters import load_adapter, save_adapter

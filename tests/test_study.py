@@ -11,6 +11,7 @@ from statistics import mean, stdev
 import pytest
 
 import experiments.rules  # noqa: F401  (registers its rows)
+from errors import InputError
 from experiments import study
 from experiments.grids import EMBEDDED, GRIDS, Grid
 from experiments.report import (
@@ -26,7 +27,6 @@ from experiments.report import (
     write_report,
 )
 from experiments.study import missing_cells, read_cells, read_grid, run_grid
-from problems import InputError
 from train import parse_config
 
 TINY = Grid(common={"num_steps": 2}, seeds=[0, 1], rows={"OPSD": {"method": "opsd"}, "PW": {"method": "pwopsd"}})

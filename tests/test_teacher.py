@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_model import PROMPTS, RESPONSES, randomise
 
+from errors import InputError
 from model import add_lora, load_model, load_tokenizer, response_hidden
-from problems import InputError, Problem
+from problems import Problem
 from teacher import (
     DIAGNOSTIC_PROMPT,
     EVALUATION_PROMPT,

@@ -15,9 +15,10 @@ from forked import run_ranks, script
 from safetensors.torch import load_file
 
 import train
+from errors import InputError
 from loss import clipped_divergence, sequence_mean
 from model import LoRALinear, lora_parameters
-from problems import InputError, load_problems, tiny_problems
+from problems import load_problems, tiny_problems
 from rollout import Response, Sampling
 from runtime import fit
 from runtime.checkpoint import damage

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from problems import InputError
+from errors import InputError
 from weighting import SCHEDULES, SIGMOIDS, get_schedule, position_weight, relative_position
 
 

@@ -1,0 +1,17 @@
+"""The user's mistakes, and the words for them."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """A mistake of the user's: the scripts print it as one line and exit with status 1."""
+
+
+def one_line(error: object) -> str:
+    """What an exception or a reply says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def some(names: list[str], limit: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
