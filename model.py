@@ -164,9 +164,7 @@ def cast_adapter(model: nn.Module) -> Iterator[None]:
 # Loading
 
 
-def load_model(
-    name: str, dtype: str = "auto", attention: str = "sdpa", device: str | torch.device = "auto"
-) -> PreTrainedModel:
+def load_model(name: str, dtype: str = "auto", device: str | torch.device = "auto") -> PreTrainedModel:
     """Load a causal LM from a directory or a hub name. `dtype`: auto (bfloat16 on a GPU, else float32) or its name.
 
     Sampling defaults that the checkpoint brings are dropped, so that only our own flags decide; its EOS ids are kept.
@@ -183,7 +181,7 @@ def load_model(
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("its weights are quantised, and only plain ones can be trained and scored")
         model, found = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=False,
+            name, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except torch.OutOfMemoryError:

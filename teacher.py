@@ -204,6 +204,9 @@ def fill(template: str, problem: Problem) -> str:
 # Whose weights score
 
 
+KINDS = ("fixed", "ema", "live")
+
+
 class Teacher:
     """Whose weights score the rollout: `fixed`, `ema` or `live`.
 
