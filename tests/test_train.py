@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import train
 from errors import InputError
-from loss import clipped_divergence, sequence_mean
+from loss import clipped_divergence, method_loss, sequence_mean
 from model import LoRALinear, lora_parameters
 from problems import load_problems, tiny_problems
 from rollout import Response, Sampling
@@ -259,6 +259,44 @@ def test_tensors_of_all_shapes_are_summed_over_ranks_in_place(tmp_path):
     sum_over_ranks(alone)
     assert torch.equal(alone[0], torch.ones(())) and torch.equal(alone[1], torch.ones(2, 3))
     run_ranks(tmp_path, sums_of_two_ranks)
+
+
+@pytest.mark.parametrize("method", ["opsd", "pwopsd", "eopd", "reopold"])
+def test_the_gradient_of_a_step_is_that_of_the_plain_loss(qwen3, data, tmp_path, monkeypatch, uneven_rollouts, method):
+    """Its scale included: autograd of `method_loss` on whole logits of both contexts, all rows in one batch."""
+    words = ("--method", method, "--lora_dropout", 0, "--tau_clip", 0.5, "--micro_batch_size", 4)
+    config = parse_config(flags(qwen3, data, tmp_path / "run", *words))
+    run, seen = build(config, torch.device("cpu"), ExactGrader()), []
+    for layer in lora_parameters(run.model)[1::2]:  # B: an adapter that has learned something
+        torch.nn.init.normal_(layer, std=0.02)
+
+    def keep(run, value, max_grad_norm):
+        seen.append([p.grad.clone() for p in run.parameters])
+        run.optimizer.zero_grad()
+        return 0.0, torch.zeros(())
+
+    monkeypatch.setattr(train, "update", keep)
+    sampled, sample = [], GenerateEngine.sample
+    monkeypatch.setattr(GenerateEngine, "sample", lambda *a: sampled.append(sample(*a)) or sampled[-1])
+    problems = load_problems(str(data))
+    row, _ = train.train_step(0, run, problems, config)
+    share, ids = train.step_share(0, problems, config), [response.ids for response in sampled[0]]
+    head_VD = run.model.get_output_embeddings().weight
+    x_stu, x_tch = (
+        [prompt(run.tokenizer, problem) for problem in share.problems]
+        for prompt in (train.teacher.student_prompt, train.teacher.teacher_prompt)
+    )
+    with run.teacher.scoring() as scorer:
+        teacher_BTV = train.model.response_hidden(scorer, x_tch, ids) @ head_VD.T
+    student_BTV = train.model.response_hidden(run.model, x_stu, ids) @ head_VD.T
+    ids_BT = torch.tensor([row_ids + [0] * (max(map(len, ids)) - len(row_ids)) for row_ids in ids])
+    mask_BT = train.model.response_mask([len(row_ids) for row_ids in ids])
+    plain = method_loss(method, student_BTV, teacher_BTV, ids_BT, mask_BT, clip=0.5)
+    wanted = torch.autograd.grad(plain, run.parameters)
+    assert row["loss"] == pytest.approx(plain.item(), abs=1e-6) and plain.item() != 0.0
+    size = max(g.abs().max().item() for g in wanted)
+    for ours, theirs in zip(seen[0], wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * size, rtol=1e-3)
 
 
 def test_a_step_samples_and_scores_with_its_own_settings(qwen3, data, tmp_path, run_main, monkeypatch):
