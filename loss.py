@@ -247,23 +247,35 @@ def method_loss(
 # Options, and the method as it runs
 
 
+def _option(default: object, text: str) -> object:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class LossOptions:
-    """The numbers inside the losses, with the papers' defaults. None means the method's own."""
+    """The numbers inside the losses, with the papers' defaults. None means the method's own.
 
-    distill_temperature: float = field(default=1.1, metadata={"help": "T_distill, divides both contexts' logits"})
-    tau_clip: float = field(default=0.05, metadata={"help": "clip of Eq. (1), per vocabulary entry; inf for none"})
-    beta: float = field(
-        default=0.0, metadata={"help": "0: KL(teacher||student), 1: KL(student||teacher), between: JSD"}
-    )
-    schedule: str | None = field(
-        default=None, metadata={"help": "weights by position, by name (weighting.py); in place of the method's own"}
-    )
-    w_min: float | None = field(default=None, metadata={"help": "Eq. (5): weight before the rise"})
-    tau: float | None = field(default=None, metadata={"help": "Eq. (5): relative position of the rise"})
-    s: float | None = field(default=None, metadata={"help": "Eq. (5): width of the rise"})
-    reduction: str | None = field(default=None, metadata={"help": "token_mean, sequence_mean or weighted_mean"})
-    switch_step: int = field(default=50, metadata={"help": "REOPOLD: step from which the entropy mask is used"})
+    Raises InputError, naming the flag, for a number out of range.
+    """
+
+    distill_temperature: float = _option(1.1, "T_distill, divides both contexts' logits")
+    tau_clip: float = _option(0.05, "clip of Eq. (1), per vocabulary entry; inf for none")
+    beta: float = _option(0.0, "0: KL(teacher||student), 1: KL(student||teacher), between: JSD")
+    schedule: str | None = _option(None, "weights by position, by name, in place of the method's own")
+    w_min: float | None = _option(None, "Eq. (5): weight before the rise")
+    tau: float | None = _option(None, "Eq. (5): relative position of the rise")
+    s: float | None = _option(None, "Eq. (5): width of the rise")
+    reduction: str | None = _option(None, "token_mean, sequence_mean or weighted_mean")
+    switch_step: int = _option(50, "REOPOLD: step from which the entropy mask is used")
+
+    def __post_init__(self) -> None:
+        for name, is_fine, range_ in (
+            ("distill_temperature", 0.0 < self.distill_temperature < inf, "be positive"),
+            ("tau_clip", self.tau_clip > 0.0, "be positive (inf for none)"),
+            ("beta", 0.0 <= self.beta <= 1.0, "lie in [0, 1]"),
+        ):
+            if not is_fine:
+                raise InputError(f"--{name} {getattr(self, name)}: must {range_}")
 
 
 def resolve_method(name: str, options: LossOptions) -> Method:
@@ -273,29 +285,18 @@ def resolve_method(name: str, options: LossOptions) -> Method:
     """
     if name not in METHODS:
         raise InputError(f"--method {name}: choose one of {', '.join(METHODS)}")
-    check_options(options)
-    row = METHODS[name]
+    row, numbers = METHODS[name], {"w_min": options.w_min, "tau": options.tau, "s": options.s}
     if options.reduction is not None:
         if options.reduction not in REDUCTIONS:
             raise InputError(f"--reduction {options.reduction}: choose one of {', '.join(REDUCTIONS)}")
         row = replace(row, reduction=REDUCTIONS[options.reduction])
-    weight, numbers = options.schedule or row.token_weight, {"w_min": options.w_min, "tau": options.tau, "s": options.s}
+    weight = options.schedule or row.token_weight
     if isinstance(weight, str):
         schedule = get_schedule(weight, **numbers)
         return replace(row, token_weight=lambda r_M, *_: schedule(r_M), over_batch=False)
     if set(numbers.values()) != {None}:
         raise InputError(f"--w_min, --tau and --s: {name} weights by no schedule; add --schedule")
     return row
-
-
-def check_options(options: LossOptions) -> None:
-    """Raise InputError, naming the flag, for a number out of range."""
-    if not 0.0 < options.distill_temperature < inf:
-        raise InputError(f"--distill_temperature {options.distill_temperature}: must be positive")
-    if not options.tau_clip > 0.0:
-        raise InputError(f"--tau_clip {options.tau_clip}: must be positive (inf for none)")
-    if not 0.0 <= options.beta <= 1.0:
-        raise InputError(f"--beta {options.beta}: must lie in [0, 1]")
 
 
 def _options(overrides: dict) -> LossOptions:
