@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from math import inf, log
+from math import inf, log, nan
 
 import torch
 import torch.nn.functional as F
@@ -175,6 +175,9 @@ class TokenScores:
     student_entropy: Tensor
     teacher_entropy: Tensor
     clipped_mass: Tensor  # teacher's probability on the entries that tau_clip cuts; 0 for losses without that clip
+    agreement: Tensor  # 1 where both contexts have the same most likely token, else 0
+    correct: Tensor | None = None  # of the token's row: 1 right, 0 wrong, NaN where there is no answer to compare
+    finished: Tensor | None = None  # of the token's row: 1 if it ended with EOS, 0 if it was cut
 
 
 def log_probabilities(logits_MV: Tensor, temperature: float) -> Tensor:
@@ -201,8 +204,17 @@ def score_tokens(
             "student_entropy": entropy(student_logp_MV),
             "teacher_entropy": entropy(teacher_logp_MV),
             "clipped_mass": clipped_mass_M,
+            "agreement": (student_logp_MV.argmax(dim=-1) == teacher_logp_MV.argmax(dim=-1)).float(),
         }
     return TokenScores(loss=method.token_loss(student_logp_MV, teacher_logp_MV, ids_M, options), **statistics)
+
+
+def of_rows(scores: TokenScores, lengths: list[int], **outcomes: list[bool | None]) -> TokenScores:
+    """The scores with `correct` and `finished`, one of each a row, at each of the row's tokens; NaN for None."""
+    count = torch.tensor(lengths, device=scores.loss.device)
+    values = {name: count.new_tensor([nan if v is None else v for v in rows], dtype=torch.float32)
+              for name, rows in outcomes.items()}  # fmt: skip
+    return replace(scores, **{name: rows.repeat_interleave(count) for name, rows in values.items()})
 
 
 def reduce_tokens(method: Method, scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
@@ -221,11 +233,14 @@ def method_loss(
     mask_BT: Tensor,
     *,
     step: int = 0,
+    correct: list[bool | None] | None = None,
+    finished: list[bool] | None = None,
     **overrides,
 ) -> Tensor:
     """Eq. (8) of a method on whole logits: the plain form, for readers, forks and tests.
 
-    `mask_BT` is True on each row's response tokens, a prefix of the row. `overrides` are fields of LossOptions, with
+    `mask_BT` is True on each row's response tokens, a prefix of the row; `correct` and `finished` are the rows'
+    outcomes, for weights that look at them. `overrides` are fields of LossOptions, with
     `clip` (None for none) and `temperature` short for tau_clip and distill_temperature. Returns a scalar whose gradient
     flows into the student's logits only. Raises InputError (a ValueError) for unknown names, options out of range, or
     tensors whose shapes do not fit.
@@ -240,6 +255,8 @@ def method_loss(
     student_logp_MV = log_probabilities(student_logits_BTV[mask_BT], options.distill_temperature)
     teacher_logp_MV = log_probabilities(teacher_logits_BTV[mask_BT].detach(), options.distill_temperature)
     scores = score_tokens(method, student_logp_MV, teacher_logp_MV, response_ids_BT[mask_BT], options)
+    outcomes = {"correct": correct, "finished": finished}
+    scores = of_rows(scores, lengths, **{name: rows for name, rows in outcomes.items() if rows is not None})
     return reduce_tokens(method, scores, lengths, step, options)
 
 
@@ -342,7 +359,8 @@ def score_tokens_from_hidden(
         score(method, *chunk, head_VD, teacher_head_VD, options)
         for chunk in zip(student_MD.split(size), teacher_MD.split(size), ids_M.split(size), strict=True)
     ]
-    return TokenScores(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TokenScores)})
+    names = [f.name for f in fields(TokenScores) if getattr(parts[0], f.name) is not None]
+    return TokenScores(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def _score_chunk_with_gradient(method, student_MD, teacher_MD, ids_M, head_VD, teacher_head_VD, options) -> TokenScores:

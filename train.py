@@ -30,20 +30,8 @@ import rollout
 import teacher
 import weighting
 from errors import InputError
-from runtime import checkpoint, engines, grading, lengths, metrics, pins, run_folder
+from runtime import checkpoint, engines, grading, lengths, metrics, pins, ranks, run_folder
 from runtime.flags import FlagParser, departures, option, run_script
-from runtime.ranks import (
-    check_same_start,
-    gather_objects,
-    hide_bar,
-    rank,
-    say,
-    start_ranks,
-    stop_ranks,
-    sum_over_ranks,
-    wait_for_all,
-    world_size,
-)
 from runtime.stopping import Stop, StoppedError
 
 
@@ -62,20 +50,22 @@ def train_step(step: int, run: Training, data: list[problems.Problem], config: T
     x_tch = [teacher.teacher_prompt(run.tokenizer, problem, run.prompts) for problem in share.problems]
     y = run.engine.sample(x_stu, share.keys, config.sampling)
     seen.lap("sampling")
+    samples = sample_rows(step, share, y, run)  # graded here: a weight may depend on the outcome
+    rollouts = [Rollout(*row) for row in zip(x_stu, x_tch, y, samples, strict=True)]
+    seen.lap("grading")
 
     # Score every token in both contexts, weight it by its position, add up the gradient of the loss's numerator.
     run.model.train()
     numerator, denominator = torch.zeros((), device=run.model.device), torch.zeros((), device=run.model.device)
-    for rows in micro_batches([len(x) + len(response.ids) for x, response in zip(x_tch, y, strict=True)], config):
-        part, count = loss_fraction(step, rows, x_stu, x_tch, y, run, config, seen)
+    for rows in micro_batches(rollouts, config.micro_batch_size):
+        part, count = loss_fraction(step, rows, run, config, seen)
         part.backward()
         numerator, denominator = numerator + part.detach(), denominator + count
         seen.lap("student")
-    samples = sample_rows(step, share, y, run)
 
     # Sum over ranks, one division by the whole step's denominator, one update.
     run.stop.hold()
-    sum_over_ranks([numerator, denominator, seen.table, *(p.grad for p in run.parameters)])
+    ranks.sum_over_ranks([numerator, denominator, seen.table, *(p.grad for p in run.parameters)])
     denominator.clamp_(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
     value = numerator / denominator
     for parameter in run.parameters:
@@ -90,25 +80,43 @@ def train_step(step: int, run: Training, data: list[problems.Problem], config: T
 
 
 def loss_fraction(
-    step: int, rows: list[int], x_stu: list[list[int]], x_tch: list[list[int]], y: list[rollout.Response],
-    run: Training, config: TrainConfig, seen: metrics.Observer,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    step: int, rows: list[Rollout], run: Training, config: TrainConfig, seen: metrics.Observer
+) -> tuple[Tensor, Tensor]:
     """Eq. (8) of a micro-batch, as (numerator, denominator): both contexts, the token losses, their weights."""
-    device, y_rows = run.model.device, [y[row].ids for row in rows]
-    L = [len(ids) for ids in y_rows]
-    mask_BT, ids_M = model.response_mask(L, device), torch.tensor([y_t for ids in y_rows for y_t in ids], device=device)
+    y, device = [row.y.ids for row in rows], run.model.device
+    L = [len(ids) for ids in y]
+    mask_BT, ids_M = model.response_mask(L, device), torch.tensor([y_t for ids in y for y_t in ids], device=device)
     with run.teacher.scoring() as scorer:
-        teacher_MD = model.response_hidden(scorer, [x_tch[row] for row in rows], y_rows)[mask_BT]
+        teacher_MD = model.response_hidden(scorer, [row.x_tch for row in rows], y)[mask_BT]
         teacher_head_VD = scorer.get_output_embeddings().weight
     seen.lap("teacher")
-    student_MD = model.response_hidden(run.model, [x_stu[row] for row in rows], y_rows)[mask_BT]
+    student_MD = model.response_hidden(run.model, [row.x_stu for row in rows], y)[mask_BT]
     head_VD = run.model.get_output_embeddings().weight
     # config holds T_distill and the other LossOptions
     scores = loss.score_tokens_from_hidden(run.method, student_MD, teacher_MD, head_VD, teacher_head_VD, ids_M, config)
+    correct = [row.sample["correct"] for row in rows]
+    scores = loss.of_rows(scores, L, correct=correct, finished=[row.y.finished for row in rows])
     r_M = weighting.relative_position(L).to(device)  # Eq. (5): r = (t - 0.5) / L
     w_M = run.method.token_weight(r_M, scores, L, step, config).detach()  # Eq. (5): w(r), or the method's own
-    seen.see(rows, r_M, w_M, scores, metrics.sampler_gap(student_MD, head_VD, ids_M, [y[row] for row in rows]))
+    seen.see([row.sample["problem"] for row in rows], r_M, w_M, scores,
+             metrics.sampler_gap(student_MD, head_VD, ids_M, [row.y for row in rows]))  # fmt: skip
     return run.method.reduction(scores.loss, w_M, L)  # Eq. (6): of l_t = d_t and w_t, as a fraction
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled solution, the prompts of both contexts, and its row of samples.jsonl."""
+
+    x_stu: list[int]
+    x_tch: list[int]
+    y: rollout.Response
+    sample: dict
+
+
+def micro_batches(rollouts: list[Rollout], size: int) -> list[list[Rollout]]:
+    """Rows grouped by their number of tokens, longest first: little is padded, and a lack of memory shows at once."""
+    order = sorted(rollouts, key=lambda row: -len(row.x_tch) - len(row.y.ids))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def update(run: Training, value: Tensor, max_grad_norm: float) -> tuple[float, Tensor]:
@@ -126,8 +134,7 @@ def update(run: Training, value: Tensor, max_grad_norm: float) -> tuple[float, T
 def check_finite(step: int, value: Tensor, grad_norm: Tensor, broken: list[int], share: Share) -> None:
     """Raise FloatingPointError on every rank, naming the problems with a broken loss; the step's, where none has."""
     if not (value.isfinite() and grad_norm.isfinite()):
-        numbers = [problem.row for problem in share.problems]
-        parts = gather_objects(([numbers[row] for row in broken], numbers))
+        parts = ranks.gather_objects((broken, [problem.row for problem in share.problems]))
         where = sorted(i for mine, _ in parts for i in mine) or sorted(i for _, mine in parts for i in mine)
         raise FloatingPointError(f"step {step}: loss {value:g}, gradient norm {grad_norm:g}, problems {where}")
 
@@ -151,7 +158,7 @@ class Share:
 
 def step_share(step: int, data: list[problems.Problem], config: TrainConfig) -> Share:
     """This rank's slots of the step's batch; a rollout's key is (seed, purpose, step, slot), whatever the ranks."""
-    slots = range(rank(), config.batch_size, world_size())
+    slots = range(ranks.rank(), config.batch_size, ranks.world_size())
     picked = step_problems(len(data), config.batch_size, config.seed, step)
     keys = [(config.seed, ROLLOUT_STREAM, step, slot) for slot in slots]
     return Share(slots, [data[picked[slot]] for slot in slots], keys)
@@ -172,13 +179,7 @@ def step_problems(num_problems: int, batch_size: int, seed: int, step: int) -> l
 
 def seed_step(seed: int, step: int) -> None:
     """Torch's generator starts a step from (seed, step, rank); which row gets which draw is up to the micro-batches."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, DROPOUT_STREAM, step, rank())).generate_state(1)[0]))
-
-
-def micro_batches(tokens: list[int], config: TrainConfig) -> list[list[int]]:
-    """Rows grouped by their number of tokens, longest first: little is padded, and a lack of memory shows at once."""
-    order = sorted(range(len(tokens)), key=lambda row: -tokens[row])
-    return [order[start : start + config.micro_batch_size] for start in range(0, len(order), config.micro_batch_size)]
+    torch.manual_seed(int(np.random.SeedSequence((seed, DROPOUT_STREAM, step, ranks.rank())).generate_state(1)[0]))
 
 
 def sample_rows(step: int, share: Share, y: list[rollout.Response], run: Training) -> list[dict]:
@@ -378,16 +379,15 @@ def rehearse(run: Training, longest: list[list[int]], config: TrainConfig) -> No
 
     Raises InputError, naming the flags that help, where the device's memory does not hold them.
     """
-    x_stu, x_tch = longest
-    rows = min(config.micro_batch_size, -(-config.batch_size // world_size()))
-    y = [rollout.Response([run.tokenizer.eos_token_id] * config.max_new_tokens, finished=True)] * rows
+    (x_stu, x_tch), rows = longest, min(config.micro_batch_size, -(-config.batch_size // ranks.world_size()))
+    y = rollout.Response([run.tokenizer.eos_token_id] * config.max_new_tokens, finished=True)
+    batch = [Rollout(x_stu, x_tch, y, {"correct": None, "problem": 0})] * rows
     try:
         moments = [torch.empty_like(parameter) for parameter in run.parameters for _ in ("first", "second")]
         run.model.train()
-        fraction = loss_fraction(0, list(range(rows)), [x_stu] * rows, [x_tch] * rows, y, run, config,
-                                 metrics.Observer(run.model.device))  # fmt: skip
-        fraction[0].backward()
-        del moments, fraction
+        part, _ = loss_fraction(0, batch, run, config, metrics.Observer(run.model.device))
+        part.backward()
+        del moments, part
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"{rows} rows with prompts of {len(x_stu)} and {len(x_tch)} tokens and {config.max_new_tokens} new ones do "
@@ -405,13 +405,13 @@ def score_held_out(
     if data and str(step) not in log.evaluation:
         rows = held_out_rows(step, run, data, config)
         run.stop.hold()
-        say(log.evaluate(step, [row for part in gather_objects(rows) for row in part]))
+        ranks.say(log.evaluate(step, [row for part in ranks.gather_objects(rows) for row in part]))
         run.stop.release()
 
 
 def held_out_rows(step: int, run: Training, data: list[problems.Problem], config: TrainConfig) -> list[dict]:
     """This rank's part of the held-out samples, graded, as rows for heldout.jsonl."""
-    rows, mine = [], [(config.seed, index, 0) for index in range(len(data))][rank() :: world_size()]
+    rows, mine = [], [(config.seed, index, 0) for index in range(len(data))][ranks.rank() :: ranks.world_size()]
     for decoding, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         settings = rollout.Sampling(temperature, 0.95, 0, config.max_new_tokens)
         for item in evaluate.solve(run.engine, run.tokenizer, data, mine, settings, template=run.prompts.evaluation):
@@ -424,9 +424,9 @@ def main() -> int:
     """Returns the exit status: 0, or 128 + the signal that has stopped the run."""
     disable_progress_bar()
     config = parse_config()
-    device = start_ranks(config.device)
-    if config.batch_size < world_size():
-        raise InputError(f"--batch_size {config.batch_size}: fewer prompts than the {world_size()} ranks")
+    device = ranks.start_ranks(config.device)
+    if config.batch_size < ranks.world_size():
+        raise InputError(f"--batch_size {config.batch_size}: fewer prompts than the {ranks.world_size()} ranks")
     model.find_checkpoint(config.model)  # a wrong --model is told before the data are looked for
     data = problems.load_problems(config.data)
     held_out = problems.load_problems(config.eval_data, need_solution=False) if config.eval_data else []
@@ -434,9 +434,11 @@ def main() -> int:
         config.output_dir, f"{config.preset or Path(config.model).name}-{config.method}-seed{config.seed}"
     )
     with run_folder.claimed(folder, config.resume) as record:
-        say(f"{config.method}, {departures(config, PRESETS) or 'the preset as it is'}; options: {folder}/config.json")
+        ranks.say(
+            f"{config.method}, {departures(config, PRESETS) or 'the preset as it is'}; options: {folder}/config.json"
+        )
         asked = train(on_device(config, device), device, folder, record, data, held_out)
-    stop_ranks()
+    ranks.stop_ranks()
     return 128 + asked if asked else 0
 
 
@@ -451,14 +453,14 @@ def train(
     run.stop.listen()
     kept, longest = lengths.fitting_problems(run, data, held_out, config)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if run.method.over_batch else set())
-    facts = {"ranks": world_size(), "hardware": str(device)}
+    facts = {"ranks": ranks.world_size(), "hardware": str(device)}
     run_folder.record_run(folder, record, asdict(config), free, facts, pins.run_pins(config, data, held_out))
-    say(f"graded by {grader.name}" + (f"; {grader.note}" if grader.note else ""))
+    ranks.say(f"graded by {grader.name}" + (f"; {grader.note}" if grader.note else ""))
     if device.type != "cpu":
         rehearse(run, longest, config)
     start = checkpoint.resume(folder, run.model, run.teacher, run.optimizer, run.scheduler) if config.resume else 0
-    check_same_start([(name, p) for name, p in run.model.named_parameters() if p.requires_grad])
-    wait_for_all()  # every rank has read before rank 0 writes
+    ranks.check_same_start([(name, p) for name, p in run.model.named_parameters() if p.requires_grad])
+    ranks.wait_for_all()  # every rank has read before rank 0 writes
     with closing(run.engine), closing(run.grader):
         take_steps(start, run, kept, held_out, folder, config)
     engines.withdraw(folder)
@@ -473,18 +475,20 @@ def take_steps(
     log, done = run_folder.RunLog(folder, start), start
     watch = metrics.Watch(config.max_new_tokens, config.lora_dropout, run.model.dtype, log.earlier)
     if start == config.num_steps:
-        say(f"all {start} steps are done: only held-out scores that are missing are made up for")
+        ranks.say(f"all {start} steps are done: only held-out scores that are missing are made up for")
     try:
         engines.publish(run.engine, run.model, folder, start)
         run.stop.release()
-        for step in tqdm(range(start, config.num_steps), initial=start, total=config.num_steps, disable=hide_bar()):
+        for step in tqdm(
+            range(start, config.num_steps), initial=start, total=config.num_steps, disable=ranks.hide_bar()
+        ):
             if step == 0 or (config.eval_steps and step % config.eval_steps == 0):
                 score_held_out(log, step, run, held_out, config)
             row, samples = train_step(step, run, data, config)  # from its update on, signals wait
             done = step + 1
-            log.append(row, [sample for part in gather_objects(samples) for sample in part])
+            log.append(row, [sample for part in ranks.gather_objects(samples) for sample in part])
             for line in [metrics.step_line(row, config.num_steps), *watch.see(row)]:
-                say(line)
+                ranks.say(line)
             if done % config.save_steps == 0 or done == config.num_steps:
                 save(folder, done, run, config)
             engines.publish(run.engine, run.model, folder, done)
@@ -496,17 +500,17 @@ def take_steps(
         if done > start:
             save(folder, done, run, config)
         where = f"saved after step {done}" if done else "before the first step was done"
-        say(f"stopped by a signal, {where}; the same command with --resume --output_dir {folder} goes on")
+        ranks.say(f"stopped by a signal, {where}; the same command with --resume --output_dir {folder} goes on")
     else:
-        say(f"weights: {folder}/checkpoint-{config.num_steps}")
+        ranks.say(f"weights: {folder}/checkpoint-{config.num_steps}")
 
 
 def save(folder: Path, step: int, run: Training, config: TrainConfig) -> None:
     """Write the checkpoint after `step` steps, unless it is there, whole; no rank runs ahead of one that may fail."""
-    if rank() == 0 and checkpoint.damage(folder / f"checkpoint-{step}") is not None:
+    if ranks.rank() == 0 and checkpoint.damage(folder / f"checkpoint-{step}") is not None:
         base = model.find_checkpoint(config.model)
         checkpoint.save_checkpoint(folder, step, run.model, base, run.teacher, run.optimizer, run.scheduler)
-    wait_for_all()
+    ranks.wait_for_all()
 
 
 def cli() -> None:

@@ -15,7 +15,7 @@ from runtime.ranks import gather_objects
 
 
 class Observer:
-    """Watches one step: seconds by part, the tokens' statistics by tenth of the solution, rows with a broken loss.
+    """Watches one step: seconds by part, the tokens' statistics by tenth of the solution, problems with a broken loss.
 
     `table` adds up over micro-batches and, by the trainer's sum, over ranks.
     """
@@ -34,15 +34,15 @@ class Observer:
         self.seconds[part] += now - self._last
         self._last = now
 
-    def see(self, rows: list[int], r_M: Tensor, w_M: Tensor, scores: TokenScores, gap_M: Tensor | None = None) -> None:
-        """A micro-batch of these rows. `gap_M`: `sampler_gap`, where the engine tells log-probabilities."""
+    def see(self, numbers: list[int], r_M: Tensor, w_M: Tensor, scores: TokenScores, gap_M: Tensor | None) -> None:
+        """A micro-batch of the problems with these row numbers; `gap_M` is `sampler_gap` of its tokens."""
         self.has_gap = gap_M is not None
         columns = [
             torch.ones_like(w_M), scores.loss.detach(), w_M, scores.clipped_mass, scores.student_entropy,
             scores.teacher_entropy, torch.zeros_like(w_M) if gap_M is None else gap_M,
         ]  # fmt: skip
         self.table.index_add_(0, (r_M * 10).long().clamp(max=9), torch.stack(columns, dim=1))
-        self.broken += [] if scores.loss.isfinite().all() else rows
+        self.broken += [] if scores.loss.isfinite().all() else numbers
 
     def means(self) -> dict:
         """Means over the step's tokens, and by tenth of the solution (null where no token lies)."""

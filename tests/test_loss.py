@@ -322,6 +322,22 @@ def test_reopold_by_hand():
     assert method_loss("reopold", student, teacher, ids, mask, step=50).item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_weight_may_look_at_the_rows_outcome_and_at_agreement(monkeypatch):
+    student, teacher, ids, mask = random_case(lengths=(4, 2, 3))
+    right = lambda r_M, scores, lengths, step, options: torch.nan_to_num(scores.correct) * scores.finished  # noqa: E731
+    agree = lambda r_M, scores, lengths, step, options: scores.agreement  # noqa: E731
+    monkeypatch.setitem(METHODS, "right", losses.Method(losses.clipped_divergence, right, losses.weighted_mean))
+    monkeypatch.setitem(METHODS, "agree", losses.Method(losses.clipped_divergence, agree, losses.weighted_mean))
+    given = method_loss("right", student, teacher, ids, mask, correct=[True, None, True], finished=[False, True, True])
+    alone = method_loss("opsd", student[2:], teacher[2:], ids[2:], mask[2:])
+    torch.testing.assert_close(given, alone)
+    same = (student.argmax(-1) == teacher.argmax(-1)) & mask
+    assert 0 < same.sum() < mask.sum()
+    losses_M = [method_loss("opsd", student[i:i+1, t:t+1], teacher[i:i+1, t:t+1], ids[i:i+1, t:t+1], mask[i:i+1, t:t+1])
+                for i, t in same.nonzero().tolist()]  # fmt: skip
+    torch.testing.assert_close(method_loss("agree", student, teacher, ids, mask), torch.stack(losses_M).mean())
+
+
 def test_no_gradient_reaches_the_teacher():
     student, teacher, ids, mask = random_case()
     teacher.requires_grad_()

@@ -120,7 +120,7 @@ def test_metrics_by_tenth_of_the_solution():
     M = torch.arange(4.0)
     r = torch.tensor([0.05, 0.09, 0.55, 0.999])
     for _ in range(2):
-        seen.see([0], r, torch.ones(4), token_scores(loss=M, clipped_mass=M / 10))
+        seen.see([0], r, torch.ones(4), token_scores(loss=M, clipped_mass=M / 10), None)
     row = seen.means()
     assert row["divergence"] == 1.5 and row["weight"] == 1.0 and seen.broken == []
     assert row["by_decile"]["divergence"] == [0.5, None, None, None, None, 2.0, None, None, None, 3.0]
@@ -130,7 +130,7 @@ def test_metrics_by_tenth_of_the_solution():
 def test_one_token_that_is_no_number_marks_its_rows(token):
     seen, values = Observer(torch.device("cpu")), torch.ones(4)
     values[token] = float("nan")
-    seen.see([7, 2], torch.full((4,), 0.5), torch.ones(4), token_scores(loss=values))
+    seen.see([7, 2], torch.full((4,), 0.5), torch.ones(4), token_scores(loss=values), None)
     assert seen.broken == [7, 2]
 
 

@@ -26,7 +26,7 @@ from runtime.grading import ExactGrader
 from runtime.ranks import rank, start_ranks, stop_ranks, sum_over_ranks
 from runtime.run_folder import claimed, run_folder
 from teacher import EVALUATION_PROMPT
-from train import PRESETS, TrainConfig, build, micro_batches, parse_config, step_problems
+from train import PRESETS, Rollout, TrainConfig, build, micro_batches, parse_config, step_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBLEMS = [
@@ -109,8 +109,9 @@ def test_each_epoch_visits_every_problem_once_in_a_new_order():
 
 
 def test_micro_batches_hold_every_row_once_longest_first():
-    groups = micro_batches([3, 9, 1, 7, 5], TrainConfig(micro_batch_size=2))
-    assert groups == [[1, 3], [4, 0], [2]]
+    sizes = ((2, 1), (1, 8), (1, 0), (3, 4), (5, 0))
+    rows = [Rollout([1] * 9, [1] * prompt, Response([1] * tokens, True), {}) for prompt, tokens in sizes]
+    assert micro_batches(rows, 2) == [[rows[1], rows[3]], [rows[4], rows[0]], [rows[2]]]
 
 
 # Options
@@ -182,7 +183,7 @@ def test_gsm8k_like_data_runs_with_every_family(checkpoint, data, tmp_path, run_
     assert any(tensor.abs().max() > 0 for name, tensor in adapter(run, 2).items() if "lora_B" in name)
     config = json.loads((run / "config.json").read_text())
     assert config["config"]["seed"] == 42 and config["versions"]["torch"] == torch.__version__
-    assert "   2/2  loss" in output
+    assert "  2/2  loss" in output
 
 
 @pytest.fixture
