@@ -27,6 +27,7 @@ from errors import InputError
 from evaluate import solve
 from loss import LossOptions, Method, resolve_method, score_tokens_from_hidden
 from model import (
+    adapter_dropout,
     add_lora,
     context_length,
     eos_ids,
@@ -223,7 +224,6 @@ def train_step(
         return None
 
     # Score every token in both contexts, weight it by its position, add up the gradient of the loss's numerator.
-    model.train()
     numerator, denominator = torch.zeros((), device=device), torch.zeros((), device=device)
     tokens = [len(x) + len(response.ids) for x, response in zip(x_tch, y, strict=True)]
     for rows in micro_batches(tokens, config.micro_batch_size):
@@ -233,7 +233,7 @@ def train_step(
         with clock("teacher"), run.teacher.scoring() as teacher:
             teacher_MD = response_hidden(teacher, [x_tch[row] for row in rows], y_rows)[mask_BT]
             teacher_head_VD = teacher.get_output_embeddings().weight
-        with clock("student"):
+        with clock("student"), adapter_dropout(model):
             student_MD = response_hidden(model, [x_stu[row] for row in rows], y_rows)[mask_BT]
             head_VD = model.get_output_embeddings().weight
             # config holds T_distill and the other LossOptions

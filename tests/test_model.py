@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 
 from errors import InputError
 from model import (
-    LORA_TARGETS,
     adapter_disabled,
     add_lora,
     check_head,
@@ -22,6 +21,8 @@ from model import (
     response_hidden,
     response_mask,
 )
+
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], list(range(20, 45))]
 RESPONSES = [[30, 31, 32], [33, 34, 35, 36, 37], [38]]
@@ -65,7 +66,7 @@ def test_mask_comes_from_lengths():
 def test_lora_starts_at_the_base_and_switches_off_exactly(model):
     base = response_hidden(model, PROMPTS, RESPONSES)
     add_lora(model, rank=4, alpha=8.0)
-    assert len(lora_layers(model)) == 2 * len(LORA_TARGETS)
+    assert len(lora_layers(model)) == 2 * len(SEVEN)
     assert torch.equal(response_hidden(model, PROMPTS, RESPONSES), base)
     randomise(model)
     changed = response_hidden(model, PROMPTS, RESPONSES)
@@ -83,7 +84,7 @@ def test_only_the_adapter_is_trained(model):
 
 def test_lora_by_hand():
     linear = torch.nn.Linear(3, 2, bias=False)
-    parent = torch.nn.ModuleDict({target: torch.nn.Linear(3, 2, bias=False) for target in LORA_TARGETS[1:]})
+    parent = torch.nn.ModuleDict({target: torch.nn.Linear(3, 2, bias=False) for target in SEVEN[1:]})
     parent["q_proj"] = linear
     add_lora(parent, rank=1, alpha=6.0)
     layer = parent["q_proj"]
@@ -256,4 +257,4 @@ def test_biases_and_norms_may_stay_frozen(tmp_path):
     families.make_odd("qwen2", tmp_path / "qwen2")
     model = load_model(tmp_path / "qwen2", device="cpu")
     add_lora(model, 2, 4.0)
-    assert len(lora_layers(model)) == 2 * len(LORA_TARGETS)
+    assert len(lora_layers(model)) == 2 * len(SEVEN)
