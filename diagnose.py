@@ -32,7 +32,7 @@ from errors import InputError
 from model import context_length, eos_ids, load_model, load_tokenizer, response_hidden
 from problems import Problem, extract_boxed, load_problems
 from rollout import Sampling, StreamKey
-from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine
+from runtime.engines import Engine, GenerateEngine, connect
 from runtime.flags import FlagParser, departures, option, run_script
 from runtime.grading import Grader, make_grader
 from runtime.phases import run_phase
@@ -71,7 +71,6 @@ class DiagnoseConfig(LabelRule):
     dropout_layers: int = option(4, "D: the last layers, whose outputs are dropped out", CANDIDATES, least=1)
     temperature: float = option(1.0, "of the continuations", ROLLOUTS)
     top_p: float = option(0.95, "of the continuations (and of the fallback in A)", ROLLOUTS)
-    engine: str = option("auto", "auto, generate, continuous (long responses on a GPU) or server", choices=ENGINES)
     server: str | None = option(None, "URL of an OpenAI-compatible server, for --engine server")
     served_model: str | None = option(None, "the model's name there, where it is not --model")
     batch_size: int = option(32, "sequences that a rank samples between two writes to the run folder", least=1)
@@ -367,7 +366,6 @@ def check_config(config: DiagnoseConfig) -> None:
         raise InputError(f"--dropout {config.dropout}: must lie strictly between 0 and 1")
     if len(config.data) != len(config.num_problems):
         raise InputError("--num_problems needs one number for each source of --data")
-    choose_engine(config.engine, torch.device("cpu"), config.context, config.server)
     if config.resume and config.output_dir is None:
         raise InputError("--resume needs --output_dir, the run to go on with")
 
@@ -389,18 +387,14 @@ def prepare(config: DiagnoseConfig, device: torch.device, folder: Path) -> Diagn
     problems, prompts = draw_problems(config), load_prompts(config.prompts)
     grader = make_grader(config.grader, [problem.answer for problem in problems])
     model, tokenizer = load_model(config.model, config.dtype, device=device), load_tokenizer(config.model)
-    name, reason = choose_engine(config.engine, device, config.context, config.server)
-    say(f"sampling by {name}: {reason}")
     if grader.note:
         say(grader.note)
-    config = replace(
-        config, engine=name, dtype=str(model.dtype).removeprefix("torch."), grader=f"{grader.name} {grader.version}"
-    )
-    if name == "server":  # samples in phases A and E; B and D pass through the model here
+    config = replace(config, dtype=str(model.dtype).removeprefix("torch."), grader=f"{grader.name} {grader.version}")
+    if config.server:  # samples in phases A and E; B and D pass through the model here
         served, ends = config.served_model or config.model, eos_ids(model.generation_config, tokenizer)
         engine = connect(config.server, served, tokenizer, ends, config.batch_size, needs_ids=True)
     else:
-        engine = make_engine(name, model, tokenizer, config.batch_size)
+        engine = GenerateEngine(model, tokenizer, config.batch_size)
     run = Diagnosis(model, tokenizer, engine, grader, problems, config, folder, prompts)
     if config.context > context_length(model):
         raise InputError(f"--context {config.context}: the model's is {context_length(model)}")

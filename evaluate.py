@@ -28,7 +28,7 @@ from model import ADAPTER_CONFIG, load_config, load_model, load_tokenizer, pick_
 from problems import Problem, extract_boxed, load_problems
 from rollout import Response, Sampling, StreamKey
 from runtime.adapters import load_adapter
-from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine
+from runtime.engines import Engine, GenerateEngine, connect
 from runtime.flags import FlagParser, option, run_script
 from runtime.grading import answers_match, make_grader
 from runtime.pins import fingerprint, model_pin
@@ -58,9 +58,6 @@ class EvaluationConfig:
     )
     enable_thinking: bool = option(True, "of the chat template", "sampling")
     prompts: str | None = option(None, "JSON file with a template of your own: evaluation", "sampling")
-    engine: str = option(
-        "auto", "auto, generate, continuous (long responses on a GPU) or server", "sampling", choices=ENGINES
-    )
     server: str | None = option(None, "address of an OpenAI-compatible server of --model", "sampling")
     served_model: str | None = option(None, "the server's name for --model, where it is another", "sampling")
     batch_size: int = option(256, "sequences sampled at once, or requests in flight", "sampling", least=1)
@@ -175,22 +172,20 @@ def sample_missing(
         file.add(item)
         bar.update()
 
-    name, reason = choose_engine(config.engine, pick_device(config.device), settings.max_new_tokens, config.server)
-    say(f"sampling by {name}: {reason}")
-    with closing(open_engine(config, tokenizer, name)) as engine:
+    with closing(open_engine(config, tokenizer)) as engine:
         template = load_prompts(config.prompts).evaluation
         solve(engine, tokenizer, problems, mine, settings, config.enable_thinking, keep, template)
 
 
-def open_engine(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> Engine:
+def open_engine(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
     """An engine in this process, with the model and its adapter, or the one of --server."""
-    if name == "server":
+    if config.server:
         ends, served = checkpoint_eos_ids(config.model, tokenizer), config.served_model or config.model
         return connect(config.server, served, tokenizer, ends, config.batch_size, config.adapter)
     model = load_model(config.model, config.dtype, device=config.device)
     if config.adapter:
         load_adapter(model, config.adapter)
-    return make_engine(name, model, tokenizer, config.batch_size)
+    return GenerateEngine(model, tokenizer, config.batch_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -210,7 +205,7 @@ def regime(config: EvaluationConfig, problems: list[Problem], prompts: list[list
         "top_p": config.top_p,
         "top_k": config.top_k,
         "max_new_tokens": limit,
-        "engine": choose_engine(config.engine, pick_device(config.device), limit, config.server)[0],
+        "engine": "server" if config.server else "generate",
         "dtype": _dtype_name(config),
     }
 
@@ -289,7 +284,6 @@ def bootstrap_interval(values_P: np.ndarray, resamples: int = 10_000, seed: int 
 
 def check_config(config: EvaluationConfig) -> None:
     Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)  # checks itself
-    choose_engine(config.engine, pick_device(config.device), config.max_new_tokens, config.server)
     if len(set(config.seeds)) < max(len(config.seeds), 1):
         raise InputError(f"--seeds {config.seeds}: must be different")
     if config.adapter and not (Path(config.adapter) / ADAPTER_CONFIG).is_file():

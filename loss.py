@@ -3,8 +3,8 @@
     L = reduce_t( w_t * l_t ),   l_t from p_t = pi_theta(. | x_stu, y_<t) and p^opsd_t = p_tch(. | x_tch, y_<t)
 
 Both distributions are softmax(float32 logits / T_distill) over the full vocabulary; the teacher carries no gradient.
-`method_loss` is the form to read: whole logits in, a scalar out. Training uses `score_tokens_from_hidden`, which meets
-the vocabulary a chunk of tokens at a time; `method_loss_from_hidden` is `method_loss` made of it, its tested equal.
+`method_loss` is the form to read: whole logits in, a scalar out. Training (train.py::train_step) does the same on
+hidden states: `score_tokens_from_hidden` meets the vocabulary a chunk of tokens at a time.
 
 Axes: B sequences, T response tokens, V vocabulary, D hidden, K alternatives, M valid tokens (the paper's set M) row
 after row. The paper's y_t is `ids_M`, w_{i,t} `w_M`, log p_t `student_logp_MV`, log p^opsd_t `teacher_logp_MV`.
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from errors import InputError
-from weighting import Schedule, get_schedule, relative_position
+from weighting import get_schedule, relative_position
 
 # ---------------------------------------------------------------------------------------------------------------
 # OPSD and PW-OPSD: Eqs. (1) and (6)
@@ -70,8 +70,13 @@ def sequence_mean(l_M: Tensor, w_M: Tensor, lengths: list[int]) -> tuple[Tensor,
 # EOPD (arXiv 2603.07079) and REOPOLD (arXiv 2603.11137)
 
 
+ENTROPY_GATE = 0.8  # nats: EOPD adds the forward KL where the teacher's entropy is above it
+GATE_TOP_K = 16  # teacher's most likely tokens in that KL
+RATIO_CLIP = 0.2  # eps, of the importance ratio
+
+
 def gated_loss(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
-    """EOPD: l = l_opd + 1[H(p_T) > 0.8] l_fkl; [M].
+    """EOPD: l = l_opd + 1[H(p_T) > ENTROPY_GATE] l_fkl; [M].
 
     l_opd = max(-rho A, -clip(rho, 1 - eps, 1 + eps) A), A = sg(log p_T(y) - log p_S(y)), rho = p_S(y) / sg(p_S(y)).
     l_fkl = sum over the teacher's top K of q (log q - log p_S), q = p_T renormalised on those K.
@@ -79,36 +84,36 @@ def gated_loss(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, 
     student_M, teacher_M = _at(student_logp_MV, ids_M), _at(teacher_logp_MV, ids_M)
     A = (teacher_M - student_M).detach()
     rho = (student_M - student_M.detach()).exp()
-    clipped = rho.clamp(1.0 - options.ratio_clip, 1.0 + options.ratio_clip)
+    clipped = rho.clamp(1.0 - RATIO_CLIP, 1.0 + RATIO_CLIP)
     l_opd = torch.maximum(-rho * A, -clipped * A)
-    K = min(options.gate_top_k, teacher_logp_MV.shape[-1])
+    K = min(GATE_TOP_K, teacher_logp_MV.shape[-1])
     top_logp_MK, top_MK = teacher_logp_MV.topk(K, dim=-1)
     logq_MK = top_logp_MK.log_softmax(dim=-1)
     l_fkl = (logq_MK.exp() * (logq_MK - student_logp_MV.gather(-1, top_MK))).sum(dim=-1)
-    return l_opd + (entropy(teacher_logp_MV) > options.entropy_gate) * l_fkl
+    return l_opd + (entropy(teacher_logp_MV) > ENTROPY_GATE) * l_fkl
 
 
-def reward_floor(options: LossOptions) -> float:
-    """REOPOLD: log(lambda) / (1 - lambda), -2.5584 at lambda = 0.1."""
-    return log(options.reward_lambda) / (1.0 - options.reward_lambda)
+REWARD_LAMBDA = 0.1
+REWARD_FLOOR = log(REWARD_LAMBDA) / (1.0 - REWARD_LAMBDA)  # -2.5584
+ENTROPY_QUANTILE = 0.2  # that paper's beta: share of a micro-batch's tokens that the later mask keeps
 
 
 def policy_gradient(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
     """REOPOLD: l = -R^ log p_S(y), R^ = max(R, log(lambda) / (1 - lambda)), R = sg(log p_T(y) - log p_S(y)); [M]."""
     student_M = _at(student_logp_MV, ids_M)
     R = (_at(teacher_logp_MV, ids_M) - student_M).detach()
-    return -R.clamp(min=reward_floor(options)) * student_M
+    return -R.clamp(min=REWARD_FLOOR) * student_M
 
 
-def phase_mask(scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
-    """REOPOLD's weight: before `switch_step` 1[R >= floor], then 1[H(p_S) >= its (1 - entropy_quantile) quantile]; [M].
+def phase_mask(r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
+    """REOPOLD's weight: before `switch_step` 1[R >= floor], then 1[H(p_S) >= its (1 - ENTROPY_QUANTILE) quantile]; [M].
 
-    The quantile is over the tokens of one call: a micro-batch in training, as in that paper (whose beta is
-    `entropy_quantile`), here of rows of like length.
+    The quantile is over the tokens of one call: a micro-batch in training, as in that paper, here of rows of like
+    length.
     """
     if step < options.switch_step:
-        return (scores.teacher_logprob - scores.student_logprob >= reward_floor(options)).float()
-    threshold = torch.quantile(scores.student_entropy, 1.0 - options.entropy_quantile)
+        return (scores.teacher_logprob - scores.student_logprob >= REWARD_FLOOR).float()
+    threshold = torch.quantile(scores.student_entropy, 1.0 - ENTROPY_QUANTILE)
     return (scores.student_entropy >= threshold).float()
 
 
@@ -137,7 +142,7 @@ class Method:
 
     # (student_logp_MV, teacher_logp_MV, ids_M, options) -> l_M, each from its own token's rows alone
     token_loss: Callable
-    # A schedule's name (weights by position, weighting.py), or (scores, lengths, step, options) -> w_M
+    # A schedule's name (weighting.py: w = w(r)), or (r_M, scores, lengths, step, options) -> w_M
     token_weight: str | Callable
     # (l_M, w_M, lengths) -> (numerator, denominator)
     reduction: Callable
@@ -202,7 +207,8 @@ def score_tokens(
 
 def reduce_tokens(method: Method, scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
     """Eq. (8): reduce_t( w_t * l_t ), a scalar."""
-    w_M = method.token_weight(scores, lengths, step, options).detach()
+    r_M = relative_position(lengths).to(scores.loss.device)
+    w_M = method.token_weight(r_M, scores, lengths, step, options).detach()
     numerator, denominator = method.reduction(scores.loss, w_M, lengths)
     return numerator / denominator.clamp(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
 
@@ -250,19 +256,14 @@ class LossOptions:
     beta: float = field(
         default=0.0, metadata={"help": "0: KL(teacher||student), 1: KL(student||teacher), between: JSD"}
     )
-    schedule: str | None = field(default=None, metadata={"help": "weights of Eq. (5): a name or a .json file"})
+    schedule: str | None = field(
+        default=None, metadata={"help": "weights by position, by name (weighting.py); in place of the method's own"}
+    )
     w_min: float | None = field(default=None, metadata={"help": "Eq. (5): weight before the rise"})
     tau: float | None = field(default=None, metadata={"help": "Eq. (5): relative position of the rise"})
     s: float | None = field(default=None, metadata={"help": "Eq. (5): width of the rise"})
     reduction: str | None = field(default=None, metadata={"help": "token_mean, sequence_mean or weighted_mean"})
-    entropy_gate: float = field(
-        default=0.8, metadata={"help": "EOPD: teacher entropy (nats) above which forward KL is added"}
-    )
-    gate_top_k: int = field(default=16, metadata={"help": "EOPD: teacher's top tokens in the forward KL"})
-    ratio_clip: float = field(default=0.2, metadata={"help": "EOPD: clip of the importance ratio"})
-    reward_lambda: float = field(default=0.1, metadata={"help": "REOPOLD: lambda, sets the floor of the reward"})
     switch_step: int = field(default=50, metadata={"help": "REOPOLD: step from which the entropy mask is used"})
-    entropy_quantile: float = field(default=0.2, metadata={"help": "REOPOLD: share of tokens kept by the entropy mask"})
 
 
 def resolve_method(name: str, options: LossOptions) -> Method:
@@ -278,13 +279,13 @@ def resolve_method(name: str, options: LossOptions) -> Method:
         if options.reduction not in REDUCTIONS:
             raise InputError(f"--reduction {options.reduction}: choose one of {', '.join(REDUCTIONS)}")
         row = replace(row, reduction=REDUCTIONS[options.reduction])
-    weight = options.schedule or row.token_weight
+    weight, numbers = options.schedule or row.token_weight, {"w_min": options.w_min, "tau": options.tau, "s": options.s}
     if isinstance(weight, str):
-        weight = by_position(get_schedule(weight, options.w_min, options.tau, options.s))
-        row = replace(row, over_batch=False)
-    elif (options.w_min, options.tau, options.s) != (None, None, None):
+        schedule = get_schedule(weight, **numbers)
+        return replace(row, token_weight=lambda r_M, *_: schedule(r_M), over_batch=False)
+    if set(numbers.values()) != {None}:
         raise InputError(f"--w_min, --tau and --s: {name} weights by no schedule; add --schedule")
-    return replace(row, token_weight=weight)
+    return row
 
 
 def check_options(options: LossOptions) -> None:
@@ -295,23 +296,6 @@ def check_options(options: LossOptions) -> None:
         raise InputError(f"--tau_clip {options.tau_clip}: must be positive (inf for none)")
     if not 0.0 <= options.beta <= 1.0:
         raise InputError(f"--beta {options.beta}: must lie in [0, 1]")
-    if not 0.0 < options.reward_lambda < 1.0:
-        raise InputError(f"--reward_lambda {options.reward_lambda}: must lie in (0, 1)")
-    if not 0.0 <= options.entropy_quantile <= 1.0:
-        raise InputError(f"--entropy_quantile {options.entropy_quantile}: must lie in [0, 1]")
-    if options.gate_top_k < 1:
-        raise InputError(f"--gate_top_k {options.gate_top_k}: must be at least 1")
-    if not options.ratio_clip >= 0.0:
-        raise InputError(f"--ratio_clip {options.ratio_clip}: must be at least 0")
-
-
-def by_position(schedule: Schedule) -> Callable:
-    """A schedule as a token weight: w_t = schedule(r_t), Eq. (5)."""
-
-    def weight(scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
-        return schedule(relative_position(lengths)).to(scores.loss.device)
-
-    return weight
 
 
 def _options(overrides: dict) -> LossOptions:
@@ -327,35 +311,6 @@ def _options(overrides: dict) -> LossOptions:
 
 # ---------------------------------------------------------------------------------------------------------------
 # The same from hidden states, a chunk of tokens at a time: whole logits of a step would take many GiB
-
-
-def method_loss_from_hidden(
-    name: str,
-    student_hidden_BTD: Tensor,
-    teacher_hidden_BTD: Tensor,
-    lm_head_weight_VD: Tensor,
-    response_ids_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    chunk_tokens: int | None = None,
-    step: int = 0,
-    teacher_head_weight_VD: Tensor | None = None,
-    **overrides,
-) -> Tensor:
-    """`method_loss` of the two contexts' hidden states: `method_loss(name, hidden @ head.T, ...)`, value and gradient.
-
-    At most `chunk_tokens` rows of logits exist at any time (default: as many as CHUNK_BYTES hold). The gradient flows
-    into the student's hidden states and, where it is trained, the head.
-    """
-    options = _options(overrides)
-    method = resolve_method(name, options)
-    lengths = valid_lengths(mask_BT, response_ids_BT, student_hidden_BTD)
-    scores = score_tokens_from_hidden(
-        method, student_hidden_BTD[mask_BT], teacher_hidden_BTD[mask_BT], lm_head_weight_VD,
-        lm_head_weight_VD if teacher_head_weight_VD is None else teacher_head_weight_VD,
-        response_ids_BT[mask_BT], options, chunk_tokens,
-    )  # fmt: skip
-    return reduce_tokens(method, scores, lengths, step, options)
 
 
 CHUNK_BYTES = 40 * 2**20  # of one float32 tensor of logits: 69 tokens at Qwen3's vocabulary, all of a small one's
@@ -390,7 +345,11 @@ def score_tokens_from_hidden(
 
 
 def _score_chunk_with_gradient(method, student_MD, teacher_MD, ids_M, head_VD, teacher_head_VD, options) -> TokenScores:
-    """l_t + h_t g_t - sg(h_t g_t) with g_t = dl_t/dh_t: the value of l_t and, without its logits, the gradient."""
+    """Value l_t, gradient g_t = dl_t/dh_t, as l_t + h_t g_t - sg(h_t g_t): backward then needs no logits.
+
+    One autograd call gives every token's g_t: a token loss looks at its own rows alone, so the gradient of the sum at
+    h_t is that of l_t.
+    """
     leaf_MD = student_MD.detach().requires_grad_()
     scores = _score_chunk(method, leaf_MD, teacher_MD, ids_M, head_VD, teacher_head_VD, options)
     (g_MD,) = torch.autograd.grad(scores.loss.sum(), leaf_MD)

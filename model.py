@@ -153,20 +153,20 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def adapter_dropout(model: nn.Module) -> Iterator[None]:
-    """Inside, LoRA's own dropout draws, for the student's pass and its gradient; nothing else in the model ever does.
+def adapter_dropout(model: nn.Module, on: bool = True) -> Iterator[None]:
+    """Inside, LoRA's own dropout draws (or not): for the student's pass and its gradient. Nothing else ever draws.
 
     The base stays in evaluation mode, also where all its weights are trained: dropout, router noise or skipped layers
     of its config would make the two contexts differ by more than their prompts.
     """
-    layers = lora_layers(model).values()
+    layers = [layer for layer in lora_layers(model).values() if layer.training is not on]
     for layer in layers:
-        layer.train()
+        layer.train(on)
     try:
         yield
     finally:
         for layer in layers:
-            layer.eval()
+            layer.train(not on)
 
 
 @contextmanager
@@ -187,9 +187,7 @@ def cast_adapter(model: nn.Module) -> Iterator[None]:
 # Loading
 
 
-def load_model(
-    name: str, dtype: str = "auto", attention: str = "sdpa", device: str | torch.device = "auto"
-) -> PreTrainedModel:
+def load_model(name: str, dtype: str = "auto", device: str | torch.device = "auto") -> PreTrainedModel:
     """Load a causal LM, in evaluation mode. `dtype`: auto (bfloat16 on a GPU, else float32) or its name.
 
     Sampling defaults that the checkpoint brings are dropped, so that only our own flags decide; its EOS ids are kept.
@@ -207,7 +205,7 @@ def load_model(
             raise ValueError("its weights are quantised, and only plain ones can be trained and scored")
         check_text_only(config, name)
         model, found = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=False,
+            name, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (torch.OutOfMemoryError, InputError):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from errors import InputError
@@ -24,6 +24,7 @@ class Problem:
     problem: str
     solution: str
     answer: str
+    row: int = field(default=0, compare=False)  # its place in the data it comes from, counted from 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def load_problems(source: str, need_solution: bool = True) -> list[Problem]:
         rows = _read_jsonl(Path(source))
     else:
         rows = _read_hub(source)
-    problems = [_to_problem(row, where, need_solution) for where, row in rows]
+    problems = [replace(_to_problem(row, where, need_solution), row=number) for number, (where, row) in enumerate(rows)]
     if not problems:
         raise InputError(f"{source}: no problems in it")
     return problems
@@ -147,7 +148,8 @@ def tiny_problems(split: str, count: int, seed: int = 0, num_addends: int = TINY
         addends = [draw.randint(1, 9) for _ in range(num_addends)]
         if tiny_split(addends) == split:
             text = "+".join(map(str, addends))
-            problems.setdefault(text, Problem(text, tiny_solution(addends, draw), str(sum(addends))))
+            problem = Problem(text, tiny_solution(addends, draw), str(sum(addends)), len(problems))
+            problems.setdefault(text, problem)
     return list(problems.values())
 
 

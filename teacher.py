@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chat import Chat, encode_turn, render_turn, template_notes
 from errors import InputError, some
-from model import adapter_disabled, lora_parameters, trained_parameters
+from model import adapter_disabled, adapter_dropout, lora_parameters, trained_parameters
 from problems import SURROGATE, Problem
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -170,6 +170,9 @@ def choose_reference(
 # Whose weights score
 
 
+KINDS = ("fixed", "ema", "live")
+
+
 class Teacher:
     """Whose weights score the rollout.
 
@@ -202,8 +205,8 @@ class Teacher:
 
     @contextmanager
     def scoring(self) -> Iterator[PreTrainedModel]:
-        """Yield the model that scores, without gradients; the student is what it was on leaving."""
-        with torch.no_grad(), self.state():
+        """Yield the model that scores, without gradients or dropout; the student is what it was on leaving."""
+        with torch.no_grad(), adapter_dropout(self.model, False), self.state():
             yield self.scorer
 
     @torch.no_grad()

@@ -17,47 +17,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
+import evaluate
+import loss
+import model
+import problems
+import rollout
+import teacher
+import weighting
 from errors import InputError
-from evaluate import solve
-from loss import LossOptions, Method, resolve_method, score_tokens_from_hidden
-from model import (
-    adapter_dropout,
-    add_lora,
-    context_length,
-    eos_ids,
-    find_checkpoint,
-    load_model,
-    load_tokenizer,
-    recompute_activations,
-    response_hidden,
-    response_mask,
-    trained_parameters,
-)
-from problems import Problem, extract_boxed, load_problems
-from rollout import Response, Sampling, StreamKey
-from runtime.checkpoint import damage, resume, save_checkpoint
-from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine, publish, withdraw
-from runtime.fit import fitting_problems, plan_run
-from runtime.flags import FlagParser, Sigterm, departures, option, run_script
-from runtime.grading import Grader, make_grader
-from runtime.metrics import (
-    Clock,
-    TokenMetrics,
-    Watch,
-    repeats,
-    rollout_metrics,
-    sampler_gap,
-    step_line,
-)
-from runtime.pins import run_pins
+from runtime import checkpoint, engines, grading, lengths, metrics, pins, run_folder
+from runtime.flags import FlagParser, departures, option, run_script
 from runtime.ranks import (
-    buckets,
     check_same_start,
     gather_objects,
     hide_bar,
@@ -65,219 +40,82 @@ from runtime.ranks import (
     say,
     start_ranks,
     stop_ranks,
+    sum_over_ranks,
     wait_for_all,
     world_size,
 )
-from runtime.run_folder import RunLog, claimed, record_run, run_folder
-from teacher import (
-    PAPER_PROMPTS,
-    REFERENCES,
-    Prompts,
-    Teacher,
-    choose_reference,
-    load_prompts,
-    student_prompt,
-    teacher_prompt,
-)
-from weighting import relative_position
-
-# Independent streams of random numbers of one seed: the second entry of a stream's key (rollout.py).
-ROLLOUT_STREAM, SHUFFLE_STREAM, DROPOUT_STREAM, REFERENCE_STREAM = 1, 2, 3, 4
+from runtime.stopping import Stop, StoppedError
 
 
-def size_or_auto(text: str) -> int:
-    """A number, or 0 for `auto`."""
-    return 0 if text == "auto" else int(text)
+def train_step(step: int, run: Training, data: list[problems.Problem], config: TrainConfig) -> tuple[dict, list[dict]]:
+    """Algorithm 1, one step over all ranks: sample, score, weigh, divide, update.
 
-
-@dataclass(frozen=True)
-class TrainConfig(LossOptions):
-    """Options of train.py. Defaults are the paper's (Section 4.1, Appendix H); a preset changes what it names."""
-
-    preset: str | None = option(None, "tiny (the default without --model), qwen3-4b, dsr1-llama-8b, olmo3-7b", "method")
-    method: str = option("pwopsd", "opsd, pwopsd, eopd or reopold", "method")
-    teacher: str = option(
-        "fixed", "whose weights score: fixed, ema or live", "method", choices=("fixed", "ema", "live")
-    )
-    ema_decay: float = option(0.99, "decay per step of --teacher ema", "method", within=(0, 1))
-    reference: str = option(
-        "own", "what the teacher is shown: own, other (another problem's), answer or none", "method", choices=REFERENCES
-    )
-    student_thinking: bool = option(False, "thinking mode of the student's context", "method")
-    teacher_thinking: bool = option(True, "thinking mode of the teacher's context", "method")
-    prompts: str | None = option(None, "JSON file of templates: student, teacher, evaluation", "method")
-    model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
-    data: str = option("siyanzhao/Openthoughts_math_30k_opsd", ".jsonl path, hub name or tiny:train", "data")
-    max_length: int = option(20000, "limit in tokens of the longer context with its response", "data", least=1)
-    long_prompts: str = option(
-        "error", "what happens to problems over the limit: error or drop", "data", choices=("error", "drop")
-    )
-    eval_data: str | None = option(None, "held-out problems, scored before and after training", "data")
-    eval_samples: int = option(1, "samples per held-out problem, besides the greedy one", "data", least=1)
-    eval_steps: int = option(0, "also score them every so many steps; 0 is off", "data", least=0)
-    engine: str = option(
-        "auto", "auto, generate, continuous (long rollouts on a GPU) or server", "sampling", choices=ENGINES
-    )
-    server: str | None = option(None, "address of a vLLM that serves --model with LoRA", "sampling")
-    served_model: str | None = option(None, "the server's name for --model, where it is another", "sampling")
-    max_new_tokens: int = option(1024, "length limit of a rollout", "sampling")
-    temperature: float = option(1.1, "of the rollouts; --distill_temperature is the loss's", "sampling")
-    top_p: float = option(0.95, "nucleus of the rollouts; 1 is off", "sampling")
-    top_k: int = option(20, "most likely tokens of the rollouts; 0 is off", "sampling")
-    num_steps: int = option(
-        150, "optimizer steps; the learning rate falls linearly to 0 over them", "optimisation", least=1
-    )
-    batch_size: int = option(32, "prompts per step over all ranks, one rollout each", "optimisation", least=1)
-    micro_batch_size: int = option(
-        4,
-        "sequences per forward pass on each rank, or auto: what the memory allows",
-        "optimisation",
-        size_or_auto,
-        least=0,
-    )
-    learning_rate: float = option(5e-6, "at the first step", "optimisation", positive=True)
-    max_grad_norm: float = option(0.1, "gradients are clipped to this norm", "optimisation", positive=True)
-    lora_rank: int = option(64, "r; 0 trains all weights", "optimisation", least=0)
-    lora_alpha: float = option(128.0, "the update is scaled by alpha / r", "optimisation", positive=True)
-    lora_dropout: float = option(
-        0.0, "the paper's text says 0.05, the authors' code runs with 0", "optimisation", within=(0, 0.99)
-    )
-    output_dir: str | None = option(None, "run folder; default runs/MODEL-METHOD-seedSEED, numbered if taken")
-    resume: bool = option(False, "go on from the newest checkpoint in --output_dir, if there is one")
-    seed: int = option(42, "of every random draw: adapter, data order, rollouts, evaluation", within=(0, 2**63))
-    stop_on_collapse: bool = option(False, "end a run that looks collapsed, instead of a warning only")
-    save_steps: int = option(25, "steps between checkpoints; the last step is always saved", least=1)
-    grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
-    gradient_checkpointing: bool | None = option(None, "default: on a GPU only")
-    device: str = option("auto", "auto, cpu, cuda, ...")
-    dtype: str = option("auto", "auto (bfloat16 on a GPU, else float32; float32 without LoRA) or its name")
-    attention: str = option("sdpa", "transformers' attn_implementation")
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_p, self.top_k, self.max_new_tokens)
-
-
-PRESETS: dict[str, dict] = {
-    # At tau_clip 0.05 the beliefs of this world are hardly repaired (docs/study.md); the rest is scale.
-    "tiny": {
-        "model": "tiny", "data": "tiny:train", "eval_data": "tiny:heldout", "num_steps": 20, "tau_clip": 1.0,
-        "max_new_tokens": 96, "micro_batch_size": 32, "learning_rate": 2e-3, "max_grad_norm": 1.0,
-        "lora_rank": 16, "lora_alpha": 32.0, "top_k": 0,
-    },
-    "qwen3-4b": {"model": "Qwen/Qwen3-4B", "long_prompts": "drop"},
-    "dsr1-llama-8b": {
-        "model": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "long_prompts": "drop", "micro_batch_size": 2,
-    },
-    "olmo3-7b": {"model": "allenai/Olmo-3-7B-Think", "long_prompts": "drop", "micro_batch_size": 2},
-}  # fmt: skip
-# What may differ when a run is taken up again. It changes rounding only, with two exceptions: a server draws other
-# tokens, and LoRA dropout other masks under another micro_batch_size.
-FREE_ON_RESUME = {
-    "resume", "output_dir", "stop_on_collapse", "device", "micro_batch_size", "gradient_checkpointing", "save_steps",
-    "engine", "server", "served_model",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a step works with."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    teacher: Teacher
-    method: Method
-    engine: Engine
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    grader: Grader
-    prompts: Prompts
-    stop: Sigterm = field(default_factory=Sigterm)
-
-    @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return trained_parameters(self.model)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# One step of Algorithm 1
-
-
-def train_step(
-    step: int, run: Training, problems: list[Problem], config: TrainConfig
-) -> tuple[dict, list[dict]] | None:
-    """Algorithm 1, one step over all ranks. Returns its metrics and this rank's rollouts, as rows for samples.jsonl.
-
-    Returns None, with nothing changed, where SIGTERM came while it was sampling. Raises FloatingPointError, naming step
-    and problems, where the loss or its gradient is not finite.
+    Returns its metrics and this rank's rollouts, as rows for samples.jsonl. Up to `hold` nothing has changed, and a
+    signal leaves the step. Raises FloatingPointError, naming step and problems, where the loss or its gradient is not
+    finite.
     """
-    model, method, device = run.model, run.method, run.model.device
-    share, clock, statistics, broken = step_share(step, problems, config), Clock(), TokenMetrics(device), []
+    share, seen = step_share(step, data, config), metrics.Observer(run.model.device)
     seed_step(config.seed, step)
 
     # Sample y ~ pi_theta(. | x_stu), fixed data from here on.
-    x_stu = [student_prompt(run.tokenizer, problem, run.prompts) for problem in share.problems]
-    x_tch = [teacher_prompt(run.tokenizer, problem, run.prompts) for problem in share.problems]
-    with clock("sampling"):
-        y = run.stop.unless_asked(lambda: run.engine.sample(x_stu, share.keys, config.sampling))
-    if any(gather_objects(run.stop.asked)):
-        return None
+    x_stu = [teacher.student_prompt(run.tokenizer, problem, run.prompts) for problem in share.problems]
+    x_tch = [teacher.teacher_prompt(run.tokenizer, problem, run.prompts) for problem in share.problems]
+    y = run.engine.sample(x_stu, share.keys, config.sampling)
+    seen.lap("sampling")
 
     # Score every token in both contexts, weight it by its position, add up the gradient of the loss's numerator.
-    numerator, denominator = torch.zeros((), device=device), torch.zeros((), device=device)
-    tokens = [len(x) + len(response.ids) for x, response in zip(x_tch, y, strict=True)]
-    for rows in micro_batches(tokens, config.micro_batch_size):
-        y_rows = [y[row].ids for row in rows]
-        L = [len(ids) for ids in y_rows]
-        mask_BT, ids_M = response_mask(L, device), torch.tensor([y_t for ids in y_rows for y_t in ids], device=device)
-        with clock("teacher"), run.teacher.scoring() as teacher:
-            teacher_MD = response_hidden(teacher, [x_tch[row] for row in rows], y_rows)[mask_BT]
-            teacher_head_VD = teacher.get_output_embeddings().weight
-        with clock("student"), adapter_dropout(model):
-            student_MD = response_hidden(model, [x_stu[row] for row in rows], y_rows)[mask_BT]
-            head_VD = model.get_output_embeddings().weight
-            # config holds T_distill and the other LossOptions
-            scores = score_tokens_from_hidden(method, student_MD, teacher_MD, head_VD, teacher_head_VD, ids_M, config)
-            l_M = scores.loss  # Eq. (1): d_t, or the method's own
-            r_M = relative_position(L)  # Eq. (5), for the log; loss.by_position takes the same r of L
-            w_M = method.token_weight(scores, L, step, config).detach()  # Eq. (5): w(r_t), or the method's own
-            part, count = method.reduction(l_M, w_M, L)  # Eq. (6), as a fraction
+    numerator, denominator = torch.zeros((), device=run.model.device), torch.zeros((), device=run.model.device)
+    for rows in micro_batches([len(x) + len(response.ids) for x, response in zip(x_tch, y, strict=True)], config):
+        with model.adapter_dropout(run.model):
+            part, count = loss_fraction(step, rows, x_stu, x_tch, y, run, config, seen)
             part.backward()
         numerator, denominator = numerator + part.detach(), denominator + count
-        gap_M = sampler_gap(student_MD, head_VD, ids_M, [y[row] for row in rows])
-        statistics.add(r_M, w_M, scores, gap_M)
-        broken += [] if part.isfinite() else [share.indices[row] for row in rows]
+        seen.lap("student")
+    samples = sample_rows(step, share, y, run)
 
     # Sum over ranks, one division by the whole step's denominator, one update.
-    with clock("update"):
-        sum_over_ranks([numerator, denominator, statistics.table, *(p.grad for p in run.parameters)])
-        denominator.clamp_(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
-        loss = numerator / denominator
-        for parameter in run.parameters:
-            parameter.grad /= denominator
-        learning_rate, grad_norm = update(run, loss, config.max_grad_norm)
-    check_finite(step, loss, grad_norm, broken, share)
+    run.stop.hold()
+    sum_over_ranks([numerator, denominator, seen.table, *(p.grad for p in run.parameters)])
+    denominator.clamp_(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
+    value = numerator / denominator
+    for parameter in run.parameters:
+        parameter.grad /= denominator
+    learning_rate, grad_norm = update(run, value, config.max_grad_norm)
+    check_finite(step, value, grad_norm, seen.broken, share)
+    seen.lap("update")
 
-    samples = sample_rows(step, share, y, run)
-    metrics = {"step": step, "loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": learning_rate}
-    metrics |= rollout_metrics(samples, [repeats(row.ids) for row in y]) | statistics.means() | clock.metrics(samples)
-    return metrics, samples
-
-
-def sum_over_ranks(tensors: list[Tensor]) -> None:
-    """Sum float32 tensors in place over all ranks, joined into one all-reduce (full fine-tuning: a few)."""
-    for bucket in buckets(tensors) if dist.is_initialized() else ():
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
-        dist.all_reduce(flat)
-        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+    row = {"step": step, "loss": value.item(), "grad_norm": grad_norm.item(), "learning_rate": learning_rate}
+    row |= metrics.rollout_metrics(samples, [metrics.repeats(response.ids) for response in y]) | seen.means()
+    return row | seen.times(sum(len(response.ids) for response in y)), samples
 
 
-def update(run: Training, loss: Tensor, max_grad_norm: float) -> tuple[float, Tensor]:
+def loss_fraction(
+    step: int, rows: list[int], x_stu: list[list[int]], x_tch: list[list[int]], y: list[rollout.Response],
+    run: Training, config: TrainConfig, seen: metrics.Observer,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Eq. (8) of a micro-batch, as (numerator, denominator): both contexts, the token losses, their weights."""
+    device, y_rows = run.model.device, [y[row].ids for row in rows]
+    L = [len(ids) for ids in y_rows]
+    mask_BT, ids_M = model.response_mask(L, device), torch.tensor([y_t for ids in y_rows for y_t in ids], device=device)
+    with run.teacher.scoring() as scorer:
+        teacher_MD = model.response_hidden(scorer, [x_tch[row] for row in rows], y_rows)[mask_BT]
+        teacher_head_VD = scorer.get_output_embeddings().weight
+    seen.lap("teacher")
+    student_MD = model.response_hidden(run.model, [x_stu[row] for row in rows], y_rows)[mask_BT]
+    head_VD = run.model.get_output_embeddings().weight
+    # config holds T_distill and the other LossOptions
+    scores = loss.score_tokens_from_hidden(run.method, student_MD, teacher_MD, head_VD, teacher_head_VD, ids_M, config)
+    r_M = weighting.relative_position(L).to(device)  # Eq. (5): r = (t - 0.5) / L
+    w_M = run.method.token_weight(r_M, scores, L, step, config).detach()  # Eq. (5): w(r), or the method's own
+    seen.see(rows, r_M, w_M, scores, metrics.sampler_gap(student_MD, head_VD, ids_M, [y[row] for row in rows]))
+    return run.method.reduction(scores.loss, w_M, L)  # Eq. (6): of l_t = d_t and w_t, as a fraction
+
+
+def update(run: Training, value: Tensor, max_grad_norm: float) -> tuple[float, Tensor]:
     """Clip the gradient and step, unless something is not finite; the step's learning rate and gradient norm."""
     learning_rate = run.scheduler.get_last_lr()[0]
     grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, max_grad_norm)
-    if loss.isfinite() and grad_norm.isfinite():
+    if value.isfinite() and grad_norm.isfinite():
         run.optimizer.step()
         run.scheduler.step()
         run.teacher.update()
@@ -285,12 +123,21 @@ def update(run: Training, loss: Tensor, max_grad_norm: float) -> tuple[float, Te
     return learning_rate, grad_norm
 
 
-def check_finite(step: int, loss: Tensor, grad_norm: Tensor, broken: list[int], share: Share) -> None:
+def check_finite(step: int, value: Tensor, grad_norm: Tensor, broken: list[int], share: Share) -> None:
     """Raise FloatingPointError on every rank, naming the problems with a broken loss; the step's, where none has."""
-    if not (loss.isfinite() and grad_norm.isfinite()):
-        parts = gather_objects((broken, share.indices))
+    if not (value.isfinite() and grad_norm.isfinite()):
+        numbers = [problem.row for problem in share.problems]
+        parts = gather_objects(([numbers[row] for row in broken], numbers))
         where = sorted(i for mine, _ in parts for i in mine) or sorted(i for _, mine in parts for i in mine)
-        raise FloatingPointError(f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}, problems {where}")
+        raise FloatingPointError(f"step {step}: loss {value:g}, gradient norm {grad_norm:g}, problems {where}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a step draws: all of it a function of (seed, step, slot), whatever the ranks
+
+
+# Independent streams of random numbers of one seed: the second entry of a stream's key (rollout.py).
+ROLLOUT_STREAM, SHUFFLE_STREAM, DROPOUT_STREAM, REFERENCE_STREAM = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -298,18 +145,16 @@ class Share:
     """This rank's part of a step's problems."""
 
     slots: range  # their places in the step's batch
-    indices: list[int]  # their places in the data
-    problems: list[Problem]
-    keys: list[StreamKey]  # of their rollouts
+    problems: list[problems.Problem]
+    keys: list[rollout.StreamKey]  # of their rollouts
 
 
-def step_share(step: int, problems: list[Problem], config: TrainConfig) -> Share:
+def step_share(step: int, data: list[problems.Problem], config: TrainConfig) -> Share:
     """This rank's slots of the step's batch; a rollout's key is (seed, purpose, step, slot), whatever the ranks."""
     slots = range(rank(), config.batch_size, world_size())
-    picked = step_problems(len(problems), config.batch_size, config.seed, step)
-    indices = [picked[slot] for slot in slots]
+    picked = step_problems(len(data), config.batch_size, config.seed, step)
     keys = [(config.seed, ROLLOUT_STREAM, step, slot) for slot in slots]
-    return Share(slots, indices, [problems[index] for index in indices], keys)
+    return Share(slots, [data[picked[slot]] for slot in slots], keys)
 
 
 def step_problems(num_problems: int, batch_size: int, seed: int, step: int) -> list[int]:
@@ -330,29 +175,109 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, DROPOUT_STREAM, step, rank())).generate_state(1)[0]))
 
 
-def micro_batches(tokens: list[int], size: int) -> list[list[int]]:
+def micro_batches(tokens: list[int], config: TrainConfig) -> list[list[int]]:
     """Rows grouped by their number of tokens, longest first: little is padded, and a lack of memory shows at once."""
     order = sorted(range(len(tokens)), key=lambda row: -tokens[row])
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    return [order[start : start + config.micro_batch_size] for start in range(0, len(order), config.micro_batch_size)]
 
 
-def sample_rows(step: int, share: Share, y: list[Response], run: Training) -> list[dict]:
+def sample_rows(step: int, share: Share, y: list[rollout.Response], run: Training) -> list[dict]:
     """This rank's rollouts as rows for samples.jsonl, graded."""
     texts = run.tokenizer.batch_decode([response.ids for response in y], skip_special_tokens=True)
     return [
         {
-            "step": step, "slot": slot, "problem": index, "text": text, "tokens": len(response.ids),
+            "step": step, "slot": slot, "problem": problem.row, "text": text, "tokens": len(response.ids),
             "finish_reason": "eos" if response.finished else "length",
-            "correct": run.grader.match(extract_boxed(text), problem.answer) if problem.answer else None,
+            "correct": run.grader.match(problems.extract_boxed(text), problem.answer) if problem.answer else None,
         }
-        for slot, index, problem, response, text in zip(
-            share.slots, share.indices, share.problems, y, texts, strict=True
-        )
+        for slot, problem, response, text in zip(share.slots, share.problems, y, texts, strict=True)
     ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The run
+# Options
+
+
+@dataclass(frozen=True)
+class TrainConfig(loss.LossOptions):
+    """Options of train.py. Defaults are the paper's (Section 4.1, Appendix H); a preset changes what it names."""
+
+    preset: str | None = option(None, "tiny (the default without --model), qwen3-4b, dsr1-llama-8b, olmo3-7b", "method")
+    method: str = option("pwopsd", "opsd, pwopsd, eopd or reopold", "method")
+    reference: str = option(
+        "own",
+        "what the teacher is shown: own, other (another problem's), answer or none",
+        "method",
+        choices=teacher.REFERENCES,
+    )
+    teacher: str = option(
+        "fixed", "whose weights score: fixed, ema or live", "method", choices=("fixed", "ema", "live")
+    )
+    ema_decay: float = option(0.99, "decay per step of --teacher ema", "method", within=(0, 1))
+    student_thinking: bool = option(False, "thinking mode of the student's context", "method")
+    teacher_thinking: bool = option(True, "thinking mode of the teacher's context", "method")
+    prompts: str | None = option(None, "JSON file of templates: student, teacher, evaluation", "method")
+    model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
+    data: str = option("siyanzhao/Openthoughts_math_30k_opsd", ".jsonl path, hub name or tiny:train", "data")
+    max_length: int = option(20000, "limit in tokens of the longer context with its response", "data", least=1)
+    eval_data: str | None = option(None, "held-out problems, scored before and after training", "data")
+    eval_steps: int = option(0, "also score them every so many steps; 0 is off", "data", least=0)
+    server: str | None = option(None, "address of a vLLM that serves --model with LoRA", "sampling")
+    served_model: str | None = option(None, "the server's name for --model, where it is another", "sampling")
+    max_new_tokens: int = option(1024, "length limit of a rollout", "sampling")
+    temperature: float = option(1.1, "of the rollouts; --distill_temperature is the loss's", "sampling")
+    top_p: float = option(0.95, "nucleus of the rollouts; 1 is off", "sampling")
+    top_k: int = option(20, "most likely tokens of the rollouts; 0 is off", "sampling")
+    num_steps: int = option(
+        150, "optimizer steps; the learning rate falls linearly to 0 over them", "optimisation", least=1
+    )
+    batch_size: int = option(32, "prompts per step over all ranks, one rollout each", "optimisation", least=1)
+    micro_batch_size: int = option(
+        4,
+        "sequences per forward pass on each rank",
+        "optimisation",
+        least=1,
+    )
+    learning_rate: float = option(5e-6, "at the first step", "optimisation", positive=True)
+    max_grad_norm: float = option(0.1, "gradients are clipped to this norm", "optimisation", positive=True)
+    lora_rank: int = option(64, "r; 0 trains all weights", "optimisation", least=0)
+    lora_alpha: float = option(128.0, "the update is scaled by alpha / r", "optimisation", positive=True)
+    lora_dropout: float = option(
+        0.0, "the paper's text says 0.05, the authors' code runs with 0", "optimisation", within=(0, 0.99)
+    )
+    output_dir: str | None = option(None, "run folder; default runs/MODEL-METHOD-seedSEED, numbered if taken")
+    resume: bool = option(False, "go on from the newest checkpoint in --output_dir, if there is one")
+    seed: int = option(42, "of every random draw: adapter, data order, rollouts, evaluation", within=(0, 2**63))
+    save_steps: int = option(25, "steps between checkpoints; the last step is always saved", least=1)
+    grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
+    gradient_checkpointing: bool | None = option(None, "default: on a GPU only")
+    device: str = option("auto", "auto, cpu, cuda, ...")
+    dtype: str = option("auto", "auto (bfloat16 on a GPU, else float32; float32 without LoRA) or its name")
+
+    @property
+    def sampling(self) -> rollout.Sampling:
+        return rollout.Sampling(self.temperature, self.top_p, self.top_k, self.max_new_tokens)
+
+
+PRESETS: dict[str, dict] = {
+    # At tau_clip 0.05 the beliefs of this world are hardly repaired (docs/study.md); the rest is scale.
+    "tiny": {
+        "model": "tiny", "data": "tiny:train", "eval_data": "tiny:heldout", "num_steps": 20, "tau_clip": 1.0,
+        "max_new_tokens": 96, "micro_batch_size": 32, "learning_rate": 2e-3, "max_grad_norm": 1.0,
+        "lora_rank": 16, "lora_alpha": 32.0, "top_k": 0,
+    },
+    "qwen3-4b": {"model": "Qwen/Qwen3-4B"},
+    "dsr1-llama-8b": {
+        "model": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "micro_batch_size": 2,
+    },
+    "olmo3-7b": {"model": "allenai/Olmo-3-7B-Think", "micro_batch_size": 2},
+}  # fmt: skip
+# What may differ when a run is taken up again. It changes rounding only, with two exceptions: a server draws other
+# tokens, and LoRA dropout other masks under another micro_batch_size.
+FREE_ON_RESUME = {
+    "resume", "output_dir", "device", "micro_batch_size", "gradient_checkpointing", "save_steps", "server",
+    "served_model",
+}  # fmt: skip
 
 
 def parse_config(arguments: list[str] | None = None) -> TrainConfig:
@@ -364,12 +289,11 @@ def parse_config(arguments: list[str] | None = None) -> TrainConfig:
 
 def check_config(config: TrainConfig) -> None:
     """Raise InputError, naming the flag, for values that cannot work."""
-    resolve_method(config.method, config)
-    engine, _ = choose_engine(config.engine, torch.device("cpu"), config.max_new_tokens, config.server)
-    if engine == "server" and config.lora_rank == 0:
-        raise InputError("--engine server trains an adapter, which the server loads: --lora_rank must be above 0")
+    loss.resolve_method(config.method, config)
+    if config.server and config.lora_rank == 0:
+        raise InputError("--server samples from an adapter that it loads by name: --lora_rank must be above 0")
     _ = config.sampling  # checks itself
-    load_prompts(config.prompts)
+    teacher.load_prompts(config.prompts)
     if config.dtype in ("bfloat16", "float16") and config.lora_rank == 0:
         raise InputError(
             f"--dtype {config.dtype} with --lora_rank 0: updates of --learning_rate's size vanish in its few digits; "
@@ -379,169 +303,209 @@ def check_config(config: TrainConfig) -> None:
         raise InputError("--resume needs --output_dir, the run to go on with")
 
 
-def choose_prompts(config: TrainConfig, problems: list[Problem]) -> tuple[list[Problem], Prompts]:
-    """The problems with the reference that the teacher is shown, and the prompts of both contexts."""
-    prompts = replace(
-        load_prompts(config.prompts),
-        student_thinking=config.student_thinking,
-        teacher_thinking=config.teacher_thinking,
-    )
-    draw = np.random.default_rng(np.random.SeedSequence((config.seed, REFERENCE_STREAM)))
-    return choose_reference(config.reference, problems, prompts, draw)
-
-
-def build(config: TrainConfig, device: torch.device, grader: Grader, prompts: Prompts = PAPER_PROMPTS) -> Training:
-    """Model with its adapter, teacher, optimizer and learning-rate schedule, all at their start."""
-    model, tokenizer = load_model(config.model, config.dtype, config.attention, device), load_tokenizer(config.model)
-    torch.manual_seed(config.seed)
-    if config.lora_rank > 0:
-        add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
-    if config.gradient_checkpointing:
-        recompute_activations(model)
-    teacher = Teacher(model, config.teacher, config.ema_decay)
-    optimizer = make_optimizer(teacher.trained, config)
-    scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=config.num_steps)
-    if config.engine == "server":
-        ends, name = eos_ids(model.generation_config, tokenizer), config.served_model or config.model
-        engine = connect(config.server, name, tokenizer, ends, SAMPLED_AT_ONCE, needs_ids=True)
-    else:
-        engine = make_engine(config.engine, model, tokenizer, batch_size=SAMPLED_AT_ONCE)
-    method = resolve_method(config.method, config)
-    return Training(model, tokenizer, teacher, method, engine, optimizer, scheduler, grader, prompts)
-
-
-def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, parameter by parameter (foreach False): updating all at once would take as much memory again."""
-    return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False
-    )
-
-
-def settle(config: TrainConfig, device: torch.device, record: dict | None) -> TrainConfig:
-    """The options that this machine decides where the user did not; a resumed run keeps its micro-batch size."""
-    dtype, checkpointing, size = config.dtype, config.gradient_checkpointing, config.micro_batch_size
+def on_device(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The options with what the device decides where the user did not."""
+    dtype, checkpointing = config.dtype, config.gradient_checkpointing
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and config.lora_rank > 0 else "float32"
     if checkpointing is None:
         checkpointing = device.type == "cuda"
-    if size == 0 and record is not None:
-        size = record["config"]["micro_batch_size"]
-    engine, reason = choose_engine(config.engine, device, config.max_new_tokens, config.server)
-    say(f"sampling by {engine}: {reason}")
-    return replace(config, dtype=dtype, gradient_checkpointing=checkpointing, micro_batch_size=size, engine=engine)
+    return replace(config, dtype=dtype, gradient_checkpointing=checkpointing)
 
 
-SAMPLED_AT_ONCE = 200  # sequences of generate at a time, or requests in flight
+# ---------------------------------------------------------------------------------------------------------------
+# The run
 
 
-def score_held_out(log: RunLog, step: int, run: Training, problems: list[Problem], config: TrainConfig) -> None:
-    """Avg@N on held-out problems, by the evaluation protocol and greedy; nothing is kept where SIGTERM comes."""
-    if not problems or str(step) in log.evaluation:
-        return
-    rows = run.stop.unless_asked(lambda: held_out_rows(step, run, problems, config))
-    if not any(gather_objects(run.stop.asked)):
+@dataclass(frozen=True)
+class Training:
+    """What a step works with."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    teacher: teacher.Teacher
+    method: loss.Method
+    engine: engines.Engine
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    grader: grading.Grader
+    prompts: teacher.Prompts
+    stop: Stop = field(default_factory=Stop)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return model.trained_parameters(self.model)
+
+
+def choose_prompts(config: TrainConfig, data: list[problems.Problem]) -> tuple[list[problems.Problem], teacher.Prompts]:
+    """The problems with the reference that the teacher is shown, and the prompts of both contexts."""
+    prompts = replace(
+        teacher.load_prompts(config.prompts),
+        student_thinking=config.student_thinking,
+        teacher_thinking=config.teacher_thinking,
+    )
+    draw = np.random.default_rng(np.random.SeedSequence((config.seed, REFERENCE_STREAM)))
+    return teacher.choose_reference(config.reference, data, prompts, draw)
+
+
+def build(
+    config: TrainConfig, device: torch.device, grader: grading.Grader, prompts: teacher.Prompts = teacher.PAPER_PROMPTS
+) -> Training:
+    """Model with its adapter, teacher, optimizer and learning-rate schedule, all at their start."""
+    student, tokenizer = model.load_model(config.model, config.dtype, device=device), model.load_tokenizer(config.model)
+    torch.manual_seed(config.seed)
+    if config.lora_rank > 0:
+        model.add_lora(student, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    if config.gradient_checkpointing:
+        model.recompute_activations(student)
+    scorer = teacher.Teacher(student, config.teacher, config.ema_decay)
+    # Parameter by parameter (foreach False): updating all at once would take as much memory again.
+    optimizer = torch.optim.AdamW(
+        scorer.trained, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False
+    )
+    scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=config.num_steps)
+    if config.server:
+        ends, name = model.eos_ids(student.generation_config, tokenizer), config.served_model or config.model
+        engine = engines.connect(config.server, name, tokenizer, ends, in_flight=200, needs_ids=True)
+    else:
+        engine = engines.GenerateEngine(student, tokenizer)
+    method = loss.resolve_method(config.method, config)
+    return Training(student, tokenizer, scorer, method, engine, optimizer, scheduler, grader, prompts)
+
+
+def rehearse(run: Training, longest: list[list[int]], config: TrainConfig) -> None:
+    """One micro-batch of the longest prompts and responses and one decoding step, dropped again, before step 0.
+
+    Raises InputError, naming the flags that help, where the device's memory does not hold them.
+    """
+    x_stu, x_tch = longest
+    rows = min(config.micro_batch_size, -(-config.batch_size // world_size()))
+    y = [rollout.Response([run.tokenizer.eos_token_id] * config.max_new_tokens, finished=True)] * rows
+    try:
+        moments = [torch.empty_like(parameter) for parameter in run.parameters for _ in ("first", "second")]
+        with model.adapter_dropout(run.model):
+            fraction = loss_fraction(0, list(range(rows)), [x_stu] * rows, [x_tch] * rows, y, run, config,
+                                     metrics.Observer(run.model.device))  # fmt: skip
+            fraction[0].backward()
+        del moments, fraction
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"{rows} rows with prompts of {len(x_stu)} and {len(x_tch)} tokens and {config.max_new_tokens} new ones do "
+            "not fit into the memory together; what helps: a lower --micro_batch_size, --gradient_checkpointing true, "
+            "a lower --max_length or --max_new_tokens, a smaller --lora_rank"
+        ) from error
+    finally:
+        run.optimizer.zero_grad()
+
+
+def score_held_out(
+    log: run_folder.RunLog, step: int, run: Training, data: list[problems.Problem], config: TrainConfig
+) -> None:
+    """Avg@1 on held-out problems, by the evaluation protocol and greedy; nothing is kept where a signal comes."""
+    if data and str(step) not in log.evaluation:
+        rows = held_out_rows(step, run, data, config)
+        run.stop.hold()
         say(log.evaluate(step, [row for part in gather_objects(rows) for row in part]))
+        run.stop.release()
 
 
-def held_out_rows(step: int, run: Training, problems: list[Problem], config: TrainConfig) -> list[dict]:
+def held_out_rows(step: int, run: Training, data: list[problems.Problem], config: TrainConfig) -> list[dict]:
     """This rank's part of the held-out samples, graded, as rows for heldout.jsonl."""
-    rows = []
-    for decoding, temperature, count in (("sampled", 1.0, config.eval_samples), ("greedy", 0.0, 1)):
-        jobs = [(config.seed, index, number) for index in range(len(problems)) for number in range(count)]
-        settings, mine = Sampling(temperature, 0.95, 0, config.max_new_tokens), jobs[rank() :: world_size()]
-        for item in solve(run.engine, run.tokenizer, problems, mine, settings, template=run.prompts.evaluation):
-            correct = run.grader.match(extract_boxed(item.text), problems[item.problem].answer)
+    rows, mine = [], [(config.seed, index, 0) for index in range(len(data))][rank() :: world_size()]
+    for decoding, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        settings = rollout.Sampling(temperature, 0.95, 0, config.max_new_tokens)
+        for item in evaluate.solve(run.engine, run.tokenizer, data, mine, settings, template=run.prompts.evaluation):
+            correct = run.grader.match(problems.extract_boxed(item.text), data[item.problem].answer)
             rows.append({"step": step, "decoding": decoding, "correct": correct, **asdict(item)})
     return rows
 
 
-def main() -> None:
+def main() -> int:
+    """Returns the exit status: 0, or 128 + the signal that has stopped the run."""
     disable_progress_bar()
     config = parse_config()
     device = start_ranks(config.device)
     if config.batch_size < world_size():
         raise InputError(f"--batch_size {config.batch_size}: fewer prompts than the {world_size()} ranks")
-    find_checkpoint(config.model)  # a wrong --model is told before the data are looked for
-    problems = load_problems(config.data)
-    held_out = load_problems(config.eval_data, need_solution=False) if config.eval_data else []
-    folder = run_folder(
+    model.find_checkpoint(config.model)  # a wrong --model is told before the data are looked for
+    data = problems.load_problems(config.data)
+    held_out = problems.load_problems(config.eval_data, need_solution=False) if config.eval_data else []
+    folder = run_folder.run_folder(
         config.output_dir, f"{config.preset or Path(config.model).name}-{config.method}-seed{config.seed}"
     )
-    with claimed(folder, config.resume) as record:
+    with run_folder.claimed(folder, config.resume) as record:
         say(f"{config.method}, {departures(config, PRESETS) or 'the preset as it is'}; options: {folder}/config.json")
-        train(settle(config, device, record), device, folder, record, problems, held_out)
+        asked = train(on_device(config, device), device, folder, record, data, held_out)
     stop_ranks()
+    return 128 + asked if asked else 0
 
 
 def train(
-    config: TrainConfig, device: torch.device, folder: Path, record: dict | None, problems: list[Problem],
-    held_out: list[Problem],
-) -> None:  # fmt: skip
-    """A run in a folder that is ours, from its start or from its newest checkpoint."""
-    grader = make_grader(config.grader, [problem.answer for problem in [*problems, *held_out] if problem.answer])
-    problems, prompts = choose_prompts(config, problems)
+    config: TrainConfig, device: torch.device, folder: Path, record: dict | None, data: list[problems.Problem],
+    held_out: list[problems.Problem],
+) -> int:  # fmt: skip
+    """A run in a folder that is ours, from its start or from its newest checkpoint; the signal that ended it, or 0."""
+    grader = grading.make_grader(config.grader, [problem.answer for problem in [*data, *held_out] if problem.answer])
+    data, prompts = choose_prompts(config, data)
     run = build(config, device, grader, prompts)
     run.stop.listen()
-    fit = fitting_problems(problems, run.tokenizer, prompts, context_length(run.model), config)
-    memory, fitting = plan_run(run, fit, config, device), fit.problems
-    config = replace(config, micro_batch_size=memory.micro_batch_size)
+    kept, longest = lengths.fitting_problems(run, data, held_out, config)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if run.method.over_batch else set())
-    pins = run_pins(config, problems, held_out)
-    record_run(folder, record, asdict(config), free, {"ranks": world_size(), "hardware": str(device)}, pins)
-    say(f"{len(fitting)} problems ({len(problems) - len(fitting)} dropped as too long), graded by {grader.name}")
-    if grader.note:
-        say(grader.note)
-    say(str(memory))
-    start = resume(folder, run.model, run.teacher, run.optimizer, run.scheduler) if config.resume else 0
+    facts = {"ranks": world_size(), "hardware": str(device)}
+    run_folder.record_run(folder, record, asdict(config), free, facts, pins.run_pins(config, data, held_out))
+    say(f"graded by {grader.name}" + (f"; {grader.note}" if grader.note else ""))
+    if device.type != "cpu":
+        rehearse(run, longest, config)
+    start = checkpoint.resume(folder, run.model, run.teacher, run.optimizer, run.scheduler) if config.resume else 0
     check_same_start([(name, p) for name, p in run.model.named_parameters() if p.requires_grad])
     wait_for_all()  # every rank has read before rank 0 writes
     with closing(run.engine), closing(run.grader):
-        take_steps(start, run, fitting, held_out, folder, config)
-    withdraw(folder)
+        take_steps(start, run, kept, held_out, folder, config)
+    engines.withdraw(folder)
+    return run.stop.asked
 
 
 def take_steps(
-    start: int, run: Training, problems: list[Problem], held_out: list[Problem], folder: Path, config: TrainConfig
-) -> None:
+    start: int, run: Training, data: list[problems.Problem], held_out: list[problems.Problem], folder: Path,
+    config: TrainConfig,
+) -> None:  # fmt: skip
     """The steps that are left, with what is logged, scored and saved between them."""
-    log = RunLog(folder, start)
-    watch = Watch(folder, config, run.model.dtype, log.earlier)
+    log, done = run_folder.RunLog(folder, start), start
+    watch = metrics.Watch(config.max_new_tokens, config.lora_dropout, run.model.dtype, log.earlier)
     if start == config.num_steps:
         say(f"all {start} steps are done: only held-out scores that are missing are made up for")
-    for step in tqdm(range(start, config.num_steps), initial=start, total=config.num_steps, disable=hide_bar()):
-        publish(run.engine, run.model, folder, step)
-        if step == 0 or (config.eval_steps and step % config.eval_steps == 0):
-            score_held_out(log, step, run, held_out, config)
-        done = train_step(step, run, problems, config)
-        if done is not None:
-            metrics, samples = done
-            log.append(metrics, [row for part in gather_objects(samples) for row in part])
-            say(step_line(metrics, config.num_steps))
-            watch.see(metrics)
-        steps_done = step if done is None else step + 1
-        stopping = any(gather_objects(run.stop.asked))
-        due = steps_done % config.save_steps == 0 or steps_done == config.num_steps
-        if steps_done > start and (stopping or due):
-            save(folder, steps_done, run, config)
-        if stopping:
-            return say_stopped(steps_done, folder)
-    publish(run.engine, run.model, folder, config.num_steps)
-    score_held_out(log, config.num_steps, run, held_out, config)
-    if any(gather_objects(run.stop.asked)):
-        return say_stopped(config.num_steps, folder)
-    return say(f"weights: {folder}/checkpoint-{config.num_steps}")
-
-
-def say_stopped(steps_done: int, folder: Path) -> None:
-    where = f"saved after step {steps_done}" if steps_done else "before the first step was done"
-    say(f"SIGTERM: {where}; the same command with --resume --output_dir {folder} goes on")
+    try:
+        engines.publish(run.engine, run.model, folder, start)
+        run.stop.release()
+        for step in tqdm(range(start, config.num_steps), initial=start, total=config.num_steps, disable=hide_bar()):
+            if step == 0 or (config.eval_steps and step % config.eval_steps == 0):
+                score_held_out(log, step, run, held_out, config)
+            row, samples = train_step(step, run, data, config)  # from its update on, signals wait
+            done = step + 1
+            log.append(row, [sample for part in gather_objects(samples) for sample in part])
+            for line in [metrics.step_line(row, config.num_steps), *watch.see(row)]:
+                say(line)
+            if done % config.save_steps == 0 or done == config.num_steps:
+                save(folder, done, run, config)
+            engines.publish(run.engine, run.model, folder, done)
+            run.stop.release()
+        score_held_out(log, config.num_steps, run, held_out, config)
+        run.stop.hold()
+    except StoppedError:
+        run.stop.meet()
+        if done > start:
+            save(folder, done, run, config)
+        where = f"saved after step {done}" if done else "before the first step was done"
+        say(f"stopped by a signal, {where}; the same command with --resume --output_dir {folder} goes on")
+    else:
+        say(f"weights: {folder}/checkpoint-{config.num_steps}")
 
 
 def save(folder: Path, step: int, run: Training, config: TrainConfig) -> None:
     """Write the checkpoint after `step` steps, unless it is there, whole; no rank runs ahead of one that may fail."""
-    if rank() == 0 and damage(folder / f"checkpoint-{step}") is not None:
-        base = find_checkpoint(config.model)
-        save_checkpoint(folder, step, run.model, base, run.teacher, run.optimizer, run.scheduler)
+    if rank() == 0 and checkpoint.damage(folder / f"checkpoint-{step}") is not None:
+        base = model.find_checkpoint(config.model)
+        checkpoint.save_checkpoint(folder, step, run.model, base, run.teacher, run.optimizer, run.scheduler)
     wait_for_all()
 
 

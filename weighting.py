@@ -6,10 +6,8 @@ script then knows it by name. Pure functions of tensors; axes: M valid tokens of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -52,34 +50,20 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def get_schedule(name: str, w_min: float | None = None, tau: float | None = None, s: float | None = None) -> Schedule:
-    """A schedule by name or by a JSON file {"w_min", "tau", "s"}; w_min, tau and s override single values of Eq. (5).
+def get_schedule(name: str, **given: float | None) -> Schedule:
+    """A schedule by name; w_min, tau and s, where they are given, replace single values of an Eq. (5) schedule.
 
-    Raises InputError for an unknown name, a bad file, or values out of range (0 <= w_min <= 1, s > 0).
+    Raises InputError for an unknown name, or values out of range (0 <= w_min <= 1, -10 <= tau <= 10, s >= 1e-6).
     """
-    if name.endswith(".json"):
-        values = _read_schedule_file(Path(name))
-    elif name not in SCHEDULES:
-        raise InputError(f"--schedule {name}: choose one of {', '.join(SCHEDULES)}, or a .json file")
-    elif name in SIGMOIDS:
-        values = SIGMOIDS[name]
-    elif (w_min, tau, s) == (None, None, None):
+    if name not in SCHEDULES:
+        raise InputError(f"--schedule {name}: choose one of {', '.join(SCHEDULES)}")
+    given = {key: value for key, value in given.items() if value is not None}
+    if not given:
         return SCHEDULES[name]
-    else:
+    if name not in SIGMOIDS:
         raise InputError(f"--w_min, --tau, --s: the schedule {name} has none; those that do: {', '.join(SIGMOIDS)}")
-    w_min, tau, s = (own if given is None else given for own, given in zip(values, (w_min, tau, s), strict=True))
-    if not 0.0 <= w_min <= 1.0:
-        raise InputError(f"--w_min {w_min}: must lie in [0, 1]")
-    if not -10.0 <= tau <= 10.0:
-        raise InputError(f"--tau {tau}: must lie in [-10, 10] (the relative position runs from 0 to 1)")
-    if not 0.0 < s < float("inf"):
-        raise InputError(f"--s {s}: must be positive")
-    return partial(position_weight, w_min=w_min, tau=tau, s=s)
-
-
-def _read_schedule_file(path: Path) -> tuple[float, float, float]:
-    try:
-        content = json.loads(path.read_text())
-        return float(content["w_min"]), float(content["tau"]), float(content["s"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--schedule {path}: needs numbers w_min, tau, s ({type(error).__name__}: {error})") from None
+    # r runs from 0 to 1; below the least s, (r - tau) / s would be 0 / 0 in float32 at r = tau.
+    for key, low, high in (("w_min", 0.0, 1.0), ("tau", -10.0, 10.0), ("s", 1e-6, 1e6)):
+        if key in given and not low <= given[key] <= high:
+            raise InputError(f"--{key} {given[key]}: must lie in [{low:g}, {high:g}]")
+    return partial(SCHEDULES[name], **given)

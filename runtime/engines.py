@@ -1,7 +1,7 @@
-"""Engines: one way to sample for training, evaluation and diagnosis.
+"""Engines: one way to sample for training, evaluation and diagnosis: in this process, or by a server.
 
-An engine has a `name`, `sample(prompts, keys, settings, on_finished)`, which returns the responses in the order of
-the prompts, and `close()`.
+An engine has `sample(prompts, keys, settings, on_finished)`, which returns the responses in the order of the prompts,
+and `close()`.
 """
 
 from __future__ import annotations
@@ -19,22 +19,16 @@ from rollout import OnFinished, Response, Sampling, StreamKey, sample
 from runtime.adapters import save_adapter
 from runtime.ranks import gather_objects, rank
 
-ENGINES = ("auto", "generate", "continuous", "server")
-LONG_RESPONSE = (
-    2048  # tokens from which `auto` takes continuous batching on a GPU: padding and thin ends then cost more
-)
-
 
 class Engine(Protocol):
-    name: str
-
     def sample(
         self,
         prompts: list[list[int]],
         keys: Sequence[StreamKey],
         settings: Sampling,
         on_finished: OnFinished | None = None,
-    ) -> list[Response]: ...
+    ) -> list[Response]:
+        """One response per prompt; `on_finished(row, response)` as soon as a row is done."""
 
     def close(self) -> None: ...
 
@@ -42,11 +36,7 @@ class Engine(Protocol):
 class GenerateEngine:
     """`rollout.sample` in batches of at most `batch_size` rows, halved where the memory does not hold one."""
 
-    name = "generate"
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 200) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
     def sample(
@@ -57,18 +47,17 @@ class GenerateEngine:
         on_finished: OnFinished | None = None,
     ) -> list[Response]:
         responses: list[Response] = []
-        size = self.batch_size or len(prompts)
         while len(responses) < len(prompts):
-            start, end = len(responses), min(len(responses) + size, len(prompts))
+            start, end = len(responses), min(len(responses) + self.batch_size, len(prompts))
             try:
                 batch = sample(self.model, self.tokenizer, prompts[start:end], keys[start:end], settings)
             except torch.OutOfMemoryError:
                 if end - start == 1:
                     raise InputError(
                         f"out of GPU memory with one row of up to {settings.max_new_tokens} new tokens: lower "
-                        "--max_new_tokens, or use --engine continuous or --server"
+                        "--max_new_tokens, or sample by a --server"
                     ) from None
-                size = self.batch_size = (end - start) // 2  # what fits now fits later, too
+                self.batch_size = (end - start) // 2  # what fits now fits later, too
                 torch.cuda.empty_cache()
                 continue
             if on_finished is not None:
@@ -79,36 +68,6 @@ class GenerateEngine:
 
     def close(self) -> None:
         pass
-
-
-def choose_engine(name: str, device: torch.device, max_new_tokens: int, server: str | None = None) -> tuple[str, str]:
-    """What `--engine` stands for, and why, in words; `--server` alone stands for the engine of that name."""
-    if name not in ENGINES:
-        raise InputError(f"--engine {name}: choose one of {', '.join(ENGINES)}")
-    if name == "server" and not server:
-        raise InputError("--engine server: needs --server, its address")
-    if server and name not in ("auto", "server"):
-        raise InputError(f"--server {server}: goes with --engine server, not {name}")
-    if server:
-        return "server", f"at {server}"
-    if name != "auto":
-        return name, "as asked"
-    if device.type == "cpu":
-        return "generate", "on a CPU"
-    if max_new_tokens < LONG_RESPONSE:
-        return "generate", f"responses under {LONG_RESPONSE} tokens"
-    return "continuous", f"responses of up to {max_new_tokens} tokens on a GPU"
-
-
-def make_engine(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None
-) -> Engine:
-    """An engine in this process; `name` is generate or continuous."""
-    if name == "continuous":
-        from runtime.continuous import ContinuousEngine
-
-        return ContinuousEngine(model, tokenizer)
-    return GenerateEngine(model, tokenizer, batch_size)
 
 
 def connect(
@@ -140,7 +99,7 @@ def publish(engine: Engine, model: PreTrainedModel, folder: Path, step: int) -> 
     The first rank writes the adapter below the run folder, which the server must see under the same path, and has it
     loaded in place of the one before.
     """
-    if engine.name != "server":
+    if isinstance(engine, GenerateEngine):
         return
     directory = folder / SERVED / f"step-{step}"
     if rank() == 0:

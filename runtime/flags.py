@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from math import inf
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from transformers import HfArgumentParser
@@ -97,17 +95,17 @@ def departures(config: object, presets: dict[str, dict]) -> str:
     return " ".join(words)
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """`main` for the shell: whatever ends it becomes one line and status 1 (130 for Ctrl-C).
+def run_script(main: Callable[[], int | None]) -> None:
+    """`main` for the shell, its result the exit status; what ends it otherwise is one line and 1 (130 for Ctrl-C).
 
     The traceback of what is no mistake of the user's is in the run folder's error.log, which the line names; before
     there is a folder the line says where the error arose.
     """
     try:
-        main()
+        sys.exit(main())
     except KeyboardInterrupt:
         print(
-            "stopped; what is finished is on the disk, and the same command (train.py, diagnose.py: --resume) goes on",
+            "stopped; what was written stays, and the same command goes on there (train.py, diagnose.py: --resume)",
             file=sys.stderr,
         )
         sys.exit(130)
@@ -132,41 +130,3 @@ def describe(error: Exception) -> str:
 
 
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
-
-
-Result = TypeVar("Result")
-
-
-class Sigterm:
-    """Whether SIGTERM has asked the run to stop. The step under way may finish; asked twice, it stops at once.
-
-    Work under `unless_asked` is left as soon as the signal comes: there is nothing in it to finish.
-    """
-
-    def __init__(self) -> None:
-        self.asked = self._may_leave = False
-
-    def listen(self) -> Sigterm:
-        signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def unless_asked(self, work: Callable[[], Result]) -> Result | None:
-        """What `work` returns, or None where SIGTERM has come before or comes meanwhile."""
-        self._may_leave = True
-        try:
-            return None if self.asked else work()
-        except _LeaveError:
-            return None
-        finally:
-            self._may_leave = False
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        if self._may_leave:
-            raise _LeaveError
-
-
-class _LeaveError(BaseException):
-    """SIGTERM within `Sigterm.unless_asked`; no `except Exception` on the way may take it for a failure."""

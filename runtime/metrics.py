@@ -1,48 +1,66 @@
-"""What a training step logs, and the warning about a run that looks collapsed. Formulas: docs/metrics.md."""
+"""What a training step logs, and the warnings about a run that looks wrong. Formulas: docs/metrics.md."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import InputError
 from loss import CHUNK_BYTES, TokenScores, log_probabilities
 from rollout import Response
-from runtime.ranks import gather_objects, say
+from runtime.ranks import gather_objects
 
 
-class TokenMetrics:
-    """Sums of token statistics by tenth of the solution, over a step's micro-batches; `table` adds up over ranks."""
+class Observer:
+    """Watches one step: seconds by part, the tokens' statistics by tenth of the solution, rows with a broken loss.
 
-    NAMES = ("tokens", "divergence", "weight", "clipped_mass", "student_entropy", "teacher_entropy", "sampler_gap")
+    `table` adds up over micro-batches and, by the trainer's sum, over ranks.
+    """
+
+    COLUMNS = ("tokens", "divergence", "weight", "clipped_mass", "student_entropy", "teacher_entropy", "sampler_gap")
 
     def __init__(self, device: torch.device) -> None:
-        self.table, self.has_gap = torch.zeros(10, len(self.NAMES), device=device), False
+        self.table, self.has_gap = torch.zeros(10, len(self.COLUMNS), device=device), False
+        self.broken: list[int] = []
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._last = self._now()
 
-    def add(self, r_M: Tensor, weight_M: Tensor, scores: TokenScores, gap_M: Tensor | None = None) -> None:
-        """`gap_M`: `sampler_gap` of the tokens, where the engine tells log-probabilities."""
+    def lap(self, part: str) -> None:
+        """The seconds since the last call belong to `part`; waits for the GPU."""
+        now = self._now()
+        self.seconds[part] += now - self._last
+        self._last = now
+
+    def see(self, rows: list[int], r_M: Tensor, w_M: Tensor, scores: TokenScores, gap_M: Tensor | None = None) -> None:
+        """A micro-batch of these rows. `gap_M`: `sampler_gap`, where the engine tells log-probabilities."""
         self.has_gap = gap_M is not None
-        columns = torch.stack(
-            [
-                torch.ones_like(weight_M), scores.loss.detach(), weight_M, scores.clipped_mass,
-                scores.student_entropy, scores.teacher_entropy, torch.zeros_like(weight_M) if gap_M is None else gap_M,
-            ],
-            dim=1,
-        )  # fmt: skip
-        self.table.index_add_(0, (r_M.to(self.table.device) * 10).long().clamp(max=9), columns)
+        columns = [
+            torch.ones_like(w_M), scores.loss.detach(), w_M, scores.clipped_mass, scores.student_entropy,
+            scores.teacher_entropy, torch.zeros_like(w_M) if gap_M is None else gap_M,
+        ]  # fmt: skip
+        self.table.index_add_(0, (r_M * 10).long().clamp(max=9), torch.stack(columns, dim=1))
+        self.broken += [] if scores.loss.isfinite().all() else rows
 
     def means(self) -> dict:
         """Means over the step's tokens, and by tenth of the solution (null where no token lies)."""
         rows, total = self.table.tolist(), self.table.sum(dim=0).tolist()
-        columns = list(enumerate(self.NAMES))[1 : None if self.has_gap else -1]
+        columns = list(enumerate(self.COLUMNS))[1 : None if self.has_gap else -1]
         means = {name: total[i] / total[0] for i, name in columns}
         return {**means, "by_decile": {name: [r[i] / r[0] if r[0] else None for r in rows] for i, name in columns}}
+
+    def times(self, sampled_tokens: int) -> dict:
+        """Seconds by part, and this rank's sampled tokens a second."""
+        seconds = {f"seconds_{part}": round(value, 4) for part, value in self.seconds.items()}
+        return {**seconds, "sampled_tokens_per_second": round(sampled_tokens / self.seconds["sampling"], 1)}
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 @torch.no_grad()
@@ -79,6 +97,26 @@ def repeats(ids: list[int], tail: int = 200, run: int = 20) -> bool:
     return len(set(runs)) < len(runs)
 
 
+def step_line(m: dict, num_steps: int) -> str:
+    """A step's metrics in 80 columns; docs/metrics.md explains each."""
+    accuracy = "-" if m["accuracy"] is None else f"{m['accuracy']:.2f}"  # None: the problems have no answers
+    seconds = sum(value for name, value in m.items() if name.startswith("seconds_"))
+    return (
+        f"{m['step'] + 1:3d}/{num_steps}  loss {m['loss']:.4f}  grad {m['grad_norm']:.3f}  right {accuracy}  "
+        f"len {m['mean_length']:.0f}  ended {m['eos_rate']:.2f}  {seconds:.1f} s"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Warnings
+
+
+# Measured: docs/servers.md, "Are the rollouts from the weights we think?"
+GAP_FLOAT32 = 1e-5
+GAP_16_BIT = 5e-2
+GAP_GROWTH = 3.0
+
+
 def gap_warning(history: list[dict], dtype: torch.dtype) -> str | None:
     """One line if the last step's `sampler_gap` is larger than rounding explains, else None.
 
@@ -97,19 +135,9 @@ def gap_warning(history: list[dict], dtype: torch.dtype) -> str | None:
     )
 
 
-# Measured: docs/servers.md, "Are the rollouts from the weights we think?"
-GAP_FLOAT32 = 1e-5
-GAP_16_BIT = 5e-2
-GAP_GROWTH = 3.0
-
-
 COLLAPSE_WINDOW = 5  # steps; a single step's accuracy is a mean over few rollouts
 SHORT = 0.25  # of the length at the start; self-distillation alone may halve it
 LOOPING = 0.25  # share of rollouts that repeat themselves, besides what did so at the start
-
-
-class CollapseError(InputError):
-    """A run that `--stop_on_collapse` ends."""
 
 
 def collapse_warning(history: list[dict], limit: int) -> str | None:
@@ -142,72 +170,21 @@ def collapse_warning(history: list[dict], limit: int) -> str | None:
 
 
 class Watch:
-    """What is said of a run that looks wrong: each warning once. With --stop_on_collapse the first one ends the run.
+    """What is said of a run that looks wrong: each kind of warning once.
 
     `earlier`: the metrics of the steps before a resume; a run's start is its first step, not the first after a resume.
     """
 
-    def __init__(self, folder: Path, config, dtype: torch.dtype, earlier: list[dict]) -> None:
-        self.folder, self.config, self.dtype = folder, config, dtype
+    def __init__(self, limit: int, lora_dropout: float, dtype: torch.dtype, earlier: list[dict]) -> None:
         self.history = list(earlier)
-        self.collapse: str | None = None
-        self.gap: str | None = None
+        self.kinds = {"collapse": lambda: collapse_warning(self.history, limit)}
+        if lora_dropout == 0.0:  # with it the trainer's own log-probabilities are of another adapter
+            self.kinds["gap"] = lambda: gap_warning(self.history, dtype)
 
-    def see(self, metrics: dict) -> None:
-        """Look at a step's metrics. Raises CollapseError, naming the last good checkpoint."""
+    def see(self, metrics: dict) -> list[str]:
+        """Warnings that a step's metrics bring, one line each."""
         self.history.append(metrics)
-        step = metrics["step"]
-        if self.collapse is None:
-            self.collapse = collapse_warning(self.history, self.config.max_new_tokens)
-            if self.collapse is not None:
-                say(f"warning: after step {step + 1} the run looks collapsed: {self.collapse}")
-                if self.config.stop_on_collapse:
-                    good = last_good(self.folder, step)
-                    raise CollapseError(f"--stop_on_collapse, step {step + 1}: {self.collapse}; {good}")
-        if self.gap is None and self.config.lora_dropout == 0.0:
-            self.gap = gap_warning(self.history, self.dtype)
-            if self.gap is not None:
-                say(f"warning: after step {step + 1}: {self.gap}")
-
-
-def last_good(folder: Path, step: int) -> str:
-    """The newest checkpoint from before the steps that look collapsed, in words."""
-    sound = [n for n in range(1, step + 2 - COLLAPSE_WINDOW) if (folder / f"checkpoint-{n}").is_dir()]
-    return f"the last good checkpoint is {folder}/checkpoint-{sound[-1]}" if sound else "no checkpoint is from before"
-
-
-class Clock:
-    """Seconds spent in the named parts of a step; waits for the GPU at both ends."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + self._now() - start
-
-    @staticmethod
-    def _now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def metrics(self, samples: list[dict]) -> dict:
-        """Seconds by part, and this rank's sampled tokens a second."""
-        seconds = {f"seconds_{part}": round(value, 4) for part, value in self.seconds.items()}
-        rate = sum(row["tokens"] for row in samples) / self.seconds["sampling"]
-        return {**seconds, "sampled_tokens_per_second": round(rate, 1)}
-
-
-def step_line(metrics: dict, num_steps: int) -> str:
-    m = metrics
-    accuracy = "-" if m["accuracy"] is None else f"{m['accuracy']:.2f}"  # None: the problems have no answers
-    return (
-        f"step {m['step'] + 1:3d}/{num_steps}  loss {m['loss']:7.4f}  grad {m['grad_norm']:6.3f}  "
-        f"lr {m['learning_rate']:.1e}  accuracy {accuracy}  length {m['mean_length']:5.1f}  "
-        f"eos {m['eos_rate']:.2f}  entropy {m['student_entropy']:.3f}/{m['teacher_entropy']:.3f}  "
-        f"weight {m['weight']:.3f}  clipped {m['clipped_mass']:.3f}  "
-        f"s {m['seconds_sampling']:.2f}+{m['seconds_teacher']:.2f}+{m['seconds_student'] + m['seconds_update']:.2f}"
-    )
+        said = {kind: text for kind, warning in self.kinds.items() if (text := warning())}
+        self.kinds = {kind: warning for kind, warning in self.kinds.items() if kind not in said}
+        looks = {"collapse": "the run looks collapsed: ", "gap": ""}
+        return [f"warning: after step {metrics['step'] + 1}: {looks[kind]}{text}" for kind, text in said.items()]

@@ -69,6 +69,15 @@ def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     yield bucket
 
 
+def sum_over_ranks(tensors: list[Tensor]) -> None:
+    """Sum float32 tensors in place over all ranks, joined into one all-reduce (full fine-tuning: a few)."""
+    for bucket in buckets(tensors) if dist.is_initialized() else ():
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat)
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
 def check_same_start(named: list[tuple[str, Tensor]]) -> None:
     """Raise InputError, naming the first tensor, unless all ranks hold the same bits; compared by a checksum each.
 

@@ -30,7 +30,6 @@ from errors import InputError
 from model import load_model, load_tokenizer, response_hidden
 from problems import Problem, load_problems
 from rollout import Response
-from runtime.continuous import ContinuousEngine
 from runtime.engines import GenerateEngine
 from runtime.grading import ExactGrader
 from runtime.phases import read_rows

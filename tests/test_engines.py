@@ -1,22 +1,17 @@
-"""Engines: which one is taken, and what generate does where the memory is short."""
-
-from pathlib import Path
+"""What generate does where the memory is short."""
 
 import pytest
 import torch
-from transformers.dependency_versions_table import deps
 
 from errors import InputError
 from model import load_model, load_tokenizer
 from problems import tiny_problems
 from rollout import Sampling, sample
 from runtime import engines
-from runtime.engines import LONG_RESPONSE, GenerateEngine, choose_engine, make_engine
+from runtime.engines import GenerateEngine
 from teacher import student_prompt
 
 SETTINGS = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=16)
-ROOT = Path(__file__).resolve().parent.parent
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +75,7 @@ def test_rows_before_a_lack_of_memory_are_not_sampled_again(tiny, rows, small_me
 
 def test_a_single_row_that_does_not_fit_is_said(tiny, rows, small_memory):
     small_memory.limit = 0
-    with pytest.raises(InputError, match=r"one row of up to 16 new tokens: lower --max_new_tokens, or use --engine"):
+    with pytest.raises(InputError, match=r"one row of up to 16 new tokens: lower --max_new_tokens, or sample by a"):
         GenerateEngine(*tiny).sample(*rows, SETTINGS)
     assert small_memory.tried == [7, 3, 1]
 
@@ -89,37 +84,3 @@ def test_batches_do_not_change_the_responses(tiny, rows):
     whole = GenerateEngine(*tiny).sample(*rows, SETTINGS)
     for size in (1, 3, 7, 100):
         assert GenerateEngine(*tiny, batch_size=size).sample(*rows, SETTINGS) == whole
-
-
-@pytest.mark.parametrize(
-    ("asked", "device", "max_new_tokens", "taken"),
-    [
-        ("auto", CPU, 10, "generate"),
-        ("auto", CPU, 100_000, "generate"),
-        ("auto", GPU, LONG_RESPONSE - 1, "generate"),
-        ("auto", GPU, LONG_RESPONSE, "continuous"),
-        ("generate", GPU, 100_000, "generate"),
-        ("continuous", CPU, 10, "continuous"),
-    ],
-)
-def test_which_engine_is_taken(asked, device, max_new_tokens, taken):
-    name, reason = choose_engine(asked, device, max_new_tokens)
-    assert name == taken and reason and (reason == "as asked") == (asked != "auto")
-
-
-def test_an_engine_that_does_not_exist_is_said():
-    with pytest.raises(InputError, match="--engine vllm: choose one of auto, generate, continuous, server"):
-        choose_engine("vllm", CPU, 10)
-
-
-@pytest.mark.parametrize("name", ["generate", "continuous"])
-def test_engines_have_a_name_and_can_be_closed(tiny, name):
-    engine = make_engine(name, *tiny, 4)
-    assert engine.name == name
-    engine.close()
-
-
-def test_the_kernels_that_are_named_are_those_that_transformers_takes():
-    """It passes over an installed package of any other version without a word."""
-    for file in ("docs/evaluation.md", "requirements-extra.txt"):
-        assert deps["kernels"] in (ROOT / file).read_text(encoding="utf-8"), file

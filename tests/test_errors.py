@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from errors import InputError
-from runtime.continuous import raise_cause
 from runtime.flags import run_script
 from runtime.run_folder import claimed
 
@@ -42,7 +41,6 @@ def line_of(capsys, error) -> str:
         (AssertionError(), r"error: AssertionError: without a word \(test_errors.py"),
         (RuntimeError("many\n  lines\nof CUDA"), "error: RuntimeError: many lines of CUDA"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory .*--micro_batch_size"),
-        (RuntimeError("continuous batching failed: CUDA out of memory."), "error: out of memory .*--batch_size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "error: out of memory"),
         (MemoryError(), "error: out of memory"),
         (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), "error: UnicodeEncodeError"),
@@ -50,24 +48,6 @@ def line_of(capsys, error) -> str:
 )
 def test_each_exception_is_one_line(capsys, error, said):
     assert re.search(said, line_of(capsys, error))
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (torch.OutOfMemoryError("Tried to allocate 2 GiB"), torch.OutOfMemoryError),
-        (RuntimeError("generation failed: CUDA out of memory. Tried to allocate"), torch.OutOfMemoryError),
-        ("CUDA Out Of Memory", torch.OutOfMemoryError),
-        (RuntimeError("CUDA error: an illegal memory access\nmore"), InputError),
-        (None, InputError),
-    ],
-)
-def test_continuous_batchings_own_errors_are_told_apart(error, kind):
-    """Memory that is lacking arrives as another type, or as text, and is what fewer rows may cure."""
-    with pytest.raises(kind) as caught:
-        raise_cause(error)
-    assert kind is torch.OutOfMemoryError or str(caught.value).startswith("--engine continuous: ")
-    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_the_line_names_the_traceback_in_the_run_folder(tmp_path):
@@ -82,10 +62,11 @@ def test_the_line_names_the_traceback_in_the_run_folder(tmp_path):
     assert 'raise KeyError("k_proj")' in log.read_text()
 
 
-def test_a_status_of_its_own_passes():
+@pytest.mark.parametrize(("main", "status"), [(lambda: sys.exit(7), 7), (lambda: 143, 143), (lambda: None, None)])
+def test_a_status_of_its_own_passes(main, status):
     with pytest.raises(SystemExit) as caught:
-        run_script(lambda: sys.exit(7))
-    assert caught.value.code == 7
+        run_script(main)
+    assert caught.value.code == status
 
 
 def test_ctrl_c_ends_an_evaluation_with_one_line(tmp_path):
@@ -105,5 +86,5 @@ def test_ctrl_c_ends_an_evaluation_with_one_line(tmp_path):
     _, errors = process.communicate(timeout=120)
     lines = [line for line in re.split("[\r\n]", errors) if line.strip() and "sample" not in line.split("stopped")[0]]
     assert process.returncode == 130 and "Traceback" not in errors
-    assert lines[-1].startswith("stopped; what is finished is on the disk")
+    assert lines[-1].startswith("stopped; what was written stays, and the same command goes on there")
     assert len(samples.read_text().splitlines()) > 1

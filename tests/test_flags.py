@@ -16,24 +16,22 @@ from train import PRESETS, TrainConfig, parse_config
 WRONG = {
     TrainConfig: {
         "preset": "qwen", "method": "dpo", "teacher": "frozen", "ema_decay": "1.5", "reference": "mine",
-        "prompts": "nowhere.json", "max_length": "0", "long_prompts": "cut", "eval_samples": "0", "eval_steps": "-1",
-        "engine": "vllm", "max_new_tokens": "0", "temperature": "-1", "top_p": "0", "top_k": "-1", "num_steps": "0",
-        "batch_size": "0", "micro_batch_size": "-1", "learning_rate": "nan", "max_grad_norm": "0", "lora_rank": "-1",
+        "prompts": "nowhere.json", "max_length": "0", "eval_steps": "-1",
+        "max_new_tokens": "0", "temperature": "-1", "top_p": "0", "top_k": "-1", "num_steps": "0",
+        "batch_size": "0", "micro_batch_size": "0", "learning_rate": "nan", "max_grad_norm": "0", "lora_rank": "-1",
         "lora_alpha": "inf", "lora_dropout": "1", "seed": "-1", "save_steps": "0", "distill_temperature": "0",
         "tau_clip": "-1", "beta": "2", "schedule": "steep", "w_min": "2", "tau": "nan", "s": "0", "reduction": "sum",
-        "gate_top_k": "0", "ratio_clip": "-1", "reward_lambda": "1", "entropy_quantile": "-0.1",
     },
     EvaluationConfig: {
         "adapter": "nowhere", "num_samples": "0", "seeds": "-1", "temperature": "-1", "top_p": "1.1", "top_k": "-1",
-        "max_new_tokens": "0", "engine": "vllm", "batch_size": "0", "device": "abacus",
+        "max_new_tokens": "0", "batch_size": "0", "device": "abacus",
     },
 }  # fmt: skip
 # Flags that any value suits, and those whose value only the work itself can judge: files, models, devices, graders.
 FREE = {
     TrainConfig: {
         "model", "data", "eval_data", "output_dir", "resume", "grader", "gradient_checkpointing", "device", "dtype",
-        "attention", "student_thinking", "teacher_thinking", "entropy_gate", "switch_step", "server", "served_model",
-        "stop_on_collapse",
+        "student_thinking", "teacher_thinking", "switch_step", "server", "served_model",
     },
     EvaluationConfig: {
         "benchmark", "model", "enable_thinking", "prompts", "grader", "grade_only", "output_dir", "dtype", "server",

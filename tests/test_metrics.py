@@ -6,14 +6,14 @@ import torch
 from loss import TokenScores
 from runtime.metrics import (
     COLLAPSE_WINDOW,
-    TokenMetrics,
+    Observer,
     Watch,
     collapse_warning,
     gap_warning,
     repeats,
     rollout_metrics,
+    step_line,
 )
-from train import TrainConfig
 
 HEALTHY = {"accuracy": 0.6, "eos_rate": 1.0, "mean_length": 30.0, "repetition": 0.1}
 
@@ -51,14 +51,14 @@ def test_the_best_so_far_is_the_measure():
     assert collapse_warning(history({"accuracy": 0.3}, {"accuracy": 0.6}), limit=96) is None
 
 
-def test_the_start_is_the_runs_and_not_that_after_a_resume(tmp_path, capsys):
-    """A length that has halved twice: only who knows the first steps can tell."""
+def test_the_start_is_the_runs_and_not_that_after_a_resume():
+    """A length that has halved twice: only who knows the first steps can tell. Each kind of warning comes once."""
     short = [{**step, "step": 2 * COLLAPSE_WINDOW + i} for i, step in enumerate(history({"mean_length": 7.5}))]
-    for earlier, told in (([], False), (history({}, {"mean_length": 15.0}), True)):
-        watch = Watch(tmp_path, TrainConfig(max_new_tokens=96), torch.float32, earlier)
-        for step in short:
-            watch.see(step)
-        assert ("mean_length fell from 30.0 at the start to 7.5" in capsys.readouterr().out) == told
+    for earlier, told in (([], 0), (history({}, {"mean_length": 15.0}), 1)):
+        watch = Watch(96, 0.0, torch.float32, earlier)
+        lines = [line for step in short for line in watch.see(step)]
+        assert len(lines) == told
+        assert all("the run looks collapsed: mean_length fell from 30.0 at the start to 7.5" in line for line in lines)
 
 
 def test_too_few_steps_say_nothing():
@@ -99,11 +99,10 @@ def test_a_gap_that_rounding_does_not_explain_is_told(gaps, dtype, bound):
 
 
 @pytest.mark.parametrize(("dropout", "said"), [(0.0, ["warning: after step 2: sampler_gap"]), (0.05, [])])
-def test_the_gap_is_told_once_and_not_where_the_trainer_drops_out(dropout, said, tmp_path, capsys):
-    watch = Watch(tmp_path, TrainConfig(lora_dropout=dropout), torch.float32, [])
-    for step, gap in enumerate([1e-7, 1e-3, 1e-7, 1e-3]):
-        watch.see({**HEALTHY, "step": step, "sampler_gap": gap})
-    lines = capsys.readouterr().out.splitlines()
+def test_the_gap_is_told_once_and_not_where_the_trainer_drops_out(dropout, said):
+    watch = Watch(96, dropout, torch.float32, [])
+    gaps = enumerate([1e-7, 1e-3, 1e-7, 1e-3])
+    lines = [line for step, gap in gaps for line in watch.see({**HEALTHY, "step": step, "sampler_gap": gap})]
     assert [line[: len(start)] for line, start in zip(lines, said, strict=True)] == said
 
 
@@ -117,14 +116,28 @@ def test_rollouts_by_hand():
 
 
 def test_metrics_by_tenth_of_the_solution():
-    table = TokenMetrics(torch.device("cpu"))
+    seen = Observer(torch.device("cpu"))
     M = torch.arange(4.0)
     r = torch.tensor([0.05, 0.09, 0.55, 0.999])
     for _ in range(2):
-        table.add(r, torch.ones(4), token_scores(loss=M, clipped_mass=M / 10))
-    row = table.means()
-    assert row["divergence"] == 1.5 and row["weight"] == 1.0
+        seen.see([0], r, torch.ones(4), token_scores(loss=M, clipped_mass=M / 10))
+    row = seen.means()
+    assert row["divergence"] == 1.5 and row["weight"] == 1.0 and seen.broken == []
     assert row["by_decile"]["divergence"] == [0.5, None, None, None, None, 2.0, None, None, None, 3.0]
+
+
+@pytest.mark.parametrize("token", [0, 3])
+def test_one_token_that_is_no_number_marks_its_rows(token):
+    seen, values = Observer(torch.device("cpu")), torch.ones(4)
+    values[token] = float("nan")
+    seen.see([7, 2], torch.full((4,), 0.5), torch.ones(4), token_scores(loss=values))
+    assert seen.broken == [7, 2]
+
+
+def test_the_step_line_has_80_columns():
+    row = {"step": 149, "loss": -0.0123, "grad_norm": 12.345, "accuracy": 0.5, "mean_length": 1024.0, "eos_rate": 1.0,
+           "seconds_sampling": 812.0, "seconds_student": 99.0}  # fmt: skip
+    assert len(step_line(row, 150)) <= 80 and "911.0 s" in step_line(row, 150)
 
 
 def token_scores(**values):

@@ -7,8 +7,7 @@ from forked import run_ranks
 
 from errors import InputError
 from runtime import ranks
-from runtime.ranks import rank_device
-from train import sum_over_ranks
+from runtime.ranks import rank_device, sum_over_ranks
 
 
 def test_each_rank_has_the_gpu_of_its_number():

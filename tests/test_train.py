@@ -20,16 +20,13 @@ from loss import clipped_divergence, sequence_mean
 from model import LoRALinear, lora_parameters
 from problems import load_problems, tiny_problems
 from rollout import Response, Sampling
-from runtime import fit
 from runtime.checkpoint import damage
 from runtime.engines import GenerateEngine
 from runtime.grading import ExactGrader
-from runtime.memory import USABLE
-from runtime.metrics import last_good
-from runtime.ranks import rank, start_ranks, stop_ranks
+from runtime.ranks import rank, start_ranks, stop_ranks, sum_over_ranks
 from runtime.run_folder import claimed, run_folder
 from teacher import EVALUATION_PROMPT
-from train import PRESETS, TrainConfig, build, micro_batches, parse_config, step_problems, sum_over_ranks
+from train import PRESETS, TrainConfig, build, micro_batches, parse_config, step_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBLEMS = [
@@ -67,14 +64,18 @@ def flags(checkpoint, data, run, *more) -> list[str]:
 def run_main(monkeypatch, capsys):
     def run(arguments):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        handler = signal.getsignal(signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in SIGNALS}
         try:
-            train.main()
+            run.status = train.main()
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         return capsys.readouterr().out
 
     return run
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def metrics(run: Path) -> list[dict]:
@@ -108,7 +109,7 @@ def test_each_epoch_visits_every_problem_once_in_a_new_order():
 
 
 def test_micro_batches_hold_every_row_once_longest_first():
-    groups = micro_batches([3, 9, 1, 7, 5], 2)
+    groups = micro_batches([3, 9, 1, 7, 5], TrainConfig(micro_batch_size=2))
     assert groups == [[1, 3], [4, 0], [2]]
 
 
@@ -130,7 +131,6 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
     assert parse_config([]).preset == "tiny" and parse_config([]).tau_clip == 1.0
     assert parse_config(["--tau_clip", "0.05"]).tau_clip == 0.05
     assert parse_config(["--preset", "dsr1-llama-8b"]).micro_batch_size == 2
-    assert parse_config(["--micro_batch_size", "auto"]).micro_batch_size == 0
     plain = parse_config(["--model", "some/where"])
     assert plain.preset is None and plain.max_new_tokens == 1024
 
@@ -143,15 +143,12 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
         (["--schedule", "steep"], "aggressive"),
         (["--w_min", "2"], "w_min"),
         (["--num_steps", "0"], "num_steps"),
-        (["--micro_batch_size", "-1"], "micro_batch_size"),
-        (["--micro_batch_size", "half"], "--micro_batch_size"),
+        (["--micro_batch_size", "0"], "micro_batch_size"),
         (["--clip", "0.05"], "--clip"),
         (["--rollout_temperature", "1"], "--rollout_temperature"),
-        (["--engine", "vllm"], "continuous"),
         (["--num_steps", "many"], "num_steps"),
         (["--learning_rate", "nan"], "learning_rate"),
         (["--no_such_flag", "1"], "no_such_flag"),
-        (["--long_prompts", "cut"], "drop"),
         (["--resume"], "output_dir"),
     ],
 )
@@ -185,7 +182,7 @@ def test_gsm8k_like_data_runs_with_every_family(checkpoint, data, tmp_path, run_
     assert any(tensor.abs().max() > 0 for name, tensor in adapter(run, 2).items() if "lora_B" in name)
     config = json.loads((run / "config.json").read_text())
     assert config["config"]["seed"] == 42 and config["versions"]["torch"] == torch.__version__
-    assert "step   2/2" in output
+    assert "   2/2  loss" in output
 
 
 @pytest.fixture
@@ -266,7 +263,7 @@ def test_tensors_of_all_shapes_are_summed_over_ranks_in_place(tmp_path):
 
 def test_a_step_samples_and_scores_with_its_own_settings(qwen3, data, tmp_path, run_main, monkeypatch):
     sampled, scored = [], []
-    sample, score = GenerateEngine.sample, train.score_tokens_from_hidden
+    sample, score = GenerateEngine.sample, train.loss.score_tokens_from_hidden
 
     def spy_on_sampling(self, *args):
         sampled.append((self.tokenizer, *args))
@@ -277,14 +274,14 @@ def test_a_step_samples_and_scores_with_its_own_settings(qwen3, data, tmp_path, 
         return score(method, student_MD, teacher_MD, head, teacher_head, ids_M, options)
 
     monkeypatch.setattr(GenerateEngine, "sample", spy_on_sampling)
-    monkeypatch.setattr(train, "score_tokens_from_hidden", spy_on_scoring)
+    monkeypatch.setattr(train.loss, "score_tokens_from_hidden", spy_on_scoring)
     apart = ("--temperature", 0.7, "--distill_temperature", 1.3, "--top_k", 7, "--top_p", 0.8)
     run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3, *apart))
     problems = load_problems(str(data))
     assert len(sampled) == 3
     for step, (tokenizer, prompts, keys, settings) in enumerate(sampled):
         picked = [problems[index] for index in step_problems(len(problems), 4, 42, step)]
-        assert prompts == [train.student_prompt(tokenizer, problem) for problem in picked]
+        assert prompts == [train.teacher.student_prompt(tokenizer, problem) for problem in picked]
         assert keys == [(42, train.ROLLOUT_STREAM, step, slot) for slot in range(4)]
         assert settings == Sampling(temperature=0.7, top_p=0.8, top_k=7, max_new_tokens=10)
     tokens = lengths(tmp_path / "run")
@@ -344,7 +341,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(qwen3, data, tmp_
     forward, calls = LoRALinear.forward, []
 
     def counted(self, x):
-        calls[-1] += x.device.type != "meta"  # the memory plan runs the step without content
+        calls[-1] += 1
         return forward(self, x)
 
     monkeypatch.setattr(LoRALinear, "forward", counted)
@@ -359,14 +356,14 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(qwen3, data, tmp_
 
 
 def test_bfloat16_trains_a_float32_adapter(qwen3, data, tmp_path, run_main, monkeypatch):
-    hidden, seen = train.response_hidden, set()
+    hidden, seen = train.model.response_hidden, set()
 
     def spy(*args):
         states = hidden(*args)
         seen.add(states.dtype)
         return states
 
-    monkeypatch.setattr(train, "response_hidden", spy)
+    monkeypatch.setattr(train.model, "response_hidden", spy)
     run_main(flags(qwen3, data, tmp_path / "run", "--dtype", "bfloat16"))
     assert seen == {torch.bfloat16}
     rows = metrics(tmp_path / "run")
@@ -440,43 +437,59 @@ def test_a_resumed_run_wants_the_files_it_began_with(qwen3, data, tmp_path, run_
     assert "going on from" in run_main(flags(model, data, tmp_path / "run", *given, "--resume"))
 
 
-def test_sigterm_while_scoring_finishes_the_step_and_saves(qwen3, data, tmp_path, run_main, monkeypatch):
-    original = train.response_hidden
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [("sampling", signal.SIGTERM), ("scoring", signal.SIGINT), ("scoring", signal.SIGHUP), ("update", signal.SIGUSR1)],
+)
+def test_a_signal_keeps_the_last_finished_step(qwen3, data, tmp_path, run_main, monkeypatch, where, number):
+    """It leaves a step wherever it stands, except within its update; the run then goes on as if unbroken."""
+    arguments = [*flags(qwen3, data, tmp_path / "run", "--num_steps", 3), "--teacher", "ema"]
+    owner, name = {
+        "sampling": (train.rollout.StreamSampler, "__call__"),
+        "scoring": (LoRALinear, "forward"),
+        "update": (train, "update"),
+    }[where]
+    original, calls = getattr(owner, name), []
 
     def preempted(*args):
-        if not (tmp_path / "asked").exists():
-            (tmp_path / "asked").touch()
+        calls.append(len(metrics(tmp_path / "run")) if (tmp_path / "run/metrics.jsonl").exists() else 0)
+        if (calls[-1] == 1 and calls.count(1) == 5) or (where == "update" and calls == [0, 1]):
+            os.kill(os.getpid(), number)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, preempted)
+        output = run_main(arguments)
+    finished = 2 if where == "update" else 1
+    assert f"stopped by a signal, saved after step {finished}; the same command with --resume" in output
+    assert run_main.status == 128 + number
+    assert len(metrics(tmp_path / "run")) == finished and damage(tmp_path / f"run/checkpoint-{finished}") is None
+    run_main([*arguments, "--resume"])
+    assert run_main.status == 0
+    run_main([*flags(qwen3, data, tmp_path / "whole", "--num_steps", 3), "--teacher", "ema"])
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert largest_difference(adapter(tmp_path / "run", 3), adapter(tmp_path / "whole", 3)) == 0.0
+
+
+def stopped_on_two_ranks(data: str, model: str, run: str, victim: int) -> None:
+    """A signal for one rank alone, while it samples the second step: both stop there, with the first one saved."""
+    original, calls = train.rollout.sample, []
+
+    def preempted(*args):
+        calls.append(args)
+        if len(calls) == 2 and rank() == victim:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 
-    monkeypatch.setattr(train, "response_hidden", preempted)
-    output = run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3))
-    assert "SIGTERM: saved after step 1" in output
-    assert (tmp_path / "run/checkpoint-1/manifest.json").exists() and len(metrics(tmp_path / "run")) == 1
+    train.engines.sample = preempted
+    sys.argv = ["train.py", *flags(model, data, run, "--num_steps", 3)]
+    assert train.main() == 128 + signal.SIGTERM
 
 
-def test_sigterm_while_sampling_leaves_the_step_and_the_run_goes_on_as_if_unbroken(
-    qwen3, data, tmp_path, run_main, monkeypatch
-):
-    run_main(flags(qwen3, data, tmp_path / "whole", "--num_steps", 3))
-    original, calls = GenerateEngine.sample, []
-
-    def preempted(*args):
-        calls.append("begun")
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        response = original(*args)
-        calls[-1] = "done"
-        return response
-
-    with monkeypatch.context() as patch:
-        patch.setattr(GenerateEngine, "sample", preempted)
-        output = run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3))
-    assert calls == ["done", "begun"]
-    assert "SIGTERM: saved after step 1" in output
-    assert (tmp_path / "run/checkpoint-1/manifest.json").exists() and len(metrics(tmp_path / "run")) == 1
-    run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3, "--resume"))
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_for_one_of_two_ranks_stops_both_at_the_same_step(qwen3, data, tmp_path, victim):
+    run_ranks(tmp_path, stopped_on_two_ranks, str(data), str(qwen3), str(tmp_path / "run"), victim)
+    assert len(metrics(tmp_path / "run")) == 1 and damage(tmp_path / "run/checkpoint-1") is None
 
 
 @pytest.mark.parametrize(("call", "behind"), [(2, 0), (4, 1), (10, 3)])
@@ -506,7 +519,7 @@ def test_sigterm_while_held_out_problems_are_scored_ends_at_once_and_is_made_up_
         patch.setattr(GenerateEngine, "sample", preempted)
         output = run_main(arguments(run))
     assert calls == ["done"] * (call - 1) + ["begun"]
-    assert (f"SIGTERM: saved after step {behind};" if behind else "SIGTERM: before the first step") in output
+    assert (f"saved after step {behind};" if behind else "stopped by a signal, before the first step") in output
     assert [path.name for path in run.glob("checkpoint-*")] == [f"checkpoint-{behind}"] * (behind > 0)
     evaluated = json.loads((run / "evaluation.json").read_text()) if behind else {}
     assert list(evaluated) == [str(step) for step in range(behind)]
@@ -520,26 +533,6 @@ def test_sigterm_while_held_out_problems_are_scored_ends_at_once_and_is_made_up_
 def test_a_wrong_model_is_named_before_any_data_is_looked_for(run_main):
     with pytest.raises(InputError, match="--model /no/such: neither a directory"):
         run_main(["--model", "/no/such", "--data", "/no/such.jsonl"])
-
-
-def test_a_collapsed_run_ends_where_that_is_asked_for(qwen3, data, tmp_path, run_main):
-    """The random model never ends a rollout: all of the first five steps are cut at the limit."""
-    arguments = flags(qwen3, data, tmp_path / "run", "--num_steps", 8, "--save_steps", 1, "--max_new_tokens", 3)
-    with pytest.raises(InputError, match=r"--stop_on_collapse, step 5: every rollout .* no checkpoint is from before"):
-        run_main([*arguments, "--stop_on_collapse"])
-    assert len(metrics(tmp_path / "run")) == 5
-    assert last_good(tmp_path / "run", 8).endswith("run/checkpoint-4")
-
-
-def test_a_resumed_run_is_measured_by_its_own_start(qwen3, data, tmp_path, run_main):
-    """Three steps before the resume and two after it are the five of the warning."""
-    arguments = flags(qwen3, data, tmp_path / "run", "--num_steps", 6, "--save_steps", 1, "--max_new_tokens", 3)
-    run_main(arguments)
-    for step in (4, 5, 6):
-        shutil.rmtree(tmp_path / f"run/checkpoint-{step}")
-    with pytest.raises(InputError, match=r"--stop_on_collapse, step 5: every rollout of the last 5 steps"):
-        run_main([*arguments, "--resume", "--stop_on_collapse"])
-    assert len(metrics(tmp_path / "run")) == 5
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -566,13 +559,13 @@ def test_another_reference_changes_the_teachers_context_alone(qwen3, data, tmp_p
 
 
 def test_equal_prompts_and_a_fresh_adapter_give_loss_zero(qwen3, data, tmp_path, run_main, monkeypatch):
-    monkeypatch.setattr(train, "teacher_prompt", train.student_prompt)
+    monkeypatch.setattr(train.teacher, "teacher_prompt", train.teacher.student_prompt)
     run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
     assert metrics(tmp_path / "run")[0]["loss"] == 0.0
 
 
 def test_a_loss_that_is_not_a_number_stops_with_step_and_problems(qwen3, data, tmp_path, run_main, monkeypatch):
-    original = train.response_hidden
+    original = train.model.response_hidden
 
     def broken(model, prompts, responses):
         hidden = original(model, prompts, responses)
@@ -585,7 +578,7 @@ def test_a_loss_that_is_not_a_number_stops_with_step_and_problems(qwen3, data, t
         broken.steps += 1
         seed(*args)
 
-    monkeypatch.setattr(train, "response_hidden", broken)
+    monkeypatch.setattr(train.model, "response_hidden", broken)
     monkeypatch.setattr(train, "seed_step", count)
     expected = sorted(step_problems(len(PROBLEMS), 4, 42, 1))
     with pytest.raises(FloatingPointError) as caught:
@@ -594,50 +587,58 @@ def test_a_loss_that_is_not_a_number_stops_with_step_and_problems(qwen3, data, t
     assert len(metrics(tmp_path / "run")) == 1 and (tmp_path / "run/checkpoint-1").is_dir()
 
 
-def test_prompts_that_are_too_long_are_named_or_dropped_with_a_count(qwen3, data, tmp_path, run_main):
-    with data.open("a") as file:
-        file.write(json.dumps({"problem": "Long?", "solution": "word " * 3000, "answer": "1"}) + "\n")
-    with pytest.raises(InputError, match=rf"problem {len(PROBLEMS)}: a prompt of \d+ tokens .* context of 2048"):
-        run_main(flags(qwen3, data, tmp_path / "run"))
-    assert not (tmp_path / "run/config.json").exists()  # the folder is free for the same command, mended
-    output = run_main(flags(qwen3, data, tmp_path / "run", "--long_prompts", "drop"))
-    assert f"{len(PROBLEMS)} problems (1 dropped as too long)" in output
+def test_problems_that_are_too_long_are_left_out_and_the_others_keep_their_numbers(qwen3, data, tmp_path, run_main):
+    lines = data.read_text().splitlines(keepends=True)
+    long = json.dumps({"problem": "Long?", "solution": "word " * 3000, "answer": "1"}) + "\n"
+    data.write_text("".join([*lines[:2], long, *lines[2:], long]))
+    output = run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 4))
+    assert f"{len(lines)} problems of {data}; 2 left out, with a response longer than 2048 tokens: row 2, 16" in output
+    rows = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert sorted(row["problem"] for row in rows[:15]) == [0, 1, *range(3, 16)]  # the first epoch
+    for row in rows:
+        wanted = json.loads(data.read_text().splitlines()[row["problem"]])
+        assert row["correct"] == (row["text"].endswith(wanted["solution"]))
 
 
-def test_the_memory_plan_chooses_the_micro_batch(qwen3, data, tmp_path, run_main, monkeypatch):
-    output = run_main(flags(qwen3, data, tmp_path / "auto", "--micro_batch_size", "auto", "--num_steps", 1))
-    assert "4 sequences" in output  # the whole local batch fits
-    monkeypatch.setattr(fit, "available_memory", lambda device: 1000)
-    with pytest.raises(InputError, match=r"memory in GiB.*what helps"):
-        run_main(flags(qwen3, data, tmp_path / "small", "--num_steps", 1))
-    assert not (tmp_path / "small/config.json").exists()
+def test_a_prompt_that_just_fits_is_kept(qwen3, data, tmp_path, run_main):
+    """The longer context with its response may fill --max_length, and may not exceed it."""
+    tokenizer = train.model.load_tokenizer(str(qwen3))
+    longest = max(len(train.teacher.teacher_prompt(tokenizer, problem)) for problem in load_problems(str(data)))
+    for limit, words in ((longest + 10, "15 problems"), (longest + 9, "left out")):
+        output = run_main(flags(qwen3, data, tmp_path / str(limit), "--num_steps", 1, "--max_length", limit))
+        assert words in output and ("left out" in output) == (limit == longest + 9)
+    with pytest.raises(InputError, match=r"--data .*: no prompt leaves room for 10 new tokens in 20"):
+        run_main(flags(qwen3, data, tmp_path / "none", "--max_length", 20))
+    assert not (tmp_path / "none/config.json").exists()  # the folder is free for the same command, mended
 
 
-def test_a_resumed_run_keeps_the_micro_batch_that_auto_chose(qwen3, data, tmp_path, run_main, monkeypatch):
-    """Started where memory is scarce, resumed where it is not: the record's size stays, whatever would fit now."""
-    plans, plan = [], fit.plan_memory
+def test_a_held_out_prompt_that_fills_the_context_is_named(qwen3, data, tmp_path, run_main):
+    held_out = tmp_path / "held_out.jsonl"
+    rows = [{"problem": "1+1", "answer": "2"}, {"problem": "long " * 2000, "answer": "2"}]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"--eval_data .*, row 1: a prompt of \d+ tokens .* context of 2048"):
+        run_main(flags(qwen3, data, tmp_path / "run", "--eval_data", held_out))
 
-    def spy(*args):
-        plans.append(args)
-        return plan(*args)
 
-    monkeypatch.setattr(fit, "plan_memory", spy)
-    auto = ("--micro_batch_size", "auto", "--save_steps", 1)
-    run_main(flags(qwen3, data, tmp_path / "ample", *auto))
-    (planned, shape, local_batch, _), run = plans[0], tmp_path / "scarce"
-    totals = [plan(planned, replace(shape, micro_batch_size=n), local_batch, None) for n in (2, 4)]
-    assert totals[0].total < totals[1].total
-    middle = sum(p.total - p.weights - p.trained for p in totals) / 2 / USABLE
-    with monkeypatch.context() as scarce:
-        scarce.setattr(fit, "available_memory", lambda device: int(middle))
-        assert "2 sequences" in run_main(flags(qwen3, data, run, *auto))
-    shutil.rmtree(run / "checkpoint-2")
-    assert "2 sequences" in run_main(flags(qwen3, data, run, *auto, "--resume"))
-    assert [shape.micro_batch_size for _, shape, *_ in plans] == [0, 0, 2]
-    assert json.loads((run / "config.json").read_text())["config"]["micro_batch_size"] == 2
-    shutil.rmtree(run / "checkpoint-2")
-    assert "4 sequences" in run_main(flags(qwen3, data, run, "--micro_batch_size", 4, "--resume"))  # unless asked
-    assert metrics(run)[1]["loss"] == pytest.approx(metrics(tmp_path / "ample")[1]["loss"], abs=1e-6)
+def test_the_rehearsal_changes_nothing_and_names_what_helps(qwen3, data, tmp_path, monkeypatch):
+    """As on a GPU: before step 0, the longest prompts with responses of full length, forward and backward."""
+    config = parse_config(flags(qwen3, data, tmp_path / "run"))
+    run = build(config, torch.device("cpu"), ExactGrader())
+    before, seen = [p.detach().clone() for p in run.parameters], []
+    hidden = train.model.response_hidden
+    monkeypatch.setattr(train.model, "response_hidden", lambda *args: seen.append(args[1:]) or hidden(*args))
+    train.rehearse(run, ([5, 6], [5, 6, 7]), config)
+    ids = [run.tokenizer.eos_token_id] * 10
+    assert seen == [([[5, 6, 7]] * 3, [ids] * 3), ([[5, 6]] * 3, [ids] * 3)]
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, run.parameters, strict=True))
+    assert not run.optimizer.state
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.model, "response_hidden", full)
+    with pytest.raises(InputError, match=r"3 rows with prompts of 2 and 3 tokens and 10 new .* --micro_batch_size"):
+        train.rehearse(run, ([5, 6], [5, 6, 7]), config)
 
 
 def test_reopold_resumes_with_its_own_micro_batch_only(qwen3, data, tmp_path, run_main):
@@ -648,40 +649,28 @@ def test_reopold_resumes_with_its_own_micro_batch_only(qwen3, data, tmp_path, ru
         run_main(flags(qwen3, data, tmp_path / "run", *reopold, "--micro_batch_size", 2, "--resume"))
 
 
-def test_the_engines_sample_the_same_rollouts(qwen3, data, tmp_path, run_main):
-    engines = ("generate", "continuous")
-    for engine in engines:
-        output = run_main(flags(qwen3, data, tmp_path / engine, "--engine", engine))
-        assert f"sampling by {engine}: as asked" in output
-    generate, continuous = ((tmp_path / engine / "samples.jsonl").read_text() for engine in engines)
-    assert generate == continuous
-    assert metrics(tmp_path / "generate")[1]["loss"] == pytest.approx(metrics(tmp_path / "continuous")[1]["loss"])
-
-
 def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, tmp_path, run_main, monkeypatch):
     """By the evaluation protocol and greedy, whatever the rollouts' sampling."""
-    original, calls = train.solve, []
+    original, calls = train.evaluate.solve, []
 
     def spy(engine, tokenizer, problems, jobs, settings, template):
         calls.append((jobs, settings, template))
         return original(engine, tokenizer, problems, jobs, settings, template=template)
 
-    monkeypatch.setattr(train, "solve", spy)
+    monkeypatch.setattr(train.evaluate, "solve", spy)
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text(json.dumps({"problem": "1+1?", "answer": "2"}) + "\n")
     apart = ("--temperature", 0.7, "--distill_temperature", 1.3, "--top_k", 7, "--top_p", 0.8)
     run = tmp_path / "run"
-    output = run_main(flags(qwen3, data, run, "--eval_data", held_out, "--eval_samples", 2, *apart))
+    output = run_main(flags(qwen3, data, run, "--eval_data", held_out, *apart))
     protocol = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=10)
-    sampled = ([(42, 0, 0), (42, 0, 1)], protocol, EVALUATION_PROMPT)
+    sampled = ([(42, 0, 0)], protocol, EVALUATION_PROMPT)
     assert calls == 2 * [sampled, ([(42, 0, 0)], replace(protocol, temperature=0.0), EVALUATION_PROMPT)]
     wrong = {"sampled": 0.0, "greedy": 0.0}
     assert json.loads((run / "evaluation.json").read_text()) == {"0": wrong, "2": wrong}
     rows = [json.loads(line) for line in (run / "heldout.jsonl").read_text().splitlines()]
     order = [(row["step"], row["decoding"], row["problem"], row["sample"]) for row in rows]
-    assert order == [
-        (step, *row) for step in (0, 2) for row in (("greedy", 0, 0), ("sampled", 0, 0), ("sampled", 0, 1))
-    ]
+    assert order == [(step, *row) for step in (0, 2) for row in (("greedy", 0, 0), ("sampled", 0, 0))]
     assert all(isinstance(row["text"], str) and row["tokens"] <= 10 and row["correct"] is False for row in rows)
     assert "after 2 steps: sampled 0.0000 -> 0.0000, greedy 0.0000 -> 0.0000 (1 problems)" in output
 

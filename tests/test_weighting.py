@@ -1,4 +1,3 @@
-import json
 import math
 
 import pytest
@@ -60,11 +59,10 @@ def test_every_schedule_lies_in_0_1_and_sees_the_position_alone(name):
         torch.testing.assert_close(row, SCHEDULES[name](relative_position([length])))
 
 
-def test_a_schedule_from_a_file(tmp_path):
-    path = tmp_path / "schedule.json"
-    path.write_text(json.dumps({"w_min": 0.1, "tau": 0.4, "s": 0.05}))
-    r = relative_position([20])
-    torch.testing.assert_close(get_schedule(str(path))(r), SCHEDULES["sharp"](r))
+def test_the_smallest_width_still_gives_numbers():
+    """r = tau exactly, as for the middle token of three at tau .5: below the least s the weight would be 0 / 0."""
+    weights = get_schedule("moderate", tau=0.5, s=1e-6)(relative_position([3]))
+    torch.testing.assert_close(weights, torch.tensor([0.25, 0.625, 1.0]))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +74,8 @@ def test_a_schedule_from_a_file(tmp_path):
         ({"name": "moderate", "s": 0.0}, "--s"),
         ({"name": "moderate", "tau": float("nan")}, "tau"),
         ({"name": "linear_up", "tau": 0.2}, "linear_up"),
-        ({"name": "/no/such/file.json"}, "file.json"),
+        ({"name": "moderate", "s": 1e-46}, "--s 1e-46: must lie"),
+        ({"name": "moderate", "s": float("inf")}, "--s inf"),
     ],
 )
 def test_mistakes_are_named(arguments, word):

@@ -1,0 +1,60 @@
+"""Which prompts fit into the model's context: counted in tokens before anything is sampled, never cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from tqdm import tqdm
+
+from errors import InputError, some
+from model import context_length
+from problems import Problem
+from runtime.ranks import gather_objects, hide_bar, rank, say, world_size
+from teacher import encode_prompt, student_prompt, teacher_prompt
+
+
+def count_tokens(encode: Callable[[Problem], list[int]], problems: list[Problem]) -> list[int]:
+    """Tokens of each problem's prompt; ranks share the work."""
+    mine = range(rank(), len(problems), world_size())
+    bar = tqdm(mine, desc="measuring prompts", unit="problem", leave=False, disable=hide_bar())
+    counted = {index: len(encode(problems[index])) for index in bar}
+    counted = {index: tokens for part in gather_objects(counted) for index, tokens in part.items()}
+    return [counted[index] for index in range(len(problems))]
+
+
+def check_room(flag: str, problems: list[Problem], tokens: list[int], max_new_tokens: int, context: int) -> None:
+    """Raise InputError, naming the first row of the data whose prompt and response exceed the model's context."""
+    for problem, count in zip(problems, tokens, strict=True):
+        if count + max_new_tokens > context:
+            raise InputError(
+                f"{flag}, row {problem.row}: a prompt of {count} tokens and --max_new_tokens {max_new_tokens} exceed "
+                f"the model's context of {context}"
+            )
+
+
+def fitting_problems(
+    run, data: list[Problem], held_out: list[Problem], config
+) -> tuple[list[Problem], tuple[list[int], list[int]]]:
+    """The problems of `run` (train.Training) whose longer prompt leaves room for a response, the others told by row;
+    and the longest prompt of each context.
+
+    Raises InputError where no problem fits, or one of `held_out` does not.
+    """
+    contexts = [partial(prompt, run.tokenizer, prompts=run.prompts) for prompt in (student_prompt, teacher_prompt)]
+    context = context_length(run.model)
+    limit = min(config.max_length, context)
+    counts = list(zip(*(count_tokens(encode, data) for encode in contexts), strict=True))
+    kept = [index for index, tokens in enumerate(counts) if max(tokens) + config.max_new_tokens <= limit]
+    if not kept:
+        raise InputError(
+            f"--data {config.data}: no prompt leaves room for {config.max_new_tokens} new tokens in {limit}"
+        )
+    left = [str(data[index].row) for index in sorted(set(range(len(data))) - set(kept))]
+    note = f"; {len(left)} left out, with a response longer than {limit} tokens: row {some(left)}" if left else ""
+    say(f"{len(kept)} problems of {config.data}{note}")
+    longest = [encode(data[max(kept, key=lambda i: counts[i][n])]) for n, encode in enumerate(contexts)]
+    evaluation = partial(encode_prompt, run.tokenizer, run.prompts.evaluation, enable_thinking=True)
+    tokens = count_tokens(evaluation, held_out)
+    check_room(f"--eval_data {config.eval_data}", held_out, tokens, config.max_new_tokens, context)
+    return [data[index] for index in kept], longest
