@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -109,7 +108,8 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0
     spared = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is head or is_channelwise(m)]
     reached = {id(module.weight) for module in [*found.values(), *spared]}
     left = [name for name, weight in model.named_parameters() if weight.dim() > 1 and id(weight) not in reached]
-    left += [name for name, module in model.named_modules() if "Mamba" in type(module).__name__]  # PEFT refuses these
+    # PEFT takes no adapter of a Mamba block, whose kernels read the projections' weights past any adapter.
+    left += [name for name, m in model.named_modules() if "mamba" in f"{name} {type(m).__name__}".lower()]
     if left or not found:
         raise InputError(
             f"LoRA would leave {some(left)} of {type(model).__name__} frozen; --lora_rank 0 trains all weights"
@@ -238,14 +238,12 @@ def load_config(name: str) -> PreTrainedConfig:
 
 
 def check_text_only(config: PreTrainedConfig, name: str) -> None:
-    """Raise InputError for a language model with a vision tower or the like, an adapter of which no tool would read."""
-    text = config.get_text_config()
-    if text is not config:
-        language = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text))
+    """Raise InputError for a model with a vision tower or the like: no tool would read an adapter of its text part."""
+    if config.get_text_config() is not config:
         raise InputError(
-            f"--model {name}: {config.model_type} is more than a language model; save its text part as a checkpoint "
-            f"of its own, with its tokenizer: transformers.{getattr(language, '__name__', 'AutoModelForCausalLM')}"
-            f".from_pretrained({name!r}).save_pretrained(DIRECTORY)"
+            f"--model {name}: {config.model_type} is more than a language model; save its text part, and the tokenizer "
+            f"beside it: whole = transformers.AutoModelForCausalLM.from_pretrained({name!r}); "
+            "getattr(whole.model, 'language_model', whole).save_pretrained('DIRECTORY')"
         )
 
 
