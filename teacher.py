@@ -243,10 +243,9 @@ def check_same_tokens(
     tokenizer: PreTrainedTokenizerBase, others: PreTrainedTokenizerBase, prompts: Prompts, name: str
 ) -> None:
     """Raise InputError unless another model reads the student's token ids as the student does, prompts included."""
-    mine, theirs = tokenizer.get_vocab(), others.get_vocab()
-    differing = sorted(token for token, index in mine.items() if theirs.get(token) != index)
-    if differing or len(mine) != len(theirs):
-        raise InputError(f"--teacher {name}: its vocabulary is not the student's ({some(differing or sorted(theirs))})")
+    differing = {token for token, _ in tokenizer.get_vocab().items() ^ others.get_vocab().items()}
+    if differing:
+        raise InputError(f"--teacher {name}: its vocabulary is not the student's ({some(sorted(differing))})")
     probe = Problem("Let x = 12.\n\nWhat is $\\frac{x}{5} + 345$?", "It is \\boxed{347.4}.", "347.4")
     for encode in (student_prompt, teacher_prompt):
         if encode(tokenizer, probe, prompts) != encode(others, probe, prompts):
