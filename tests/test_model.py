@@ -142,7 +142,7 @@ def test_a_base_model_ends_where_its_template_ends_a_turn(qwen3):
         None,
         "{{ raise_exception('users only') }}",
         "{{ messages[0].content }}",
-        "{%- for m in messages %}{{ m.content + ' <|im_end|>'[:0] }}{%- endfor %}",
+        "{%- for m in messages %}{{ m.content + '<think>' }}{%- endfor %}",
     ):
         tokenizer.chat_template = template
         assert end_of_turn(tokenizer) is None
