@@ -1,7 +1,8 @@
 """The language model: the forward pass, the same function for both contexts; LoRA; loading.
 
-LoRA (Hu et al. 2021) is written out here: W x + (alpha / r) B A x on the seven projections of every block. The adapter
-is never merged in place: the fixed teacher is the same model with it switched off.
+LoRA (Hu et al. 2021) is written out here: W x + (alpha / r) B A x on every linear map of the blocks, which are seven in
+a Llama, Qwen or Olmo. The adapter is never merged in place: the fixed teacher is the same model with it switched off.
+A model always stays in evaluation mode: of all that may draw in a forward pass, only LoRA's own dropout does.
 
 Axes: B sequences, T response tokens, D hidden.
 """
@@ -13,11 +14,13 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,10 +30,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from chat import end_of_turn
 from errors import InputError, one_line, some
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name of it
 ADAPTER_BESIDE = f"{ADAPTER_CONFIG} stands beside the model; put the adapter into a directory of its own"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -94,28 +98,30 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """Freeze the model and put an adapter on the seven projections of each block, in place.
+    """Freeze the model and put an adapter on each linear map but the head (PEFT's "all-linear"), in place.
 
-    Raises InputError where a projection is missing, or any other matrix would stay frozen beside them: experts, a
-    router, a recurrent mixer (the model is not of the Llama / Qwen / Olmo layout).
+    Raises InputError where another matrix would stay frozen beside them (experts, a router), or PEFT takes no adapter.
     """
-    found = {n: m for n, m in model.named_modules() if n.split(".")[-1] in LORA_TARGETS and isinstance(m, nn.Linear)}
-    missing = [target for target in LORA_TARGETS if not any(name.endswith(target) for name in found)]
-    if missing:
-        raise InputError(f"LoRA needs the projections {', '.join(missing)}, which {type(model).__name__} lacks")
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    known = [*found.values(), *(m for m in model.modules() if isinstance(m, nn.Embedding) or m is head)]
-    reached = {id(module.weight) for module in known}
+    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    # An embedding stays as it is, and so does a filter of a few taps on each channel alone, the vector that it is.
+    spared = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is head or is_channelwise(m)]
+    reached = {id(module.weight) for module in [*found.values(), *spared]}
     left = [name for name, weight in model.named_parameters() if weight.dim() > 1 and id(weight) not in reached]
-    if left:
+    # PEFT takes no adapter of a Mamba block, whose kernels read the projections' weights past any adapter.
+    left += [name for name, m in model.named_modules() if "mamba" in f"{name} {type(m).__name__}".lower()]
+    if left or not found:
         raise InputError(
             f"LoRA would leave {some(left)} of {type(model).__name__} frozen; --lora_rank 0 trains all weights"
         )
     model.requires_grad_(False)
     for name, linear in found.items():
         parent, _, child = name.rpartition(".")
-        layer = LoRALinear(linear, rank, alpha, dropout).train(linear.training)  # no dropout in a model that evaluates
-        setattr(model.get_submodule(parent), child, layer)
+        setattr(model.get_submodule(parent), child, LoRALinear(linear, rank, alpha, dropout).eval())
+
+
+def is_channelwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d) and module.groups == module.in_channels == module.out_channels
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -147,6 +153,23 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def adapter_dropout(model: nn.Module, on: bool = True) -> Iterator[None]:
+    """Inside, LoRA's own dropout draws (or not): for the student's pass and its gradient. Nothing else ever draws.
+
+    The base stays in evaluation mode, also where all its weights are trained: dropout, router noise or skipped layers
+    of its config would make the two contexts differ by more than their prompts.
+    """
+    layers = [layer for layer in lora_layers(model).values() if layer.training is not on]
+    for layer in layers:
+        layer.train(on)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train(not on)
+
+
+@contextmanager
 def cast_adapter(model: nn.Module) -> Iterator[None]:
     """Inside, the adapter is in the model's dtype, cast once instead of at each call: for sampling, no gradients."""
     layers = lora_layers(model).values()
@@ -165,11 +188,11 @@ def cast_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def load_model(name: str, dtype: str = "auto", device: str | torch.device = "auto") -> PreTrainedModel:
-    """Load a causal LM from a directory or a hub name. `dtype`: auto (bfloat16 on a GPU, else float32) or its name.
+    """Load a causal LM, in evaluation mode. `dtype`: auto (bfloat16 on a GPU, else float32) or its name.
 
     Sampling defaults that the checkpoint brings are dropped, so that only our own flags decide; its EOS ids are kept.
-    Raises InputError where there is no checkpoint, its weights are not exactly the architecture's, or its head is not a
-    plain linear map of the last hidden state.
+    Raises InputError where there is no checkpoint, it is more than a language model, its weights are not exactly the
+    architecture's, or its head is not a plain linear map of the last hidden state.
     """
     device = pick_device(device)
     if dtype == "auto":
@@ -180,11 +203,12 @@ def load_model(name: str, dtype: str = "auto", device: str | torch.device = "aut
     try:
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("its weights are quantised, and only plain ones can be trained and scored")
+        check_text_only(config, name)
         model, found = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # each library that may be asked has errors of its own
         raise InputError(f"--model {name}: cannot be loaded ({one_line(error)})") from error
@@ -213,6 +237,16 @@ def load_config(name: str) -> PreTrainedConfig:
         raise InputError(f"--model {name}: cannot be loaded ({one_line(error)})") from error
 
 
+def check_text_only(config: PreTrainedConfig, name: str) -> None:
+    """Raise InputError for a model with a vision tower or the like: no tool would read an adapter of its text part."""
+    if config.get_text_config() is not config:
+        raise InputError(
+            f"--model {name}: {config.model_type} is more than a language model; save its text part, and the tokenizer "
+            f"beside it: whole = transformers.AutoModelForCausalLM.from_pretrained({name!r}); "
+            "getattr(whole.model, 'language_model', whole).save_pretrained('DIRECTORY')"
+        )
+
+
 def check_weights(model: PreTrainedModel, name: str, found: dict) -> None:
     """Raise InputError where the checkpoint and the architecture do not have exactly the same weights."""
     mismatched = [key for key, *_ in found["mismatched_keys"]]  # (name, shape in the file, shape in the model)
@@ -231,16 +265,12 @@ def check_weights(model: PreTrainedModel, name: str, found: dict) -> None:
 def check_head(model: PreTrainedModel, name: str) -> None:
     """Raise InputError unless logits are head x hidden, as the losses compute them, compared with the model's own."""
     head, ids = model.get_output_embeddings(), list(range(1, 1 + HEAD_TOKENS))
-    training = model.training
-    model.eval()
     try:
         hidden_TD = response_hidden(model, [ids[:1]], [ids[1:]])[0]
         ours_TV = F.linear(hidden_TD, head.weight).float()
         theirs_TV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1].float()
     except (AttributeError, TypeError, NotImplementedError, ValueError, IndexError) as error:
         raise InputError(f"--model {name}: its forward pass is of another kind ({one_line(error)})") from error
-    finally:
-        model.train(training)
     limit = 4 * torch.finfo(model.dtype).eps * theirs_TV.abs().max()  # the same operation, give or take its last bits
     off = (ours_TV - theirs_TV).abs().max()
     if getattr(head, "bias", None) is not None or not off <= limit:
@@ -256,19 +286,29 @@ HEAD_TOKENS = 8  # of the one forward pass that compares
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint. Without a pad token EOS is used: masks come from lengths, not from ids."""
     name = find_checkpoint(name)
-    load_config(name)  # where this fails, its words are the clearer ones
+    rows = load_config(name).get_text_config().vocab_size  # where this fails, its words are the clearer ones
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # each library that may be asked has errors of its own
         raise InputError(f"--model {name}: no tokenizer can be loaded ({one_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {name}: the tokenizer has no EOS token")
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
+    beyond = [token for token, index in tokenizer.get_vocab().items() if index >= rows and can_occur(tokenizer, index)]
+    if beyond:
+        raise InputError(f"--model {name}: its embedding of {rows} rows has none for the token {some(sorted(beyond))}")
     back = tokenizer.decode(tokenizer.encode(MATHEMATICS, add_special_tokens=False))
     if back.strip() != MATHEMATICS:
         raise InputError(f"--model {name}: the tokenizer loses text: {MATHEMATICS!r} comes back as {back!r}")
     return tokenizer
+
+
+def can_occur(tokenizer: PreTrainedTokenizerBase, index: int) -> bool:
+    """Whether a prompt may hold the token: special ones only where the chat template spells or names them."""
+    token = tokenizer.added_tokens_decoder.get(index)
+    named = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return token is None or not token.special or index in named or token.content in str(tokenizer.chat_template)
 
 
 # Spaces, line breaks, digits and LaTeX: what solutions are made of. Libraries have dropped the spaces of some
@@ -305,16 +345,24 @@ def pick_device(name: str | torch.device) -> torch.device:
 
 
 def eos_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a response: those of the checkpoint's generation config and the tokenizer's own."""
-    own = generation.eos_token_id
-    listed = own if isinstance(own, list) else [] if own is None else [own]
-    return sorted({*listed, tokenizer.eos_token_id})
+    """Every token that ends a response: those of the checkpoint's generation config, the tokenizer's own, and the chat
+    template's end of turn, which is none of these where a base model brings a template."""
+    own, turn = generation.eos_token_id, end_of_turn(tokenizer)
+    listed = own if isinstance(own, list) else [own]
+    return sorted({*listed, tokenizer.eos_token_id, turn} - {None})
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Gradient checkpointing, by the name that the installed library has for it."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    """Gradient checkpointing of each block. The library's own works in training mode only, where its dropout draws."""
+    for block in model.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            block.forward = partial(_recomputed, block.forward)
+
+
+def _recomputed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def context_length(model: PreTrainedModel) -> int:

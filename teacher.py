@@ -1,7 +1,7 @@
 """The privileged teacher: the same model, shown the reference solution, scoring the student's own tokens.
 
 Here are the prompts of both contexts (paper Appendix H) and the choice of the teacher's weights: `fixed` (the weights
-before training, the paper's choice), `ema` (their running average) or `live` (the student's own).
+before training, the paper's choice), `ema` (their running average), `live` (the student's own) or another model's.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from errors import InputError
-from model import adapter_disabled, lora_parameters, trained_parameters
+from chat import Chat, encode_turn, render_turn, template_notes
+from errors import InputError, some
+from model import adapter_disabled, adapter_dropout, lora_parameters, trained_parameters
 from problems import SURROGATE, Problem
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -46,7 +48,7 @@ FIELD = re.compile(r"\{(problem|solution|answer)\}")
 
 @dataclass(frozen=True)
 class Prompts:
-    """The templates, and whether the two contexts of training think; the paper's by default."""
+    """The templates, whether the two contexts of training think, and what the chat template is told besides."""
 
     student: str = STUDENT_PROMPT
     teacher: str = TEACHER_PROMPT
@@ -54,6 +56,7 @@ class Prompts:
     diagnostic: str = DIAGNOSTIC_PROMPT
     student_thinking: bool = False
     teacher_thinking: bool = True
+    chat: Chat = field(default_factory=Chat)
 
 
 PAPER_PROMPTS = Prompts()
@@ -95,12 +98,40 @@ def load_prompts(path: str | None) -> Prompts:
 
 def student_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts: Prompts = PAPER_PROMPTS) -> list[int]:
     """x_stu: the problem alone, thinking off by default."""
-    return encode_prompt(tokenizer, prompts.student, problem, prompts.student_thinking)
+    return encode_prompt(tokenizer, prompts.student, problem, prompts.student_thinking, prompts.chat)
 
 
 def teacher_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts: Prompts = PAPER_PROMPTS) -> list[int]:
     """x_tch: the problem and its reference solution, thinking on by default."""
-    return encode_prompt(tokenizer, prompts.teacher, problem, prompts.teacher_thinking)
+    return encode_prompt(tokenizer, prompts.teacher, problem, prompts.teacher_thinking, prompts.chat)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, template: str, problem: Problem, enable_thinking: bool,
+    chat: Chat = PAPER_PROMPTS.chat,
+) -> list[int]:  # fmt: skip
+    """Token ids of one user turn with the problem in the template, ready for the response to follow (chat.py)."""
+    return encode_turn(tokenizer, fill(template, problem), enable_thinking, chat)
+
+
+def fill(template: str, problem: Problem) -> str:
+    """Put a problem's fields into a template, in one pass, so that braces inside the fields stay what they are."""
+    return FIELD.sub(lambda match: getattr(problem, match[1]), template)
+
+
+def check_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Prompts, contexts: tuple[str, ...] = ("student", "teacher")
+) -> list[str]:
+    """Raise InputError where the chat template drops what a prompt shows; else what to say of it (template_notes)."""
+    probe = Problem("PROBLEM", "SOLUTION", "ANSWER")
+    for context in contexts:
+        template = getattr(prompts, context)
+        turns = [render_turn(tokenizer, fill(template, probe), thinking, prompts.chat)[0] for thinking in (False, True)]
+        lost = [name for name in FIELD.findall(template) if any(getattr(probe, name) not in turn for turn in turns)]
+        if lost:
+            where = f"{{{lost[0]}}} of the {context}'s prompt"
+            raise InputError(f"{tokenizer.name_or_path}: the chat template does not show the text of a turn: {where}")
+    return template_notes(tokenizer, prompts.chat)
 
 
 REFERENCES = ("own", "other", "none", "answer")
@@ -135,71 +166,6 @@ def choose_reference(
     return shown, prompts
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, template: str, problem: Problem, enable_thinking: bool
-) -> list[int]:
-    """Token ids of one user turn in the model's chat template, ready for the response to follow.
-
-    The template alone decides on a BOS: the tokenizer must not add a second one. A control token that the problem
-    spells stays text. Raises InputError for a template that is missing or fails.
-    """
-    text, cut = render_prompt(tokenizer, template, problem, enable_thinking)
-    ids = [token for part in text.split(cut) for token in tokenizer.encode(part, add_special_tokens=False)]
-    if cut in text:  # with the cut and without, the ids must read the same
-        whole = tokenizer.encode(text.replace(cut, ""), add_special_tokens=False)
-        if tokenizer.decode(ids) != tokenizer.decode(whole):
-            where = f"in the problem {problem.problem[:80]!r}"
-            raise InputError(f"{tokenizer.name_or_path}: cannot encode a control token as text, {where}")
-    return ids
-
-
-def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, template: str, problem: Problem, enable_thinking: bool
-) -> tuple[str, str]:
-    """The turn's text, and the character at which it is cut before encoding, if it occurs.
-
-    Think-closure: with thinking off, a template that opens `<think>` regardless is closed again, at the end of the
-    prompt only.
-    """
-    if tokenizer.chat_template is None:
-        raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no chat template, which the prompts need")
-    content, cut = cut_control_tokens(tokenizer, fill(template, problem))
-    try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True,
-            enable_thinking=enable_thinking,
-        )  # fmt: skip
-    except Exception as error:  # a template is a program: it may raise anything
-        raise InputError(
-            f"{tokenizer.name_or_path}: the chat template fails ({type(error).__name__}: {error})"
-        ) from error
-    if not enable_thinking and text.rstrip().endswith("<think>"):
-        text += "</think>\n\n"
-    return text, cut
-
-
-MARKUP = re.compile(r"\s*<.+>\s*", re.DOTALL)  # <think> and <｜User｜> steer a model too, though not declared special
-
-
-def cut_control_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, str]:
-    """The user's text, cut within every control token that it spells (`<|im_end|>`), and the character of the cut.
-
-    Encoded part by part, the user's spelling stays text: only the template may open and close turns.
-    """
-    cut = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)  # a private-use character
-    added = [token for token in tokenizer.added_tokens_decoder.values() if token.content in text]
-    controls = [token.content for token in added if token.special or MARKUP.fullmatch(token.content)]
-    if not controls:
-        return text, cut
-    starts = re.compile(f"(?={'|'.join(map(re.escape, controls))}).", re.DOTALL)
-    return starts.sub(lambda match: match[0] + cut, text), cut
-
-
-def fill(template: str, problem: Problem) -> str:
-    """Put a problem's fields into a template, in one pass, so that braces inside the fields stay what they are."""
-    return FIELD.sub(lambda match: getattr(problem, match[1]), template)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Whose weights score
 
@@ -208,48 +174,40 @@ KINDS = ("fixed", "ema", "live")
 
 
 class Teacher:
-    """Whose weights score the rollout: `fixed`, `ema` or `live`.
-
-    | weights | with LoRA | all weights trained |
-    |---|---|---|
-    | fixed | the model with its adapter switched off | a frozen copy |
-    | ema | the model with its adapter's running average | a frozen copy that follows the average |
-    | live | the model | the model |
+    """Whose weights score the rollout.
 
     Paper: "fixed teacher" = base weights. Authors: bf16 merge and unmerge of the adapter at each step, which makes
     that base drift. Here: nothing is ever merged in place.
     """
 
-    def __init__(self, model: PreTrainedModel, kind: str = "fixed", ema_decay: float = 0.99) -> None:
-        if kind not in ("fixed", "ema", "live"):
-            raise InputError(f"--teacher {kind}: choose one of fixed, ema, live")
+    def __init__(
+        self, model: PreTrainedModel, kind: str = "fixed", ema_decay: float = 0.99, other: PreTrainedModel | None = None
+    ) -> None:
+        """`other`: the model that scores where the kind is `other`; its head is cut to the student's rows."""
         self.model, self.kind, self.ema_decay = model, kind, ema_decay
-        self.trained = trained_parameters(model)
-        self.copy: PreTrainedModel | None = None
-        self.average: list[Tensor] = []  # for `ema`: one tensor for each of `trained`
-        if kind != "live" and not lora_parameters(model):
-            self.copy = copy.deepcopy(model).requires_grad_(False).eval()
+        self.trained, lora = trained_parameters(model), bool(lora_parameters(model))
+        if kind == "other":
+            match_heads(model, other)
+        copied = kind in ("fixed", "ema") and not lora
+        self.copy = copy.deepcopy(model).requires_grad_(False) if copied else None
+        self.average: list[Tensor] = []  # for `ema`, one for each of `trained`; where there is a copy, its own weights
         if kind == "ema":
-            self.average = (
-                [p.detach().clone() for p in self.trained] if self.copy is None else list(self.copy.parameters())
-            )
+            self.average = list(self.copy.parameters()) if copied else [p.detach().clone() for p in self.trained]
+        kinds = {  # the model that scores, and the state that it is in meanwhile
+            "fixed": (model, partial(adapter_disabled, model)) if lora else (self.copy, nullcontext),
+            "ema": (model, self._averaged) if lora else (self.copy, nullcontext),
+            "live": (model, nullcontext),
+            "other": (other, nullcontext),
+        }
+        if kind not in kinds:
+            raise InputError(f"--teacher {kind}: choose one of {', '.join(kinds)}")
+        self.scorer, self.state = kinds[kind]
 
     @contextmanager
     def scoring(self) -> Iterator[PreTrainedModel]:
-        """Yield the model that scores, in evaluation mode and without gradients; restores the student on leaving."""
-        if self.kind == "live" or self.copy is not None:
-            switched = nullcontext()  # the model, or the copy, scores as it stands
-        elif self.kind == "fixed":
-            switched = adapter_disabled(self.model)
-        else:
-            switched = self._averaged()
-        model, was_training = self.copy or self.model, self.model.training
-        model.eval()
-        try:
-            with torch.no_grad(), switched:
-                yield model
-        finally:
-            self.model.train(was_training)
+        """Yield the model that scores, without gradients or dropout; the student is what it was on leaving."""
+        with torch.no_grad(), adapter_dropout(self.model, False), self.state():
+            yield self.scorer
 
     @torch.no_grad()
     def update(self) -> None:
@@ -270,3 +228,25 @@ class Teacher:
     def _swap(self) -> None:
         for index, parameter in enumerate(self.trained):
             parameter.data, self.average[index] = self.average[index], parameter.data
+
+
+def match_heads(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Cut the rows of the other model's head that pad it beyond the student's. Raises InputError where it has fewer."""
+    rows, head = len(model.get_output_embeddings().weight), other.get_output_embeddings()
+    if len(head.weight) < rows:
+        raise InputError(f"--teacher {other.name_or_path}: its head has {len(head.weight)} rows, the student's {rows}")
+    if len(head.weight) > rows:
+        head.weight = nn.Parameter(head.weight[:rows], requires_grad=False)
+
+
+def check_same_tokens(
+    tokenizer: PreTrainedTokenizerBase, others: PreTrainedTokenizerBase, prompts: Prompts, name: str
+) -> None:
+    """Raise InputError unless another model reads the student's token ids as the student does, prompts included."""
+    differing = {token for token, _ in tokenizer.get_vocab().items() ^ others.get_vocab().items()}
+    if differing:
+        raise InputError(f"--teacher {name}: its vocabulary is not the student's ({some(sorted(differing))})")
+    probe = Problem("Let x = 12.\n\nWhat is $\\frac{x}{5} + 345$?", "It is \\boxed{347.4}.", "347.4")
+    for encode in (student_prompt, teacher_prompt):
+        if encode(tokenizer, probe, prompts) != encode(others, probe, prompts):
+            raise InputError(f"--teacher {name}: its tokenizer or chat template encodes a prompt otherwise")

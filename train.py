@@ -55,11 +55,11 @@ def train_step(step: int, run: Training, data: list[problems.Problem], config: T
     seen.lap("grading")
 
     # Score every token in both contexts, weight it by its position, add up the gradient of the loss's numerator.
-    run.model.train()
     numerator, denominator = torch.zeros((), device=run.model.device), torch.zeros((), device=run.model.device)
     for rows in micro_batches(rollouts, config.micro_batch_size):
-        part, count = loss_fraction(step, rows, run, config, seen)
-        part.backward()
+        with model.adapter_dropout(run.model):
+            part, count = loss_fraction(step, rows, run, config, seen)
+            part.backward()
         numerator, denominator = numerator + part.detach(), denominator + count
         seen.lap("student")
 
@@ -384,9 +384,9 @@ def rehearse(run: Training, longest: list[list[int]], config: TrainConfig) -> No
     batch = [Rollout(x_stu, x_tch, y, {"correct": None, "problem": 0})] * rows
     try:
         moments = [torch.empty_like(parameter) for parameter in run.parameters for _ in ("first", "second")]
-        run.model.train()
-        part, _ = loss_fraction(0, batch, run, config, metrics.Observer(run.model.device))
-        part.backward()
+        with model.adapter_dropout(run.model):
+            part, _ = loss_fraction(0, batch, run, config, metrics.Observer(run.model.device))
+            part.backward()
         del moments, part
     except torch.OutOfMemoryError as error:
         raise InputError(

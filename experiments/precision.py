@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 import loss
 from loss import LossOptions, resolve_method, score_tokens_from_hidden
 from model import (
-    LORA_TARGETS,
     add_lora,
     load_model,
     load_tokenizer,
@@ -38,6 +37,8 @@ from teacher import Teacher, student_prompt, teacher_prompt
 from train import sum_over_ranks
 
 ROWS, TOKENS = 8, 64
+
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def prepared(name: str, dtype: str) -> PreTrainedModel:
@@ -71,7 +72,7 @@ def gradients(model: PreTrainedModel, contexts: tuple, y: list[Response], tau_cl
     sum_over_ranks([denominator, *(p.grad for p in teacher.trained)])
     for parameter in teacher.trained:
         parameter.grad /= denominator
-    parts: dict[str, list[Tensor]] = {target: [] for target in LORA_TARGETS}
+    parts: dict[str, list[Tensor]] = {target: [] for target in SEVEN}
     for name, layer in lora_layers(model).items():
         parts[name.split(".")[-1]] += [layer.lora_A.grad.flatten().clone(), layer.lora_B.grad.flatten().clone()]
     return {"all": torch.cat([g for gs in parts.values() for g in gs]), **{k: torch.cat(v) for k, v in parts.items()}}
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("--data", default="tiny:train")
     parser.add_argument("--temperature", type=float, default=1.1)
     args = parser.parse_args()
-    names = ["model", "tau_clip", "forward", "all", *LORA_TARGETS]
+    names = ["model", "tau_clip", "forward", "all", *SEVEN]
     start_ranks("cpu")
     say(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for name in args.model:

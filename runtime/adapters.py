@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from errors import InputError
-from model import ADAPTER_CONFIG, LORA_TARGETS, add_lora, lora_layers
+from model import ADAPTER_CONFIG, add_lora, lora_layers
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -39,7 +39,8 @@ def save_adapter(model: PreTrainedModel, directory: Path, base_model: str) -> No
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
         "r": any_layer.rank, "lora_alpha": any_layer.alpha, "lora_dropout": any_layer.dropout, "bias": "none",
-        "target_modules": list(LORA_TARGETS), "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
+        "target_modules": list(dict.fromkeys(name.rpartition(".")[2] for name in lora_layers(model))),
+        "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
     }  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
     save_file(weights, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})

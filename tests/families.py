@@ -88,9 +88,17 @@ def make_checkpoint(family: str, directory: Path, corpus=CORPUS) -> Path:
     return directory
 
 
+def composite(name: str, tower: dict, **more) -> PreTrainedModel:
+    """A random language model with a small vision tower."""
+    kind = getattr(transformers, f"{name}Config")
+    text = getattr(transformers, f"{name}TextConfig")(**{**SHAPE, "vocab_size": 300, "head_dim": 8, **more})
+    config = kind(text_config=text.to_dict(), vision_config=tower, image_token_id=299, video_token_id=298)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+
 def odd(name: str, **more) -> PreTrainedModel:
     """A random model of another family."""
-    config = getattr(transformers, f"{name}Config" if name != "Qwen3_5" else "Qwen3_5TextConfig")
+    config = getattr(transformers, f"{name}TextConfig" if name in ("Gemma3", "Qwen3_5") else f"{name}Config")
     head = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
     return getattr(transformers, head)(config(**{**SHAPE, "vocab_size": 300, **more}))
 
@@ -99,11 +107,15 @@ MAMBA = {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8
          "mamba_d_state": 8, "mamba_chunk_size": 16}  # fmt: skip
 DELTA = {"head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
          "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
+GEMMA_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+               "image_size": 16, "patch_size": 8}  # fmt: skip
+QWEN_TOWER = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
+              "patch_size": 4, "num_position_embeddings": 16}  # fmt: skip
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
 ODD = {
     "falcon_h1_multiplier": lambda: odd("FalconH1", **MAMBA, lm_head_multiplier=0.5),
     "falcon_h1": lambda: odd("FalconH1", **MAMBA),
-    "gemma2_cap": lambda: odd("Gemma2", head_dim=8, final_logit_softcapping=5.0),
+    "gemma3_cap": lambda: odd("Gemma3", head_dim=8, final_logit_softcapping=5.0),
     "granite_scaling": lambda: odd("Granite", logits_scaling=8.0),
     "cohere_scale": lambda: odd("Cohere", logit_scale=0.0625),
     "phi_bias": lambda: odd("Phi"),
@@ -114,11 +126,19 @@ ODD = {
     "gpt2": lambda: odd("GPT2", n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1),
     "phi3": lambda: odd("Phi3", pad_token_id=0),
     "qwen2": lambda: odd("Qwen2"),
+    "qwen2_drops": lambda: odd("Qwen2", attention_dropout=0.1),
+    "phi3_drops": lambda: odd("Phi3", pad_token_id=0, attention_dropout=0.1, embd_pdrop=0.1, resid_pdrop=0.1),
+    "opt_drops": lambda: odd("OPT", ffn_dim=64, word_embed_proj_dim=32, dropout=0.1, layerdrop=0.5),
+    "gpt_neox_drops": lambda: odd("GPTNeoX", hidden_dropout=0.1, attention_dropout=0.1),
+    "falcon_drops": lambda: odd("Falcon", hidden_dropout=0.1, attention_dropout=0.1),
+    "mixtral_drops": lambda: odd("Mixtral", num_local_experts=4, router_jitter_noise=0.1),
+    "gemma3": lambda: composite("Gemma3", GEMMA_TOWER),
+    "qwen3_5_tower": lambda: composite("Qwen3_5", QWEN_TOWER, **DELTA),
 }
-ODD_HEADS = ("falcon_h1_multiplier", "gemma2_cap", "granite_scaling", "cohere_scale", "phi_bias")
+ODD_HEADS = ("falcon_h1_multiplier", "gemma3_cap", "granite_scaling", "cohere_scale", "phi_bias")
 ODD_BLOCKS = {
-    "falcon_h1": "LoRA .*mamba", "mixtral": "gate_proj", "qwen3_moe_dense": r"frozen; --lora_rank 0",
-    "qwen3_next": "linear_attn", "qwen3_5": "linear_attn", "gpt2": "q_proj", "phi3": "q_proj",
+    "falcon_h1": "LoRA .*mamba", "mixtral": "experts.gate_up_proj", "qwen3_moe_dense": r"frozen; --lora_rank 0",
+    "qwen3_next": "experts", "gpt2": "c_attn",
 }  # fmt: skip
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import families
@@ -7,9 +8,12 @@ import pytest
 import torch
 from test_model import PROMPTS, RESPONSES, randomise
 
+import train
+from chat import Chat, render_turn
 from errors import InputError
-from model import add_lora, load_model, load_tokenizer, response_hidden
+from model import adapter_dropout, add_lora, load_model, load_tokenizer, response_hidden
 from problems import Problem
+from runtime.grading import ExactGrader
 from teacher import (
     DIAGNOSTIC_PROMPT,
     EVALUATION_PROMPT,
@@ -19,6 +23,8 @@ from teacher import (
     TEACHER_PROMPT,
     Prompts,
     Teacher,
+    check_prompts,
+    check_same_tokens,
     choose_reference,
     encode_prompt,
     fill,
@@ -132,7 +138,7 @@ def test_a_control_token_that_cannot_be_kept_as_text_is_said():
     """A tokenizer that puts a space in front of each piece of text would change what the problem says."""
     tokenizer = families.sentencepiece_like()
     assert student_prompt(tokenizer, Problem("a b", "a", "1"))
-    with pytest.raises(InputError, match=r"cannot encode a control token as text, in the problem 'a </s> b'"):
+    with pytest.raises(InputError, match=r"cannot encode a control token as text, in 'Problem: a </s> b"):
         student_prompt(tokenizer, Problem("a </s> b", "a", "1"))
 
 
@@ -158,11 +164,98 @@ def test_the_embedded_models_tokenizer_spells_its_control_token():
     )
 
 
+# What a chat template does besides
+
+
+@pytest.mark.parametrize(
+    ("ending", "closed"),
+    [
+        ("<think>", "<think></think>\n\n"),
+        ("[THINK]\n", "[THINK]\n[/THINK]\n\n"),
+        ("<seed:think>", "<seed:think></seed:think>\n\n"),
+        ("<|thinking|>", "<|thinking|>"),
+        ("</think>", "</think>"),
+        ("<think> first", "<think> first"),
+    ],
+)
+def test_a_thought_that_is_opened_regardless_is_closed_where_thinking_is_off(checkpoint, ending, closed):
+    tokenizer = load_tokenizer(checkpoint)
+    tokenizer.chat_template = "{{ messages[0].content }}|" + f"{{{{ {ending!r} }}}}"
+    on, off = (render_turn(tokenizer, "Why <think>", thinking, Chat())[0].replace("\ue000", "") for thinking in (1, 0))
+    assert (on, off) == ("Why <think>|" + ending, "Why <think>|" + closed)
+
+
+@pytest.mark.parametrize(
+    ("template", "kwargs", "words"),
+    [
+        ("{{ 'deep ' if thinking }}", {}, None),  # DeepSeek V3.1's name of it
+        ("{{ 'deep ' if enable_thinking }}", {}, None),
+        ("{{ 'deep ' if reasoning_effort == 'high' }}", {}, "both thinking modes alike"),
+        ("{{ 'deep ' if enable_thinking }}", {"enable_thinking": True}, "both thinking modes alike"),
+        ("", {}, "both thinking modes alike"),
+    ],
+)
+def test_a_thinking_mode_without_effect_is_said(checkpoint, template, kwargs, words):
+    tokenizer = load_tokenizer(checkpoint)
+    tokenizer.chat_template = template + "{{ messages[0].content }}"
+    notes = check_prompts(tokenizer, replace(PAPER_PROMPTS, chat=Chat(kwargs)))
+    assert [words in note for note in notes] == ([True] if words else [])
+
+
+def test_arguments_of_the_template_reach_both_contexts(checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    tokenizer.chat_template = "{{ reasoning_effort }}: {{ messages[0].content }}"
+    prompts = replace(PAPER_PROMPTS, chat=Chat({"reasoning_effort": "high"}))
+    for prompt in (student_prompt, teacher_prompt):
+        assert tokenizer.decode(prompt(tokenizer, PROBLEM, prompts)).startswith("high: Problem: What is")
+    for name in ("tokenize", "conversation"):
+        with pytest.raises(InputError, match=f"the chat template fails .*'{name}'"):
+            student_prompt(tokenizer, PROBLEM, replace(PAPER_PROMPTS, chat=Chat({name: 1})))
+
+
+def test_the_date_of_a_template_stands_still(checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    tokenizer.chat_template = "Today is {{ strftime_now('%d %b %Y') }}. {{ messages[0].content }}{{ enable_thinking }}"
+    prompts = replace(PAPER_PROMPTS, chat=Chat(date="2026-02-03"))
+    assert tokenizer.decode(student_prompt(tokenizer, PROBLEM, prompts)).startswith("Today is 03 Feb 2026. Problem:")
+    assert check_prompts(tokenizer, prompts) == ["the chat template shows the date: 2026-02-03"]
+    assert "each day" in check_prompts(tokenizer, PAPER_PROMPTS)[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "lost"),
+    [
+        ("Solve it.", "{problem} of the student's prompt"),
+        ("{{ messages[0].content[0].text }}", "{problem} of the student's prompt"),  # it takes a list of parts
+        ("{{ messages[0].content[:90] }}", "{solution} of the teacher's prompt"),
+        ("{{ '' if enable_thinking else messages[0].content }}", "{problem} of the student's prompt"),
+    ],
+)
+def test_a_template_that_drops_what_a_prompt_shows_is_refused(checkpoint, template, lost):
+    tokenizer = load_tokenizer(checkpoint)
+    assert check_prompts(tokenizer, PAPER_PROMPTS, ("student", "teacher", "evaluation", "diagnostic")) == []
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=f"does not show the text of a turn: {lost}") as caught:
+        check_prompts(tokenizer, PAPER_PROMPTS)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_problem_that_spells_a_field_keeps_its_spelling(checkpoint):
+    """No field is filled inside another: the student would see the solution."""
+    tokenizer = load_tokenizer(checkpoint)
+    problem = Problem("Print {solution}, {answer} and {problem}.", "Say {problem} or {answer}.", "{solution}")
+    for prompt in (student_prompt, teacher_prompt):
+        assert problem.problem in tokenizer.decode(prompt(tokenizer, problem))
+    assert problem.solution in tokenizer.decode(teacher_prompt(tokenizer, problem))
+    assert "Say" not in tokenizer.decode(student_prompt(tokenizer, problem))
+    assert "answer: {solution} Use" in fill(DIAGNOSTIC_PROMPT, problem)
+
+
 @pytest.fixture
 def student(checkpoint):
     model = load_model(checkpoint, device="cpu")
     add_lora(model, rank=4, alpha=8.0)
-    return model.train()
+    return model
 
 
 def states(model):
@@ -178,7 +271,7 @@ def test_fixed_teacher_stays_the_base(student):
     with teacher.scoring() as scorer:
         assert torch.equal(states(scorer), base)
         assert not states(scorer).requires_grad
-    assert student.training and not torch.equal(states(student), base)
+    assert not torch.equal(states(student), base)
 
 
 def test_live_teacher_is_the_student(student):
@@ -221,8 +314,117 @@ def test_fixed_teacher_of_full_fine_tuning_is_a_copy(checkpoint):
 
 
 def test_unknown_teacher_is_said(student):
-    with pytest.raises(InputError, match="fixed, ema, live"):
+    with pytest.raises(InputError, match="fixed, ema, live, other"):
         Teacher(student, "frozen")
+
+
+@pytest.mark.parametrize("kind", ["fixed", "ema"])
+def test_the_student_is_itself_again_after_an_exception_while_scoring(student, kind):
+    teacher = Teacher(student, kind, ema_decay=0.5)
+    randomise(student)
+    teacher.update()
+    before, average = states(student), [tensor.clone() for tensor in teacher.average]
+    with pytest.raises(RuntimeError, match="while scoring"), teacher.scoring() as scorer:
+        assert not torch.equal(states(scorer), before)
+        raise RuntimeError("while scoring")
+    assert torch.equal(states(student), before) and torch.is_grad_enabled()
+    assert all(map(torch.equal, teacher.average, average))
+
+
+@pytest.mark.parametrize("kind", ["ema", "live"])
+def test_a_teacher_drops_nothing_while_the_student_does(checkpoint, kind):
+    student = load_model(checkpoint, device="cpu")
+    add_lora(student, rank=4, alpha=8.0, dropout=0.5)
+    randomise(student)
+    teacher = Teacher(student, kind)
+    with adapter_dropout(student):
+        with teacher.scoring() as scorer:
+            assert torch.equal(states(scorer), states(scorer))
+        assert not torch.equal(states(student), states(student))
+
+
+def test_another_model_teaches_through_its_own_body_and_head(student, checkpoint, tmp_path):
+    other = load_model(checkpoint, device="cpu")
+    with torch.no_grad():
+        other.get_output_embeddings().weight.mul_(2.0)
+        states_before = states(other)
+    teacher = Teacher(student, "other", other=other)
+    teacher.update()
+    with teacher.scoring() as scorer:
+        assert scorer is other and torch.equal(states(scorer), states_before)
+        assert scorer.get_output_embeddings().weight is other.get_output_embeddings().weight
+
+
+def test_padding_rows_of_another_head_are_cut_and_missing_ones_are_said(student, checkpoint):
+    """Sizes of one family pad their heads to different multiples."""
+    rows = len(student.get_output_embeddings().weight)
+    other = load_model(checkpoint, device="cpu")
+    own = other.get_output_embeddings().weight.detach().clone()
+    other.resize_token_embeddings(rows + 7, mean_resizing=False)
+    with Teacher(student, "other", other=other).scoring() as scorer:
+        assert torch.equal(scorer.get_output_embeddings().weight, own)
+        states(scorer)
+    other.resize_token_embeddings(rows - 1, mean_resizing=False)
+    with pytest.raises(InputError, match=f"its head has {rows - 1} rows, the student's {rows}"):
+        Teacher(student, "other", other=other)
+
+
+def test_another_vocabulary_or_template_is_said(checkpoint):
+    mine, theirs = load_tokenizer(checkpoint), load_tokenizer(checkpoint)
+    check_same_tokens(mine, theirs, PAPER_PROMPTS, "other")
+    theirs.chat_template = "{{ bos_token }}Q: " + theirs.chat_template
+    with pytest.raises(InputError, match=r"--teacher other: .*encodes a prompt otherwise"):
+        check_same_tokens(mine, theirs, PAPER_PROMPTS, "other")
+    theirs = load_tokenizer(checkpoint)
+    theirs.add_tokens(["<more>"])
+    for one, two in ((mine, theirs), (theirs, mine)):
+        with pytest.raises(InputError, match=r"its vocabulary is not the student's \(.*<more>"):
+            check_same_tokens(one, two, PAPER_PROMPTS, "other")
+
+
+# One step of training, seen from the teacher
+
+
+def first_step(checkpoint, change=lambda run: None, **options) -> dict:
+    """Metrics of one step of four short rollouts."""
+    few = {"batch_size": 4, "max_new_tokens": 12, "lora_rank": 4, "micro_batch_size": 2, "num_steps": 2}
+    config = train.TrainConfig(**{"model": str(checkpoint), "dtype": "float32", **few, **options})
+    data, prompts = train.choose_prompts(config, SUMS)
+    run = train.build(config, torch.device("cpu"), ExactGrader(), prompts)
+    change(run)
+    return train.train_step(0, run, data, config)[0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_identical_contexts_have_a_first_loss_of_zero_whatever_the_base_drops(checkpoint, tmp_path, checkpointing):
+    """Same prompt, same mode, same weights; the config asks for attention dropout while training."""
+    shutil.copytree(checkpoint, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
+    same = {"reference": "none", "teacher_thinking": False, "gradient_checkpointing": checkpointing}
+    assert first_step(tmp_path / "m", **same)["loss"] == 0.0
+    assert first_step(tmp_path / "m")["loss"] != 0.0
+
+
+@pytest.mark.parametrize(("kind", "apart"), [("fixed", True), ("live", False)])
+def test_where_the_head_is_trained_a_fixed_teacher_keeps_its_own(checkpoint, kind, apart):
+    """Identical contexts, and the student's head has moved: one head read for both would give a loss of zero."""
+
+    def move_head(run):
+        with torch.no_grad():
+            run.model.get_output_embeddings().weight.mul_(0.5)
+
+    same = {"reference": "none", "teacher_thinking": False, "teacher": kind, "lora_rank": 0}
+    assert (first_step(checkpoint, move_head, **same)["loss"] != 0.0) is apart
+
+
+def test_dropout_masks_are_drawn_anew_in_each_step_and_run():
+    def draw(*key):
+        train.seed_step(*key)
+        return torch.rand(4).tolist()
+
+    assert draw(1, 2) == draw(1, 2)
+    assert len({tuple(draw(*key)) for key in ((1, 2), (1, 3), (2, 2), (2, 1))}) == 4
 
 
 def test_the_average_of_all_weights_holds_two_copies(checkpoint):
