@@ -29,7 +29,6 @@ from loss import LossOptions, Method, resolve_method, score_tokens_from_hidden
 from model import (
     add_lora,
     context_length,
-    eos_ids,
     find_checkpoint,
     load_model,
     load_tokenizer,
@@ -402,8 +401,7 @@ def build(config: TrainConfig, device: torch.device, grader: Grader, prompts: Pr
     optimizer = make_optimizer(teacher.trained, config)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=config.num_steps)
     if config.engine == "server":
-        ends, name = eos_ids(model.generation_config, tokenizer), config.served_model or config.model
-        engine = connect(config.server, name, tokenizer, ends, SAMPLED_AT_ONCE, needs_ids=True)
+        engine = connect(config.server, config.model, config.served_model, tokenizer, SAMPLED_AT_ONCE, needs_ids=True)
     else:
         engine = make_engine(config.engine, model, tokenizer, batch_size=SAMPLED_AT_ONCE)
     method = resolve_method(config.method, config)

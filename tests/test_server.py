@@ -59,7 +59,7 @@ def prompts(tokenizer):
 
 
 def connect(tokenizer, url, model="tiny", in_flight=8) -> ServerEngine:
-    return ServerEngine(url, model, tokenizer, [tokenizer.eos_token_id], in_flight)
+    return ServerEngine(url, model, tokenizer, [tokenizer.eos_token_id], len(tokenizer), in_flight)
 
 
 def keys(count, seed=0):
@@ -331,7 +331,10 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "ok":
             choice = {"text": "", "token_ids": [5, 1], "finish_reason": "stop", "logprobs": {"token_logprobs": [0, 0]}}
-            usage = {"completion_tokens": 2}
+            usage = {"completion_tokens": 2, "prompt_tokens": 1}
+            if not is_row:
+                choice |= {"token_ids": [5], "finish_reason": "length", "logprobs": {"token_logprobs": [-1]}}
+                usage["completion_tokens"] = 1
             self.answer(200, {"model": body["model"], "choices": [choice | self.changes], "usage": usage})
         else:
             self.answer(int(fault), {"error": {"message": "as asked"}})
@@ -371,7 +374,7 @@ class Tokens:
 
 
 def ask(url, count=12, in_flight=3, on_finished=None):
-    engine = ServerEngine(url, "m", Tokens(), [1], in_flight)
+    engine = ServerEngine(url, "m", Tokens(), [1], 9, in_flight)
     try:
         return engine.sample([[2]] * count, keys(count), Sampling(1.0, 0.95, 0, 64), on_finished)
     finally:
@@ -437,7 +440,7 @@ def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
         one_line_of(caught)
     fake.changes = {}
     with pytest.raises(InputError, match="serves m, not other"):
-        ServerEngine(fake.url, "other", Tokens(), [1], 1)
+        ServerEngine(fake.url, "other", Tokens(), [1], 9, 1)
     fake.faults.append("401")
     with pytest.raises(InputError, match="OPENAI_API_KEY") as caught:
         ask(fake.url)
@@ -477,7 +480,7 @@ from runtime.server import ServerEngine
 class Tokens:
     def encode(self, text):
         return [2]
-engine = ServerEngine(sys.argv[1], "m", Tokens(), [1], 4)
+engine = ServerEngine(sys.argv[1], "m", Tokens(), [1], 9, 4)
 keys = [(row,) for row in range(40)]
 try:
     engine.sample([[2]] * 40, keys, Sampling(1.0, 1.0, 0, 64), lambda *_: print("row", flush=True))
