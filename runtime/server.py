@@ -27,6 +27,11 @@ from errors import InputError, one_line
 from model import eos_ids, find_checkpoint, load_config
 from rollout import OnFinished, Response, Sampling, StreamKey, until_eos
 
+try:
+    import openai
+except ImportError:
+    raise InputError("--server needs the openai package: pip install openai") from None
+
 REQUEST_SECONDS = 2 * 3600  # 38,912 tokens on a busy server take most of an hour
 START_SECONDS = 30  # for a try at what comes before sampling: the models' names, one token
 LOAD_SECONDS = 300  # an adapter, perhaps of gigabytes over a network
@@ -68,10 +73,6 @@ class ServerEngine:
         Asks the server for its models and for one token. Raises InputError where it is not there, does not answer,
         wants a key, serves another model or takes none of the two kinds of request.
         """
-        try:
-            import openai
-        except ImportError:
-            raise InputError("--server needs the openai package: pip install openai") from None
         self.server, self.base_model, self.tokenizer = server, model, tokenizer
         self.eos_ids, self.vocabulary, self.in_flight = eos_ids, vocabulary, in_flight
         self.model = model  # the name that requests go to: the base model's or an adapter's
@@ -86,14 +87,12 @@ class ServerEngine:
         try:
             self._client = openai.AsyncOpenAI(
                 base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=RETRIES,
-                timeout=openai.Timeout(REQUEST_SECONDS, connect=CONNECT_SECONDS),
+                timeout=timeout(REQUEST_SECONDS),
                 http_client=openai.DefaultAsyncHttpxClient(trust_env=proxy is not None),
             )  # fmt: skip
         except Exception as error:  # a proxy of a kind that the client does not know; each library has its own
             raise InputError(f"--server {server}: {one_line(error)}{self._by_proxy}") from None
-        self._quick = self._client.with_options(
-            max_retries=QUICK_RETRIES, timeout=openai.Timeout(START_SECONDS, connect=CONNECT_SECONDS)
-        )
+        self._quick = self._client.with_options(max_retries=QUICK_RETRIES, timeout=timeout(START_SECONDS))
         self._runner = asyncio.Runner()
         try:
             self._run(self._meet())
@@ -102,12 +101,9 @@ class ServerEngine:
             raise
 
     def sample(
-        self,
-        prompts: list[list[int]],
-        keys: Sequence[StreamKey],
-        settings: Sampling,
+        self, prompts: list[list[int]], keys: Sequence[StreamKey], settings: Sampling,
         on_finished: OnFinished | None = None,
-    ) -> list[Response]:
+    ) -> list[Response]:  # fmt: skip
         """One response per prompt, in the prompts' order; `on_finished(row, response)` as soon as a row is done.
 
         Each row has its own seed, a function of its key; whether equal seeds give equal answers is the server's affair.
@@ -154,15 +150,15 @@ class ServerEngine:
         """Unload the adapter, if there is one; a server that is gone, or a second call, is no error."""
         if not self._client.is_closed():
             with suppress(InputError):
-                self._run(self._leave())
+                if self._loaded is not None:
+                    self._run(self._unload(self._loaded))
+            self._runner.run(self._client.close())
             self._runner.close()
 
     # -----------------------------------------------------------------------------------------------------------
 
     async def _meet(self) -> None:
         """Look into /v1/models, then find out by a request for one token what the server takes and gives."""
-        import openai
-
         try:
             served = {entry.id: entry for entry in (await self._quick.models.list()).data}
         except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError):
@@ -172,7 +168,8 @@ class ServerEngine:
         if served and self.model not in served:
             names = ", ".join(map(str, list(served)[:5]))
             raise AnswerError(f"serves {names}, not {self.model} (--served_model names it)")
-        self.context = getattr(served.get(self.model), "max_model_len", None)
+        context = getattr(served.get(self.model), "max_model_len", None)
+        self.context = context if isinstance(context, int) else None
         # With top_k 1 the token has probability 1 after the filters, and less before them.
         prompt, settings = self.tokenizer.encode("1"), Sampling(temperature=1.0, top_p=1.0, top_k=1, max_new_tokens=1)
         try:
@@ -187,14 +184,9 @@ class ServerEngine:
     async def _complete(self, client, prompt: list[int], seed: int, settings: Sampling) -> Response:
         fields = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_new_tokens}
         if self.takes_ids:
-            sent, top_k = prompt, settings.top_k or -1
-            fields |= {
-                "top_k": top_k,
-                "stop_token_ids": self.eos_ids,
-                "logprobs": 0,
-                "return_token_ids": True,
-                **VLLM_OFF,
-            }
+            sent = prompt
+            fields |= {"top_k": settings.top_k or -1, "stop_token_ids": self.eos_ids, "logprobs": 0}
+            fields |= {"return_token_ids": True, **VLLM_OFF}
         else:
             sent = prompt_text(self.tokenizer, prompt)
             whole = {
@@ -206,20 +198,20 @@ class ServerEngine:
             reply = await client.completions.create(model=self.model, prompt=sent, seed=seed, extra_body=fields)
         except ValueError as error:  # a body that is not JSON
             raise AnswerError(f"answers something else than JSON ({error})") from None
-        if self.model != self.base_model and reply.model != self.model:
-            raise AnswerError(f"answers as {reply.model}, not by the adapter {self.model}")
         try:
+            if self.model != self.base_model and reply.model != self.model:
+                raise AnswerError(f"answers as {reply.model}, not by the adapter {self.model}")
             return self._read(reply, len(prompt), settings.max_new_tokens)
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError):
             raise AnswerError(f"not a completion: {one_line(reply)}") from None
 
     def _read(self, reply, prompt: int, limit: int) -> Response:
         """A completion of at most `limit` tokens behind `prompt` tokens; raises AnswerError for what cannot be one."""
-        (choice,), usage, ids = reply.choices, reply.usage, getattr(reply.choices[0], "token_ids", None)
-        logprobs, count = getattr(choice.logprobs, "token_logprobs", None), usage.completion_tokens
-        if choice.finish_reason not in ENDS:
+        (choice,), usage = reply.choices, reply.usage
+        ids, logprobs = getattr(choice, "token_ids", None), getattr(choice.logprobs, "token_logprobs", None)
+        finished, count = ENDS.get(choice.finish_reason), usage.completion_tokens
+        if finished is None:
             raise AnswerError(f"a row ended by {choice.finish_reason!r}, which is neither an EOS nor the limit")
-        finished = ENDS[choice.finish_reason]
         if usage.prompt_tokens != prompt:
             raise AnswerError(f"read a prompt of {prompt} tokens as {usage.prompt_tokens}")
         if not (1 if finished else limit) <= count <= limit:
@@ -239,16 +231,15 @@ class ServerEngine:
         if until != Response(ids, finished):
             how = "went on behind" if until.finished else "ended at"
             raise AnswerError(
-                f"a row {how} token {until.ids[-1]}; the model's EOS ids are {self.eos_ids}: another checkpoint?"
+                f"a row {how} token {until.ids[-1]}, but EOS is {self.eos_ids}: is it another checkpoint?"
             )
         return Response(ids, finished, logprobs)
 
     async def _load(self, directory: Path, name: str) -> None:
-        import openai
-
         body = {"lora_name": name, "lora_path": str(directory), "load_inplace": True}  # in place: when asked again
         try:
-            await self._quick.with_options(timeout=LOAD_SECONDS).post("/load_lora_adapter", cast_to=str, body=body)
+            patient = self._quick.with_options(timeout=timeout(LOAD_SECONDS))
+            await patient.post("/load_lora_adapter", cast_to=str, body=body)
         except openai.APIStatusError as error:
             raise AnswerError(_why_not_loaded(error, directory)) from None
         before, self._loaded, self.model = self._loaded, name, name
@@ -256,22 +247,11 @@ class ServerEngine:
             await self._unload(before)
 
     async def _unload(self, name: str) -> None:
-        import openai
-
         with suppress(openai.NotFoundError):  # a server that was started anew
             await self._quick.post("/unload_lora_adapter", cast_to=str, body={"lora_name": name})
 
-    async def _leave(self) -> None:
-        try:
-            if self._loaded is not None:
-                await self._unload(self._loaded)
-        finally:
-            await self._client.close()
-
     def _run(self, work: Coroutine) -> None:
         """Run to the end; the client's errors become one line each. Ctrl-C cancels what is under way."""
-        import openai
-
         try:
             self._runner.run(work)
             return
@@ -290,6 +270,10 @@ class ServerEngine:
         else:
             raise error
         raise InputError(f"--server {self.server}: {reason}{self._by_proxy}")
+
+
+def timeout(seconds: float) -> openai.Timeout:
+    return openai.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))
 
 
 def base_url(server: str) -> str:
@@ -335,9 +319,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
         text = tokenizer.decode(ids[start:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if tokenizer.encode(text) == ids:
             return text
-    raise InputError(
-        "--server: a prompt cannot be written as text that encodes to the same tokens; sample without --server"
-    )
+    raise InputError("--server: a prompt cannot be written as text that encodes to the same tokens; sample without it")
 
 
 def answer(error) -> str:

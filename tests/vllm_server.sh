@@ -5,7 +5,7 @@
 #   tests/vllm_server.sh stop [DIR]
 #
 # DIR (default $TMPDIR/pwopsd-vllm) holds vLLM's own environment, which needs another transformers than this project,
-# the server's log and its process id. VLLM_ARGS is added to the server's flags, MODEL replaces the embedded model.
+# the server's log and its process id. Its sampling defaults are loud, so that a field that is not sent shows. VLLM_ARGS is added to the server's flags, MODEL replaces the embedded model.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 action=${1:-}
@@ -31,7 +31,8 @@ start() {
     VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=True OMP_NUM_THREADS=1 \
       setsid "$dir/bin/python" -m vllm.entrypoints.openai.api_server --model "${MODEL:-$root/tiny-model}" \
       --served-model-name tiny --host 127.0.0.1 --port "$port" --dtype float32 --max-model-len 512 --enforce-eager \
-      --distributed-executor-backend uni --enable-lora --max-lora-rank 64 --max-num-batched-tokens 16384 ${VLLM_ARGS:-} </dev/null >"$dir/server.log" 2>&1 &
+      --distributed-executor-backend uni --enable-lora --max-lora-rank 64 --max-num-batched-tokens 16384 \
+      --override-generation-config '{"presence_penalty": 1.5, "frequency_penalty": 1.5, "repetition_penalty": 1.5, "min_p": 0.9, "top_k": 1}' ${VLLM_ARGS:-} </dev/null >"$dir/server.log" 2>&1 &
     echo $! >"$dir/server.pid"
     echo "http://127.0.0.1:$port" >"$dir/server.url"
   fi
