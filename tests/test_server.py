@@ -200,7 +200,7 @@ def test_what_vllm_does_not_do_is_one_line(engine, tokenizer, prompts, tmp_path)
     with pytest.raises(InputError, match=r"its context of 512 tokens does not hold a prompt of \d+ and .* 600"):
         engine.sample(prompts[:1], keys(1), Sampling(1.0, 1.0, 0, max_new_tokens=600))
     engine.context = None  # a server that does not tell: vLLM generates what is left behind the prompt
-    long = [[token for prompt in prompts for token in prompt][:509]]
+    long = [[token for prompt in prompts * 2 for token in prompt][:509]]
     with pytest.raises(InputError, match="a row of 3 tokens, ended by 'length', for a limit of 40") as caught:
         engine.sample(long, keys(1), Sampling(1.0, 1.0, 0, max_new_tokens=40))
     one_line_of(caught)
@@ -215,10 +215,10 @@ OWN = ["model", "prompt", "seed", "temperature", "top_p", "top_k", "max_tokens",
        "return_token_ids"]  # fmt: skip
 DRAWS_NOTHING = {
     "stream", "stream_options", "stream_interval", "suffix", "user", "include_stop_str_in_output",
-    "skip_special_tokens", "spaces_between_special_tokens", "truncation_side", "prompt_logprobs", "logprob_token_ids", "prompt_embeds",
-    "add_special_tokens", "priority", "request_id", "session_id", "return_tokens_as_token_ids", "cache_salt",
-    "routed_experts_prompt_start", "return_token_offsets", "mm_payload", "return_mm_kwargs", "kv_transfer_params",
-    "ec_transfer_params", "vllm_xargs",
+    "skip_special_tokens", "spaces_between_special_tokens", "truncation_side", "prompt_logprobs", "logprob_token_ids",
+    "prompt_embeds", "add_special_tokens", "priority", "request_id", "session_id", "return_tokens_as_token_ids",
+    "cache_salt", "routed_experts_prompt_start", "return_token_offsets", "mm_payload", "return_mm_kwargs",
+    "kv_transfer_params", "ec_transfer_params", "vllm_xargs",
 }  # fmt: skip
 
 
@@ -457,9 +457,9 @@ def test_a_request_says_everything(fake):
     ask(fake.url, 1)
     assert fake.seen[-1][1] == {
         "model": "m", "prompt": [2], "seed": 1484405855, "temperature": 0.7, "top_p": 0.95, "top_k": 20,
-        "max_tokens": 64, "stop_token_ids": [1], "logprobs": 0, "return_token_ids": True, "n": 1, "echo": False, "stop": [],
-        "logit_bias": None, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_p": 0.0,
-        "use_beam_search": False, "length_penalty": 1.0, "watermarking": False, "ignore_eos": False, "min_tokens": 0,
+        "max_tokens": 64, "stop_token_ids": [1], "logprobs": 0, "return_token_ids": True, "n": 1, "echo": False,
+        "stop": [], "logit_bias": None, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
+        "min_p": 0.0, "use_beam_search": False, "length_penalty": 1.0, "watermarking": False, "ignore_eos": False, "min_tokens": 0,
         "bad_words": [], "allowed_token_ids": None, "structured_outputs": None, "response_format": None,
         "truncate_prompt_tokens": None, "repetition_detection": None, "thinking_token_budget": -1,
     }  # fmt: skip
