@@ -200,8 +200,8 @@ def test_what_vllm_does_not_do_is_one_line(engine, tokenizer, prompts, tmp_path)
     with pytest.raises(InputError, match=r"its context of 512 tokens does not hold a prompt of \d+ and .* 600"):
         engine.sample(prompts[:1], keys(1), Sampling(1.0, 1.0, 0, max_new_tokens=600))
     engine.context = None  # a server that does not tell: vLLM generates what is left behind the prompt
-    long = [[token for prompt in prompts * 2 for token in prompt][:509]]
-    with pytest.raises(InputError, match="a row of 3 tokens, ended by 'length', for a limit of 40") as caught:
+    long = [[token for prompt in prompts * 2 for token in prompt][:500]]
+    with pytest.raises(InputError, match="a row of 12 tokens, ended by 'length', for a limit of 40") as caught:
         engine.sample(long, keys(1), Sampling(1.0, 1.0, 0, max_new_tokens=40))
     one_line_of(caught)
     engine.model = "gone"
@@ -459,8 +459,8 @@ def test_a_request_says_everything(fake):
         "model": "m", "prompt": [2], "seed": 1484405855, "temperature": 0.7, "top_p": 0.95, "top_k": 20,
         "max_tokens": 64, "stop_token_ids": [1], "logprobs": 0, "return_token_ids": True, "n": 1, "echo": False,
         "stop": [], "logit_bias": None, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
-        "min_p": 0.0, "use_beam_search": False, "length_penalty": 1.0, "watermarking": False, "ignore_eos": False, "min_tokens": 0,
-        "bad_words": [], "allowed_token_ids": None, "structured_outputs": None, "response_format": None,
+        "min_p": 0.0, "use_beam_search": False, "length_penalty": 1.0, "watermarking": False, "ignore_eos": False,
+        "min_tokens": 0, "bad_words": [], "allowed_token_ids": None, "structured_outputs": None, "response_format": None,
         "truncate_prompt_tokens": None, "repetition_detection": None, "thinking_token_budget": -1,
     }  # fmt: skip
     assert [request_seed((0, row)) for row in (0, 1)] == [1484405855, 1982462498]
