@@ -460,8 +460,9 @@ def test_a_request_says_everything(fake):
         "max_tokens": 64, "stop_token_ids": [1], "logprobs": 0, "return_token_ids": True, "n": 1, "echo": False,
         "stop": [], "logit_bias": None, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
         "min_p": 0.0, "use_beam_search": False, "length_penalty": 1.0, "watermarking": False, "ignore_eos": False,
-        "min_tokens": 0, "bad_words": [], "allowed_token_ids": None, "structured_outputs": None, "response_format": None,
-        "truncate_prompt_tokens": None, "repetition_detection": None, "thinking_token_budget": -1,
+        "min_tokens": 0, "bad_words": [], "allowed_token_ids": None, "structured_outputs": None,
+        "response_format": None, "truncate_prompt_tokens": None, "repetition_detection": None,
+        "thinking_token_budget": -1,
     }  # fmt: skip
     assert [request_seed((0, row)) for row in (0, 1)] == [1484405855, 1982462498]
     engine = ServerEngine(fake.url, "m", Tokens(), [1, 3], 9, 1)
