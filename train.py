@@ -366,7 +366,7 @@ def check_config(config: TrainConfig) -> None:
     resolve_method(config.method, config)
     engine, _ = choose_engine(config.engine, torch.device("cpu"), config.max_new_tokens, config.server)
     if engine == "server" and config.lora_rank == 0:
-        raise InputError("--engine server trains an adapter, which the server loads: --lora_rank must be above 0")
+        raise InputError("--server trains an adapter, which the server loads: --lora_rank must be above 0")
     _ = config.sampling  # checks itself
     load_prompts(config.prompts)
     if config.dtype in ("bfloat16", "float16") and config.lora_rank == 0:

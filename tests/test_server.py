@@ -693,6 +693,18 @@ def test_what_is_no_address_is_one_line(typed):
         base_url(typed)
 
 
+def test_eos_ids_and_vocabulary_are_the_checkpoints(tokenizer, tmp_path):
+    """Generation configs list several EOS ids; without one the model's config has them, as for a loaded model."""
+    model = Path(shutil.copytree(TINY_MODEL, tmp_path / "model"))
+    assert server.ends_and_vocabulary("tiny", tokenizer) == ([97], 111)
+    (model / "generation_config.json").write_text('{"eos_token_id": [97, 5]}')
+    assert server.ends_and_vocabulary(str(model), tokenizer) == ([5, 97], 111)
+    (model / "generation_config.json").unlink()
+    config = json.loads((model / "config.json").read_text()) | {"eos_token_id": 7, "vocab_size": 128}
+    (model / "config.json").write_text(json.dumps(config))
+    assert server.ends_and_vocabulary(str(model), tokenizer) == ([7, 97], 128)
+
+
 def test_prompts_survive_as_text(tokenizer):
     ids = encode_prompt(tokenizer, EVALUATION_PROMPT, tiny_problems("train", 1)[0], True)
     assert tokenizer.encode(prompt_text(tokenizer, ids)) == ids
