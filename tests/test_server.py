@@ -512,7 +512,7 @@ def test_adapters_are_loaded_and_unloaded_each_once(fake, tmp_path):
         ({"finish_reason": None}, "a row ended by None"),
         ({"finish_reason": ["stop"]}, "not a completion"),
         ({"token_ids": [5] * 5000, "usage": {"completion_tokens": 5000}}, "a row of 5000 tokens, .* a limit of 64"),
-        ({"token_ids": [], "usage": {"completion_tokens": 0}}, "a row of 0 tokens"),
+        ({"token_ids": [], "usage": {"completion_tokens": 0}}, "a row of 0 tokens, ended"),
         ({"finish_reason": "length"}, "a row of 2 tokens, ended by 'length', for a limit of 64"),
         ({"token_ids": [5, 5, 1]}, "a row of 2 tokens with 3 token ids"),
         ({"token_ids": []}, "a row of 2 tokens with 0 token ids"),
