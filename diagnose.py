@@ -391,8 +391,7 @@ def prepare(config: DiagnoseConfig, device: torch.device, folder: Path) -> Diagn
         say(grader.note)
     config = replace(config, dtype=str(model.dtype).removeprefix("torch."), grader=f"{grader.name} {grader.version}")
     if config.server:  # samples in phases A and E; B and D pass through the model here
-        served, ends = config.served_model or config.model, eos_ids(model.generation_config, tokenizer)
-        engine = connect(config.server, served, tokenizer, ends, config.batch_size, needs_ids=True)
+        engine = connect(config.server, config.model, config.served_model, tokenizer, config.batch_size, needs_ids=True)
     else:
         engine = GenerateEngine(model, tokenizer, config.batch_size)
     run = Diagnosis(model, tokenizer, engine, grader, problems, config, folder, prompts)

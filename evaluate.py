@@ -35,7 +35,6 @@ from runtime.pins import fingerprint, model_pin
 from runtime.ranks import gather_objects, hide_bar, rank, say, start_ranks, stop_ranks, world_size
 from runtime.run_folder import versions, write_atomically
 from runtime.samples import Sample, SampleFile, check_regime
-from runtime.server import checkpoint_eos_ids
 from teacher import EVALUATION_PROMPT, encode_prompt, load_prompts
 
 
@@ -180,8 +179,7 @@ def sample_missing(
 def open_engine(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
     """An engine in this process, with the model and its adapter, or the one of --server."""
     if config.server:
-        ends, served = checkpoint_eos_ids(config.model, tokenizer), config.served_model or config.model
-        return connect(config.server, served, tokenizer, ends, config.batch_size, config.adapter)
+        return connect(config.server, config.model, config.served_model, tokenizer, config.batch_size, config.adapter)
     model = load_model(config.model, config.dtype, device=config.device)
     if config.adapter:
         load_adapter(model, config.adapter)

@@ -366,8 +366,9 @@ def build(
     )
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=config.num_steps)
     if config.server:
-        ends, name = model.eos_ids(student.generation_config, tokenizer), config.served_model or config.model
-        engine = engines.connect(config.server, name, tokenizer, ends, in_flight=200, needs_ids=True)
+        engine = engines.connect(
+            config.server, config.model, config.served_model, tokenizer, in_flight=200, needs_ids=True
+        )
     else:
         engine = engines.GenerateEngine(student, tokenizer)
     method = loss.resolve_method(config.method, config)

@@ -29,7 +29,7 @@ DECODINGS = {"sampled": Sampling(1.0, 0.95, 0, 96), "greedy": Sampling(0.0, 1.0,
 def open_engine(name: str, adapter: str | None, server: str | None, rows: int) -> Engine:
     tokenizer = load_tokenizer("tiny")
     if name == "server":
-        return connect(server, "tiny", tokenizer, [tokenizer.eos_token_id], rows, adapter)
+        return connect(server, "tiny", None, tokenizer, rows, adapter)
     model = load_model("tiny", device="cpu").eval()
     if adapter is not None:
         load_adapter(model, adapter)

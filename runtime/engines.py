@@ -71,20 +71,25 @@ class GenerateEngine:
 
 
 def connect(
-    server: str, model: str, tokenizer: PreTrainedTokenizerBase, ends: list[int], in_flight: int,
+    server: str, model: str, served: str | None, tokenizer: PreTrainedTokenizerBase, in_flight: int,
     adapter: str | None = None, needs_ids: bool = False,
 ) -> Engine:  # fmt: skip
     """The engine of `--server`, with an adapter loaded there by name; every rank has a name of its own.
 
-    `needs_ids`: training and diagnosis are on the very tokens that were sampled. Raises InputError where the server
-    cannot.
+    `model`: the checkpoint; `served`: the server's name for it, where it is another. `needs_ids`: training and
+    diagnosis are on the very tokens that were sampled. Raises InputError where the server cannot.
     """
-    from runtime.server import ServerEngine
+    from runtime.server import ServerEngine, ends_and_vocabulary
 
-    engine = ServerEngine(server, model, tokenizer, ends, in_flight)
+    engine = ServerEngine(server, served or model, tokenizer, *ends_and_vocabulary(model, tokenizer), in_flight)
     try:
         if needs_ids and not engine.returns_ids:
             raise InputError(f"--server {server}: returns no token ids, which training and diagnosis need; vLLM does")
+        if needs_ids and not engine.raw_logprobs:
+            raise InputError(
+                f"--server {server}: its log-probabilities are those after temperature, top_k and top_p; start vLLM "
+                "with --logprobs-mode raw_logprobs, with which sampler_gap compares"
+            )
         if adapter is not None:
             engine.use_adapter(Path(adapter), Path(adapter).name)
     except BaseException:
@@ -105,7 +110,7 @@ def publish(engine: Engine, model: PreTrainedModel, folder: Path, step: int) -> 
     if rank() == 0:
         save_adapter(model, directory, engine.base_model)
         engine.use_adapter(directory, directory.name)
-        for other in directory.parent.iterdir():
+        for other in directory.parent.glob("step-*"):
             if other != directory:
                 shutil.rmtree(other)
     engine.model = gather_objects(engine.model)[0]

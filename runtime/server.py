@@ -3,8 +3,9 @@
 Prompts go out as token ids, and token ids come back with their log-probabilities where the server can (vLLM). A server
 that knows text only gets each prompt as the text that its tokenizer turns into exactly those ids.
 
-A server applies the sampling defaults of the checkpoint (Qwen3: top_k 20) where a request is silent, so every setting
-is sent, the ones that are off included. Needs the optional package `openai`, which retries, waits and times out.
+A server applies its own or the checkpoint's sampling defaults (Qwen3: top_k 20) where a request is silent, so every
+setting is sent, the ones that are off included; an answer that cannot be the one asked for is an error. Needs the
+optional package `openai`, which retries, waits and times out.
 """
 
 from __future__ import annotations
@@ -17,18 +18,45 @@ from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from errors import InputError, one_line
-from model import eos_ids, find_checkpoint
-from rollout import OnFinished, Response, Sampling, StreamKey
+from model import eos_ids, find_checkpoint, load_config
+from rollout import OnFinished, Response, Sampling, StreamKey, until_eos
+
+try:
+    import openai
+except ImportError:
+    raise InputError("--server needs the openai package: pip install openai") from None
 
 REQUEST_SECONDS = 2 * 3600  # 38,912 tokens on a busy server take most of an hour
+START_SECONDS = 30  # for a try at what comes before sampling: the models' names, one token
+LOAD_SECONDS = 300  # an adapter, perhaps of gigabytes over a network
 CONNECT_SECONDS = 10
 RETRIES = 10  # the client waits 0.5 s, then twice as long each time, 8 s at most: a minute in all
 QUICK_RETRIES = 2  # before anything is sampled, and for adapters, whose errors come as a 500
+LEAST_TEMPERATURE = 0.01  # vLLM raises what is between 0 and this to this
+ENDS = {"stop": True, "length": False}  # finish_reason: was there an EOS?
+ROUNDING = 1e-2  # by which a log-probability may be above 0
+
+# All that draws other tokens in vLLM (CompletionRequest) or transformers (GenerationConfig), switched off.
+VLLM_OFF = {
+    "n": 1, "echo": False, "stop": [], "logit_bias": None, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0, "min_p": 0.0, "use_beam_search": False, "length_penalty": 1.0, "watermarking": False,
+    "ignore_eos": False, "min_tokens": 0, "bad_words": [], "allowed_token_ids": None, "structured_outputs": None,
+    "response_format": None, "truncate_prompt_tokens": None, "repetition_detection": None, "thinking_token_budget": -1,
+}  # fmt: skip
+TRANSFORMERS_OFF = {
+    "repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "no_repeat_ngram_size": 0, "num_beams": 1, "min_length": 0, "min_new_tokens": 0,
+}  # fmt: skip
+
+
+class AnswerError(Exception):
+    """What is wrong with an answer, in words; `ServerEngine._run` puts the server's address before it."""
 
 
 class ServerEngine:
@@ -37,28 +65,34 @@ class ServerEngine:
     name = "server"
 
     def __init__(
-        self, server: str, model: str, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int], in_flight: int
-    ) -> None:
-        """`server`: the URL as typed; `model`: the name that the server knows the model by.
+        self, server: str, model: str, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int], vocabulary: int,
+        in_flight: int,
+    ) -> None:  # fmt: skip
+        """`server`: the URL as typed; `model`: the server's name for it; `vocabulary`: how many token ids it has.
 
-        Asks the server for its models and for one token. Raises InputError where it is not there, wants a key, serves
-        another model or takes none of the two kinds of request.
+        Asks the server for its models and for one token. Raises InputError where it is not there, does not answer,
+        wants a key, serves another model or takes none of the two kinds of request.
         """
-        try:
-            import openai
-        except ImportError:
-            raise InputError("--engine server needs the openai package: pip install openai") from None
         self.server, self.base_model, self.tokenizer = server, model, tokenizer
-        self.eos_ids, self.in_flight = eos_ids, in_flight
+        self.eos_ids, self.vocabulary, self.in_flight = eos_ids, vocabulary, in_flight
         self.model = model  # the name that requests go to: the base model's or an adapter's
+        self.context: int | None = None  # tokens of a prompt with its response, where the server tells
         self.takes_ids = True  # False: prompts go out as text
         self.returns_ids = False  # known after the first answer; training needs it
+        self.raw_logprobs = True  # False: they are those after temperature, top_k and top_p
         self._loaded: str | None = None  # the adapter that this engine has to unload
-        self._client = openai.AsyncOpenAI(
-            base_url=base_url(server), api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=RETRIES,
-            timeout=openai.Timeout(REQUEST_SECONDS, connect=CONNECT_SECONDS),
-        )  # fmt: skip
-        self._quick = self._client.with_options(max_retries=QUICK_RETRIES)
+        url = base_url(server)
+        proxy = proxy_variable(url)
+        self._by_proxy = f"; asked through the proxy of {proxy}, as NO_PROXY does not name the host" if proxy else ""
+        try:
+            self._client = openai.AsyncOpenAI(
+                base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=RETRIES,
+                timeout=timeout(REQUEST_SECONDS),
+                http_client=openai.DefaultAsyncHttpxClient(trust_env=proxy is not None),
+            )  # fmt: skip
+        except Exception as error:  # a proxy of a kind that the client does not know; each library has its own
+            raise InputError(f"--server {server}: {one_line(error)}{self._by_proxy}") from None
+        self._quick = self._client.with_options(max_retries=QUICK_RETRIES, timeout=timeout(START_SECONDS))
         self._runner = asyncio.Runner()
         try:
             self._run(self._meet())
@@ -67,18 +101,25 @@ class ServerEngine:
             raise
 
     def sample(
-        self,
-        prompts: list[list[int]],
-        keys: Sequence[StreamKey],
-        settings: Sampling,
+        self, prompts: list[list[int]], keys: Sequence[StreamKey], settings: Sampling,
         on_finished: OnFinished | None = None,
-    ) -> list[Response]:
+    ) -> list[Response]:  # fmt: skip
         """One response per prompt, in the prompts' order; `on_finished(row, response)` as soon as a row is done.
 
         Each row has its own seed, a function of its key; whether equal seeds give equal answers is the server's affair.
-        The first row that fails for good ends the call with InputError. Then, and on Ctrl-C, requests in flight are
-        cancelled, here and on the server.
+        The first row that fails for good, or comes back as what was not asked for, ends the call with InputError. Then,
+        and on Ctrl-C, requests in flight are cancelled, here and on the server.
         """
+        if 0.0 < settings.temperature < LEAST_TEMPERATURE:
+            raise InputError(
+                f"--temperature {settings.temperature}: vLLM raises it to {LEAST_TEMPERATURE}; take 0 (greedy), or more"
+            )
+        longest = max(map(len, prompts), default=0)
+        if self.context is not None and longest + settings.max_new_tokens > self.context:
+            raise InputError(
+                f"--server {self.server}: its context of {self.context} tokens does not hold a prompt of {longest} and "
+                f"--max_new_tokens {settings.max_new_tokens} (vLLM: --max-model-len)"
+            )
         responses: list[Response | None] = [None] * len(prompts)
         rows = iter(range(len(prompts)))
 
@@ -109,25 +150,28 @@ class ServerEngine:
         """Unload the adapter, if there is one; a server that is gone, or a second call, is no error."""
         if not self._client.is_closed():
             with suppress(InputError):
-                self._run(self._leave())
+                if self._loaded is not None:
+                    self._run(self._unload(self._loaded))
+            self._runner.run(self._client.close())
             self._runner.close()
 
     # -----------------------------------------------------------------------------------------------------------
 
     async def _meet(self) -> None:
-        """Compare the name with /v1/models, then find out by a request for one token what the server takes."""
-        import openai
-
+        """Look into /v1/models, then find out by a request for one token what the server takes and gives."""
         try:
-            served = [entry.id for entry in (await self._quick.models.list()).data]
+            served = {entry.id: entry for entry in (await self._quick.models.list()).data}
         except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError):
             raise
         except (openai.APIError, AttributeError, TypeError, ValueError):  # `transformers serve` asks the hub for it
-            served = []
+            served = {}
         if served and self.model not in served:
-            names = ", ".join(map(str, served[:5]))
-            raise InputError(f"--server {self.server}: serves {names}, not {self.model} (--served_model names it)")
-        prompt, settings = self.tokenizer.encode("1"), Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=1)
+            names = ", ".join(map(str, list(served)[:5]))
+            raise AnswerError(f"serves {names}, not {self.model} (--served_model names it)")
+        context = getattr(served.get(self.model), "max_model_len", None)
+        self.context = context if isinstance(context, int) else None
+        # With top_k 1 the token has probability 1 after the filters, and less before them.
+        prompt, settings = self.tokenizer.encode("1"), Sampling(temperature=1.0, top_p=1.0, top_k=1, max_new_tokens=1)
         try:
             first = await self._complete(self._quick, prompt, 0, settings)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
@@ -135,105 +179,101 @@ class ServerEngine:
                 raise
             self.takes_ids = False
             first = await self._complete(self._quick, prompt, 0, settings)
-        self.returns_ids = first.text is None
+        self.returns_ids, self.raw_logprobs = first.text is None, first.logprobs != [0.0]
 
     async def _complete(self, client, prompt: list[int], seed: int, settings: Sampling) -> Response:
         fields = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_new_tokens}
         if self.takes_ids:
-            fields |= {"prompt": prompt, "logprobs": 0, "extra_body": self._id_fields(settings)}
+            sent = prompt
+            fields |= {"top_k": settings.top_k or -1, "stop_token_ids": self.eos_ids, "logprobs": 0}
+            fields |= {"return_token_ids": True, **VLLM_OFF}
         else:
-            text = prompt_text(self.tokenizer, prompt)
-            fields |= {"prompt": text, "extra_body": {"generation_config": self._generation_config(settings)}}
+            sent = prompt_text(self.tokenizer, prompt)
+            whole = {
+                "do_sample": settings.temperature > 0, "top_k": settings.top_k, "eos_token_id": self.eos_ids,
+                "pad_token_id": self.eos_ids[0], "max_new_tokens": settings.max_new_tokens, **TRANSFORMERS_OFF,
+            }  # fmt: skip
+            fields["generation_config"] = json.dumps(whole)
         try:
-            reply = await client.completions.create(model=self.model, seed=seed, **fields)
+            reply = await client.completions.create(model=self.model, prompt=sent, seed=seed, extra_body=fields)
         except ValueError as error:  # a body that is not JSON
-            raise InputError(f"--server {self.server}: answers something else than JSON ({error})") from None
-        return self._read(reply)
-
-    def _id_fields(self, settings: Sampling) -> dict:
-        """What the API of OpenAI lacks and vLLM and SGLang have."""
-        return {
-            "top_k": settings.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": self.eos_ids,
-            "return_token_ids": True,
-        }  # fmt: skip
-
-    def _generation_config(self, settings: Sampling) -> str:
-        """The same in transformers' way, as a whole generation config."""
-        config = {
-            "do_sample": settings.temperature > 0, "top_k": settings.top_k, "eos_token_id": self.eos_ids,
-            "pad_token_id": self.eos_ids[0], "max_new_tokens": settings.max_new_tokens,
-        }  # fmt: skip
-        return json.dumps(config)
-
-    def _read(self, reply) -> Response:
-        """A completion as a Response; raises InputError for anything else."""
+            raise AnswerError(f"answers something else than JSON ({error})") from None
         try:
-            choice = reply.choices[0]
-            finished = {"stop": True, "length": False}[choice.finish_reason]
-            ids, logprobs = getattr(choice, "token_ids", None), getattr(choice.logprobs, "token_logprobs", None)
-            if ids is None and isinstance(choice.text, str):  # null would be sampled as "None"
-                return Response([], finished, text=choice.text, tokens=int(reply.usage.completion_tokens))
-            good = len(ids) > 0 and (logprobs is None or len(logprobs) == len(ids))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            good = False
-        if not good:
-            raise InputError(f"--server {self.server}: not a completion: {one_line(reply)}")
-        if finished != (ids[-1] in self.eos_ids):
-            raise InputError(
-                f"--server {self.server}: a response {'ended' if finished else 'went on'} at token {ids[-1]}, but the "
-                f"model's EOS ids are {self.eos_ids}: the server's checkpoint is another one"
+            if self.model != self.base_model and reply.model != self.model:
+                raise AnswerError(f"answers as {reply.model}, not by the adapter {self.model}")
+            return self._read(reply, len(prompt), settings.max_new_tokens)
+        except (AttributeError, TypeError, ValueError):
+            raise AnswerError(f"not a completion: {one_line(reply)}") from None
+
+    def _read(self, reply, prompt: int, limit: int) -> Response:
+        """A completion of at most `limit` tokens behind `prompt` tokens; raises AnswerError for what cannot be one."""
+        (choice,), usage = reply.choices, reply.usage
+        ids, logprobs = getattr(choice, "token_ids", None), getattr(choice.logprobs, "token_logprobs", None)
+        finished, count = ENDS.get(choice.finish_reason), usage.completion_tokens
+        if finished is None:
+            raise AnswerError(f"a row ended by {choice.finish_reason!r}, which is neither an EOS nor the limit")
+        if usage.prompt_tokens != prompt:
+            raise AnswerError(f"read a prompt of {prompt} tokens as {usage.prompt_tokens}")
+        if not (1 if finished else limit) <= count <= limit:
+            raise AnswerError(f"a row of {count} tokens, ended by {choice.finish_reason!r}, for a limit of {limit}")
+        if ids is None and isinstance(choice.text, str):  # null would be sampled as "None"
+            return Response([], finished, text=choice.text, tokens=count)
+        for what, values in (("token ids", ids), ("log-probabilities", logprobs)):
+            if values is not None and len(values) != count:
+                raise AnswerError(f"a row of {count} tokens with {len(values)} {what}")
+        for token in ids:
+            if type(token) is not int or not 0 <= token < self.vocabulary:
+                raise AnswerError(f"the token id {token}; the model has 0 to {self.vocabulary - 1}")
+        for value in logprobs or ():
+            if type(value) not in (int, float) or not float("-inf") < value < ROUNDING:
+                raise AnswerError(f"the log-probability {value}; start vLLM with --logprobs-mode raw_logprobs")
+        until = until_eos(ids, self.eos_ids)
+        if until != Response(ids, finished):
+            how = "went on behind" if until.finished else "ended at"
+            raise AnswerError(
+                f"a row {how} token {until.ids[-1]}, but EOS is {self.eos_ids}: is it another checkpoint?"
             )
-        if self.model != self.base_model and reply.model != self.model:
-            raise InputError(f"--server {self.server}: answers as {reply.model}, not by the adapter {self.model}")
         return Response(ids, finished, logprobs)
 
     async def _load(self, directory: Path, name: str) -> None:
-        import openai
-
         body = {"lora_name": name, "lora_path": str(directory), "load_inplace": True}  # in place: when asked again
         try:
-            await self._quick.post("/load_lora_adapter", cast_to=str, body=body)
+            patient = self._quick.with_options(timeout=timeout(LOAD_SECONDS))
+            await patient.post("/load_lora_adapter", cast_to=str, body=body)
         except openai.APIStatusError as error:
-            raise InputError(f"--server {self.server}: {_why_not_loaded(error, directory)}") from None
+            raise AnswerError(_why_not_loaded(error, directory)) from None
         before, self._loaded, self.model = self._loaded, name, name
         if before is not None:
             await self._unload(before)
 
     async def _unload(self, name: str) -> None:
-        import openai
-
         with suppress(openai.NotFoundError):  # a server that was started anew
             await self._quick.post("/unload_lora_adapter", cast_to=str, body={"lora_name": name})
 
-    async def _leave(self) -> None:
-        try:
-            if self._loaded is not None:
-                await self._unload(self._loaded)
-        finally:
-            await self._client.close()
-
     def _run(self, work: Coroutine) -> None:
         """Run to the end; the client's errors become one line each. Ctrl-C cancels what is under way."""
-        import openai
-
         try:
             self._runner.run(work)
             return
         except ExceptionGroup as group:
             error = group.exceptions[0]
-        except openai.OpenAIError as alone:
+        except (openai.OpenAIError, AnswerError) as alone:
             error = alone
-        if not isinstance(error, openai.OpenAIError):
-            raise error
         if isinstance(error, openai.APIConnectionError):
             reason = f"no answer ({one_line(error.__cause__ or error)})"
         elif isinstance(error, openai.AuthenticationError):
             reason = f"wants a key, which is read from OPENAI_API_KEY ({answer(error)})"
         elif isinstance(error, openai.APIStatusError):
             reason = f"refuses a request for {self.model} ({answer(error)})"
-        else:
+        elif isinstance(error, openai.OpenAIError | AnswerError):
             reason = one_line(error)
-        raise InputError(f"--server {self.server}: {reason}")
+        else:
+            raise error
+        raise InputError(f"--server {self.server}: {reason}{self._by_proxy}")
+
+
+def timeout(seconds: float) -> openai.Timeout:
+    return openai.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))
 
 
 def base_url(server: str) -> str:
@@ -250,12 +290,22 @@ def base_url(server: str) -> str:
     return url if url.endswith("/v1") else f"{url}/v1"
 
 
-def checkpoint_eos_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """model.eos_ids of a checkpoint that is not loaded here."""
+def proxy_variable(url: str) -> str | None:
+    """The environment variable whose proxy requests to `url` go through; None for this machine's own addresses."""
+    host, scheme = urlsplit(url).hostname, urlsplit(url).scheme
+    if host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.") or proxy_bypass(host):
+        return None
+    return next((f"{name.upper()}_PROXY" for name in (scheme, "all") if getproxies().get(name)), None)
+
+
+def ends_and_vocabulary(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    """model.eos_ids and the number of token ids of a checkpoint, which need not be loaded here."""
+    config = load_config(model)
     try:
-        return eos_ids(GenerationConfig.from_pretrained(find_checkpoint(model)), tokenizer)
+        generation = GenerationConfig.from_pretrained(find_checkpoint(model))
     except OSError:  # a checkpoint need not have one
-        return eos_ids(GenerationConfig(), tokenizer)
+        generation = GenerationConfig.from_model_config(config)
+    return eos_ids(generation, tokenizer), config.get_text_config().vocab_size
 
 
 def request_seed(key: StreamKey) -> int:
@@ -269,7 +319,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
         text = tokenizer.decode(ids[start:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if tokenizer.encode(text) == ids:
             return text
-    raise InputError("--server: a prompt cannot be written as text that encodes to the same tokens; use --engine")
+    raise InputError("--server: a prompt cannot be written as text that encodes to the same tokens; sample without it")
 
 
 def answer(error) -> str:
@@ -293,6 +343,6 @@ def _why_not_loaded(error, directory: Path) -> str:
     if error.status_code in (404, 405) or "LoRA is not enabled" in text:
         return (
             "loads no adapters: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, "
-            "or export the adapter (python -m runtime.export) and serve the result"
+            "or merge the adapter into the model and serve the result"
         )
     return f"does not load the adapter {directory} ({text})"

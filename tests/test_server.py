@@ -13,8 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
+from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,16 +34,18 @@ from model import (
 )
 from problems import tiny_problems
 from rollout import Sampling, sample
-from runtime import server
+from runtime import engines
 from runtime.adapters import load_adapter, save_adapter
 from runtime.metrics import GAP_FLOAT32
-from runtime.server import ServerEngine, answer, base_url, prompt_text
 from teacher import EVALUATION_PROMPT, encode_prompt
 
-MISSING = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
+pytest.importorskip("openai", reason="pip install openai")
+from runtime import server
+from runtime.server import ServerEngine, answer, base_url, prompt_text, proxy_variable, request_seed
+
+MISSING = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
 VLLM = os.environ.get("PWOPSD_VLLM")
 needs_vllm = pytest.mark.skipif(not VLLM, reason="no PWOPSD_VLLM: export PWOPSD_VLLM=$(tests/vllm_server.sh start)")
-needs_openai = pytest.mark.skipif("openai" in MISSING, reason="pip install openai")
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=96)
 SAMPLED = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=64)
 
@@ -59,7 +61,7 @@ def prompts(tokenizer):
 
 
 def connect(tokenizer, url, model="tiny", in_flight=8) -> ServerEngine:
-    return ServerEngine(url, model, tokenizer, [tokenizer.eos_token_id], in_flight)
+    return ServerEngine(url, model, tokenizer, [tokenizer.eos_token_id], len(tokenizer), in_flight)
 
 
 def keys(count, seed=0):
@@ -98,11 +100,7 @@ def in_process(tokenizer, prompts, adapter=None):
     model = load_model("tiny", device="cpu").eval()
     if adapter is not None:
         load_adapter(model, adapter)
-    return model, greedy_ids(model, tokenizer, prompts)
-
-
-def greedy_ids(model, tokenizer, prompts):
-    return [response.ids for response in sample(model, tokenizer, prompts, keys(len(prompts)), GREEDY)]
+    return model, [response.ids for response in sample(model, tokenizer, prompts, keys(len(prompts)), GREEDY)]
 
 
 @torch.no_grad()
@@ -133,20 +131,15 @@ def test_vllm_gives_the_answers_and_the_log_probabilities_of_the_process(engine,
 
 
 @needs_vllm
-def test_equal_keys_give_equal_answers_and_the_limit_holds(engine, prompts):
+def test_equal_keys_give_equal_answers_and_the_settings_hold(engine, prompts):
     first, again = (engine.sample(prompts[:8], keys(8), SAMPLED) for _ in range(2))
     other = engine.sample(prompts[:8], keys(8, seed=1), SAMPLED)
     assert first == again and first != other
     cut = engine.sample(prompts[:2], keys(2), Sampling(1.0, 0.95, 0, max_new_tokens=3))
     assert [(len(response.ids), response.finished) for response in cut] == [(3, False)] * 2
-
-
-@needs_vllm
-def test_top_k_is_sent(engine, prompts):
-    """top_k 1 leaves the greedy token only, at any temperature."""
-    hot = Sampling(temperature=2.0, top_p=1.0, top_k=1, max_new_tokens=96)
     greedy = engine.sample(prompts[:4], keys(4), GREEDY)
-    assert [r.ids for r in engine.sample(prompts[:4], keys(4), hot)] == [r.ids for r in greedy]
+    hot = engine.sample(prompts[:4], keys(4), Sampling(temperature=2.0, top_p=1.0, top_k=1, max_new_tokens=96))
+    assert [r.ids for r in hot] == [r.ids for r in greedy]
 
 
 @needs_vllm
@@ -204,12 +197,36 @@ def test_what_vllm_does_not_do_is_one_line(engine, tokenizer, prompts, tmp_path)
     shutil.copy(tmp_path / "large" / "adapter_model.safetensors", tmp_path / "half")
     with pytest.raises(InputError, match="adapter"):
         engine.use_adapter(tmp_path / "half", "x")
-    with pytest.raises(InputError, match=r"max_tokens=600 cannot be greater than max_model_len"):
+    with pytest.raises(InputError, match=r"its context of 512 tokens does not hold a prompt of \d+ and .* 600"):
         engine.sample(prompts[:1], keys(1), Sampling(1.0, 1.0, 0, max_new_tokens=600))
+    engine.context = None  # a server that does not tell: vLLM generates what is left behind the prompt
+    long = [[token for prompt in prompts * 2 for token in prompt][:500]]
+    with pytest.raises(InputError, match="a row of 12 tokens, ended by 'length', for a limit of 40") as caught:
+        engine.sample(long, keys(1), Sampling(1.0, 1.0, 0, max_new_tokens=40))
+    one_line_of(caught)
     engine.model = "gone"
     with pytest.raises(InputError, match=r"gone.*does not exist") as caught:
         engine.sample(prompts[:1], keys(1), GREEDY)
     one_line_of(caught)
+
+
+# CompletionRequest of vLLM 0.32: what is sent, and what draws no other tokens.
+OWN = ["model", "prompt", "seed", "temperature", "top_p", "top_k", "max_tokens", "stop_token_ids", "logprobs",
+       "return_token_ids"]  # fmt: skip
+DRAWS_NOTHING = {
+    "stream", "stream_options", "stream_interval", "suffix", "user", "include_stop_str_in_output",
+    "skip_special_tokens", "spaces_between_special_tokens", "truncation_side", "prompt_logprobs", "logprob_token_ids",
+    "prompt_embeds", "add_special_tokens", "priority", "request_id", "session_id", "return_tokens_as_token_ids",
+    "cache_salt", "routed_experts_prompt_start", "return_token_offsets", "mm_payload", "return_mm_kwargs",
+    "kv_transfer_params", "ec_transfer_params", "vllm_xargs",
+}  # fmt: skip
+
+
+@needs_vllm
+def test_every_field_that_vllm_knows_is_sent_or_draws_nothing():
+    with urllib.request.urlopen(f"{VLLM}/openapi.json", timeout=30) as reply:
+        known = set(json.load(reply)["components"]["schemas"]["CompletionRequest"]["properties"])
+    assert known - DRAWS_NOTHING == {*OWN, *server.VLLM_OFF}
 
 
 @needs_vllm
@@ -245,12 +262,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+LOUD = {"do_sample": True, "top_k": 1, "min_p": 0.9, "repetition_penalty": 5.0, "no_repeat_ngram_size": 2,
+        "min_new_tokens": 50, "typical_p": 0.1}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def text_server(tmp_path_factory):
     if MISSING:
         pytest.skip(f"`transformers serve` needs {', '.join(MISSING)}: pip install 'transformers[serving]'")
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(TINY_MODEL), "--device", "cpu",
+    folder = tmp_path_factory.mktemp("server")
+    port, log, model = free_port(), folder / "log", shutil.copytree(TINY_MODEL, folder / "model")
+    settings = json.loads((model / "generation_config.json").read_text()) | LOUD
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model), "--device", "cpu",
                "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with log.open("w") as output:
@@ -258,22 +282,19 @@ def text_server(tmp_path_factory):
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            assert process.poll() is None, log.read_text()[-2000:]
+            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
                 break
-            except urllib.error.HTTPError:
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()[-2000:]
-                time.sleep(0.2)
-        yield url
+            time.sleep(0.2)
+        yield url, str(model)
     finally:
         process.terminate()
         process.wait(timeout=30)
 
 
 def test_a_server_of_text_samples_solves_and_stops(text_server, tokenizer, prompts, tmp_path):
-    engine = connect(tokenizer, text_server, str(TINY_MODEL), in_flight=4)
+    """As asked, not as the checkpoint's generation config has it."""
+    engine = connect(tokenizer, *text_server, in_flight=4)
     assert not engine.takes_ids and not engine.returns_ids
     responses = engine.sample(prompts[:8] * 2, keys(16), SAMPLED)
     assert all(r.finished and "\\boxed{" in r.text and 10 < r.tokens < 64 and r.ids == [] for r in responses)
@@ -290,7 +311,7 @@ def test_a_server_of_text_samples_solves_and_stops(text_server, tokenizer, promp
 
 def test_a_server_of_text_with_another_model_is_one_line(text_server, tokenizer):
     with pytest.raises(InputError, match="some/other") as caught:
-        connect(tokenizer, text_server, "some/other")
+        connect(tokenizer, text_server[0], "some/other")
     one_line_of(caught)
 
 
@@ -304,13 +325,17 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        self.answer(200, {"data": [{"id": "m"}]})
+        self.answer(200, {"data": [self.entry]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if "max_tokens" not in body:
+            self.adapters.append((self.path, body))
+            self.answer(200, "done")
+            return
+        first = body["max_tokens"] == 1  # the engine's first question
         with self.lock:
-            is_row = body["max_tokens"] > 1  # not the engine's first question
-            fault = self.faults.pop(0) if is_row and self.faults else "ok"
+            fault = self.faults.pop(0) if self.faults and not first else "ok"
             self.seen.append((fault, body, self.headers["Authorization"]))
             type(self).open += 1
             type(self).most = max(self.most, self.open)
@@ -329,10 +354,10 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b'{"choices')
             self.close_connection = True
+        elif self.text_only and "generation_config" not in body:
+            self.answer(422, {"detail": "Unexpected fields in the request: {'top_k'}"})
         elif fault == "ok":
-            choice = {"text": "", "token_ids": [5, 1], "finish_reason": "stop", "logprobs": {"token_logprobs": [0, 0]}}
-            usage = {"completion_tokens": 2}
-            self.answer(200, {"model": body["model"], "choices": [choice | self.changes], "usage": usage})
+            self.answer(200, completion(body, **(self.first if first else self.changes)))
         else:
             self.answer(int(fault), {"error": {"message": "as asked"}})
 
@@ -349,10 +374,22 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def completion(body, usage=(), model=None, **changes) -> dict:
+    """An answer to `body` as vLLM gives it: one token where one is asked for, else two, the second of them the EOS."""
+    tokens = {"token_ids": [5, 1], "finish_reason": "stop", "logprobs": {"token_logprobs": [-0.5, 0.0]}}
+    if body["max_tokens"] == 1:
+        tokens = {"token_ids": [5], "finish_reason": "length", "logprobs": {"token_logprobs": [-0.5]}}
+    usage = {"prompt_tokens": 1, "completion_tokens": len(tokens["token_ids"]), **dict(usage)}
+    if "generation_config" in body:
+        tokens["token_ids"] = tokens["logprobs"] = None
+    return {"model": model or body["model"], "choices": [{"text": "", **tokens, **changes}], "usage": usage}
+
+
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr(server, "RETRIES", 3)
-    own = {"faults": [], "seen": [], "gone": [], "changes": {}, "lock": threading.Lock(), "open": 0, "most": 0}
+    own = {"faults": [], "seen": [], "gone": [], "adapters": [], "changes": {}, "first": {}, "entry": {"id": "m"},
+           "open": 0, "most": 0, "text_only": False, "lock": threading.Lock()}  # fmt: skip
     handler = type("Own", (Handler,), own)
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     httpd.handle_error = lambda *_: None  # clients that go away are the point
@@ -364,35 +401,38 @@ def fake(monkeypatch):
 
 
 class Tokens:
-    """The one thing that the engine asks of a tokenizer where a server takes ids."""
+    """The one prompt that there is, as ids and as text."""
 
     def encode(self, text):
         return [2]
 
+    def decode(self, ids, **_):
+        return "two"
+
+
+SETTINGS = Sampling(0.7, 0.95, 20, 64)
+
 
 def ask(url, count=12, in_flight=3, on_finished=None):
-    engine = ServerEngine(url, "m", Tokens(), [1], in_flight)
+    engine = ServerEngine(url, "m", Tokens(), [1], 9, in_flight)
     try:
-        return engine.sample([[2]] * count, keys(count), Sampling(1.0, 0.95, 0, 64), on_finished)
+        return engine.sample([[2]] * count, keys(count), SETTINGS, on_finished)
     finally:
         engine.close()
 
 
-@needs_openai
 def test_at_most_so_many_requests_are_open(fake):
     assert len(ask(fake.url)) == 12
     assert 2 <= fake.most <= 3
     assert len({body["seed"] for _, body, _ in fake.seen[1:]}) == 12
 
 
-@needs_openai
 def test_busy_broken_dropped_and_torn_answers_are_asked_for_again(fake):
     fake.faults += ["429", "500", "503", "drop", "torn"]
     assert len(ask(fake.url)) == 12
     assert len(fake.seen) == 1 + 12 + 5
 
 
-@needs_openai
 def test_rows_that_were_done_before_a_failure_are_kept(fake):
     fake.faults += ["ok"] * 5 + ["500"] * 100
     kept = {}
@@ -402,7 +442,6 @@ def test_rows_that_were_done_before_a_failure_are_kept(fake):
     assert list(kept.values()) == [[5, 1]] * 5
 
 
-@needs_openai
 def test_an_error_of_the_caller_comes_through_and_ends_the_rest(fake):
     def full(row, response):
         raise OSError(28, "No space left on device")
@@ -414,7 +453,93 @@ def test_an_error_of_the_caller_comes_through_and_ends_the_rest(fake):
     assert time.monotonic() - start < 5
 
 
-@needs_openai
+def test_a_request_says_everything(fake):
+    ask(fake.url, 1)
+    assert fake.seen[-1][1] == {
+        "model": "m", "prompt": [2], "seed": 1484405855, "temperature": 0.7, "top_p": 0.95, "top_k": 20,
+        "max_tokens": 64, "stop_token_ids": [1], "logprobs": 0, "return_token_ids": True, "n": 1, "echo": False,
+        "stop": [], "logit_bias": None, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
+        "min_p": 0.0, "use_beam_search": False, "length_penalty": 1.0, "watermarking": False, "ignore_eos": False,
+        "min_tokens": 0, "bad_words": [], "allowed_token_ids": None, "structured_outputs": None,
+        "response_format": None, "truncate_prompt_tokens": None, "repetition_detection": None,
+        "thinking_token_budget": -1,
+    }  # fmt: skip
+    assert [request_seed((0, row)) for row in (0, 1)] == [1484405855, 1982462498]
+    engine = ServerEngine(fake.url, "m", Tokens(), [1, 3], 9, 1)
+    engine.sample([[2]], keys(1), Sampling(0.0, 1.0, 0, 64))
+    engine.close()
+    assert (fake.seen[-1][1]["top_k"], fake.seen[-1][1]["stop_token_ids"]) == (-1, [1, 3])
+
+
+def test_a_request_as_text_says_everything(fake):
+    fake.text_only = True
+    (response,) = ask(fake.url, 1)
+    assert (response.ids, response.finished, response.tokens) == ([], True, 2)
+    body = fake.seen[-1][1]
+    whole = json.loads(body.pop("generation_config"))
+    own = {"temperature": 0.7, "top_p": 0.95, "max_tokens": 64}
+    assert body == {"model": "m", "prompt": "two", "seed": 1484405855, **own}
+    assert whole == {
+        "do_sample": True, "top_k": 20, "eos_token_id": [1], "pad_token_id": 1, "max_new_tokens": 64, "min_p": 0.0,
+        "repetition_penalty": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "num_beams": 1,
+        "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
+    }  # fmt: skip
+
+
+def test_adapters_are_loaded_and_unloaded_each_once(fake, tmp_path):
+    engine = ServerEngine(fake.url, "m", Tokens(), [1], 9, 1)
+    names = []
+    for step in (1, 2):
+        engine.use_adapter(tmp_path, f"step-{step}")
+        names.append(engine.model)
+        engine.sample([[2]], keys(1), SETTINGS)
+        assert fake.seen[-1][1]["model"] == engine.model
+    assert names[0].startswith("step-1-") and names[1].startswith("step-2-")
+    fake.changes = {"model": "m"}
+    with pytest.raises(InputError, match=f"answers as m, not by the adapter {names[1]}"):
+        engine.sample([[2]], keys(1), SETTINGS)
+    engine.close()
+    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    whole = [{"lora_name": name, "lora_path": str(tmp_path), "load_inplace": True} for name in names]
+    gone = [{"lora_name": name} for name in names]
+    assert fake.adapters == [(load, whole[0]), (load, whole[1]), (unload, gone[0]), (unload, gone[1])]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"finish_reason": "repetition"}, "a row ended by 'repetition', which is neither an EOS nor the limit"),
+        ({"finish_reason": None}, "a row ended by None"),
+        ({"finish_reason": ["stop"]}, "not a completion"),
+        ({"token_ids": [5] * 5000, "usage": {"completion_tokens": 5000}}, "a row of 5000 tokens, .* a limit of 64"),
+        ({"token_ids": [], "usage": {"completion_tokens": 0}}, "a row of 0 tokens, ended"),
+        ({"finish_reason": "length"}, "a row of 2 tokens, ended by 'length', for a limit of 64"),
+        ({"token_ids": [5, 5, 1]}, "a row of 2 tokens with 3 token ids"),
+        ({"token_ids": []}, "a row of 2 tokens with 0 token ids"),
+        ({"token_ids": "51"}, "the token id 5; the model has"),
+        ({"token_ids": [-5, 1]}, "the token id -5; the model has 0 to 8"),
+        ({"token_ids": [9, 1]}, "the token id 9; the model has 0 to 8"),
+        ({"token_ids": [None, 1]}, "the token id None"),
+        ({"token_ids": [5.0, 1]}, "the token id 5.0"),
+        ({"token_ids": None, "text": None}, "not a completion"),
+        ({"token_ids": [5, 6]}, r"a row ended at token 6, but EOS is \[1\]"),
+        ({"token_ids": [1, 1]}, r"a row went on behind token 1, but EOS is \[1\]"),
+        ({"logprobs": {"token_logprobs": [-1]}}, "a row of 2 tokens with 1 log-probabilities"),
+        ({"logprobs": {"token_logprobs": []}}, "a row of 2 tokens with 0 log-probabilities"),
+        ({"logprobs": {"token_logprobs": [-1, None]}}, "the log-probability None"),
+        ({"logprobs": {"token_logprobs": [-1, float("nan")]}}, "the log-probability nan"),
+        ({"logprobs": {"token_logprobs": [12.5, -1]}}, "the log-probability 12.5; start vLLM with --logprobs-mode"),
+        ({"usage": {"completion_tokens": None}}, "not a completion"),
+        ({"usage": {"prompt_tokens": 3}}, "read a prompt of 1 tokens as 3"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_was_not_asked_for_is_one_line_and_is_not_kept(fake, changes, line):
+    fake.changes, kept = changes, []
+    with pytest.raises(InputError, match=f"--server {fake.url}: {line}") as caught:
+        ask(fake.url, 1, on_finished=lambda *row: kept.append(row))
+    assert one_line_of(caught) and kept == []
+
+
 def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
     with pytest.raises(InputError, match=r"no answer \(.*") as caught:
         ask(f"http://127.0.0.1:{free_port()}")
@@ -423,21 +548,8 @@ def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
     with pytest.raises(InputError, match="something else than JSON") as caught:
         ask(fake.url)
     one_line_of(caught)
-    for changes, line in (
-        ({"finish_reason": "abort"}, "not a completion"),
-        ({"token_ids": []}, "not a completion"),
-        ({"token_ids": None, "text": None}, "not a completion"),
-        ({"logprobs": {"token_logprobs": [0]}}, "not a completion"),
-        ({"token_ids": [5, 6]}, "ended at token 6, but the model's EOS ids are"),
-        ({"finish_reason": "length"}, "went on at token 1, but"),
-    ):
-        fake.changes = changes
-        with pytest.raises(InputError, match=line) as caught:
-            ask(fake.url)
-        one_line_of(caught)
-    fake.changes = {}
     with pytest.raises(InputError, match="serves m, not other"):
-        ServerEngine(fake.url, "other", Tokens(), [1], 1)
+        ServerEngine(fake.url, "other", Tokens(), [1], 9, 1)
     fake.faults.append("401")
     with pytest.raises(InputError, match="OPENAI_API_KEY") as caught:
         ask(fake.url)
@@ -447,20 +559,71 @@ def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
     assert fake.seen[-1][2] == "Bearer secret"
 
 
+def test_what_the_server_cannot_hold_or_would_change_is_not_sampled(fake, tokenizer):
+    fake.entry = {"id": "m", "max_model_len": 64}
+    with pytest.raises(
+        InputError, match="its context of 64 tokens does not hold a prompt of 1 and --max_new_tokens 64"
+    ):
+        ask(fake.url)
+    fake.entry["max_model_len"] = 65
+    assert len(ask(fake.url, 1)) == 1
+    engine = ServerEngine(fake.url, "m", Tokens(), [1], 9, 1)
+    for temperature in (1e-9, 0.0099):
+        with pytest.raises(InputError, match=f"--temperature {temperature}: vLLM raises it to 0.01"):
+            engine.sample([[2]], keys(1), Sampling(temperature, 1.0, 0, 64))
+    for temperature in (0.0, 0.01):
+        engine.sample([[2]], keys(1), Sampling(temperature, 1.0, 0, 64))
+    engine.close()
+    assert len(fake.seen) == 6  # three first questions, three rows
+
+
+@pytest.mark.parametrize(("told", "raw"), [(-0.5, True), (0.0, False), (None, True)])
+def test_log_probabilities_behind_the_filters_are_seen(fake, monkeypatch, told, raw):
+    """Asked with top_k 1: --logprobs-mode processed_logprobs gives 0."""
+    fake.first = {"logprobs": told if told is None else {"token_logprobs": [told]}}
+    monkeypatch.setattr(server, "ends_and_vocabulary", lambda *_: ([1], 9))
+    engines.connect(fake.url, "m", None, Tokens(), 1).close()
+    assert fake.seen[0][1]["top_k"] == 1
+    with nullcontext() if raw else pytest.raises(InputError, match="--logprobs-mode raw_logprobs"):
+        engines.connect(fake.url, "m", None, Tokens(), 1, needs_ids=True).close()
+
+
+def test_a_server_that_accepts_and_never_answers_is_given_up_at_once(monkeypatch):
+    monkeypatch.setattr(server, "START_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        start = time.monotonic()
+        with pytest.raises(InputError, match=r"no answer \(.*[Tt]ime"):
+            ask(f"http://127.0.0.1:{deaf.getsockname()[1]}")
+    assert time.monotonic() - start < 10
+
+
+def test_a_proxy_is_not_for_this_machine_and_is_named_elsewhere(fake, monkeypatch):
+    monkeypatch.setattr(server, "QUICK_RETRIES", 0)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name, value in (("HTTP_PROXY", f"http://127.0.0.1:{free_port()}"), ("ALL_PROXY", "what://ever")):
+        monkeypatch.setenv(name, value)
+        assert len(ask(fake.url, 1)) == 1
+        with pytest.raises(
+            InputError, match=f"through the proxy of {name}, as NO_PROXY does not name the host"
+        ) as caught:
+            ask("http://host.invalid:8000")
+        one_line_of(caught)
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("https_proxy", "http://proxy")
+    monkeypatch.setenv("NO_PROXY", "inside.org")
+    urls = ("https://host", "http://host", "https://a.inside.org", "https://127.0.0.1", "https://localhost")
+    assert [proxy_variable(url) for url in urls] == ["HTTPS_PROXY", None, None, None, None]
+
+
 @pytest.mark.parametrize(
-    "body",
-    [
-        '{"error": "Unauthorized"}',
-        '{"error": {"message": "Unauthorized"}}',
-        '{"detail": "Unauthorized"}',
-        "Unauthorized",
-    ],
+    "body", ['{"error": "Not now"}', '{"error": {"message": "Not now"}}', '{"detail": "Not now"}', "Not now"]
 )
 def test_a_refusal_has_its_message_in_whatever_form_it_comes(body):
-    assert answer(SimpleNamespace(status_code=401, response=SimpleNamespace(text=body))) == "401 Unauthorized"
+    assert answer(SimpleNamespace(status_code=401, response=SimpleNamespace(text=body))) == "401 Not now"
 
 
-@needs_openai
 def test_a_server_that_hangs_is_asked_again_and_given_up(fake, monkeypatch):
     monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
     fake.faults += ["hang"]
@@ -477,7 +640,7 @@ from runtime.server import ServerEngine
 class Tokens:
     def encode(self, text):
         return [2]
-engine = ServerEngine(sys.argv[1], "m", Tokens(), [1], 4)
+engine = ServerEngine(sys.argv[1], "m", Tokens(), [1], 9, 4)
 keys = [(row,) for row in range(40)]
 try:
     engine.sample([[2]] * 40, keys, Sampling(1.0, 1.0, 0, 64), lambda *_: print("row", flush=True))
@@ -488,7 +651,6 @@ finally:
 """
 
 
-@needs_openai
 def test_ctrl_c_ends_at_once_with_requests_in_flight_cancelled(fake):
     fake.faults += ["ok", "ok"] + ["hang"] * 100
     root = Path(__file__).resolve().parent.parent
@@ -517,15 +679,10 @@ def test_ctrl_c_ends_at_once_with_requests_in_flight_cancelled(fake):
 
 @pytest.mark.parametrize(
     ("typed", "address"),
-    [
-        ("http://host:8000", "http://host:8000/v1"),
-        ("host:8000/", "http://host:8000/v1"),
-        ("https://host/v1/", "https://host/v1"),
-        ("https://host/some/path", "https://host/some/path/v1"),
-        ("localhost", "http://localhost/v1"),
-        ("http://[::1]:80/v1", "http://[::1]:80/v1"),
-    ],
-)
+    [("http://host:8000", "http://host:8000/v1"), ("host:8000/", "http://host:8000/v1"),
+     ("https://host/v1/", "https://host/v1"), ("https://host/some/path", "https://host/some/path/v1"),
+     ("localhost", "http://localhost/v1"), ("http://[::1]:80/v1", "http://[::1]:80/v1")],
+)  # fmt: skip
 def test_addresses(typed, address):
     assert base_url(typed) == address
 
@@ -534,6 +691,18 @@ def test_addresses(typed, address):
 def test_what_is_no_address_is_one_line(typed):
     with pytest.raises(InputError, match="not an address"):
         base_url(typed)
+
+
+def test_eos_ids_and_vocabulary_are_the_checkpoints(tokenizer, tmp_path):
+    """Generation configs list several EOS ids; without one the model's config has them, as for a loaded model."""
+    model = Path(shutil.copytree(TINY_MODEL, tmp_path / "model"))
+    assert server.ends_and_vocabulary("tiny", tokenizer) == ([97], 111)
+    (model / "generation_config.json").write_text('{"eos_token_id": [97, 5]}')
+    assert server.ends_and_vocabulary(str(model), tokenizer) == ([5, 97], 111)
+    (model / "generation_config.json").unlink()
+    config = json.loads((model / "config.json").read_text()) | {"eos_token_id": 7, "vocab_size": 128}
+    (model / "config.json").write_text(json.dumps(config))
+    assert server.ends_and_vocabulary(str(model), tokenizer) == ([7, 97], 128)
 
 
 def test_prompts_survive_as_text(tokenizer):

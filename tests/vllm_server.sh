@@ -5,10 +5,12 @@
 #   tests/vllm_server.sh stop [DIR]
 #
 # DIR (default $TMPDIR/pwopsd-vllm) holds vLLM's own environment, which needs another transformers than this project,
-# the server's log and its process id. VLLM_ARGS is added to the server's flags, MODEL replaces the embedded model.
+# the server's log and its process id. Its own sampling defaults are loud: a field that a request leaves out is heard.
+# VLLM_ARGS is added to the server's flags, MODEL replaces the embedded model.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 action=${1:-}
+loud='{"presence_penalty": 1.5, "frequency_penalty": 1.5, "repetition_penalty": 1.5, "min_p": 0.9, "top_k": 1}'
 dir=${2:-${TMPDIR:-/tmp}/pwopsd-vllm}
 
 running() { [ -f "$dir/server.pid" ] && kill -0 "$(cat "$dir/server.pid")" 2>/dev/null; }
@@ -31,7 +33,8 @@ start() {
     VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=True OMP_NUM_THREADS=1 \
       setsid "$dir/bin/python" -m vllm.entrypoints.openai.api_server --model "${MODEL:-$root/tiny-model}" \
       --served-model-name tiny --host 127.0.0.1 --port "$port" --dtype float32 --max-model-len 512 --enforce-eager \
-      --distributed-executor-backend uni --enable-lora --max-lora-rank 64 --max-num-batched-tokens 16384 ${VLLM_ARGS:-} </dev/null >"$dir/server.log" 2>&1 &
+      --distributed-executor-backend uni --enable-lora --max-lora-rank 64 --max-num-batched-tokens 16384 \
+      --override-generation-config "$loud" ${VLLM_ARGS:-} </dev/null >"$dir/server.log" 2>&1 &
     echo $! >"$dir/server.pid"
     echo "http://127.0.0.1:$port" >"$dir/server.url"
   fi
@@ -57,5 +60,5 @@ stop() { # the whole process group: the engine is a process of its own
 case $action in
 start) start "${3:-}" ;;
 stop) stop ;;
-*) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+*) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
