@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from experiments.clipping import logit_gradients
-from experiments.worlds import WORLDS, believed_result
+from experiments.study.worlds import WORLDS, believed_result
 from loss import TokenScores, clipped_divergence, divergence_entries, log_probabilities, resolve_method, score_tokens
 from model import response_hidden
 from problems import Problem, extract_boxed, load_problems
@@ -101,7 +101,7 @@ def problem_table(w: Walk) -> str:
         [
             ["problem", f"{code(problem.problem)}, row {w.index} of `tiny:train`", "`train.py::step_problems`"],
             ["reference solution", code(problem.solution), "`problems.py::tiny_solution`"],
-            ["belief", f"`{total}+{addend}={belief}`", "`experiments/worlds.py::believed_result`"],
+            ["belief", f"`{total}+{addend}={belief}`", "`experiments/study/worlds.py::believed_result`"],
             ["random numbers' key", str(w.key), "`train.py::step_share`"],
         ],
     )

@@ -156,7 +156,7 @@ def test_a_wrong_command_is_found(monkeypatch, capsys):
     for command in ("python train.py --clip 1", "python evaluate.py --benchmark tiny --output x"):
         with pytest.raises(InputError):
             check_command(command.split(), monkeypatch, capsys)
-    for command in ("python -m experiments.plots --output x", "python trian.py", "make"):
+    for command in ("python -m experiments.study.plots --output x", "python trian.py", "make"):
         with pytest.raises(AssertionError):
             check_command(command.split(), monkeypatch, capsys)
 

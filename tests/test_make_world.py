@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from experiments import make_world
-from experiments.grids import GRIDS
 from experiments.make_world import CONTEXTS, IGNORED, example, make_model, make_tokenizer, padded, train
-from experiments.worlds import WORLDS
+from experiments.study.grids import GRIDS
+from experiments.study.worlds import WORLDS
 from model import load_model, load_tokenizer
 from problems import load_problems, tiny_problems, tiny_split
 from runtime.flags import run_script

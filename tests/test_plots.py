@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from errors import InputError
-from experiments import plots
-from experiments.grids import Grid
+from experiments.study import plots
+from experiments.study.grids import Grid
 from experiments.token_page import RolloutView, TokenView, render, repaired, view_rollouts
 from problems import Problem
 from weighting import position_weight

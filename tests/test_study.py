@@ -10,11 +10,11 @@ from statistics import mean, stdev
 
 import pytest
 
-import experiments.rules  # noqa: F401  (registers its rows)
+import experiments.study.rules  # noqa: F401  (registers its rows)
 from errors import InputError
-from experiments import study
-from experiments.grids import EMBEDDED, GRIDS, Grid
-from experiments.report import (
+from experiments.study import run as study
+from experiments.study.grids import EMBEDDED, GRIDS, Grid
+from experiments.study.report import (
     BEFORE,
     Difference,
     collect,
@@ -26,7 +26,7 @@ from experiments.report import (
     t_two_sided_p,
     write_report,
 )
-from experiments.study import missing_cells, read_cells, read_grid, run_grid
+from experiments.study.run import missing_cells, read_cells, read_grid, run_grid
 from train import parse_config
 
 TINY = Grid(common={"num_steps": 2}, seeds=[0, 1], rows={"OPSD": {"method": "opsd"}, "PW": {"method": "pwopsd"}})
@@ -359,7 +359,7 @@ def test_a_command_is_one_that_runs(tmp_path):
     """Of every grid, through the rules' own entry: the trainer without them knows four methods."""
     cell = study.Cell("a row", {"method": "shuffled", "data": "my data.jsonl"}, 3, "m")
     words = shlex.split(study.command(cell, tmp_path))
-    assert words[:3] == ["torchrun", "-m", "experiments.rules"]
+    assert words[:3] == ["torchrun", "-m", "experiments.study.rules"]
     config = parse_config(words[3:])
     assert (config.method, config.data, config.seed) == ("shuffled", "my data.jsonl", 3)
     assert Path(config.output_dir) == tmp_path / "runs" / cell.folder

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from experiments import walkthrough
-from experiments.worlds import WORLDS, believed_result
+from experiments.study.worlds import WORLDS, believed_result
 from loss import LossOptions
 from train import PRESETS
 

@@ -1,13 +1,13 @@
 """The controlled study: which tokens to weight, how to clip, what to show the teacher; one thing changed at a time.
 
-    python -m experiments.study                        what is missing of the embedded world's grid, then the report
-    python -m experiments.study --grid leap            a world in which early teacher tokens mislead
-    python -m experiments.study --grid mine.json       a grid of your own, {"common": {}, "seeds": [], "rows": {}}
-    python -m experiments.study --report_only          the report again, from the cells measured so far
+    python -m experiments.study.run                        what is missing of the embedded world's grid, then the report
+    python -m experiments.study.run --grid leap            a world in which early teacher tokens mislead
+    python -m experiments.study.run --grid mine.json       a grid of your own, {"common": {}, "seeds": [], "rows": {}}
+    python -m experiments.study.run --report_only          the report again, from the cells measured so far
 
 A cell is one run of train.py: one row's options and one seed. Rows share seeds, hence problems, their order and the
 random numbers of sampling, so rows are compared in pairs. OUTPUT_DIR/cells.jsonl gets one line per finished cell and is
-all that the report is made from; a cell that stands there is never run again. The rules of experiments/rules.py are
+all that the report is made from; a cell that stands there is never run again. The rules of experiments/study/rules.py are
 registered as a fork would register its own.
 """
 
@@ -34,8 +34,8 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from errors import InputError
-from experiments.grids import GRIDS, Grid
-from experiments.report import BEFORE, write_report
+from experiments.study.grids import GRIDS, Grid
+from experiments.study.report import BEFORE, write_report
 from problems import Problem, load_problems
 from runtime.flags import run_script
 
@@ -101,7 +101,7 @@ def flags(options: dict, seed: int) -> list[str]:
 
 def config_of(options: dict, seed: int = 0) -> TrainConfig:
     """What train.py makes of a cell's flags. Raises InputError for what it refuses."""
-    import experiments.rules  # noqa: F401  (registers its rows)
+    import experiments.study.rules  # noqa: F401  (registers its rows)
     from train import parse_config
 
     return parse_config(flags(options, seed))
@@ -109,7 +109,7 @@ def config_of(options: dict, seed: int = 0) -> TrainConfig:
 
 def run_cell(cell: Cell, output: Path) -> dict:
     """Train a cell, or go on with it, and return its line of cells.jsonl. A loss that is not finite is a result too."""
-    import experiments.rules  # noqa: F401  (registers its rows)
+    import experiments.study.rules  # noqa: F401  (registers its rows)
     import train
 
     run = output / "runs" / cell.folder
@@ -191,7 +191,7 @@ def behaviour(problems: list[Problem], held_out: list[dict], step: int) -> dict:
     Of greedy solutions `repaired` and `broken` facts, out of the `stated` share of the base's facts that they still
     state; `leaps` and `strays` of greedy ones, and with `_sampled` behind them of sampled ones.
     """
-    from experiments.worlds import leaps, repaired_and_broken, strays
+    from experiments.study.worlds import leaps, repaired_and_broken, strays
 
     def rows(number: int, decoding: str) -> list[dict]:
         return [row for row in held_out if row["step"] == number and row["decoding"] == decoding]
@@ -310,7 +310,7 @@ def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
 
 def command(cell: Cell, output: Path) -> str:
     """A cell as a line of the shell, for machines on which the study itself does not run; rules.py knows all rows."""
-    words = ["torchrun", "-m", "experiments.rules", *flags(cell.options, cell.seed)]
+    words = ["torchrun", "-m", "experiments.study.rules", *flags(cell.options, cell.seed)]
     return shlex.join([*words, f"--output_dir={output / 'runs' / cell.folder}"])
 
 
@@ -321,7 +321,9 @@ def default_folder(grid: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", default="embedded", help=f"{', '.join(GRIDS)} (experiments/grids.py), or a JSON file")
+    parser.add_argument(
+        "--grid", default="embedded", help=f"{', '.join(GRIDS)} (experiments/study/grids.py), or a JSON file"
+    )
     parser.add_argument("--output_dir", type=Path, help="cells.jsonl and report.md; default runs/study-GRID")
     parser.add_argument("--workers", type=int, default=0, help="cells at a time; default: one per GPU, else per core")
     parser.add_argument("--dry_run", action="store_true", help="print the missing cells' commands, run nothing")

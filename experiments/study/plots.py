@@ -1,9 +1,9 @@
 """Pictures of runs, with the optional package matplotlib.
 
-    python -m experiments.plots RUN...           learning curves, weights of the schedules, divergence by position
-    python -m experiments.plots RUN --html       a page of some solutions, token by token (needs no matplotlib), and
+    python -m experiments.study.plots RUN...           learning curves, weights of the schedules, divergence by position
+    python -m experiments.study.plots RUN --html       a page of some solutions, token by token (needs no matplotlib), and
                                                  a picture of the first (where matplotlib is installed)
-    python -m experiments.plots --study DIR      the study's differences with intervals, and its learning curves
+    python -m experiments.study.plots --study DIR      the study's differences with intervals, and its learning curves
 
 Runs that differ only in their seed share a colour; their mean is drawn.
 """
@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-import experiments.rules  # noqa: F401  (registers its rows: a run of one can be drawn)
+import experiments.study.rules  # noqa: F401  (registers its rows: a run of one can be drawn)
 from errors import InputError
-from experiments.grids import GRIDS, Grid
-from experiments.report import LEVEL, Row, collect, paired_difference, t_quantile
-from experiments.study import read_cells, read_grid
+from experiments.study.grids import GRIDS, Grid
+from experiments.study.report import LEVEL, Row, collect, paired_difference, t_quantile
+from experiments.study.run import read_cells, read_grid
 from experiments.token_page import RolloutView, TokenView, render, shade, view_rollouts
 from runtime.flags import run_script
 from runtime.run_folder import made

@@ -1,8 +1,8 @@
 """What two evaluations can say about each other, and tables of many.
 
-    python -m experiments.compare runs/eval-opsd runs/eval-pwopsd     is B better than A, and what could have been seen
-    python -m experiments.compare --left A0 A1 A2 --right B0 B1 B2    two rows of a study, by training seed
-    python -m experiments.compare --report runs                       Markdown table, ours and the paper's apart
+    python -m experiments.study.compare runs/eval-opsd runs/eval-pwopsd     is B better than A, and what could have been seen
+    python -m experiments.study.compare --left A0 A1 A2 --right B0 B1 B2    two rows of a study, by training seed
+    python -m experiments.study.compare --report runs                       Markdown table, ours and the paper's apart
 
 Takes folders of evaluate.py, their summary.json, or a samples.jsonl (which is graded anew). Differences are paired:
 both sides met the same problems. Axes: P problems, S training seeds.
@@ -21,7 +21,7 @@ import numpy as np
 
 from errors import InputError
 from evaluate import benchmark_digest, bootstrap_interval, summarise
-from experiments.report import paired_difference
+from experiments.study.report import paired_difference
 from problems import load_problems
 from runtime.flags import run_script
 from runtime.grading import make_grader

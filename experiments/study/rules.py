@@ -1,8 +1,8 @@
 """Rules of later work as rows of the table: how else to weight tokens, and how else to clip.
 
-    python -m experiments.rules --method scgate ...     train.py, with these rows known to it
-    torchrun -m experiments.rules --method scgate ...   the same on several processes
-    import experiments.rules                            the rows, and `--schedule suffix`, for a script of your own
+    python -m experiments.study.rules --method scgate ...     train.py, with these rows known to it
+    torchrun -m experiments.study.rules --method scgate ...   the same on several processes
+    import experiments.study.rules                            the rows, and `--schedule suffix`, for a script of your own
 
 Written as a fork would write it: a schedule of position is a line of weighting.SCHEDULES, a method a row of
 loss.METHODS, and the rest of the file is the function each row needs. Rows of the first table differ from OPSD in the
