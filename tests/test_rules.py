@@ -306,7 +306,16 @@ def test_the_sources_own_losses():
 def test_the_file_trains_with_its_rows_known(tmp_path):
     """`python -m experiments.study.rules` is train.py, and finds the row `shuffled`."""
     flags = ["--num_steps", "1", "--batch_size", "2", "--max_new_tokens", "16", "--eval_data", "", "--device", "cpu"]
-    command = [sys.executable, "-m", "experiments.study.rules", "--method", "shuffled", *flags, "--output_dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.study.rules",
+        "--method",
+        "shuffled",
+        *flags,
+        "--output_dir",
+        str(tmp_path),
+    ]
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
