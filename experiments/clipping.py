@@ -10,7 +10,7 @@ the teacher's mass on them, the gradient with respect to the student's logit i, 
 
 A clipped entry always has p_T > p_S: it should rise and is pushed down instead. Where P_A p_S < p_T < p_S, an entry
 that should fall is pushed up. The clip of a whole token drops the tokens above it, with all of their entries; which
-tokens these are is told by one chosen alternative, the leap of experiments/study/worlds.py. Axes: M tokens, V vocabulary.
+tokens these are is told by one chosen alternative, the leap of study/worlds.py. Axes: M tokens, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What two evaluations can say about each other, and tables of many.
 
-    python -m experiments.study.compare runs/eval-opsd runs/eval-pwopsd     is B better than A, and what could have been seen
-    python -m experiments.study.compare --left A0 A1 A2 --right B0 B1 B2    two rows of a study, by training seed
-    python -m experiments.study.compare --report runs                       Markdown table, ours and the paper's apart
+    python -m experiments.study.compare A B                          is B better, and what could have been seen
+    python -m experiments.study.compare --left A0 A1 --right B0 B1   two rows of a study, by training seed
+    python -m experiments.study.compare --report runs                Markdown table, ours and the paper's apart
 
 Takes folders of evaluate.py, their summary.json, or a samples.jsonl (which is graded anew). Differences are paired:
 both sides met the same problems. Axes: P problems, S training seeds.

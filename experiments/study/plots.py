@@ -1,9 +1,9 @@
 """Pictures of runs, with the optional package matplotlib.
 
-    python -m experiments.study.plots RUN...           learning curves, weights of the schedules, divergence by position
-    python -m experiments.study.plots RUN --html       a page of some solutions, token by token (needs no matplotlib), and
-                                                 a picture of the first (where matplotlib is installed)
-    python -m experiments.study.plots --study DIR      the study's differences with intervals, and its learning curves
+    python -m experiments.study.plots RUN...         learning curves, divergence by position
+    python -m experiments.study.plots RUN --html     a page of some solutions, token by token (needs no matplotlib),
+                                                     and a picture of the first (where matplotlib is installed)
+    python -m experiments.study.plots --study DIR    the study's differences with intervals
 
 Runs that differ only in their seed share a colour; their mean is drawn.
 """

@@ -7,8 +7,8 @@
 
 A cell is one run of train.py: one row's options and one seed. Rows share seeds, hence problems, their order and the
 random numbers of sampling, so rows are compared in pairs. OUTPUT_DIR/cells.jsonl gets one line per finished cell and is
-all that the report is made from; a cell that stands there is never run again. The rules of experiments/study/rules.py are
-registered as a fork would register its own.
+all that the report is made from; a cell that stands there is never run again. The rules of rules.py are registered as
+a fork would register its own.
 """
 
 from __future__ import annotations
@@ -321,9 +321,7 @@ def default_folder(grid: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--grid", default="embedded", help=f"{', '.join(GRIDS)} (experiments/study/grids.py), or a JSON file"
-    )
+    parser.add_argument("--grid", default="embedded", help=f"{', '.join(GRIDS)} (grids.py), or a JSON file")
     parser.add_argument("--output_dir", type=Path, help="cells.jsonl and report.md; default runs/study-GRID")
     parser.add_argument("--workers", type=int, default=0, help="cells at a time; default: one per GPU, else per core")
     parser.add_argument("--dry_run", action="store_true", help="print the missing cells' commands, run nothing")
