@@ -113,7 +113,7 @@ def run_cell(cell: Cell, output: Path) -> dict:
     import train
 
     run = output / "runs" / cell.folder
-    share_start(cell, output, run)
+    run.mkdir(parents=True, exist_ok=True)
     started, error, argv, on_sigterm = time.time(), None, sys.argv, signal.getsignal(signal.SIGTERM)
     with run.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         sys.argv = ["train.py", *flags(cell.options, cell.seed), f"--output_dir={run}", "--resume=true"]
@@ -128,35 +128,6 @@ def run_cell(cell: Cell, output: Path) -> dict:
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return record
-
-
-EVALUATION_FILES = ("evaluation.json", "heldout.jsonl")
-# The options that held-out samples before training depend on, besides model and seed.
-BEFORE_TRAINING = (
-    "eval_data", "eval_samples", "max_new_tokens", "prompts", "engine", "server", "dtype", "device", "attention",
-    "batch_size", "grader",
-)  # fmt: skip
-
-
-def share_start(cell: Cell, output: Path, run: Path) -> None:
-    """Give a new run the held-out samples before training, if another row has them: they share model and streams."""
-
-    def start(options: dict) -> list:
-        config = config_of(options)
-        return [getattr(config, name) for name in BEFORE_TRAINING]
-
-    run.mkdir(parents=True, exist_ok=True)
-    if (run / EVALUATION_FILES[0]).exists():
-        return
-    for record in read_cells(output / "cells.jsonl"):
-        same = (record["seed"], record["model_id"]) == (cell.seed, cell.model_id)
-        other = output / "runs" / Cell(record["row"], record["options"], record["seed"], record["model_id"]).folder
-        if same and (other / "heldout.jsonl").exists() and start(record["options"]) == start(cell.options):
-            rows = [row for row in read_lines(other / "heldout.jsonl") if row["step"] == 0]
-            accuracy = json.loads((other / "evaluation.json").read_text())["0"]
-            (run / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            (run / "evaluation.json").write_text(json.dumps({"0": accuracy}))
-            return
 
 
 def read_lines(path: Path) -> list[dict]:
