@@ -121,19 +121,6 @@ def test_along_training_a_row_of_several_seeds_has_a_band():
     assert [line.get_linestyle() for line in greedy.lines] == ["-", "--"]
 
 
-def test_along_training_no_two_rows_look_alike():
-    """Eleven rows of two seeds and twelve of one: colours repeat, looks do not."""
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("scipy")
-    grid = Grid({"eval_steps": 1}, [0, 1], {str(i): {"a": i} for i in range(23)})
-    records = [cell(grid.options(str(i)), seed) for i in range(23) for seed in grid.seeds[: 1 + i % 2]]
-    lines = plots.study_along(grid, records).axes[0].lines
-    looks = {(line.get_color(), str(line._unscaled_dash_pattern), line.get_linewidth()) for line in lines}
-    assert len(looks) == len(lines) == 23
-    first = [line.get_linestyle() for line in lines if line.get_label().endswith("(2)")][:10]
-    assert first == ["-"] * 10
-
-
 def test_missing_matplotlib_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="pip install matplotlib"):

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 SMOOTHING = 5  # steps; a step's accuracy is a mean over few rollouts
 TICKS = [-50, -20, -10, -5, 0, 5, 10, 20, 50]  # points
-# Line styles by whether a row has several seeds; the next one where the ten colours begin anew.
-STYLES = {True: ["-", "-.", (0, (8, 2))], False: ["--", ":", (0, (3, 1, 1, 1, 1, 1))]}
 
 
 def figure(width: float, height: float, columns: int = 1, rows: int = 1):
@@ -156,23 +154,19 @@ def study_figure(grid: Grid, records: list[dict]) -> Figure:
 
 
 def study_along(grid: Grid, records: list[dict]) -> Figure:
-    """Held-out accuracy and leaps along training, a line a row: thick with a 95 % band where it has more than one seed,
-    thin and dashed where it has one. No two of up to thirty rows of a kind look alike."""
+    """Held-out accuracy and leaps along training, a line a row: with a 95 % band, or dashed where it has one seed."""
     rows = [row for row in collect(grid, records) if row.at]
     drawn, axes = figure(12, 4.6, columns=3)
     for axis, measure in zip(axes, ("sampled", "greedy", "leaps"), strict=True):
-        drawn_so_far = {True: 0, False: 0}
-        for row in rows:
-            values = [list(row.after(measure, step).values()) for step in row.at]
+        for number, row in enumerate(rows):
+            values, color = [list(row.after(measure, step).values()) for step in row.at], f"C{number % 10}"
             means, seeds = [mean(of_seeds) for of_seeds in values], len(values[0])
-            several, number = seeds > 1, drawn_so_far[seeds > 1]
-            drawn_so_far[several] += 1
-            style = {"linewidth": 1.8 if several else 1.2, "linestyle": STYLES[several][number // 10 % 3]}
-            axis.plot(list(row.at), means, color=f"C{number % 10}", label=f"{row.name} ({seeds})", **style)
-            if several:
+            style = "-" if seeds > 1 else "--"
+            axis.plot(list(row.at), means, style, color=color, label=f"{row.name} ({seeds})")
+            if seeds > 1:
                 halves = [t_quantile(LEVEL, seeds - 1) * stdev(of_seeds) / sqrt(seeds) for of_seeds in values]
                 low, high = ([m + sign * half for m, half in zip(means, halves, strict=True)] for sign in (-1, 1))
-                axis.fill_between(list(row.at), low, high, color=f"C{number % 10}", alpha=0.15, linewidth=0)
+                axis.fill_between(list(row.at), low, high, color=color, alpha=0.15, linewidth=0)
         axis.set(title={"leaps": "greedy solutions that leap, %"}.get(measure, f"held-out accuracy, {measure}, %"))
         axis.set(xlabel="steps", ylim=(-2, 102))
         axis.title.set_size(10)
