@@ -301,6 +301,14 @@ def test_workers_stay_on_the_gpus_they_may_use(monkeypatch):
     assert study.visible_gpus() == ["0", "1"]
 
 
+def test_right_answers_by_problem():
+    rows = [
+        {"step": step, "decoding": decoding, "problem": problem, "correct": problem == 2 or step == 1}
+        for problem in (2, 0, 1) for step in (0, 1) for decoding in ("sampled", "greedy")
+    ]  # fmt: skip
+    assert (study.right(rows, 0, "greedy"), study.right(rows, 1, "sampled")) == ("001", "111")
+
+
 def test_a_cell_is_a_run_of_train(tmp_path):
     """One real cell of one step: its line holds what the run's own files hold; a second call adds nothing."""
     data = tmp_path / "two.jsonl"
@@ -313,6 +321,8 @@ def test_a_cell_is_a_run_of_train(tmp_path):
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert cell["evaluation"] == evaluation and set(evaluation) == {"0", "1"}
     assert cell["behaviour"]["1"].keys() == BEHAVIOUR.keys()
+    for step, decoding in product(("0", "1"), ("sampled", "greedy")):
+        assert cell["right"][step][decoding] == str(int(evaluation[step][decoding]))  # of one problem
     assert cell["accuracy"] == [json.loads((run / "metrics.jsonl").read_text())["accuracy"]]
     assert json.loads((run / "config.json").read_text())["config"]["seed"] == 3
     assert not list(run.glob("checkpoint-*"))

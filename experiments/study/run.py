@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from errors import InputError
 from experiments.study.grids import GRIDS, Grid
-from experiments.study.report import BEFORE, write_report
+from experiments.study.report import BEFORE, DECODINGS, write_report
 from problems import Problem, load_problems
 from runtime.flags import run_script
 
@@ -145,6 +145,7 @@ def measured(run: Path, error: str | None) -> dict:
     return {
         "evaluation": evaluation,
         "behaviour": {step: behaviour(problems, held_out, int(step)) for step in evaluation},
+        "right": {step: {name: right(held_out, int(step), name) for name in DECODINGS} for step in evaluation},
         "accuracy": [step["accuracy"] for step in steps],
         "mean_length": [round(step["mean_length"], 2) for step in steps],
         "eos_rate": [step["eos_rate"] for step in steps],
@@ -154,6 +155,12 @@ def measured(run: Path, error: str | None) -> dict:
         "versions": record.get("versions"),
         "machine": f"{platform.machine()}, {cores()} cores",
     }
+
+
+def right(held_out: list[dict], step: int, decoding: str) -> str:
+    """A 1 for each held-out sample that is right, else a 0, by problem: the error over problems is made of these."""
+    rows = [row for row in held_out if (row["step"], row["decoding"]) == (step, decoding)]
+    return "".join(str(int(row["correct"])) for row in sorted(rows, key=lambda row: row["problem"]))
 
 
 def behaviour(problems: list[Problem], held_out: list[dict], step: int) -> dict:
