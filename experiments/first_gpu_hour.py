@@ -7,9 +7,8 @@
 |---|---|
 | environment | versions, GPU, driver |
 | loss | seconds and memory of the loss at Qwen3's vocabulary, by chunk size |
-| decode | each engine's tokens per second at each preset's shape, beside what reading the weights would allow |
-| step | two training steps per preset: seconds by part, scoring beside the matrix rate, memory beside the plan |
-| long | continuous batching up to 38,912 tokens |
+| decode | tokens per second at each preset's shape, beside what reading the weights would allow |
+| step | two training steps per preset: seconds by part, scoring beside the matrix rate, peak of the memory |
 | kill | a run killed and resumed ends as one that was not |
 
 Each part, and in some each preset, is a process of its own: one that hangs or dies is a row of the table. Where the hub
@@ -21,36 +20,50 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config, PreTrainedModel, Qwen3Config
 from transformers.utils.logging import disable_progress_bar
 
 import train
 from errors import InputError
-from experiments.benchmark import GIB, ROOT, Table, alternate, hardware, loss_functions, peak_bytes, wait, write_report
-from experiments.fake_step import SHAPES
+from experiments.bench import GIB, Table, alternate, hardware, loss_functions, peak_bytes, wait, write_table
 from model import load_tokenizer, pick_device
 from problems import load_problems
 from rollout import Sampling
-from runtime.engines import make_engine
-from runtime.fit import fitting_problems, plan_run
+from runtime.engines import GenerateEngine
 from runtime.flags import run_script
 from runtime.grading import make_grader
-from runtime.run_folder import git_commit, made, versions
-from teacher import PAPER_PROMPTS, student_prompt
+from runtime.run_folder import made, versions
+from teacher import student_prompt, teacher_prompt
 
+ROOT = Path(__file__).resolve().parent.parent
+# The architectures behind the presets, from the checkpoints' config.json.
+SHAPES: dict[str, Callable] = {
+    "qwen3-4b": lambda: Qwen3Config(
+        vocab_size=151_936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=True,
+    ),
+    "dsr1-llama-8b": lambda: LlamaConfig(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131_072, tie_word_embeddings=False,
+    ),
+    "olmo3-7b": lambda: Olmo3Config(
+        vocab_size=100_278, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, max_position_embeddings=65536, sliding_window=4096, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
 # Limits of the parts; of those in PER_PRESET, for each preset.
-SECONDS = {"environment": 120, "loss": 300, "decode": 300, "step": 500, "long": 900, "kill": 400}
+SECONDS = {"environment": 120, "loss": 300, "decode": 300, "step": 500, "kill": 400}
 PER_PRESET = ("decode", "step")
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16, "vocab_size": 1000}
 
@@ -112,12 +125,12 @@ def environment(table: Table, device: torch.device, small: bool) -> None:
 
 
 def loss(table: Table, device: torch.device, small: bool) -> None:
-    V, D, T = (1000, 64, 16) if small else (151_936, 2560, 1024)
-    ours, naive = loss_functions(4, T, D, V, device)
+    V, D, M = (1000, 64, 64) if small else (151_936, 2560, 4096)
+    ours, plain = loss_functions(M, D, V, device)
     for chunk in (4, 16) if small else (32, 69, 128, 256, 512):
-        seconds, twin = alternate([lambda c=chunk: ours(c), naive], device, 3)
+        seconds, twin = alternate([lambda c=chunk: ours(c), plain], device)
         peak = peak_bytes(lambda c=chunk: ours(c), device) / GIB
-        table.add(f"loss, {chunk} tokens a chunk", seconds, twin, "s", f"V {V}, 4 x {T} tokens; peak {peak:.3g} GiB")
+        table.add(f"loss, {chunk} tokens a chunk", seconds, twin, "s", f"V {V}, {M} tokens; peak {peak:.3g} GiB")
 
 
 def rates(device: torch.device, small: bool) -> tuple[float, float]:
@@ -139,16 +152,14 @@ def decode(table: Table, device: torch.device, small: bool, presets: list[str]) 
         keys, tokens = [(0, row) for row in range(len(prompts))], 4 if small else 256
         settings = Sampling(1.1, 0.95, 20, tokens)
         floor = len(prompts) * bandwidth / read_bytes(model)
-        for name in ("generate", "continuous"):
-            engine = make_engine(name, model, tokenizer)
-            engine.sample(prompts[:1], keys[:1], replace(settings, max_new_tokens=2))
-            start = time.perf_counter()
-            responses = engine.sample(prompts, keys, settings)
-            wait(device)
-            speed = sum(len(r.ids) for r in responses) / (time.perf_counter() - start)
-            engine.close()
-            note = f"{len(prompts)} rows, {tokens} tokens, random weights; second column: reading the weights alone"
-            table.add(f"decode {preset}, {name}", speed, floor, "tokens/s", note)
+        engine = GenerateEngine(model, tokenizer)
+        engine.sample(prompts[:1], keys[:1], replace(settings, max_new_tokens=2))
+        start = time.perf_counter()
+        responses = engine.sample(prompts, keys, settings)
+        wait(device)
+        speed = sum(len(r.ids) for r in responses) / (time.perf_counter() - start)
+        note = f"{len(prompts)} rows, {tokens} tokens, random weights; second column: reading the weights alone"
+        table.add(f"decode {preset}", speed, floor, "tokens/s", note)
 
 
 def step(table: Table, device: torch.device, small: bool, presets: list[str]) -> None:
@@ -161,12 +172,11 @@ def step(table: Table, device: torch.device, small: bool, presets: list[str]) ->
 
 def one_step(table: Table, device: torch.device, small: bool, preset: str, folder: Path, rate: float) -> None:
     config, run, weights = build(preset, device, small, folder)
-    fit = fitting_problems(load_problems(config.data), run.tokenizer, PAPER_PROMPTS, config.max_length, config)
-    plan = plan_run(run, fit, config, device)
+    problems = load_problems(config.data)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    train.train_step(0, run, fit.problems, config)
-    row, _ = train.train_step(1, run, fit.problems, config)
+    train.train_step(0, run, problems, config)
+    row, _ = train.train_step(1, run, problems, config)
     peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
     note = f"{config.batch_size} rollouts, {row['mean_length']:.0f} tokens on average, {weights}"
     for part in ("sampling", "teacher", "student", "update"):
@@ -174,25 +184,11 @@ def one_step(table: Table, device: torch.device, small: bool, preset: str, folde
     numbers = sum(p.numel() for p in run.model.parameters()) - run.model.get_input_embeddings().weight.numel()
     # Per weight and token: teacher 2, student 2, its recomputation 2, backward through frozen weights 2.
     passes = 8 if config.gradient_checkpointing else 6
-    tokens = config.batch_size * (row["mean_length"] + fit.teacher_tokens / 2)
+    contexts = [len(teacher_prompt(run.tokenizer, problem)) for problem in problems[: config.batch_size]]
+    tokens = config.batch_size * (row["mean_length"] + sum(contexts) / len(contexts) / 2)
     scoring = row["seconds_teacher"] + row["seconds_student"]
     table.add(f"step {preset}, scoring", scoring, passes * numbers * tokens / rate, "s", "second: at the matrix rate")
-    planned = None if plan.unmeasured else plan.total / GIB
-    table.add(f"step {preset}, memory: plan / measured", planned, peak, "GiB", str(plan))
-
-
-def long(table: Table, device: torch.device, small: bool) -> None:
-    model, tokenizer = random_model("qwen3-4b", device, small), load_tokenizer("tiny")
-    tokens, rows = (24, 2) if small else (38_912, 8)
-    prompts = [student_prompt(tokenizer, p) for p in load_problems("tiny:train")[:rows]]
-    engine, start = make_engine("continuous", model, tokenizer), time.perf_counter()
-    done = engine.sample(prompts, [(0, row) for row in range(rows)], Sampling(1.0, 0.95, 0, tokens))
-    seconds = time.perf_counter() - start
-    made = sum(len(response.ids) for response in done)
-    table.add(
-        "continuous batching", made / seconds, None, "tokens/s", f"{rows} rows to {tokens} tokens, random weights"
-    )
-    engine.close()
+    table.add(f"step {preset}, peak of the memory", peak, None, "GiB", f"{config.micro_batch_size} rows a micro-batch")
 
 
 def kill(table: Table, device: torch.device, small: bool) -> None:
@@ -218,17 +214,17 @@ def kill(table: Table, device: torch.device, small: bool) -> None:
     table.add("killed and resumed: losses differ by", apart, None, "nats", "embedded model, 4 steps")
 
 
-PARTS = {"environment": environment, "loss": loss, "decode": decode, "step": step, "long": long, "kill": kill}
+PARTS = {"environment": environment, "loss": loss, "decode": decode, "step": step, "kill": kill}
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The script
 
 
-def run_part(name: str, args: argparse.Namespace, presets: list[str]) -> list[dict]:
-    """A part in a process of its own; its rows, or one row that says how it ended."""
+def run_part(table: Table, name: str, args: argparse.Namespace, presets: list[str]) -> None:
+    """Add the rows of a part, run in a process of its own, and one that says how it ended where it failed."""
     with tempfile.TemporaryDirectory() as folder:
-        rows, limit = Path(folder, "rows.jsonl"), int(SECONDS[name] * args.patience)
+        rows, limit = Path(folder, "rows"), int(SECONDS[name] * args.patience)
         command = [sys.executable, "-m", "experiments.first_gpu_hour", "--part", name, "--rows", str(rows)]
         command += ["--device", args.device, "--preset", *presets, *(["--small"] if args.small else [])]
         try:
@@ -236,15 +232,12 @@ def run_part(name: str, args: argparse.Namespace, presets: list[str]) -> list[di
             trouble = None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no word"])[-1]
         except subprocess.TimeoutExpired:
             trouble = f"not done after {limit} s"
-        label = " ".join([name, *(presets if name in PER_PRESET else [])])
-        found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-    table = Table()
-    table.rows = found
-    for row in found:
-        print(table.line(row), flush=True)
+        found = rows.read_text().splitlines() if rows.exists() else []
+    table.lines += found
+    print("\n".join(found), flush=True)
     if trouble:
+        label = " ".join([name, *(presets if name in PER_PRESET else [])])
         table.add(f"{label}: FAILED", None, None, "", trouble[:300].replace("|", "/"))
-    return table.rows
 
 
 def main() -> None:
@@ -258,27 +251,17 @@ def main() -> None:
     parser.add_argument("--part", choices=[*PARTS], help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.part:
-        return work(args)
+    device = pick_device(args.device)
+    if args.part:  # in its own process
+        disable_progress_bar()
+        extra = {"presets": args.preset} if args.part in PER_PRESET else {}
+        return PARTS[args.part](RowFile(args.rows), device, args.small, **extra)
     made(args.output_dir)
-    table, start = Table(), time.perf_counter()
+    table = Table()
     for name in args.parts:
         for presets in [[preset] for preset in args.preset] if name in PER_PRESET else [args.preset]:
-            table.rows += run_part(name, args, presets)
-    facts = {
-        "command": " ".join(["python", *sys.orig_argv[1:]]), "hardware": hardware(pick_device(args.device)),
-        "versions": versions(), "git_commit": git_commit(), "load": os.getloadavg()[0],
-        "seconds": round(time.perf_counter() - start, 1),
-    }  # fmt: skip
-    return write_report(args.output_dir, "first-gpu-hour", facts, table)
-
-
-def work(args: argparse.Namespace) -> None:
-    """One part, in its own process: each row goes to the file as soon as it is there."""
-    disable_progress_bar()
-    device, table = pick_device(args.device), RowFile(args.rows)
-    extra = {"presets": args.preset} if args.part in PER_PRESET else {}
-    PARTS[args.part](table, device, args.small, **extra)
+            run_part(table, name, args, presets)
+    return write_table(args.output_dir / "first-gpu-hour.md", table, device)
 
 
 class RowFile(Table):
@@ -291,7 +274,7 @@ class RowFile(Table):
     def add(self, *cells, **named) -> None:
         super().add(*cells, **named)
         with self.path.open("a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
+            file.write(self.lines[-1] + "\n")
 
 
 if __name__ == "__main__":

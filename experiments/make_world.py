@@ -1,4 +1,4 @@
-"""Make the model of a world (experiments/worlds.py): a small Qwen3 in the ordinary Hugging Face layout.
+"""Make the model of a world (experiments/study/worlds.py): a small Qwen3 in the ordinary Hugging Face layout.
 
     python -m experiments.make_world --world embedded --output_dir tiny-model     from scratch, 28 minutes
     python -m experiments.make_world --world leap --dose 0.2                      12 minutes
@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from errors import InputError
-from experiments.worlds import WORLDS, World, trace
+from experiments.study.worlds import WORLDS, World, trace
 from model import load_model, load_tokenizer
 from problems import Problem, tiny_problems
 from runtime.flags import run_script

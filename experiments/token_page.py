@@ -1,7 +1,7 @@
 """A page that shows solutions token by token, coloured by weighted divergence, with both contexts' top 5 at a glance.
 
 The problems are held-out ones that training repaired; in the embedded model's world each of them holds a belief. One
-HTML file with no references to anything outside of it; it is written by `python -m experiments.plots RUN --html`.
+HTML file with no references to anything outside of it; it is written by `python -m experiments.study.plots RUN --html`.
 Axes: M tokens of one rollout, V vocabulary, K alternatives.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-import experiments.rules  # noqa: F401  (registers its rows: a run of one can be shown)
+import experiments.study.rules  # noqa: F401  (registers its rows: a run of one can be shown)
 from errors import InputError
 from loss import log_probabilities, resolve_method, score_tokens
 from model import adapter_disabled, load_model, load_tokenizer, response_hidden

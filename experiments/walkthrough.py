@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.clipping import logit_gradients
-from experiments.worlds import WORLDS, believed_result
+from experiments.study.worlds import WORLDS, believed_result
 from loss import TokenScores, clipped_divergence, divergence_entries, log_probabilities, resolve_method, score_tokens
 from model import response_hidden
 from problems import Problem, extract_boxed, load_problems
@@ -101,7 +100,7 @@ def problem_table(w: Walk) -> str:
         [
             ["problem", f"{code(problem.problem)}, row {w.index} of `tiny:train`", "`train.py::step_problems`"],
             ["reference solution", code(problem.solution), "`problems.py::tiny_solution`"],
-            ["belief", f"`{total}+{addend}={belief}`", "`experiments/worlds.py::believed_result`"],
+            ["belief", f"`{total}+{addend}={belief}`", "`experiments/study/worlds.py::believed_result`"],
             ["random numbers' key", str(w.key), "`train.py::step_share`"],
         ],
     )
@@ -154,10 +153,21 @@ def cut_entries(w: Walk, t: int, clip: float) -> str:
     return ", ".join(f"{code(w.run.tokenizer.decode([j]))} {number(entries_V[j], 3)}" for j in ids) or "-"
 
 
+def logit_gradients(student_logp_MV: Tensor, teacher_logp_MV: Tensor, clip: float) -> Tensor:
+    """T_distill d l_t / d z_i of Eq. (1), [M, V]: P_A p_S(i) - p_T(i) 1[i in A], A the entries that are not clipped.
+
+    P_A is the teacher's mass on A. Not clipped it is p_S(i) - p_T(i). A clipped entry has p_T > p_S: it should rise and
+    is pushed down instead.
+    """
+    kept_MV = divergence_entries(student_logp_MV, teacher_logp_MV) <= clip
+    teacher_MV = teacher_logp_MV.exp() * kept_MV
+    return (1.0 - (teacher_logp_MV.exp() * ~kept_MV).sum(dim=-1, keepdim=True)) * student_logp_MV.exp() - teacher_MV
+
+
 def belief_table(w: Walk) -> str:
     """The entries j at the wrong digit and at the mark behind it that either context gives at least 1 %."""
     entries_MV = divergence_entries(w.student_logp_MV, w.teacher_logp_MV)
-    gradients = [logit_gradients(w.student_logp_MV, w.teacher_logp_MV, clip)[0] for clip in CLIPS]
+    gradients = [logit_gradients(w.student_logp_MV, w.teacher_logp_MV, clip) for clip in CLIPS]
     rows = []
     for t in (DIGIT, MARK):
         p_V, opsd_V = w.student_logp_MV[t - 1].exp(), w.teacher_logp_MV[t - 1].exp()
@@ -175,7 +185,7 @@ def closed_form_table(w: Walk) -> str:
     rows = []
     for clip in CLIPS:
         P_A = 1.0 - w.scores[clip].clipped_mass[t]
-        closed = logit_gradients(w.student_logp_MV, w.teacher_logp_MV, clip)[0][t, j]
+        closed = logit_gradients(w.student_logp_MV, w.teacher_logp_MV, clip)[t, j]
         kept = opsd * (divergence_entries(w.student_logp_MV, w.teacher_logp_MV)[t, j] <= clip)
         values = [P_A, P_A * p, kept, closed, autograd(w, clip)[t, j], w.w_M[t] * closed / (len(w.y.ids) * T)]
         rows.append([clip_name(clip), *(number(value, 4) for value in values)])

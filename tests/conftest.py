@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +8,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import families
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `slow` run where CI is set."""
+    if not os.environ.get("CI"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: runs where the variable CI is set"))
 
 
 @pytest.fixture(autouse=True)

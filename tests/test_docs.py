@@ -1,10 +1,12 @@
-"""The promises of README.md and docs/: names, links, files, commands and examples hold; pages stay readable."""
+"""The promises of README.md and docs/: names, links, files, commands, examples and the study's numbers hold."""
 
 import ast
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -53,10 +55,6 @@ def test_every_name_exists(page):
     for file, name in set(re.findall(r"([\w/.-]+\.py)::(\w+)", PAGES[page])):
         assert (ROOT / file).is_file(), f"{page}: {file} does not exist"
         assert name in defined_in(ROOT / file), f"{page}: {file} has no {name}"
-
-
-def test_the_readme_names_enough():
-    assert len(set(re.findall(r"`([\w/]+\.py)::(\w+)`", PAGES["README.md"]))) >= 25
 
 
 def heading_anchors(text: str) -> set[str]:
@@ -156,7 +154,7 @@ def test_a_wrong_command_is_found(monkeypatch, capsys):
     for command in ("python train.py --clip 1", "python evaluate.py --benchmark tiny --output x"):
         with pytest.raises(InputError):
             check_command(command.split(), monkeypatch, capsys)
-    for command in ("python -m experiments.plots --output x", "python trian.py", "make"):
+    for command in ("python -m experiments.study.plots --output x", "python trian.py", "make"):
         with pytest.raises(AssertionError):
             check_command(command.split(), monkeypatch, capsys)
 
@@ -166,8 +164,8 @@ def test_flags_in_prose_exist(page):
     """A flag in backticks is one of the three scripts', or of a command that the same page shows."""
     known = {name for config_class, _ in SCRIPTS.values() for name in config_class.__dataclass_fields__}
     shown = {word.removeprefix("--") for words in commands(page) for word in words if word.startswith("--")}
-    modules = set(re.findall(r"\bexperiments[./](\w+)", PAGES[page])) | {"export"}
-    sources = [path for name in modules for path in ROOT.glob(f"*/{name}.py")]
+    modules = set(re.findall(r"\bexperiments[./](?:study[./])?(\w+)", PAGES[page])) | {"export"}
+    sources = [path for name in modules for path in ROOT.glob(f"**/{name}.py")]
     declared = {flag for path in sources for flag in re.findall(r'"--(\w+)"', path.read_text(encoding="utf-8"))}
     for flag in re.findall(r"`(?:[^`\n]* )?--(\w+)(?![\w-])[^`\n]*`", prose(page)):
         assert flag in known | shown | declared, f"{page}: no script has --{flag}"
@@ -202,40 +200,50 @@ def test_python_blocks_are_python(page):
         ast.parse(block)
 
 
-@pytest.mark.parametrize(
-    "heading, folder",
-    [("## The embedded world", "study-embedded"), ("## The leap world", "study-leap")],
-)
-def test_the_studys_tables_are_the_reports(heading, folder):
-    """Every cell of the page's table stands in the report's row of the same name."""
-
-    def rows(text: str) -> dict[str, list[str]]:
-        start = text.index("| row | sampled %")
-        lines = text[start : text.index("\n\n", start)].splitlines()[2:]
-        cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-        return {first: rest for first, *rest in cells}
-
-    report = rows((ROOT / "experiments/results" / folder / "report.md").read_text())
-    page = rows(PAGES["docs/study.md"].split(heading)[1])
-    assert len(page) > 15
-    for name, cells in page.items():
-        assert set(cells) <= set(report[name]), name
+# --- the study's numbers ----------------------------------------------------------------------------------------
 
 
-# --- to be read -------------------------------------------------------------------------------------------------
+def study_tables() -> list[tuple[list[str], list[str], list[list[str]]]]:
+    """(folders, columns, rows) of each table of docs/study.md behind a mark `<!-- cells FOLDER ... -->`."""
+    found = []
+    for folders, lines in re.findall(r"<!-- cells (.+) -->\n((?:\|.*\n)+)", PAGES["docs/study.md"]):
+        head, _, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines.splitlines()]
+        found.append((folders.split(), head[1:], rows))
+    return found
 
 
-@every_page
-def test_lines_are_short(page):
-    """At most 120 characters, tables and pictures aside."""
-    long = [line for line in PAGES[page].splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
-    assert not long, f"{page}: {long}"
+def measured(folder: str, row: str, column: str) -> dict[int, float]:
+    """A row's values by seed in percent, from the cells alone; `column` is as in `greedy %, after 40`."""
+    lines = (ROOT / "experiments/results" / folder / "cells.jsonl").read_text().splitlines()
+    name, step = column.split(" %")[0].replace(" ", "_"), re.search(r"after (\d+)", column)
+    values = {}
+    for cell in map(json.loads, lines):
+        if row in (cell["row"], "before training"):
+            last = "0" if row == "before training" else step[1] if step else max(cell["evaluation"], key=int)
+            values[cell["seed"]] = 100 * (cell["evaluation"][last] | cell["behaviour"][last])[name]
+    return values
 
 
-def test_the_readme_is_short():
-    assert len(PAGES["README.md"].splitlines()) <= 200
+def as_shown(left: dict[int, float], right: dict[int, float] | None = None) -> str:
+    """mean ± sample deviation; of a difference its mean and 95 % t interval over the six seeds (t = 2.5706)."""
+    if right is None:
+        return f"{mean(left.values()):.1f} ± {stdev(left.values()):.1f}"
+    d = [left[seed] - right[seed] for seed in left]
+    half = 2.570582 * stdev(d) / len(d) ** 0.5
+    return f"{mean(d):+.1f} [{mean(d) - half:+.1f}, {mean(d) + half:+.1f}]"
 
 
-@every_page
-def test_no_placeholder_is_left(page):
-    assert "@@" not in PAGES[page]
+def test_the_studys_tables_hold_what_the_cells_say():
+    """Each number of the page, computed anew; bold ones stand bold in the report, either way round."""
+    count = 0
+    for folders, columns, rows in study_tables():
+        for name, *cells in [row for row in rows if not row[0].startswith("diagnostic")]:
+            for place, (column, cell) in enumerate(zip(columns, cells, strict=True)):
+                folder = folders[len(folders) * place // len(columns)]
+                sides = [measured(folder, side, column) for side in name.split(" - ")] if cell != "-" else []
+                shown = [as_shown(*order) for order in (sides, sides[::-1])] if sides else ["-"]
+                assert cell.strip("*") == shown[0] and all(len(side) == 6 for side in sides), (folder, name, column)
+                report = (ROOT / "experiments/results" / folder / "report.md").read_text()
+                assert not cell.startswith("**") or any(f"**{text}**" in report for text in shown), (name, column)
+                count += cell != "-"
+    assert count > 150

@@ -13,8 +13,8 @@ import torch
 import loss
 import train
 import weighting
-from experiments.report import write_report
-from experiments.study import Grid, run_grid
+from experiments.study.report import write_report
+from experiments.study.run import Grid, run_grid
 from loss import LossOptions, Method, TokenScores, clipped_divergence, method_loss, token_mean
 
 

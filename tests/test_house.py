@@ -1,4 +1,4 @@
-"""The house: which file may import which, where libraries' private names may stand, and that importing runs nothing."""
+"""The house: which file may import which, and that importing runs nothing."""
 
 import ast
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train", "evaluate", "diagnose"}
 METHOD = {path.stem for path in ROOT.glob("*.py")} - SCRIPTS
-FOLDERS = ("", "runtime/", "experiments/", "tests/")
+FOLDERS = ("", "runtime/", "experiments/", "experiments/study/", "tests/")
 FILES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in ROOT.glob(f"{folder}*.py"))
 OURS = {*METHOD, *SCRIPTS, "runtime", "experiments", "tests"}
 LIBRARIES = {"torch", "transformers", "numpy", "peft", "datasets", "openai", "math_verify", "safetensors", "tokenizers",
@@ -42,29 +42,6 @@ def imports(path: Path) -> list[str]:
     return found
 
 
-# The two files that know private names, of continuous batching and of torch's fake tensors.
-PRIVATE = {Path("runtime/continuous.py"), Path("runtime/fake_step.py")}
-
-
-def private_names(path: Path) -> list[str]:
-    """Names of libraries that their authors keep to themselves: `_x` in an import, or behind a library's name."""
-    found, known = [name for name in imports(path) if name.split(".")[0] in LIBRARIES and is_private(name)], set()
-    nodes = list(ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))))
-    for node in nodes:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            for alias in node.names:
-                origin = node.module if isinstance(node, ast.ImportFrom) else alias.name
-                known |= {alias.asname or alias.name.split(".")[0]} if origin.split(".")[0] in LIBRARIES else set()
-    uses = [ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)]
-    return found + [use for use in uses if use.split(".")[0] in known and is_private(use)]
-
-
-def is_private(name: str) -> bool:
-    parts = name.split(".")
-    hidden = any(part.startswith("_") and not part.endswith("__") for part in parts)
-    return hidden or name.startswith("transformers.generation.continuous_batching")
-
-
 def test_every_file_has_a_stratum():
     assert len(FILES) > 30 and {"loss.py", "train.py", "runtime/ranks.py"} <= {str(path) for path in FILES}
     assert {stratum(path) for path in FILES} == {*ALLOWED, "tests"}
@@ -86,18 +63,6 @@ def test_the_method_files_import_each_other_without_circles():
         free = {name for name, needs in below.items() if not needs & set(below)}
         assert free, f"a circle among {sorted(below)}"
         below = {name: needs for name, needs in below.items() if name not in free}
-
-
-@pytest.mark.parametrize("path", [path for path in FILES if stratum(path) != "tests"], ids=str)
-def test_private_names_of_libraries_stand_in_one_file(path):
-    found = private_names(path)
-    assert not found or path in PRIVATE, f"{path}: {found}"
-
-
-def test_the_one_file_is_seen():
-    """The search above finds what it looks for."""
-    assert "transformers.generation.continuous_batching" in " ".join(private_names(Path("runtime/continuous.py")))
-    assert is_private("torch._C.x") and is_private("transformers.utils._y") and not is_private("torch.__version__")
 
 
 QUIET = """

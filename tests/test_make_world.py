@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from experiments import make_world
-from experiments.grids import GRIDS
 from experiments.make_world import CONTEXTS, IGNORED, example, make_model, make_tokenizer, padded, train
-from experiments.worlds import WORLDS
+from experiments.study.grids import GRIDS
+from experiments.study.worlds import WORLDS
 from model import load_model, load_tokenizer
 from problems import load_problems, tiny_problems, tiny_split
 from runtime.flags import run_script
@@ -100,6 +100,7 @@ def test_micro_batches_add_up_to_the_mean_over_the_batch():
     torch.testing.assert_close(sum(parts), model(input_ids=ids, labels=labels).loss)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(capsys):
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
@@ -141,6 +142,7 @@ def test_a_world_lies_where_the_grids_look_for_it(arguments, folder, run, tmp_pa
         assert Path(GRIDS["leap"].common["data"]).is_file() and Path(GRIDS["leap"].common["model"]).is_dir()
 
 
+@pytest.mark.slow
 def test_the_embedded_model_is_made_from_scratch(tmp_path):
     flags = ["--world", "embedded", "--steps", "1", "--output_dir", str(tmp_path / "tiny")]
     command = [sys.executable, "-m", "experiments.make_world", *flags]

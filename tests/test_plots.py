@@ -4,15 +4,14 @@ import json
 import math
 import re
 import sys
-from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
 from errors import InputError
-from experiments import plots
-from experiments.grids import Grid
+from experiments.study import plots
+from experiments.study.grids import Grid
 from experiments.token_page import RolloutView, TokenView, render, repaired, view_rollouts
 from problems import Problem
 from weighting import position_weight
@@ -81,14 +80,6 @@ def test_study_picture_shows_the_paired_difference():
     assert container.lines[0].get_xdata()[0] == pytest.approx(10.0)  # mean of 0, 10, 20 points
 
 
-def test_study_curves_are_means_over_seeds():
-    pytest.importorskip("matplotlib")
-    grid = Grid({}, [0, 1], {"OPSD": {"a": 0}})
-    records = [{"options": {"a": 0}, "accuracy": [value, value], "error": None} for value in (0.2, 0.6)]
-    (line,) = plots.study_curves(grid, records).axes[0].lines
-    assert list(line.get_ydata()) == [pytest.approx(0.4)] * 2
-
-
 def cell(options, seed=0, **values):
     """A record of three scored steps; values are shares by measure, (before, on the way, after)."""
     given = {name: values.get(name, (0.1, 0.2, 0.3)) for name in ("sampled", "greedy")}
@@ -97,55 +88,6 @@ def cell(options, seed=0, **values):
         "evaluation": {str(i): {name: shares[i] for name, shares in given.items()} for i in range(3)},
         "behaviour": {str(i): {"stated": 0.9, "leaps": 0.2} for i in range(3)},
     }  # fmt: skip
-
-
-CROSSED = Grid(
-    {"eval_steps": 1, "tau_clip": 1.0},
-    [0, 1],
-    {
-        f"{name}, {rate}, clip {clip}": {"method": name, **rate, **clip}
-        for name in ("OPSD", "Sharp")
-        for rate in ({"learning_rate": 0.2}, {}, {"learning_rate": 0.04})
-        for clip in ({}, {"tau_clip": "inf"})
-    },
-)
-
-
-def test_the_map_has_a_panel_for_each_learning_rate_and_clip():
-    """Two rates and the preset's, two clips, one of them common to all; a record of another grid stays out."""
-    pytest.importorskip("matplotlib")
-    records = [
-        cell(CROSSED.options(name), seed, sampled=(0.1, 0.2, 0.3 + 0.2 * seed))
-        for name in CROSSED.rows for seed in CROSSED.seeds
-    ]  # fmt: skip
-    records.append(cell({"method": "other", "learning_rate": 0.5, "tau_clip": 7}))
-    axes = plots.study_map(CROSSED, records).axes
-    assert [axis.get_title() for axis in axes] == [
-        f"learning rate {rate}, clip {clip}" for rate in ("0.04", "0.2", "preset") for clip in ("1.0", "inf")
-    ]
-    sampled, greedy = ([pytest.approx(value) for value in values] for values in ((10, 20, 40), (10, 20, 30)))
-    for axis in axes:
-        assert [list(line.get_ydata()) for line in axis.lines] == [sampled, greedy] * 2
-        assert [line.get_linestyle() for line in axis.lines] == ["-", "--"] * 2
-        assert [line.get_color() for line in axis.lines] == ["C0", "C0", "C1", "C1"]
-        assert axis.get_legend_handles_labels()[1] == ["OPSD", "Sharp"]
-
-
-def test_the_map_is_drawn_only_where_rows_are_crossed_with_learning_rates():
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("scipy")
-
-    def names(grid):
-        records = [cell(grid.options(name), seed) for name in grid.rows for seed in grid.seeds]
-        return list(plots.study_pictures(replace(grid, baseline=next(iter(grid.rows))), records))
-
-    two = {"a": {"method": "a"}, "b": {"method": "b"}}
-    quick = {"c": {"method": "a", "learning_rate": 1.0}}
-    assert names(CROSSED) == ["study_map"]
-    assert names(Grid({}, [0, 1], two)) == ["study", "study_curves"]
-    assert names(Grid({"eval_steps": 1}, [0, 1], two | quick)) == ["study", "study_curves", "study_along"]
-    clips = {f"{name}, clip": {**options, "tau_clip": 1.0} for name, options in two.items()}
-    assert names(Grid({"eval_steps": 1}, [0, 1], two | clips))[-1] == "study_along"  # clips, one learning rate
 
 
 def test_a_study_without_a_cell_of_the_grid_is_one_line(tmp_path, monkeypatch):
@@ -177,19 +119,6 @@ def test_along_training_a_row_of_several_seeds_has_a_band():
     assert band.get_paths()[0].get_extents().y1 == pytest.approx(60 + 12.706 * 10, rel=1e-3)  # t(1) std / sqrt(2)
     assert [list(line.get_ydata()) for line in leaps.lines] == [[20.0] * 3] * 2
     assert [line.get_linestyle() for line in greedy.lines] == ["-", "--"]
-
-
-def test_along_training_no_two_rows_look_alike():
-    """Eleven rows of two seeds and twelve of one: colours repeat, looks do not."""
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("scipy")
-    grid = Grid({"eval_steps": 1}, [0, 1], {str(i): {"a": i} for i in range(23)})
-    records = [cell(grid.options(str(i)), seed) for i in range(23) for seed in grid.seeds[: 1 + i % 2]]
-    lines = plots.study_along(grid, records).axes[0].lines
-    looks = {(line.get_color(), str(line._unscaled_dash_pattern), line.get_linewidth()) for line in lines}
-    assert len(looks) == len(lines) == 23
-    first = [line.get_linestyle() for line in lines if line.get_label().endswith("(2)")][:10]
-    assert first == ["-"] * 10
 
 
 def test_missing_matplotlib_is_one_line(monkeypatch):

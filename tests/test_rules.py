@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import loss
-from experiments import rules
+from experiments.study import rules
 from loss import LossOptions, TokenScores, method_loss, method_loss_from_hidden
 from weighting import SCHEDULES, position_weight, relative_position
 
@@ -19,9 +19,22 @@ WEIGHTS = {
     "dash": rules.dash,
     "scgate": rules.scgate,
     "tip": rules.tip,
+    "dial": rules.dial,
+    "opsa": rules.opsa,
 }
-WITHIN_A_ROW = ["prefix", "suffix", "skip", "iw_opd", "dash", "scgate"]
-ROWS = [*WITHIN_A_ROW, "tip", "opd", "iw_opd_pg", "tip_reverse", "opsd_token_clip", "opsd_scaled_clip"]
+ON_OPSD = ["prefix", "suffix", "skip", "iw_opd", "dash", "scgate"]
+WITHIN_A_ROW = [*ON_OPSD, "dial", "opsa"]
+ROWS = [
+    *WITHIN_A_ROW,
+    "tip",
+    "beta_opsd",
+    "sr_opsd",
+    "opd",
+    "iw_opd_pg",
+    "tip_reverse",
+    "opsd_token_clip",
+    "opsd_scaled_clip",
+]
 TOKEN_CLIPS = {"opsd_token_clip": rules.token_clip, "opsd_scaled_clip": rules.scaled_clip}
 
 
@@ -156,6 +169,37 @@ def test_tip_keeps_a_share_of_each_row_and_sees_no_scale():
     assert torch.equal(weigh("tip", TokenScores(**scaled), lengths), kept)
 
 
+def test_dial():
+    """p_T, p_S = (.5, .1), (.1, .2), (.9, .8), (.3, .3), (.02, .2): apart .4, .1, .1, 0, .18; two of five are kept."""
+    teacher, student = ([0.5, 0.1, 0.9, 0.3, 0.02], [0.1, 0.2, 0.8, 0.3, 0.2])
+    scores = scores_of(5, teacher_logprob=torch.tensor(teacher).log(), student_logprob=torch.tensor(student).log())
+    assert weigh("dial", scores, [5]).tolist() == [1, 0, 0, 0, 1]
+    # b = 2, |apart|^2 / |log ratio|: .4^2 / 1.61 = .099, .1^2 / .693 = .014, .1^2 / .118 = .085, .18^2 / 2.30 = .014
+    assert weigh("dial", scores, [5], b=2.0).tolist() == [1, 0, 1, 0, 0]
+    assert weigh("dial", scores, [5], share=1.0).all() and not weigh("dial", scores, [2, 2, 1]).any()
+
+
+def test_opsa():
+    """Of ten tokens the two least likely, the second and the fourth: entropies 1 and 3 of 0 to 4 give 5/8 and 7/8."""
+    logp, entropy = torch.zeros(10), torch.zeros(10)
+    logp[1], logp[3], logp[5] = -3.0, -5.0, -1.0
+    entropy[1], entropy[3], entropy[5] = 1.0, 3.0, 4.0
+    scores = scores_of(10, student_logprob=logp, student_entropy=entropy)
+    assert weigh("opsa", scores, [10]).tolist() == [0, 0.625, 0, 0.875, 0, 0, 0, 0, 0, 0]
+    assert weigh("opsa", scores_of(5), [5]).tolist() == [0.5, 0, 0, 0, 0]
+
+
+def test_opsa_makes_unlikely_tokens_less_likely_and_sees_no_teacher():
+    student, teacher, ids, mask = random_case(lengths=(7,))
+    student.requires_grad_()
+    value = method_loss("opsa", student, teacher, ids, mask)
+    value.backward()
+    lowest = student.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1).argmin().item()
+    assert student.grad[0, lowest, ids[0, lowest]] > 0  # descent lowers its logit
+    assert not student.grad[0, torch.arange(7) != lowest].any()  # floor(.2 * 7) = 1 token
+    assert method_loss("opsa", student, -teacher, ids, mask) == value
+
+
 # What holds for every rule
 
 
@@ -180,7 +224,7 @@ def test_weights_are_non_negative_float32_without_gradient(name):
     assert not weight.requires_grad and weight.min() >= 0
 
 
-@pytest.mark.parametrize("name", [*WITHIN_A_ROW, "tip"])
+@pytest.mark.parametrize("name", [*ON_OPSD, "tip"])
 def test_a_row_of_the_table_differs_from_opsd_in_the_weight_alone(name):
     student, teacher, ids, mask = random_case()
     lengths = mask.sum(1).tolist()
@@ -290,6 +334,21 @@ def test_sampled_token_loss_is_the_policy_gradient():
     torch.testing.assert_close(gradient, -A * (one_hot - log_S.exp()), rtol=1e-4, atol=1e-6)
 
 
+def test_targets_on_the_path_by_hand():
+    """p_S = (.5, .5), p_T = (.9, .1): half way sqrt(.45), sqrt(.05) gives q = (.75, .25)."""
+    student, teacher = torch.zeros(2), 1.1 * torch.tensor([0.9, 0.1]).log()
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    value, gradient = gradient_times_temperature("beta_opsd", student, teacher, ids, clip=None)
+    assert value == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-6)
+    assert gradient.tolist() == pytest.approx([-0.25, 0.25], abs=1e-6)
+    value, _ = gradient_times_temperature("beta_opsd", student, teacher, ids, clip=0.1)
+    assert value == pytest.approx(0.1 + 0.25 * math.log(0.5), abs=1e-6)
+    odds = 9**0.95
+    for clip in (0.05, None):  # it has none
+        _, gradient = gradient_times_temperature("sr_opsd", student, teacher, ids, clip=clip)
+        assert gradient.tolist() == pytest.approx([0.5 - odds / (1 + odds), odds / (1 + odds) - 0.5], abs=1e-6)
+
+
 def test_the_sources_own_losses():
     """TIP's is the reverse KL, whatever --beta and --tau_clip say; IW-OPD's is the sampled token's."""
     case = random_case()
@@ -303,10 +362,12 @@ def test_the_sources_own_losses():
 # The file as a script
 
 
+@pytest.mark.slow
 def test_the_file_trains_with_its_rows_known(tmp_path):
-    """`python -m experiments.rules` is train.py, and finds the row `shuffled`."""
+    """`python -m experiments.study.rules` is train.py, and finds the row `shuffled`."""
     flags = ["--num_steps", "1", "--batch_size", "2", "--max_new_tokens", "16", "--eval_data", "", "--device", "cpu"]
-    command = [sys.executable, "-m", "experiments.rules", "--method", "shuffled", *flags, "--output_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "experiments.study.rules", "--method", "shuffled", *flags]
+    command += ["--output_dir", str(tmp_path)]
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,6 @@
 """The study: its statistics against known values, its bookkeeping of cells, and the report made from them."""
 
 import json
-import math
 import shlex
 import sys
 from itertools import product
@@ -10,11 +9,11 @@ from statistics import mean, stdev
 
 import pytest
 
-import experiments.rules  # noqa: F401  (registers its rows)
+import experiments.study.rules  # noqa: F401  (registers its rows)
 from errors import InputError
-from experiments import study
-from experiments.grids import EMBEDDED, GRIDS, Grid
-from experiments.report import (
+from experiments.study import run as study
+from experiments.study.grids import GRIDS, Grid
+from experiments.study.report import (
     BEFORE,
     Difference,
     collect,
@@ -26,7 +25,7 @@ from experiments.report import (
     t_two_sided_p,
     write_report,
 )
-from experiments.study import missing_cells, read_cells, read_grid, run_grid
+from experiments.study.run import missing_cells, read_cells, read_grid, run_grid
 from train import parse_config
 
 TINY = Grid(common={"num_steps": 2}, seeds=[0, 1], rows={"OPSD": {"method": "opsd"}, "PW": {"method": "pwopsd"}})
@@ -70,22 +69,6 @@ def test_t_table(p, df, t):
     assert t_two_sided_p(t, df) == pytest.approx(p, abs=2e-4)
 
 
-@pytest.mark.parametrize("df", [1, 2, 5, 30])
-def test_t_equals_its_density_integrated(df):
-    """Under t = sqrt(df) tan(a) the density is cos(a)^(df - 1) up to a factor; Simpson's rule over a."""
-    pytest.importorskip("scipy")
-
-    def integral(low, high, pieces=2000):
-        width = (high - low) / pieces
-        values = [math.cos(low + i * width) ** (df - 1) for i in range(pieces + 1)]
-        return width / 3 * (values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2]))
-
-    for t in (-3.0, 0.0, 0.5, 2.0, 20.0):
-        slow = integral(math.atan(abs(t) / df**0.5), math.pi / 2) / integral(0.0, math.pi / 2)
-        assert t_two_sided_p(t, df) == pytest.approx(slow, abs=1e-9)
-        assert t_quantile(t_two_sided_p(t, df), df) == pytest.approx(abs(t), abs=1e-9)
-
-
 def test_no_scipy_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     with pytest.raises(InputError, match="pip install scipy"):
@@ -100,14 +83,6 @@ def test_paired_difference_by_hand():
     assert d.half == pytest.approx(4.303 / 3**0.5, abs=1e-3)
     assert d.p == pytest.approx(0.0742, abs=1e-4)
     assert paired_difference({0: 1.0}, {0: 2.0}) is None
-
-
-def test_pairing_removes_what_seeds_share():
-    pytest.importorskip("scipy")
-    seeds = range(6)
-    left = {s: 10.0 * s + 1.0 + 0.01 * (s % 2) for s in seeds}
-    right = {s: 10.0 * s for s in seeds}
-    assert paired_difference(left, right).half < 0.01 < stdev(left.values())
 
 
 def test_equal_cells_differ_by_nothing():
@@ -145,23 +120,6 @@ def test_grid_names_are_known_to_the_trainer(grid):
         flags = [f"--{key}={value}" for key, value in grid.options(name).items()]
         assert parse_config(flags).method == grid.rows[name]["method"]
     assert {grid.baseline, *(name for pair in grid.contrasts for name in pair)} <= {*grid.rows, BEFORE}
-
-
-def test_grid_has_what_the_question_needs():
-    rows = EMBEDDED.rows.values()
-    assert len(EMBEDDED.seeds) >= 6
-    assert {"opsd", "eopd", "reopold", "pwopsd", "shuffled", "iw_opd", "dash", "scgate", "skip", "tip"} <= {
-        row["method"] for row in rows
-    }
-    assert {"mild", "sharp", "aggressive", "reversed", "linear_up", "linear_down"} <= {
-        row.get("schedule") for row in rows
-    }
-    for method in ("opsd", "opsd_token_clip", "opsd_scaled_clip"):
-        assert {0.2, 0.05} <= {row.get("tau_clip") for row in rows if row["method"] == method}
-    assert {"ema", "live"} <= {row.get("teacher") for row in rows}
-    assert {"other", "none", "answer"} <= {row.get("reference") for row in rows}
-    two_by_two = [{"method": m, "reduction": r} for m, r in (("opsd", "sequence_mean"), ("pwopsd", "token_mean"))]
-    assert all(cell in rows for cell in [*two_by_two, {"method": "opsd"}, {"method": "pwopsd"}])
 
 
 def test_every_cell_runs_once(fake_cells, tmp_path):
@@ -215,36 +173,6 @@ def test_changed_options_run_again(fake_cells, tmp_path):
 def test_results_of_another_model_are_not_mixed():
     with pytest.raises(InputError, match="another model"):
         missing_cells(TINY, [record(TINY.options("OPSD"), 0, 0.9)])
-
-
-def test_before_training_is_measured_once(tmp_path):
-    """A cell finds the held-out samples before training that another row of its seed, model and evaluation has."""
-    options = {"eval_samples": 2, "method": "opsd"}
-    measured = record(options, 0, 0.9)
-    (tmp_path / "cells.jsonl").write_text(json.dumps(measured) + "\n")
-    first = tmp_path / "runs" / study.Cell("any", options, 0, "m").folder
-    first.mkdir(parents=True)
-    rows = [{"step": step, "decoding": "greedy", "text": "a"} for step in (0, 2)]
-    (first / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (first / "evaluation.json").write_text(json.dumps(measured["evaluation"]))
-    prompts = tmp_path / "prompts.json"
-    prompts.write_text('{"evaluation": "Add: {problem}"}')
-    for number, (cell, shares) in enumerate(
-        [
-            (study.Cell("PW", {"eval_samples": 2, "method": "pwopsd"}, 0, "m"), True),
-            (study.Cell("PW", options, 1, "m"), False),
-            (study.Cell("PW", options, 0, "n"), False),
-            (study.Cell("PW", {"eval_samples": 3, "method": "pwopsd"}, 0, "m"), False),
-            (study.Cell("PW", {"eval_samples": 2, "method": "pwopsd", "prompts": str(prompts)}, 0, "m"), False),
-            (study.Cell("PW", {"eval_samples": 2, "method": "pwopsd", "eval_data": "tiny:heldout"}, 0, "m"), True),
-        ]
-    ):
-        run = tmp_path / "runs" / str(number)
-        study.share_start(cell, tmp_path, run)
-        assert (run / "evaluation.json").exists() == shares
-        if shares:
-            assert json.loads((run / "evaluation.json").read_text()) == {"0": measured["evaluation"]["0"]}
-            assert [json.loads(line)["step"] for line in (run / "heldout.jsonl").read_text().splitlines()] == [0]
 
 
 @pytest.mark.parametrize(
@@ -359,7 +287,7 @@ def test_a_command_is_one_that_runs(tmp_path):
     """Of every grid, through the rules' own entry: the trainer without them knows four methods."""
     cell = study.Cell("a row", {"method": "shuffled", "data": "my data.jsonl"}, 3, "m")
     words = shlex.split(study.command(cell, tmp_path))
-    assert words[:3] == ["torchrun", "-m", "experiments.rules"]
+    assert words[:3] == ["torchrun", "-m", "experiments.study.rules"]
     config = parse_config(words[3:])
     assert (config.method, config.data, config.seed) == ("shuffled", "my data.jsonl", 3)
     assert Path(config.output_dir) == tmp_path / "runs" / cell.folder
@@ -371,6 +299,14 @@ def test_workers_stay_on_the_gpus_they_may_use(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert study.visible_gpus() == ["0", "1"]
+
+
+def test_right_answers_by_problem():
+    rows = [
+        {"step": step, "decoding": decoding, "problem": problem, "correct": problem == 2 or step == 1}
+        for problem in (2, 0, 1) for step in (0, 1) for decoding in ("sampled", "greedy")
+    ]  # fmt: skip
+    assert (study.right(rows, 0, "greedy"), study.right(rows, 1, "sampled")) == ("001", "111")
 
 
 def test_a_cell_is_a_run_of_train(tmp_path):
@@ -385,6 +321,8 @@ def test_a_cell_is_a_run_of_train(tmp_path):
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert cell["evaluation"] == evaluation and set(evaluation) == {"0", "1"}
     assert cell["behaviour"]["1"].keys() == BEHAVIOUR.keys()
+    for step, decoding in product(("0", "1"), ("sampled", "greedy")):
+        assert cell["right"][step][decoding] == str(int(evaluation[step][decoding]))  # of one problem
     assert cell["accuracy"] == [json.loads((run / "metrics.jsonl").read_text())["accuracy"]]
     assert json.loads((run / "config.json").read_text())["config"]["seed"] == 3
     assert not list(run.glob("checkpoint-*"))

@@ -1,12 +1,14 @@
 """docs/walkthrough.md and the script that prints its tables hold together."""
 
+import math
 import re
 
 import pytest
+import torch
 
 from experiments import walkthrough
-from experiments.worlds import WORLDS, believed_result
-from loss import LossOptions
+from experiments.study.worlds import WORLDS, believed_result
+from loss import LossOptions, clipped_divergence
 from train import PRESETS
 
 PAGE = walkthrough.PAGE.read_text(encoding="utf-8")
@@ -67,3 +69,26 @@ def test_the_rollout_states_the_belief_and_the_teacher_knows_better():
         for logp_MV in (walk.student_logp_MV, walk.teacher_logp_MV)
     ]
     assert best == [[str(belief)[-1], ";"], [str(right)[-1], "!"]]
+
+
+@pytest.mark.parametrize("clip", [0.05, 0.2, 1.0, math.inf])
+def test_closed_form_is_the_gradient_of_the_loss(clip):
+    torch.manual_seed(0)
+    student_MV = (4 * torch.randn(50, 7, dtype=torch.float64)).requires_grad_()
+    teacher_MV = (4 * torch.randn(50, 7, dtype=torch.float64)).log_softmax(-1)
+    temperature = 1.1
+    student_logp_MV = (student_MV / temperature).log_softmax(-1)
+    value = clipped_divergence(student_logp_MV, teacher_MV, torch.zeros(50), LossOptions(tau_clip=clip)).sum()
+    (gradient_MV,) = torch.autograd.grad(value, student_MV)
+    closed_MV = walkthrough.logit_gradients(student_logp_MV.detach(), teacher_MV, clip)
+    torch.testing.assert_close(gradient_MV * temperature, closed_MV)
+    plain_MV = (student_logp_MV.exp() - teacher_MV.exp()).detach()
+    assert torch.allclose(closed_MV, plain_MV) == (clip == math.inf)
+
+
+def test_reversal_by_hand():
+    """p_T = (.9, .1), p_S = (.5, .5): entries .529 and -.161, so clip 0.2 cuts the first and leaves P_A = .1."""
+    student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+    clipped, plain = (walkthrough.logit_gradients(student, teacher, clip) for clip in (0.2, math.inf))
+    torch.testing.assert_close(plain, torch.tensor([[-0.4, 0.4]]))
+    torch.testing.assert_close(clipped, torch.tensor([[0.05, -0.05]]))  # .1 * .5, and .1 * .5 - .1

@@ -54,7 +54,7 @@ def test_every_schedule_lies_in_0_1_and_sees_the_position_alone(name):
     """Weights are those of Eq. (5) as they stand, whatever their mean; a row's do not depend on the rows beside it."""
     lengths = [40, 3, 1]
     weights = get_schedule(name)(relative_position(lengths))
-    assert weights.min() >= 0 and 0 < weights.max() <= 1  # prefix and suffix of experiments/rules.py hold zeros
+    assert weights.min() >= 0 and 0 < weights.max() <= 1  # prefix and suffix of experiments/study/rules.py hold zeros
     for row, length in zip(weights.split(lengths), lengths, strict=True):
         torch.testing.assert_close(row, SCHEDULES[name](relative_position([length])))
 

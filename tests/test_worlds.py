@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from experiments.worlds import (
+from experiments.study.worlds import (
     TEACHER_LEAPS_AT,
     WORLDS,
     FactChange,

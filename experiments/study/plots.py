@@ -1,9 +1,9 @@
 """Pictures of runs, with the optional package matplotlib.
 
-    python -m experiments.plots RUN...           learning curves, weights of the schedules, divergence by position
-    python -m experiments.plots RUN --html       a page of some solutions, token by token (needs no matplotlib), and
-                                                 a picture of the first (where matplotlib is installed)
-    python -m experiments.plots --study DIR      the study's differences with intervals, and its learning curves
+    python -m experiments.study.plots RUN...         learning curves, divergence by position
+    python -m experiments.study.plots RUN --html     a page of some solutions, token by token (needs no matplotlib),
+                                                     and a picture of the first (where matplotlib is installed)
+    python -m experiments.study.plots --study DIR    the study's differences with intervals
 
 Runs that differ only in their seed share a colour; their mean is drawn.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections import Counter
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,11 +20,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-import experiments.rules  # noqa: F401  (registers its rows: a run of one can be drawn)
+import experiments.study.rules  # noqa: F401  (registers its rows: a run of one can be drawn)
 from errors import InputError
-from experiments.grids import GRIDS, Grid
-from experiments.report import LEVEL, Row, collect, paired_difference, t_quantile
-from experiments.study import read_cells, read_grid
+from experiments.study.grids import GRIDS, Grid
+from experiments.study.report import LEVEL, collect, paired_difference, t_quantile
+from experiments.study.run import read_cells, read_grid
 from experiments.token_page import RolloutView, TokenView, render, shade, view_rollouts
 from runtime.flags import run_script
 from runtime.run_folder import made
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 
 SMOOTHING = 5  # steps; a step's accuracy is a mean over few rollouts
 TICKS = [-50, -20, -10, -5, 0, 5, 10, 20, 50]  # points
-# Line styles by whether a row has several seeds; the next one where the ten colours begin anew.
-STYLES = {True: ["-", "-.", (0, (8, 2))], False: ["--", ":", (0, (3, 1, 1, 1, 1, 1))]}
 
 
 def figure(width: float, height: float, columns: int = 1, rows: int = 1):
@@ -156,106 +153,25 @@ def study_figure(grid: Grid, records: list[dict]) -> Figure:
     return drawn
 
 
-def study_curves(grid: Grid, records: list[dict]) -> Figure:
-    """Rollout accuracy over the steps, mean over seeds: the first rows and the first contrast in colour."""
-    drawn, (axis,) = figure(7, 4)
-    named = {*list(grid.rows)[:4], *(grid.contrasts[0] if grid.contrasts else ())}
-    for name in sorted(grid.rows, key=lambda name: name in named):
-        cells = [r["accuracy"] for r in records if r["options"] == grid.options(name) and r["error"] is None]
-        means = smooth([sum(values) / len(values) for values in zip(*cells, strict=False)])
-        style = {"label": name} if name in named else {"color": "0.8", "linewidth": 0.8}
-        axis.plot(range(1, len(means) + 1), means, **style)
-    axis.set(xlabel="step", ylabel="accuracy of the rollouts", ylim=(0, 1))
-    axis.legend(fontsize=8, frameon=False, loc="lower right")
-    return drawn
-
-
 def study_along(grid: Grid, records: list[dict]) -> Figure:
-    """Held-out accuracy and leaps along training, a line a row: thick with a 95 % band where it has more than one seed,
-    thin and dashed where it has one. No two of up to thirty rows of a kind look alike."""
+    """Held-out accuracy and leaps along training, a line a row: with a 95 % band, or dashed where it has one seed."""
     rows = [row for row in collect(grid, records) if row.at]
     drawn, axes = figure(12, 4.6, columns=3)
     for axis, measure in zip(axes, ("sampled", "greedy", "leaps"), strict=True):
-        drawn_so_far = {True: 0, False: 0}
-        for row in rows:
-            values = [list(row.after(measure, step).values()) for step in row.at]
+        for number, row in enumerate(rows):
+            values, color = [list(row.after(measure, step).values()) for step in row.at], f"C{number % 10}"
             means, seeds = [mean(of_seeds) for of_seeds in values], len(values[0])
-            several, number = seeds > 1, drawn_so_far[seeds > 1]
-            drawn_so_far[several] += 1
-            style = {"linewidth": 1.8 if several else 1.2, "linestyle": STYLES[several][number // 10 % 3]}
-            axis.plot(list(row.at), means, color=f"C{number % 10}", label=f"{row.name} ({seeds})", **style)
-            if several:
+            style = "-" if seeds > 1 else "--"
+            axis.plot(list(row.at), means, style, color=color, label=f"{row.name} ({seeds})")
+            if seeds > 1:
                 halves = [t_quantile(LEVEL, seeds - 1) * stdev(of_seeds) / sqrt(seeds) for of_seeds in values]
                 low, high = ([m + sign * half for m, half in zip(means, halves, strict=True)] for sign in (-1, 1))
-                axis.fill_between(list(row.at), low, high, color=f"C{number % 10}", alpha=0.15, linewidth=0)
+                axis.fill_between(list(row.at), low, high, color=color, alpha=0.15, linewidth=0)
         axis.set(title={"leaps": "greedy solutions that leap, %"}.get(measure, f"held-out accuracy, {measure}, %"))
         axis.set(xlabel="steps", ylim=(-2, 102))
         axis.title.set_size(10)
     drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return drawn
-
-
-def panel_of(options: dict) -> tuple[str, ...]:
-    """(learning rate, clip); "preset" where neither the row nor the grid says."""
-    return tuple(str(options.get(name, "preset")) for name in ("learning_rate", "tau_clip"))
-
-
-def map_panels(grid: Grid, records: list[dict]) -> dict[tuple[str, str], list[Row]]:
-    """The measured rows by `panel_of`."""
-    panels: dict[tuple[str, str], list[Row]] = {}
-    for row in collect(grid, records):
-        if row.at:
-            panels.setdefault(panel_of(grid.options(row.name)), []).append(row)
-    return panels
-
-
-def is_map(grid: Grid) -> bool:
-    """Whether its rows are crossed with learning rates and clips, and scored along the way."""
-    places = Counter(panel_of(grid.options(name)) for name in grid.rows)
-    crossed = len({rate for rate, _ in places}) > 1 and min(places.values()) > 1
-    return crossed and "eval_steps" in grid.common
-
-
-def study_map(grid: Grid, records: list[dict]) -> Figure:
-    """Held-out accuracy along training, a panel a learning rate and clip, a line a row; greedy is dashed.
-
-    Rows that differ in these two alone share a colour, and are called by the parts of their names that they share.
-    """
-    panels, lines = map_panels(grid, records), {}
-    for name in grid.rows:
-        lines.setdefault(line_of(grid.options(name)), []).append(name.split(", "))
-    labels = {
-        line: ", ".join(part for part in names[0] if all(part in other for other in names))
-        for line, names in lines.items()
-    }
-    rates, clips = (sorted({place[i] for place in panels}, key=preset_last) for i in (0, 1))
-    drawn, axes = figure(2.6 * len(clips), 2.3 * len(rates), columns=len(clips), rows=len(rates))
-    for axis, (rate, clip) in zip(axes, [(rate, clip) for rate in rates for clip in clips], strict=True):
-        axis.set_visible((rate, clip) in panels)
-        for row in panels.get((rate, clip), []):
-            line = line_of(grid.options(row.name))
-            for decoding, style in (("sampled", "o-"), ("greedy", "--")):
-                means = [mean(row.after(decoding, step).values()) for step in row.at]
-                label, color = labels[line] if decoding == "sampled" else None, f"C{list(lines).index(line)}"
-                axis.plot(list(row.at), means, style, markersize=3, linewidth=1, color=color, label=label)
-        axis.set(title=f"learning rate {rate}, clip {clip}", ylim=(0, 100))
-        axis.set_xlabel("steps", fontsize=8)
-        axis.title.set_size(8)
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    drawn.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=len(clips), fontsize=7, frameon=False
-    )
-    drawn.supylabel("held-out accuracy, % (lines: sampled, dashed: greedy)", fontsize=9)
-    return drawn
-
-
-def line_of(options: dict) -> str:
-    """A row's options without those that name its panel."""
-    return json.dumps({k: options[k] for k in sorted(options) if k not in ("learning_rate", "tau_clip")})
-
-
-def preset_last(value: str) -> tuple[bool, float]:
-    return (True, 0.0) if value == "preset" else (False, float(value))
 
 
 def repair(before: RolloutView, after: RolloutView) -> Figure:
@@ -315,10 +231,8 @@ def plot_runs(runs: list[Path], output: Path) -> list[Path]:
 
 
 def study_pictures(grid: Grid, records: list[dict]) -> dict[str, Figure]:
-    """The pictures that fit a grid: the map alone where rows are crossed with learning rates."""
-    if is_map(grid):
-        return {"study_map": study_map(grid, records)}
-    pictures = {"study": study_figure(grid, records), "study_curves": study_curves(grid, records)}
+    """The differences to the baseline, and where the grid scores along training, the curves of that."""
+    pictures = {"study": study_figure(grid, records)}
     if "eval_steps" in grid.common:
         pictures["study_along"] = study_along(grid, records)
     return pictures

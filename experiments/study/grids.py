@@ -90,7 +90,7 @@ EMBEDDED = Grid(
 )
 
 
-# Worlds in which the teacher misleads (experiments/worlds.py): by a leap where the student cannot follow, by its order.
+# Worlds in which the teacher misleads (worlds.py): by a leap where the student cannot follow, by its order.
 def other_world(name: str) -> dict[str, object]:
     """Options of a run in a world that `make_world` wrote to runs/worlds/NAME."""
     folder = f"runs/worlds/{name}"

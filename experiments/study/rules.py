@@ -1,8 +1,7 @@
 """Rules of later work as rows of the table: how else to weight tokens, and how else to clip.
 
-    python -m experiments.rules --method scgate ...     train.py, with these rows known to it
-    torchrun -m experiments.rules --method scgate ...   the same on several processes
-    import experiments.rules                            the rows, and `--schedule suffix`, for a script of your own
+    python -m experiments.study.rules --method scgate ...   train.py, with these rows known to it; also torchrun -m
+    import experiments.study.rules                          the rows, and `--schedule suffix`, for your own script
 
 Written as a fork would write it: a schedule of position is a line of weighting.SCHEDULES, a method a row of
 loss.METHODS, and the rest of the file is the function each row needs. Rows of the first table differ from OPSD in the
@@ -10,8 +9,7 @@ weight alone: they train on the clipped divergence of Eq. (1), whatever loss the
 the clip is theirs too. A weight that keeps some tokens and drops the others (0 or 1) is divided by the number kept
 (`weighted_mean`), as in the sources; the others are averaged over all tokens (`token_mean`), as in Eq. (1).
 
-A weight carries no gradient. Rules by score see what loss.TokenScores holds, at T_distill. Left out, since their
-sources give a name only: MetaOPD (arXiv 2610.11989), beta-OPSD (arXiv 2607.28582).
+A weight carries no gradient. Rules by score see what loss.TokenScores holds, at T_distill.
 
 Axes: M valid tokens of a batch, row after row; L one row's tokens; V vocabulary. Weights have the signature of every
 token weight, (scores, lengths, step, options) -> [M]; a keyword is a number of the source, set with functools.partial.
@@ -122,28 +120,55 @@ loss.METHODS["dash"] = Method(loss.clipped_divergence, dash, loss.token_mean, cl
 loss.METHODS["scgate"] = Method(loss.clipped_divergence, scgate, loss.weighted_mean, clips=True)
 
 # ---------------------------------------------------------------------------------------------------------------
-# A weight by score, across the rows of one call: a micro-batch in training
+# Weights that keep a share of each row's tokens, the best by a score
+
+
+def keep_top(score_M: Tensor, lengths: list[int], share: float) -> Tensor:
+    """1 for the floor(share L) tokens of each row with the largest score (of equal ones the first), else 0."""
+    rows = []
+    for score_L in score_M.split(lengths):
+        best = score_L.argsort(descending=True, stable=True)[: int(share * len(score_L))]
+        rows.append(torch.zeros_like(score_L).index_fill(0, best, 1.0))
+    return torch.cat(rows)
 
 
 def tip(scores: TokenScores, lengths: list[int], step: int, options: LossOptions, share: float = 0.5) -> Tensor:
-    """1 for the floor(share L) tokens of each row with the largest s = h + d - h d ("soft or"), else 0.
+    """1 for the `share` of a row with the largest s = h + d - h d ("soft or"), else 0.
 
     TIP (arXiv 2604.14084): h is the student's entropy cut at its 0.98 quantile, d the token's divergence, both scaled
-    to [0, 1] by their minimum and maximum over the tokens given: uncertain tokens, and confident ones that the teacher
-    contradicts. d is the row's own token loss, as in the source, where both are KL(student || teacher) of the full
-    vocabulary (row `tip_reverse`). In row `tip` it is Eq. (1), and tau_clip bounds what one entry adds to d: where the
-    teacher insists on one other token, d saturates unless the clip is inf. The abstract, the authors' README and three
-    re-implementations were read, not the method section: two of them take this d and keep a share of each rollout,
-    one takes the forward divergence on the teacher's top tokens and keeps a share of the batch.
+    to [0, 1] by their minimum and maximum over the tokens given (a micro-batch in training): uncertain tokens, and
+    confident ones that the teacher contradicts. d is the row's own token loss, as in the source, where both are
+    KL(student || teacher) of the full vocabulary (row `tip_reverse`). In row `tip` it is Eq. (1), and tau_clip bounds
+    what one entry adds to d: where the teacher insists on one other token, d saturates unless the clip is inf. The
+    abstract, the authors' README and three re-implementations were read, not the method section: two of them take this
+    d and keep a share of each rollout, one takes the forward divergence and keeps a share of the batch.
     """
     entropy_M = scores.student_entropy
     h_M = _to_unit_range(entropy_M.clamp(max=torch.quantile(entropy_M, 0.98)))
     d_M = _to_unit_range(scores.loss)
-    rows = []
-    for score_L in (h_M + d_M - h_M * d_M).split(lengths):
-        best = score_L.argsort(descending=True, stable=True)[: int(share * len(score_L))]
-        rows.append(torch.zeros_like(score_L).index_fill(0, best, 1.0))
-    return torch.cat(rows)
+    return keep_top(h_M + d_M - h_M * d_M, lengths, share)
+
+
+def dial(
+    scores: TokenScores, lengths: list[int], step: int, options: LossOptions, share: float = 0.4, b: float = 1.0
+) -> Tensor:
+    """1 for the `share` of a row with the largest |log p_T(y) - log p_S(y)|^(1-b) |p_T(y) - p_S(y)|^b, else 0.
+
+    DIAL (arXiv 2610.11659; b from 1 to 1.2), on the sampled token's loss (row `dial`).
+    """
+    gap_M = (scores.teacher_logprob - scores.student_logprob).abs().clamp(min=1e-8)
+    apart_M = (scores.teacher_logprob.exp() - scores.student_logprob.exp()).abs()
+    return keep_top(gap_M ** (1.0 - b) * apart_M**b, lengths, share)
+
+
+def opsa(scores: TokenScores, lengths: list[int], step: int, options: LossOptions, share: float = 0.2) -> Tensor:
+    """1/2 + (H - H_min) / (2 (H_max - H_min)) on the `share` of a row with the lowest log p_S(y), else 0.
+
+    OPSA (arXiv 2608.31046; summaries only): the negative of its advantage, on the loss log p_S(y), so that unlikely
+    tokens become less likely and no teacher is needed. H is the student's entropy, its range here that of the row.
+    """
+    entropy_M = torch.cat([_to_unit_range(entropy_L) for entropy_L in scores.student_entropy.split(lengths)])
+    return keep_top(-scores.student_logprob, lengths, share) * (0.5 + 0.5 * entropy_M)
 
 
 def _to_unit_range(value_M: Tensor) -> Tensor:
@@ -155,7 +180,7 @@ def _to_unit_range(value_M: Tensor) -> Tensor:
 loss.METHODS["tip"] = Method(loss.clipped_divergence, tip, loss.weighted_mean, clips=True, over_batch=True)
 
 # ---------------------------------------------------------------------------------------------------------------
-# The losses of two sources, with the same weights; `opd` is the row `iw_opd_pg` is to be compared with
+# The losses of these sources, with their weights; `opd` is the row `iw_opd_pg` is to be compared with
 
 
 def sampled_token(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
@@ -170,9 +195,42 @@ def reverse_divergence(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: 
     return loss.divergence_entries(student_logp_MV, teacher_logp_MV, beta=1.0).sum(dim=-1)
 
 
+def suppression(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
+    """log p_S(y): minimised where the token becomes unlikely."""
+    return student_logp_MV.gather(-1, ids_M[:, None]).squeeze(-1)
+
+
 loss.METHODS["opd"] = Method(sampled_token, "uniform", loss.token_mean)
 loss.METHODS["iw_opd_pg"] = Method(sampled_token, iw_opd, loss.token_mean)
 loss.METHODS["tip_reverse"] = Method(reverse_divergence, tip, loss.weighted_mean, over_batch=True)
+loss.METHODS["dial"] = Method(sampled_token, dial, loss.weighted_mean)
+loss.METHODS["opsa"] = Method(suppression, opsa, loss.token_mean)
+
+# ---------------------------------------------------------------------------------------------------------------
+# Targets on the path from the student to the teacher, with the student where the sources have a reference policy
+
+
+def on_the_path(student_logp_MV: Tensor, teacher_logp_MV: Tensor, share: float) -> Tensor:
+    """log q, q proportional to p_S^(1 - share) p_T^share; p_S without gradient."""
+    return ((1.0 - share) * student_logp_MV.detach() + share * teacher_logp_MV).log_softmax(dim=-1)
+
+
+def beta_opsd(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
+    """Eq. (1) towards q proportional to p_S^.5 p_T^.5: beta-OPSD (arXiv 2607.28582)."""
+    return loss.clipped_divergence(student_logp_MV, on_the_path(student_logp_MV, teacher_logp_MV, 0.5), ids_M, options)
+
+
+def sr_opsd(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
+    """KL(q || p_S), q proportional to p_T^.95 p_S^.05, no clip: SR-OPSD (arXiv 2608.09745; summaries only).
+
+    T_distill d(loss)/d(student logit i) = p_S(i) - q(i): bounded, and never turned around.
+    """
+    target_MV = on_the_path(student_logp_MV, teacher_logp_MV, 0.95)
+    return loss.divergence_entries(student_logp_MV, target_MV).sum(dim=-1)
+
+
+loss.METHODS["beta_opsd"] = Method(beta_opsd, "uniform", loss.token_mean)
+loss.METHODS["sr_opsd"] = Method(sr_opsd, "uniform", loss.token_mean)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Clips of a whole token's divergence d_t, the unclipped sum over its entries (options.beta), at options.tau_clip.

@@ -1,4 +1,4 @@
-"""The study's answer: Markdown from the cells that experiments/study.py measured, and the statistics behind it.
+"""The study's answer: Markdown from the cells that experiments/study/run.py measured, and the statistics behind it.
 
 All comparisons are paired: a row minus the baseline at the same seed, then mean and t interval over the seeds. A
 difference counts as settled only after Holm's correction over all comparisons of its table.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from errors import InputError
 
 if TYPE_CHECKING:
-    from experiments.grids import Grid
+    from experiments.study.grids import Grid
 
 LEVEL, POWER = 0.05, 0.80
 DECODINGS = ("sampled", "greedy")

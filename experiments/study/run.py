@@ -1,14 +1,14 @@
 """The controlled study: which tokens to weight, how to clip, what to show the teacher; one thing changed at a time.
 
-    python -m experiments.study                        what is missing of the embedded world's grid, then the report
-    python -m experiments.study --grid leap            a world in which early teacher tokens mislead
-    python -m experiments.study --grid mine.json       a grid of your own, {"common": {}, "seeds": [], "rows": {}}
-    python -m experiments.study --report_only          the report again, from the cells measured so far
+    python -m experiments.study.run                        what is missing of the embedded world's grid, then the report
+    python -m experiments.study.run --grid leap            a world in which early teacher tokens mislead
+    python -m experiments.study.run --grid mine.json       a grid of your own, {"common": {}, "seeds": [], "rows": {}}
+    python -m experiments.study.run --report_only          the report again, from the cells measured so far
 
 A cell is one run of train.py: one row's options and one seed. Rows share seeds, hence problems, their order and the
 random numbers of sampling, so rows are compared in pairs. OUTPUT_DIR/cells.jsonl gets one line per finished cell and is
-all that the report is made from; a cell that stands there is never run again. The rules of experiments/rules.py are
-registered as a fork would register its own.
+all that the report is made from; a cell that stands there is never run again. The rules of rules.py are registered as
+a fork would register its own.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from errors import InputError
-from experiments.grids import GRIDS, Grid
-from experiments.report import BEFORE, write_report
+from experiments.study.grids import GRIDS, Grid
+from experiments.study.report import BEFORE, DECODINGS, write_report
 from problems import Problem, load_problems
 from runtime.flags import run_script
 
@@ -101,7 +101,7 @@ def flags(options: dict, seed: int) -> list[str]:
 
 def config_of(options: dict, seed: int = 0) -> TrainConfig:
     """What train.py makes of a cell's flags. Raises InputError for what it refuses."""
-    import experiments.rules  # noqa: F401  (registers its rows)
+    import experiments.study.rules  # noqa: F401  (registers its rows)
     from train import parse_config
 
     return parse_config(flags(options, seed))
@@ -109,11 +109,11 @@ def config_of(options: dict, seed: int = 0) -> TrainConfig:
 
 def run_cell(cell: Cell, output: Path) -> dict:
     """Train a cell, or go on with it, and return its line of cells.jsonl. A loss that is not finite is a result too."""
-    import experiments.rules  # noqa: F401  (registers its rows)
+    import experiments.study.rules  # noqa: F401  (registers its rows)
     import train
 
     run = output / "runs" / cell.folder
-    share_start(cell, output, run)
+    run.mkdir(parents=True, exist_ok=True)
     started, error, argv, on_sigterm = time.time(), None, sys.argv, signal.getsignal(signal.SIGTERM)
     with run.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         sys.argv = ["train.py", *flags(cell.options, cell.seed), f"--output_dir={run}", "--resume=true"]
@@ -128,35 +128,6 @@ def run_cell(cell: Cell, output: Path) -> dict:
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return record
-
-
-EVALUATION_FILES = ("evaluation.json", "heldout.jsonl")
-# The options that held-out samples before training depend on, besides model and seed.
-BEFORE_TRAINING = (
-    "eval_data", "eval_samples", "max_new_tokens", "prompts", "engine", "server", "dtype", "device", "attention",
-    "batch_size", "grader",
-)  # fmt: skip
-
-
-def share_start(cell: Cell, output: Path, run: Path) -> None:
-    """Give a new run the held-out samples before training, if another row has them: they share model and streams."""
-
-    def start(options: dict) -> list:
-        config = config_of(options)
-        return [getattr(config, name) for name in BEFORE_TRAINING]
-
-    run.mkdir(parents=True, exist_ok=True)
-    if (run / EVALUATION_FILES[0]).exists():
-        return
-    for record in read_cells(output / "cells.jsonl"):
-        same = (record["seed"], record["model_id"]) == (cell.seed, cell.model_id)
-        other = output / "runs" / Cell(record["row"], record["options"], record["seed"], record["model_id"]).folder
-        if same and (other / "heldout.jsonl").exists() and start(record["options"]) == start(cell.options):
-            rows = [row for row in read_lines(other / "heldout.jsonl") if row["step"] == 0]
-            accuracy = json.loads((other / "evaluation.json").read_text())["0"]
-            (run / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            (run / "evaluation.json").write_text(json.dumps({"0": accuracy}))
-            return
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -174,6 +145,7 @@ def measured(run: Path, error: str | None) -> dict:
     return {
         "evaluation": evaluation,
         "behaviour": {step: behaviour(problems, held_out, int(step)) for step in evaluation},
+        "right": {step: {name: right(held_out, int(step), name) for name in DECODINGS} for step in evaluation},
         "accuracy": [step["accuracy"] for step in steps],
         "mean_length": [round(step["mean_length"], 2) for step in steps],
         "eos_rate": [step["eos_rate"] for step in steps],
@@ -185,13 +157,19 @@ def measured(run: Path, error: str | None) -> dict:
     }
 
 
+def right(held_out: list[dict], step: int, decoding: str) -> str:
+    """A 1 for each held-out sample that is right, else a 0, by problem: the error over problems is made of these."""
+    rows = [row for row in held_out if (row["step"], row["decoding"]) == (step, decoding)]
+    return "".join(str(int(row["correct"])) for row in sorted(rows, key=lambda row: row["problem"]))
+
+
 def behaviour(problems: list[Problem], held_out: list[dict], step: int) -> dict:
     """What accuracy hides, after `step` steps: shares in [0, 1], None where solutions are not those of a world.
 
     Of greedy solutions `repaired` and `broken` facts, out of the `stated` share of the base's facts that they still
     state; `leaps` and `strays` of greedy ones, and with `_sampled` behind them of sampled ones.
     """
-    from experiments.worlds import leaps, repaired_and_broken, strays
+    from experiments.study.worlds import leaps, repaired_and_broken, strays
 
     def rows(number: int, decoding: str) -> list[dict]:
         return [row for row in held_out if row["step"] == number and row["decoding"] == decoding]
@@ -310,7 +288,7 @@ def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
 
 def command(cell: Cell, output: Path) -> str:
     """A cell as a line of the shell, for machines on which the study itself does not run; rules.py knows all rows."""
-    words = ["torchrun", "-m", "experiments.rules", *flags(cell.options, cell.seed)]
+    words = ["torchrun", "-m", "experiments.study.rules", *flags(cell.options, cell.seed)]
     return shlex.join([*words, f"--output_dir={output / 'runs' / cell.folder}"])
 
 
@@ -321,7 +299,7 @@ def default_folder(grid: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", default="embedded", help=f"{', '.join(GRIDS)} (experiments/grids.py), or a JSON file")
+    parser.add_argument("--grid", default="embedded", help=f"{', '.join(GRIDS)} (grids.py), or a JSON file")
     parser.add_argument("--output_dir", type=Path, help="cells.jsonl and report.md; default runs/study-GRID")
     parser.add_argument("--workers", type=int, default=0, help="cells at a time; default: one per GPU, else per core")
     parser.add_argument("--dry_run", action="store_true", help="print the missing cells' commands, run nothing")

@@ -1,0 +1,89 @@
+"""The benchmark's twins are equal in value, its measuring measures, and the first hour's shapes are the presets'."""
+
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from experiments import first_gpu_hour
+from experiments.bench import alternate, loss_functions, peak_bytes, plain_choice
+from experiments.first_gpu_hour import SHAPES
+from rollout import Sampling, choose_tokens
+
+CPU = torch.device("cpu")
+
+
+def test_the_plain_loss_is_the_same_loss():
+    ours, plain = loss_functions(M=8, D=8, V=30, device=CPU)
+    (a, by_chunks), (b, whole) = ours(3), plain()
+    assert a == pytest.approx(b)
+    torch.testing.assert_close(by_chunks, whole)
+
+
+def test_the_plain_choice_keeps_the_same_tokens():
+    """Over many draws: the same shares, of tokens that top_k and top_p keep."""
+    torch.manual_seed(0)
+    settings, draws = Sampling(1.1, 0.9, 5, 1), 20_000
+    logits_BV = (2.0 * torch.randn(12)).expand(draws, -1)
+    ours, plain = choose_tokens(logits_BV, torch.rand(draws), settings), plain_choice(logits_BV, settings)
+    a, b = (ids.bincount(minlength=12) / draws for ids in (ours, plain))
+    torch.testing.assert_close(a, b, atol=0.02, rtol=0)
+    assert torch.equal(a > 0, b > 0) and 1 < (a > 0).sum() <= 5
+
+
+def test_the_memory_of_the_loss_does_not_grow_with_the_tokens_but_the_plain_one_does():
+    def peak(tokens: int, chunk: int | None) -> int:
+        ours, plain = loss_functions(tokens, 4, 20_000, CPU)
+        return peak_bytes(plain if chunk is None else lambda: ours(chunk), CPU)
+
+    logits = 20_000 * 4
+    assert peak(64, 8) < 1.05 * peak(16, 8) < 8.0 * 8 * logits
+    assert peak(64, None) > 3.5 * peak(16, None) > 3.5 * 4 * 16 * logits
+
+
+def test_peak_memory_by_hand():
+    """Two tensors of 4 MB alive at once, then one of them again: 8 MB."""
+
+    def work():
+        a = torch.ones(1_000_000)
+        b = a + 1
+        del a
+        return b * 2
+
+    assert peak_bytes(work, CPU) == pytest.approx(8e6, rel=0.01)
+
+
+def test_alternating_keeps_the_smallest_time():
+    calls = []
+    times = alternate([lambda: calls.append("a"), lambda: sum(range(300_000)) and calls.append("b")], CPU, turns=3)
+    assert calls == ["a", "b"] * 4 and times[0] < times[1]
+
+
+@pytest.mark.parametrize("preset, billions", [("qwen3-4b", 4.02), ("dsr1-llama-8b", 8.03), ("olmo3-7b", 7.30)])
+def test_the_shapes_have_the_published_number_of_weights(preset, billions):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(SHAPES[preset]())
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part, words", [("loss", "tokens a chunk"), ("decode", "decode olmo3-7b"), ("step", "peak")])
+def test_the_parts_of_the_first_hour_run_on_a_cpu_at_small_shapes(tmp_path, monkeypatch, part, words):
+    rows = tmp_path / "rows"
+    flags = ["--part", part, "--rows", str(rows), "--small", "--device", "cpu", "--preset", "qwen3-4b", "olmo3-7b"]
+    monkeypatch.setattr(sys, "argv", ["first_gpu_hour", *flags])
+    first_gpu_hour.main()
+    assert any(words in line for line in rows.read_text().splitlines())
+
+
+@pytest.mark.slow
+def test_a_part_that_runs_out_of_time_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
+    """Each part in a process of its own: one that is given a second, and one that has the time it needs."""
+    monkeypatch.setitem(first_gpu_hour.SECONDS, "kill", 1)
+    flags = ["--small", "--device", "cpu", "--parts", "kill", "environment", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["first_gpu_hour", *flags])
+    first_gpu_hour.main()
+    rows = [line for line in (tmp_path / "first-gpu-hour.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert [row.split(":")[0] for row in rows] == ["| kill", "| environment"]
+    assert "FAILED" in rows[0] and "not done after 1 s" in rows[0] and "FAILED" not in rows[1]
