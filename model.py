@@ -316,17 +316,21 @@ def can_occur(tokenizer: PreTrainedTokenizerBase, index: int) -> bool:
 MATHEMATICS = "Let x = 12 and y = 3.\n\nThen $x + 2y = 18$, so  \\boxed{\\frac{18}{5}}"
 
 
-def find_checkpoint(name: str) -> str:
-    """The directory or hub name behind `--model`: `tiny`, a directory with a config.json, or `owner/name`."""
+def find_checkpoint(name: str, said: str = "") -> str:
+    """The directory or hub name behind `--model`: `tiny`, a directory with a config.json, or `owner/name`.
+
+    Raises InputError where there is none, in words that begin with `said` instead of the flag.
+    """
+    said = said or f"--model {name}:"
     path = TINY_MODEL if name == "tiny" else Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"--model {name}: no checkpoint there (config.json is missing)")
+            raise InputError(f"{said} no checkpoint there (config.json is missing)")
         if (path / ADAPTER_CONFIG).is_file():  # where peft is installed, transformers would apply it in silence
-            raise InputError(f"--model {name}: {ADAPTER_BESIDE}")
+            raise InputError(f"{said} {ADAPTER_BESIDE}")
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(f"--model {name}: neither a directory nor a hub name like 'owner/name'")
+        raise InputError(f"{said} neither a directory nor a hub name like 'owner/name'")
     return name
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chat import Chat, encode_turn, render_turn, template_notes
 from errors import InputError, some
-from model import adapter_disabled, adapter_dropout, lora_parameters, trained_parameters
+from model import adapter_disabled, adapter_dropout, lora_layers, lora_parameters, trained_parameters
 from problems import SURROGATE, Problem
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -70,13 +70,21 @@ REQUIRED = {
 FORBIDDEN = {"student": {"solution", "answer"}, "evaluation": {"solution", "answer"}}
 
 
-def load_prompts(path: str | None) -> Prompts:
+def load_prompts(path: str | None, chat_template_kwargs: str | None = None, date: str | None = None) -> Prompts:
     """The paper's templates, or those that a JSON file puts in their place: {"student": "... {problem} ...", ...}.
 
-    Fields are {problem}, {solution} and {answer}; any other brace is text. Raises InputError, naming file and template.
+    Fields are {problem}, {solution} and {answer}; any other brace is text. The other two are for the chat template
+    (chat.py::Chat). Raises InputError, naming file and template.
     """
+    try:
+        kwargs = json.loads(chat_template_kwargs or "{}")
+    except ValueError as error:
+        raise InputError(f"--chat_template_kwargs {chat_template_kwargs}: cannot be read as JSON ({error})") from None
+    if not isinstance(kwargs, dict):
+        raise InputError(f"--chat_template_kwargs {chat_template_kwargs}: must be an object")
+    prompts = replace(PAPER_PROMPTS, chat=Chat(kwargs, date))
     if path is None:
-        return PAPER_PROMPTS
+        return prompts
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -93,7 +101,7 @@ def load_prompts(path: str | None) -> Prompts:
             raise InputError(f"--prompts {path}, {name}: {{{min(missing)}}} is missing")
         if leaked := FORBIDDEN.get(name, set()) & shown:
             raise InputError(f"--prompts {path}, {name}: must not show {{{min(leaked)}}}")
-    return replace(PAPER_PROMPTS, **given)
+    return replace(prompts, **given)
 
 
 def student_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts: Prompts = PAPER_PROMPTS) -> list[int]:
@@ -218,16 +226,16 @@ class Teacher:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Inside, the adapter holds its running average."""
-        self._swap()
+        """Inside, the adapter works with its running average. What is trained stays in its place, so that a signal may
+        leave this block anywhere."""
+        layers = list(lora_layers(self.model).values())
         try:
+            for layer, A, B in zip(layers, self.average[::2], self.average[1::2], strict=True):
+                layer.cast = (A.to(layer.base.weight.dtype), B.to(layer.base.weight.dtype))
             yield
         finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        for index, parameter in enumerate(self.trained):
-            parameter.data, self.average[index] = self.average[index], parameter.data
+            for layer in layers:
+                layer.cast = None
 
 
 def match_heads(model: PreTrainedModel, other: PreTrainedModel) -> None:

@@ -11,6 +11,7 @@ at the end gives the exact mean over the whole step, whatever the split.
 
 from __future__ import annotations
 
+import datetime
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -211,13 +212,12 @@ class TrainConfig(loss.LossOptions):
         "method",
         choices=teacher.REFERENCES,
     )
-    teacher: str = option(
-        "fixed", "whose weights score: fixed, ema or live", "method", choices=("fixed", "ema", "live")
-    )
+    teacher: str = option("fixed", "whose weights score: fixed, ema, live, or those of another model", "method")
     ema_decay: float = option(0.99, "decay per step of --teacher ema", "method", within=(0, 1))
     student_thinking: bool = option(False, "thinking mode of the student's context", "method")
     teacher_thinking: bool = option(True, "thinking mode of the teacher's context", "method")
     prompts: str | None = option(None, "JSON file of templates: student, teacher, evaluation", "method")
+    chat_template_kwargs: str | None = option(None, "JSON of further arguments for the chat template", "method")
     model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
     data: str = option("siyanzhao/Openthoughts_math_30k_opsd", ".jsonl path, hub name or tiny:train", "data")
     max_length: int = option(20000, "limit in tokens of the longer context with its response", "data", least=1)
@@ -294,7 +294,9 @@ def check_config(config: TrainConfig) -> None:
     if config.server and config.lora_rank == 0:
         raise InputError("--server samples from an adapter that it loads by name: --lora_rank must be above 0")
     _ = config.sampling  # checks itself
-    teacher.load_prompts(config.prompts)
+    teacher.load_prompts(config.prompts, config.chat_template_kwargs)
+    if config.teacher not in teacher.KINDS:
+        model.find_checkpoint(config.teacher, f"--teacher {config.teacher}: none of {', '.join(teacher.KINDS)}, and")
     if config.dtype in ("bfloat16", "float16") and config.lora_rank == 0:
         raise InputError(
             f"--dtype {config.dtype} with --lora_rank 0: updates of --learning_rate's size vanish in its few digits; "
@@ -338,15 +340,17 @@ class Training:
         return model.trained_parameters(self.model)
 
 
-def choose_prompts(config: TrainConfig, data: list[problems.Problem]) -> tuple[list[problems.Problem], teacher.Prompts]:
-    """The problems with the reference that the teacher is shown, and the prompts of both contexts."""
-    prompts = replace(
-        teacher.load_prompts(config.prompts),
-        student_thinking=config.student_thinking,
-        teacher_thinking=config.teacher_thinking,
-    )
+def choose_prompts(
+    config: TrainConfig, data: list[problems.Problem], date: str | None = None
+) -> tuple[list[problems.Problem], teacher.Prompts]:
+    """The problems with the reference that the teacher is shown, and the prompts of both contexts.
+
+    `date`: of the run's start, for chat templates that show one; a resumed run keeps it.
+    """
+    prompts = teacher.load_prompts(config.prompts, config.chat_template_kwargs, date)
+    thinking = {"student_thinking": config.student_thinking, "teacher_thinking": config.teacher_thinking}
     draw = np.random.default_rng(np.random.SeedSequence((config.seed, REFERENCE_STREAM)))
-    return teacher.choose_reference(config.reference, data, prompts, draw)
+    return teacher.choose_reference(config.reference, data, replace(prompts, **thinking), draw)
 
 
 def build(
@@ -359,7 +363,11 @@ def build(
         model.add_lora(student, config.lora_rank, config.lora_alpha, config.lora_dropout)
     if config.gradient_checkpointing:
         model.recompute_activations(student)
-    scorer = teacher.Teacher(student, config.teacher, config.ema_decay)
+    if config.teacher in teacher.KINDS:
+        scorer = teacher.Teacher(student, config.teacher, config.ema_decay)
+    else:
+        teacher.check_same_tokens(tokenizer, model.load_tokenizer(config.teacher), prompts, config.teacher)
+        scorer = teacher.Teacher(student, "other", other=model.load_model(config.teacher, config.dtype, device=device))
     # Parameter by parameter (foreach False): updating all at once would take as much memory again.
     optimizer = torch.optim.AdamW(
         scorer.trained, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False
@@ -449,12 +457,16 @@ def train(
 ) -> int:  # fmt: skip
     """A run in a folder that is ours, from its start or from its newest checkpoint; the signal that ended it, or 0."""
     grader = grading.make_grader(config.grader, [problem.answer for problem in [*data, *held_out] if problem.answer])
-    data, prompts = choose_prompts(config, data)
+    date = ranks.gather_objects((record or {}).get("date") or datetime.date.today().isoformat())[0]
+    data, prompts = choose_prompts(config, data, date)
     run = build(config, device, grader, prompts)
     run.stop.listen()
+    contexts = ("student", "teacher", *(["evaluation"] if held_out else []))
+    for note in teacher.check_prompts(run.tokenizer, prompts, contexts):
+        ranks.say(note)
     kept, longest = lengths.fitting_problems(run, data, held_out, config)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if run.method.over_batch else set())
-    facts = {"ranks": ranks.world_size(), "hardware": str(device)}
+    facts = {"ranks": ranks.world_size(), "hardware": str(device), "date": date}
     run_folder.record_run(folder, record, asdict(config), free, facts, pins.run_pins(config, data, held_out))
     ranks.say(f"graded by {grader.name}" + (f"; {grader.note}" if grader.note else ""))
     if device.type != "cpu":

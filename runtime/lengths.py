@@ -54,7 +54,9 @@ def fitting_problems(
     note = f"; {len(left)} left out, with a response longer than {limit} tokens: row {some(left)}" if left else ""
     say(f"{len(kept)} problems of {config.data}{note}")
     longest = [encode(data[max(kept, key=lambda i: counts[i][n])]) for n, encode in enumerate(contexts)]
-    evaluation = partial(encode_prompt, run.tokenizer, run.prompts.evaluation, enable_thinking=True)
+    evaluation = partial(
+        encode_prompt, run.tokenizer, run.prompts.evaluation, enable_thinking=True, chat=run.prompts.chat
+    )
     tokens = count_tokens(evaluation, held_out)
     check_room(f"--eval_data {config.eval_data}", held_out, tokens, config.max_new_tokens, context)
     return [data[index] for index in kept], longest

@@ -70,9 +70,9 @@ def make_tokenizer(family: str, corpus=CORPUS) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def make_checkpoint(family: str, directory: Path, corpus=CORPUS) -> Path:
+def make_checkpoint(family: str, directory: Path, corpus=CORPUS, seed: int = 0) -> Path:
     """Save a random model of a family with its tokenizer; weights are large enough for rows to differ clearly."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = make_tokenizer(family, corpus)
     shared = {**SHAPE, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     shared |= {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}

@@ -296,10 +296,11 @@ def test_ema_teacher_averages(checkpoint, lora):
     after = [p.detach().clone() for p in trained]
     teacher.update()
     with teacher.scoring() as scorer:
-        scoring = [p for n, p in scorer.named_parameters() if not lora or "lora_" in n]
-        for w, w0, w1 in zip(scoring, before, after, strict=True):
-            torch.testing.assert_close(w.data, 0.75 * w0 + 0.25 * w1)
+        scored = states(scorer)
     assert all(torch.equal(p, w1) for p, w1 in zip(trained, after, strict=True))
+    for parameter, w0, w1 in zip(trained, before, after, strict=True):
+        parameter.data = 0.75 * w0 + 0.25 * w1
+    torch.testing.assert_close(scored, states(student))
 
 
 def test_fixed_teacher_of_full_fine_tuning_is_a_copy(checkpoint):
@@ -497,7 +498,7 @@ def test_templates_from_a_file(checkpoint, tmp_path):
     prompts = load_prompts(str(path))
     assert prompts == replace(PAPER_PROMPTS, teacher="{problem} \\frac{a}{b} It is {answer}: {solution}")
     assert fill(prompts.teacher, SUMS[0]) == "1+1 \\frac{a}{b} It is 2: 1+1=\\boxed{2}"
-    assert load_prompts(None) is PAPER_PROMPTS
+    assert load_prompts(None) == PAPER_PROMPTS
 
 
 @pytest.mark.parametrize(
@@ -527,3 +528,17 @@ def test_each_context_thinks_as_asked(checkpoint):
     swapped = replace(PAPER_PROMPTS, student_thinking=True, teacher_thinking=False)
     assert student_prompt(tokenizer, PROBLEM, swapped) == encode_prompt(tokenizer, STUDENT_PROMPT, PROBLEM, True)
     assert teacher_prompt(tokenizer, PROBLEM, swapped) == encode_prompt(tokenizer, TEACHER_PROMPT, PROBLEM, False)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+def test_arguments_of_the_template_that_are_no_object_are_said(text):
+    with pytest.raises(InputError, match="--chat_template_kwargs"):
+        load_prompts(None, text)
+
+
+def test_arguments_of_the_template_and_the_date_reach_every_context(checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    tokenizer.chat_template = "{{ strftime_now('%d.%m') }} {{ effort }}:" + tokenizer.chat_template
+    prompts = load_prompts(None, '{"effort": "high"}', "2024-02-29")
+    for encode in (student_prompt, teacher_prompt):
+        assert "29.02 high:" in tokenizer.decode(encode(tokenizer, Problem("1+1", "2", "2"), prompts))

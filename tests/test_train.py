@@ -771,3 +771,38 @@ def test_problems_of_the_embedded_world_are_split_cleanly():
     )
     assert not train_sums & heldout_sums
     assert all(sum(map(int, p.problem.split("+"))) == int(p.answer) for p in tiny_problems("train", 50))
+
+
+def test_a_template_with_the_date_renders_the_runs_first_day(qwen3, data, tmp_path, run_main):
+    """A run that is resumed on another day goes on with the very prompts that it began with."""
+    model = tmp_path / "model"
+    shutil.copytree(qwen3, model)
+    template = model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %B %Y') }}" + template.read_text())
+    arguments = flags(model, data, tmp_path / "run", "--save_steps", 1)
+    output = run_main(arguments)
+    record = json.loads((tmp_path / "run/config.json").read_text())
+    assert f"the chat template shows the date: {record['date']}" in output
+    whole = metrics(tmp_path / "run")
+    record["date"] = "2001-02-03"
+    (tmp_path / "run/config.json").write_text(json.dumps(record))
+    shutil.rmtree(tmp_path / "run/checkpoint-2")
+    output = run_main([*arguments, "--resume"])
+    assert "the chat template shows the date: 2001-02-03" in output, output
+    assert metrics(tmp_path / "run")[0] == whole[0] and metrics(tmp_path / "run")[1]["loss"] != whole[1]["loss"]
+
+
+def test_another_models_weights_may_score(qwen3, data, tmp_path, run_main):
+    """--teacher MODEL: plain on-policy distillation; the same weights under another name are the fixed teacher."""
+    twin, other = tmp_path / "twin", tmp_path / "other"
+    shutil.copytree(qwen3, twin)
+    families.make_checkpoint("qwen3", other, seed=1)
+    losses = {}
+    for name, given in (("fixed", "fixed"), ("twin", twin), ("other", other)):
+        run_main(flags(qwen3, data, tmp_path / f"run-{name}", "--num_steps", 1, "--teacher", given))
+        losses[name] = metrics(tmp_path / f"run-{name}")[0]["loss"]
+    assert losses["twin"] == losses["fixed"] != losses["other"]
+    with pytest.raises(InputError, match="--teacher frozen: none of fixed, ema, live, and neither a directory"):
+        parse_config(["--teacher", "frozen"])
+    with pytest.raises(InputError, match=r"--teacher .*: its vocabulary is not the student's"):
+        run_main(flags("tiny", data, tmp_path / "tiny", "--num_steps", 1, "--teacher", other))
