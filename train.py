@@ -30,7 +30,7 @@ import rollout
 import teacher
 import weighting
 from errors import InputError
-from runtime import checkpoint, engines, grading, lengths, metrics, pins, ranks, run_folder
+from runtime import checkpoint, engines, grading, lengths, metrics, ranks, records
 from runtime.flags import FlagParser, departures, option, run_script
 from runtime.stopping import Stop, StoppedError
 
@@ -187,8 +187,8 @@ def sample_rows(step: int, share: Share, y: list[rollout.Response], run: Trainin
     texts = run.tokenizer.batch_decode([response.ids for response in y], skip_special_tokens=True)
     return [
         {
-            "step": step, "slot": slot, "problem": problem.row, "text": text, "tokens": len(response.ids),
-            "finish_reason": "eos" if response.finished else "length",
+            "step": step, "slot": slot, "problem": problem.row, "answer": problem.answer, "text": text,
+            "tokens": len(response.ids), "finish_reason": "eos" if response.finished else "length",
             "correct": run.grader.match(problems.extract_boxed(text), problem.answer) if problem.answer else None,
         }
         for slot, problem, response, text in zip(share.slots, share.problems, y, texts, strict=True)
@@ -399,7 +399,7 @@ def rehearse(run: Training, longest: list[list[int]], config: TrainConfig) -> No
 
 
 def score_held_out(
-    log: run_folder.RunLog, step: int, run: Training, data: list[problems.Problem], config: TrainConfig
+    log: records.RunLog, step: int, run: Training, data: list[problems.Problem], config: TrainConfig
 ) -> None:
     """Avg@1 on held-out problems, by the evaluation protocol and greedy; nothing is kept where a signal comes."""
     if data and str(step) not in log.evaluation:
@@ -430,10 +430,10 @@ def main() -> int:
     model.find_checkpoint(config.model)  # a wrong --model is told before the data are looked for
     data = problems.load_problems(config.data)
     held_out = problems.load_problems(config.eval_data, need_solution=False) if config.eval_data else []
-    folder = run_folder.run_folder(
+    folder = records.new_folder(
         config.output_dir, f"{config.preset or Path(config.model).name}-{config.method}-seed{config.seed}"
     )
-    with run_folder.claimed(folder, config.resume) as record:
+    with records.open_run(folder, "train", config.resume) as record:
         ranks.say(
             f"{config.method}, {departures(config, PRESETS) or 'the preset as it is'}; options: {folder}/config.json"
         )
@@ -453,8 +453,9 @@ def train(
     run.stop.listen()
     kept, longest = lengths.fitting_problems(run, data, held_out, config)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if run.method.over_batch else set())
-    facts = {"ranks": ranks.world_size(), "hardware": str(device)}
-    run_folder.record_run(folder, record, asdict(config), free, facts, pins.run_pins(config, data, held_out))
+    inputs = {"data": records.digest(data), "eval_data": records.digest(held_out)}
+    inputs = records.fingerprints(config, **inputs, prompts=asdict(teacher.load_prompts(config.prompts)))
+    records.record_run(folder, "train", record, asdict(config), free, inputs, {"hardware": str(device)})
     ranks.say(f"graded by {grader.name}" + (f"; {grader.note}" if grader.note else ""))
     if device.type != "cpu":
         rehearse(run, longest, config)
@@ -472,7 +473,7 @@ def take_steps(
     config: TrainConfig,
 ) -> None:  # fmt: skip
     """The steps that are left, with what is logged, scored and saved between them."""
-    log, done = run_folder.RunLog(folder, start), start
+    log, done = records.RunLog(folder, start), start
     watch = metrics.Watch(config.max_new_tokens, config.lora_dropout, run.model.dtype, log.earlier)
     if start == config.num_steps:
         ranks.say(f"all {start} steps are done: only held-out scores that are missing are made up for")

@@ -6,12 +6,12 @@ import os
 
 import pytest
 import torch
+from runtime.adapters import ADAPTER_FREE, ADAPTER_UNDERSTOOD, check_adapter_fields, load_adapter, save_adapter
 from safetensors.torch import load_file
 from test_model import PROMPTS, RESPONSES, randomise
 
 from errors import InputError
 from model import add_lora, load_model, response_hidden
-from runtime.adapters import ADAPTER_FREE, ADAPTER_UNDERSTOOD, check_adapter_fields, load_adapter, save_adapter
 
 
 @pytest.fixture

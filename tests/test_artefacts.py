@@ -12,10 +12,10 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from runtime.export import export
 
 from model import add_lora, load_model, lora_parameters
 from runtime.checkpoint import save_checkpoint
-from runtime.export import export
 from teacher import Teacher
 
 NOBODY = 65534

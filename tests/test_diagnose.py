@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from forked import run_ranks, script
+from runtime.phases import read_rows
 
 import diagnose
 from diagnose import (
@@ -32,7 +33,6 @@ from problems import Problem, load_problems
 from rollout import Response
 from runtime.engines import GenerateEngine
 from runtime.grading import ExactGrader
-from runtime.phases import read_rows
 from teacher import student_prompt
 from viability import labels, truncated_entropy, uncertainty
 
