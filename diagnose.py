@@ -409,7 +409,7 @@ def prepare(config: DiagnoseConfig, device: torch.device, folder: Path) -> Diagn
         for prompt in (run.student_prompt, run.teacher_prompt):
             tokens = [len(prompt(i)) for i in part]
             check_room(
-                f"--data {source}", problems[part.start : part.stop], tokens, config.spine_tokens, config.context
+                f"--data {source}", problems[part.start : part.stop], tokens, config.spine_tokens + 1, config.context
             )
     return run
 

@@ -327,7 +327,7 @@ def test_a_line_that_is_no_row_is_named_with_its_file(tmp_path, line, name):
 
 def test_a_key_that_is_no_plain_value_is_named(tmp_path):
     append_rows(tmp_path / "samples.jsonl", [{"seed": [0], "problem": 0, "text": ""}])
-    with pytest.raises(InputError, match="samples.jsonl: a row's seed or problem"):
+    with pytest.raises(InputError, match=r"samples\.jsonl: a row's seed or problem"):
         RowFile(tmp_path / "samples.jsonl", KEY, VALUES)
 
 
@@ -350,7 +350,7 @@ def test_jobs_keep_their_order_and_are_done_once(tmp_path):
     do_jobs(RowFile(path, ("a", "b"), ("sum",)), [(1, None), (2, 5)], work, 1)
     rows = do_jobs(RowFile(path, ("a", "b"), ("sum",)), [(3, 4), (2, 5), (1, None)], work, 10)
     assert [row["sum"] for row in rows] == [7, 7, 1] and done == [(1, None), (2, 5), (3, 4)]
-    with pytest.raises(InputError, match="line 1: not a row of this program's .no rest"):
+    with pytest.raises(InputError, match="line 1: not a row of this program"):
         RowFile(path, ("a", "b"), ("sum", "rest"))
 
 
@@ -359,7 +359,7 @@ def short(jobs):
 
 
 def test_a_lack_of_memory_names_the_file(tmp_path):
-    with pytest.raises(InputError, match="x.jsonl: out of GPU memory"):
+    with pytest.raises(InputError, match=r"x\.jsonl: out of GPU memory"):
         do_jobs(RowFile(tmp_path / "x.jsonl", ("a",)), [(1,)], short, 1)
 
 
