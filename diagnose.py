@@ -19,7 +19,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,23 +32,29 @@ from errors import InputError
 from model import context_length, eos_ids, load_model, load_tokenizer, response_hidden
 from problems import Problem, extract_boxed, load_problems
 from rollout import Sampling, StreamKey
+from runtime import records
 from runtime.engines import Engine, GenerateEngine, connect
 from runtime.flags import FlagParser, departures, option, run_script
 from runtime.grading import Grader, make_grader
-from runtime.phases import run_phase
-from runtime.pins import run_pins
-from runtime.ranks import gather_objects, rank, say, start_ranks, stop_ranks, world_size
-from runtime.run_folder import claimed, record_run, run_folder, write_atomically
+from runtime.lengths import check_room
+from runtime.ranks import gather_objects, rank, say, start_ranks, stop_ranks
+from runtime.records import RowFile, do_jobs
 from teacher import PAPER_PROMPTS, Prompts, encode_prompt, load_prompts
 from viability import LabelRule, by_spine, labels, table1, table1_lines, to_columns, truncated_entropy, uncertainty
 
 # Streams of random numbers, told apart by the second entry of their key (rollout.py); train.py uses 1 to 4.
 PICK_STREAM, SPINE_STREAM, DROPOUT_STREAM, CONTINUATION_STREAM = 11, 12, 13, 14
-SPINES, CANDIDATES, ROLLOUTS = "spines (phase A)", "candidates (phases B, C, D)", "continuations (phase E)"
+SPINES, CANDIDATES, ROLLOUTS = "spines (phase A)", "candidates (phase C)", "continuations (phase E) and sampling"
+# The protocol's constants (Appendices A, B); docs/diagnostic.md names those that the paper leaves open.
+TOP_P, TEMPERATURE = 0.95, 1.0  # of the continuations
+FALLBACK_TEMPERATURE = 0.7  # A: where the greedy spine has no box
+TOP_VALID = 16  # B: the teacher's most likely valid tokens, of which h_trunc is the entropy
+MIN_P2, MIN_RATIO = 0.02, 0.10  # C: least teacher probability of the second token, and least p2 / p1
+PASSES, DROPOUT, DROPPED_LAYERS = 5, 0.1, 4  # D: M, p, and the last layers, whose outputs are dropped out
 
 
 @dataclass(frozen=True)
-class DiagnoseConfig(LabelRule):
+class DiagnoseConfig:
     """Options of diagnose.py. Defaults are the paper's (Appendices A, B); a preset changes what it names."""
 
     preset: str | None = option(None, "tiny (the default without --model) or qwen3-4b", "data")
@@ -59,20 +65,13 @@ class DiagnoseConfig(LabelRule):
     context: int = option(32768, "tokens of prompt, prefix and continuation together", "data", least=2)
     student_thinking: bool = option(True, "the student's prompts think; the paper's numbers say so", SPINES)
     spine_tokens: int = option(16384, "length limit of a spine", SPINES, least=1)
-    fallback_temperature: float = option(0.7, "used where the greedy spine has no box", SPINES, positive=True)
     incorrect_spines: bool = option(False, "follow wrong spines, too, reported apart", CANDIDATES)
-    top_valid: int = option(16, "B: teacher's top valid tokens in h_trunc", CANDIDATES)
     candidates: int = option(5, "C: at most this many per problem", CANDIDATES, least=1)
-    min_p2: float = option(0.02, "C: least teacher probability of the second token", CANDIDATES, within=(0, 1))
-    min_ratio: float = option(0.10, "C: least p2 / p1", CANDIDATES, within=(0, 1))
     min_spacing: int = option(64, "C: least distance of two candidates, in tokens", CANDIDATES, least=1)
-    dropout_passes: int = option(5, "D: M", CANDIDATES, least=2)
-    dropout: float = option(0.1, "D: p", CANDIDATES)
-    dropout_layers: int = option(4, "D: the last layers, whose outputs are dropped out", CANDIDATES, least=1)
-    temperature: float = option(1.0, "of the continuations", ROLLOUTS)
-    top_p: float = option(0.95, "of the continuations (and of the fallback in A)", ROLLOUTS)
-    server: str | None = option(None, "URL of an OpenAI-compatible server, for --engine server")
-    served_model: str | None = option(None, "the model's name there, where it is not --model")
+    children: int = option(3, "K, tokens forced at a candidate", ROLLOUTS, within=(2, TOP_VALID))
+    rollouts: int = option(6, "continuations of each child", ROLLOUTS, least=1)
+    server: str | None = option(None, "address of a vLLM that serves --model", ROLLOUTS)
+    served_model: str | None = option(None, "the server's name for --model, where it is another", ROLLOUTS)
     batch_size: int = option(32, "sequences that a rank samples between two writes to the run folder", least=1)
     output_dir: str | None = option(None, "run folder; default runs/diagnose-PRESET, numbered if taken")
     resume: bool = option(False, "go on with the run in --output_dir, if there is one")
@@ -94,16 +93,25 @@ PRESETS: dict[str, dict] = {
         "data": ["HuggingFaceH4/MATH-500:test", "HuggingFaceH4/aime_2024:train", "yentinglin/aime_2025:train"],
     },
 }  # fmt: skip
-# What may differ when a run is taken up again: how it is computed, and phases F and G, which are always done anew.
+# What may differ when a run is taken up again: how it is computed.
 FREE_ON_RESUME = {
-    "resume", "output_dir", "device", "engine", "server", "served_model", "batch_size", "bootstraps", "bootstrap_seed",
-    "diversity_viability", "diversity_children", "uncertain_viability",
+    "resume", "output_dir", "device", "server", "served_model", "batch_size",
 }  # fmt: skip
+
+
+# The file of each phase: what a row is known by, and what else it holds. A problem is known by its place in the draw.
+FILES = {
+    "A_spines": (("problem",), ("temperature", "answer", "correct", "text", "ids")),
+    "B_teacher": (("problem",), ("h_trunc", "teacher_p", "teacher_ids", "student_ids")),
+    "C_candidates": (("problem",), ("candidates",)),
+    "D_dropout": (("problem",), ("positions", "entropy", "mutual_information", "log_kappa")),
+    "E_continuations": (("problem", "position", "token", "sample"), ("tokens", "answer", "correct", "text")),
+}
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the phases work with. A problem is known by its index."""
+    """What the phases work with."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -122,6 +130,9 @@ class Diagnosis:
     def teacher_prompt(self, problem: int) -> list[int]:
         """The privileged context: in phases B and D."""
         return encode_prompt(self.tokenizer, self.prompts.diagnostic, self.problems[problem], enable_thinking=True)
+
+    def rows(self, phase: str) -> RowFile:
+        return RowFile(self.folder / f"{phase}.jsonl", *FILES[phase])
 
     def sample(self, prompts: list[list[int]], keys: list[StreamKey], settings: Sampling) -> list[list[int]]:
         return [response.ids for response in self.engine.sample(prompts, keys, settings)]
@@ -142,7 +153,7 @@ def spines(run: Diagnosis) -> list[dict]:
 
     def solve(indices: list[int], temperature: float) -> dict[int, dict]:
         keys = [(config.seed, SPINE_STREAM, i) for i in indices]
-        settings = Sampling(temperature, config.top_p, 0, config.spine_tokens)
+        settings = Sampling(temperature, TOP_P, 0, config.spine_tokens)
         responses = run.sample([run.student_prompt(i) for i in indices], keys, settings)
         return {
             i: {"problem": i, "temperature": temperature, **run.graded(i, ids), "ids": ids}
@@ -154,11 +165,11 @@ def spines(run: Diagnosis) -> list[dict]:
         rows = solve(indices, 0.0)
         unboxed = [i for i in indices if rows[i]["answer"] is None]
         if unboxed:
-            rows |= solve(unboxed, config.fallback_temperature)
+            rows |= solve(unboxed, FALLBACK_TEMPERATURE)
         return [rows[i] for i in indices]
 
     jobs = [(i,) for i in range(len(run.problems))]
-    return run_phase(run.folder / "A_spines.jsonl", ("problem",), jobs, work, config.batch_size)
+    return do_jobs(run.rows("A_spines"), jobs, work, config.batch_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -203,7 +214,7 @@ def teacher_pass(run: Diagnosis, spine_rows: list[dict]) -> list[dict]:
         columns: tuple[list, list, list] = ([], [], [])
         for part_TD in hidden_TD.split(POSITIONS_AT_ONCE):
             probability_TV = model.get_output_embeddings()(part_TD).float().softmax(dim=-1)
-            h_T, p_TK, ids_TK = truncated_entropy(probability_TV, valid_V, config.top_valid)
+            h_T, p_TK, ids_TK = truncated_entropy(probability_TV, valid_V, TOP_VALID)
             for column, tensor in zip(columns, (h_T, p_TK, ids_TK), strict=True):
                 column.extend((tensor[:, : config.children] if tensor.dim() == 2 else tensor).tolist())
         return columns
@@ -214,7 +225,7 @@ def teacher_pass(run: Diagnosis, spine_rows: list[dict]) -> list[dict]:
         _, _, student_ids = score(run.student_prompt(i), spine_of[i])
         return [{"problem": i, "h_trunc": h, "teacher_p": p, "teacher_ids": teacher_ids, "student_ids": student_ids}]
 
-    return run_phase(run.folder / "B_teacher.jsonl", ("problem",), [(i,) for i in spine_of], work, 1)
+    return do_jobs(run.rows("B_teacher"), [(i,) for i in spine_of], work, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -231,7 +242,7 @@ def pick_positions(h: list[float], p: list[list[float]], end: int, config: Diagn
     picked: list[int] = []
     for t in sorted(range(min(end, len(h))), key=lambda t: (-h[t], t)):
         p1, p2 = p[t][:2]
-        is_plausible = p2 >= config.min_p2 and p2 >= config.min_ratio * p1
+        is_plausible = p2 >= MIN_P2 and p2 >= MIN_RATIO * p1
         if is_plausible and all(abs(t - other) >= config.min_spacing for other in picked):
             picked.append(t)
         if len(picked) == config.candidates:
@@ -255,7 +266,7 @@ def candidates(run: Diagnosis, spine_rows: list[dict], teacher_rows: list[dict])
         ]  # fmt: skip
         return [{"problem": i, "candidates": found}]
 
-    return run_phase(run.folder / "C_candidates.jsonl", ("problem",), [(i,) for i in teacher_of], work, 1)
+    return do_jobs(run.rows("C_candidates"), [(i,) for i in teacher_of], work, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -292,16 +303,16 @@ def dropout_scores(run: Diagnosis, spine_rows: list[dict], candidate_rows: list[
         ((i,),) = jobs
         positions = positions_of[i]
         prompt, ids = run.teacher_prompt(i), spine_of[i][: max(positions) + 1]
-        M, key = config.dropout_passes, np.random.SeedSequence((config.seed, DROPOUT_STREAM, i))
+        M, key = PASSES, np.random.SeedSequence((config.seed, DROPOUT_STREAM, i))
         generator = torch.Generator(model.device).manual_seed(int(key.generate_state(1)[0]))
-        with dropout_hooks(model, config.dropout_layers, config.dropout, generator):
+        with dropout_hooks(model, DROPPED_LAYERS, DROPOUT, generator):
             hidden_MCD = response_hidden(model, [prompt] * M, [ids] * M)[:, positions]
         probability_MCV = model.get_output_embeddings()(hidden_MCD).float().softmax(dim=-1)
         scores = {name: score_C.tolist() for name, score_C in uncertainty(probability_MCV).items()}
         return [{"problem": i, "positions": positions, **scores}]
 
     jobs = [(i,) for i, positions in positions_of.items() if positions]
-    return run_phase(run.folder / "D_dropout.jsonl", ("problem",), jobs, work, 1)
+    return do_jobs(run.rows("D_dropout"), jobs, work, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -333,7 +344,7 @@ def continuations(run: Diagnosis, spine_rows: list[dict], candidate_rows: list[d
         prompts = [prompt_of[job[0]] + start(job) for job in jobs]
         keys = [(config.seed, CONTINUATION_STREAM, i, t, 0 if v is None else v + 1, n) for i, t, v, n in jobs]
         rooms = [config.context - len(prompt) for prompt in prompts]
-        responses = run.sample(prompts, keys, Sampling(config.temperature, config.top_p, 0, max(rooms)))
+        responses = run.sample(prompts, keys, Sampling(TEMPERATURE, TOP_P, 0, max(rooms)))
         rows = []
         for job, response, room in zip(jobs, responses, rooms, strict=True):
             ids, (i, t, v, n) = response[:room], job
@@ -342,8 +353,7 @@ def continuations(run: Diagnosis, spine_rows: list[dict], candidate_rows: list[d
         return rows
 
     jobs.sort(key=lambda job: len(prompt_of[job[0]]) + len(start(job)))  # so that little is padded
-    job_fields = ("problem", "position", "token", "sample")
-    return run_phase(run.folder / "E_continuations.jsonl", job_fields, jobs, work, config.batch_size)
+    return do_jobs(run.rows("E_continuations"), jobs, work, config.batch_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -359,11 +369,6 @@ def parse_config(arguments: list[str] | None = None) -> DiagnoseConfig:
 
 def check_config(config: DiagnoseConfig) -> None:
     """Raise InputError, naming the flag, for values that cannot work."""
-    assert Sampling(config.temperature, config.top_p, 0, 1)  # checks itself
-    if config.top_valid < config.children:
-        raise InputError(f"--top_valid {config.top_valid}: must be at least --children, here {config.children}")
-    if not 0.0 < config.dropout < 1.0:
-        raise InputError(f"--dropout {config.dropout}: must lie strictly between 0 and 1")
     if len(config.data) != len(config.num_problems):
         raise InputError("--num_problems needs one number for each source of --data")
     if config.resume and config.output_dir is None:
@@ -397,11 +402,14 @@ def prepare(config: DiagnoseConfig, device: torch.device, folder: Path) -> Diagn
     run = Diagnosis(model, tokenizer, engine, grader, problems, config, folder, prompts)
     if config.context > context_length(model):
         raise InputError(f"--context {config.context}: the model's is {context_length(model)}")
-    longest = max(len(prompt(i)) for i in range(len(problems)) for prompt in (run.student_prompt, run.teacher_prompt))
-    if longest + config.spine_tokens >= config.context:
-        raise InputError(
-            f"--context {config.context}: no room behind a prompt of {longest} and {config.spine_tokens} spine tokens"
-        )
+    start = 0
+    for source, count in zip(config.data, config.num_problems, strict=True):
+        part = range(start, start := start + count)
+        for prompt in (run.student_prompt, run.teacher_prompt):
+            tokens = [len(prompt(i)) for i in part]
+            check_room(
+                f"--data {source}", problems[part.start : part.stop], tokens, config.spine_tokens + 1, config.context
+            )
     return run
 
 
@@ -417,16 +425,17 @@ def diagnose(run: Diagnosis) -> None:
     stopped = sum(gather_objects(run.grader.stopped))
     if rank() > 0:
         return
-    rows = labels(candidate_rows, dropout_rows, continuation_rows, run.config)
-    write_atomically(run.folder / "F_labels.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    rule = LabelRule(run.config.children, run.config.rollouts)
+    rows = labels(candidate_rows, dropout_rows, continuation_rows, rule)
+    records.write_rows(run.folder / "F_labels.jsonl", rows)
     right = sum(row["correct"] for row in spine_rows)
     print(f"{len(spine_rows)} problems, {right} spines right, {len(continuation_rows)} continuations, "
           f"grader {run.config.grader}, {stopped} comparisons stopped at a limit")  # fmt: skip
-    results = {"rule": {field.name: getattr(run.config, field.name) for field in fields(LabelRule)}}
+    results = {"rule": asdict(rule)}
     for name, members in by_spine(rows).items():
-        results[name] = table1(to_columns(members, run.config))
+        results[name] = table1(to_columns(members, rule))
         print(f"\n{name}: " + "\n".join(table1_lines(results[name])))
-    write_atomically(run.folder / "table1.json", json.dumps(results, indent=2) + "\n")
+    records.write_atomically(run.folder / "table1.json", json.dumps(results, indent=2) + "\n")
     print(f"\ncontrols, null, Figure 1, schedule: python -m experiments.diagnose_report {run.folder}")
 
 
@@ -434,12 +443,12 @@ def main() -> None:
     disable_progress_bar()  # of loading weights
     config = parse_config()
     device = start_ranks(config.device)
-    folder = run_folder(config.output_dir, f"diagnose-{config.preset or Path(config.model).name}")
-    with claimed(folder, config.resume) as record:
+    folder = records.new_folder(config.output_dir, f"diagnose-{config.preset or Path(config.model).name}")
+    with records.open_run(folder, "diagnose", config.resume) as record:
         run = prepare(config, device, folder)
-        facts = {"ranks": world_size(), "hardware": str(device)}
-        pins = run_pins(config, run.problems, [])
-        record_run(folder, record, asdict(run.config), FREE_ON_RESUME, facts, pins)
+        inputs = {"data": records.digest(run.problems), "prompts": asdict(load_prompts(config.prompts))}
+        inputs, facts = records.fingerprints(config, **inputs), {"hardware": str(device)}
+        records.record_run(folder, "diagnose", record, asdict(run.config), FREE_ON_RESUME, inputs, facts)
         say(f"{departures(config, PRESETS) or 'the preset as it is'}; all options: {folder}/config.json")
         diagnose(run)
     stop_ranks()

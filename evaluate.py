@@ -15,57 +15,27 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from errors import InputError
-from model import ADAPTER_CONFIG, load_config, load_model, load_tokenizer, pick_device
+from model import ADAPTER_CONFIG, load_config, load_model, load_tokenizer
 from problems import Problem, extract_boxed, load_problems
 from rollout import Response, Sampling, StreamKey
-from runtime.adapters import load_adapter
+from runtime import records
+from runtime.checkpoint import load_adapter
 from runtime.engines import Engine, GenerateEngine, connect
 from runtime.flags import FlagParser, option, run_script
 from runtime.grading import answers_match, make_grader
-from runtime.pins import fingerprint, model_pin
-from runtime.ranks import gather_objects, hide_bar, rank, say, start_ranks, stop_ranks, world_size
-from runtime.run_folder import versions, write_atomically
-from runtime.samples import Sample, SampleFile, check_regime
+from runtime.lengths import check_room
+from runtime.ranks import hide_bar, rank, say, start_ranks, stop_ranks, world_size
 from teacher import EVALUATION_PROMPT, encode_prompt, load_prompts
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Options of evaluate.py; sampling defaults are the paper's, for one of its three seeds."""
-
-    benchmark: str = option(
-        "tiny", "math500, aime24, aime25, hmmt25, tiny, a .jsonl path or a hub name owner/name:split", "data"
-    )
-    model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
-    adapter: str | None = option(None, "adapter directory in PEFT's format", "data")
-    num_samples: int = option(12, "N, samples per problem and seed", "sampling", least=1)
-    seeds: list[int] = option([0], "each adds N independent samples", "sampling", within=(0, 2**63))
-    temperature: float = option(1.0, "0 is greedy", "sampling")
-    top_p: float = option(0.95, "1 is off", "sampling")
-    top_k: int = option(0, "0 is off", "sampling")
-    max_new_tokens: int = option(
-        38912, "lowered to what the model's context leaves behind the longest prompt", "sampling"
-    )
-    enable_thinking: bool = option(True, "of the chat template", "sampling")
-    prompts: str | None = option(None, "JSON file with a template of your own: evaluation", "sampling")
-    server: str | None = option(None, "address of an OpenAI-compatible server of --model", "sampling")
-    served_model: str | None = option(None, "the server's name for --model, where it is another", "sampling")
-    batch_size: int = option(256, "sequences sampled at once, or requests in flight", "sampling", least=1)
-    grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
-    grade_only: bool = option(False, "grade the samples in --output_dir, sample none")
-    output_dir: str = option("runs/evaluation", "samples.jsonl and summary.json; the same command goes on there")
-    device: str = option("auto", "auto, cpu, cuda, ...")
-    dtype: str = option("auto", "auto (bfloat16 on a GPU, else float32) or its name")
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Metrics of one problem. `correct` and `answers` are in the order of sampling.
@@ -111,6 +81,18 @@ def maj_at_n(answers: Sequence[str | None], correct: Sequence[bool], match: Call
 
 # ---------------------------------------------------------------------------------------------------------------
 # Sampling
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled solution, as it is written to samples.jsonl before anything is graded."""
+
+    problem: int  # its row in the benchmark
+    sample: int  # 0..N-1
+    seed: int
+    text: str
+    tokens: int
+    finish_reason: str  # "eos" or "length"
 
 
 Job = tuple[int, int, int]  # (seed, problem index, sample index)
@@ -161,19 +143,24 @@ def benchmark_digest(problems: list[Problem], part: str = "problem") -> str:
 
 
 def sample_missing(
-    config: EvaluationConfig, problems: list[Problem], tokenizer, settings: Sampling, missing: list, file: SampleFile
-) -> None:
-    """Sample this rank's share of `missing`, (seed, problem, sample); each is on the disk as soon as it is there."""
-    mine = missing[rank() :: world_size()]
+    config: EvaluationConfig, problems: list[Problem], tokenizer: PreTrainedTokenizerBase, missing: list[Job],
+    file: records.RowFile,
+) -> None:  # fmt: skip
+    """Sample this rank's share of `missing`; each sample is on the disk as soon as it is there."""
+    mine, start = missing[rank() :: world_size()], time.perf_counter()
     bar = tqdm(total=len(mine), desc="sampling", unit="sample", disable=hide_bar())
 
     def keep(item: Sample) -> None:
-        file.add(item)
+        file.add([asdict(item)])
         bar.update()
 
-    with closing(open_engine(config, tokenizer)) as engine:
+    settings = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
+    with closing(open_engine(config, tokenizer)) as engine, bar:
         template = load_prompts(config.prompts).evaluation
         solve(engine, tokenizer, problems, mine, settings, config.enable_thinking, keep, template)
+    file.collect()
+    seconds, tokens = time.perf_counter() - start, sum(file.rows[job]["tokens"] for job in missing)
+    say(f"sampled {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second (loading included)")
 
 
 def open_engine(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
@@ -184,37 +171,6 @@ def open_engine(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
     if config.adapter:
         load_adapter(model, config.adapter)
     return GenerateEngine(model, tokenizer, config.batch_size)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-def regime(config: EvaluationConfig, problems: list[Problem], prompts: list[list[int]], limit: int) -> dict:
-    """Everything that a sample depends on besides its seed and number."""
-    return {
-        "model": config.model,
-        "model_pin": model_pin(config.model),
-        "adapter": config.adapter,
-        "adapter_pin": fingerprint(config.adapter) if config.adapter else None,
-        "benchmark": config.benchmark,
-        "benchmark_sha256": benchmark_digest(problems),
-        "prompt": load_prompts(config.prompts).evaluation,
-        "prompt_tokens_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        "enable_thinking": config.enable_thinking,
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "top_k": config.top_k,
-        "max_new_tokens": limit,
-        "engine": "server" if config.server else "generate",
-        "dtype": _dtype_name(config),
-    }
-
-
-def _dtype_name(config: EvaluationConfig) -> str | None:
-    """What `auto` stands for on this machine (model.load_model); None where a server decides."""
-    if config.server:
-        return None
-    if config.dtype != "auto":
-        return config.dtype
-    return "bfloat16" if pick_device(config.device).type == "cuda" else "float32"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -278,6 +234,42 @@ def bootstrap_interval(values_P: np.ndarray, resamples: int = 10_000, seed: int 
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Options
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Options of evaluate.py; sampling defaults are the paper's, for one of its three seeds."""
+
+    benchmark: str = option(
+        "tiny", "math500, aime24, aime25, hmmt25, tiny, a .jsonl path or a hub name owner/name:split", "data"
+    )
+    model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
+    adapter: str | None = option(None, "adapter directory in PEFT's format", "data")
+    num_samples: int = option(12, "N, samples per problem and seed", "sampling", least=1)
+    seeds: list[int] = option([0], "each adds N independent samples", "sampling", within=(0, 2**63))
+    temperature: float = option(1.0, "0 is greedy", "sampling")
+    top_p: float = option(0.95, "1 is off", "sampling")
+    top_k: int = option(0, "0 is off", "sampling")
+    max_new_tokens: int = option(
+        38912, "lowered to what the model's context leaves behind the longest prompt", "sampling"
+    )
+    enable_thinking: bool = option(True, "of the chat template", "sampling")
+    prompts: str | None = option(None, "JSON file with a template of your own: evaluation", "sampling")
+    server: str | None = option(None, "address of an OpenAI-compatible server of --model", "sampling")
+    served_model: str | None = option(None, "the server's name for --model, where it is another", "sampling")
+    batch_size: int = option(256, "sequences sampled at once, or requests in flight", "sampling", least=1)
+    grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
+    grade_only: bool = option(False, "grade the samples in --output_dir, sample none")
+    output_dir: str = option("runs/evaluation", "samples.jsonl and summary.json; the same command goes on there")
+    device: str = option("auto", "auto, cpu, cuda, ...")
+    dtype: str = option("auto", "auto (bfloat16 on a GPU, else float32) or its name")
+
+
+# What may differ when an evaluation is taken up again: how many samples are asked for, how they are computed, graded.
+FREE_ON_RESUME = {
+    "num_samples", "seeds", "served_model", "batch_size", "grader", "grade_only", "output_dir", "device",
+}  # fmt: skip
 
 
 def check_config(config: EvaluationConfig) -> None:
@@ -288,18 +280,98 @@ def check_config(config: EvaluationConfig) -> None:
         raise InputError(f"--adapter {config.adapter}: no {ADAPTER_CONFIG} there")
 
 
-def token_limit(config: EvaluationConfig, prompts: list[list[int]]) -> int:
-    """min(--max_new_tokens, context - longest prompt): one limit for all problems, none leaves the context."""
-    settings = load_config(config.model).get_text_config()
+def on_device(config: EvaluationConfig, device: torch.device) -> EvaluationConfig:
+    """The options with what the device decides where the user did not (model.load_model); a server decides itself."""
+    dtype = config.dtype
+    if dtype == "auto" and not config.server:
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return replace(config, device=str(device), dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def main() -> None:
+    disable_progress_bar()
+    config = FlagParser(EvaluationConfig, __doc__).parse()
+    config = on_device(config, start_ranks(config.device))
+    check_config(config)
+    problems, folder = load_problems(config.benchmark, need_solution=False), Path(config.output_dir)
+    grader = make_grader(config.grader, [problem.answer for problem in problems])
+    if grader.note:
+        say(grader.note)
+    if config.grade_only and not (folder / "samples.jsonl").is_file():
+        raise InputError(f"--grade_only: no {folder / 'samples.jsonl'}")
+    jobs = [(s, i, n) for s in config.seeds for i in range(len(problems)) for n in range(config.num_samples)]
+
+    with closing(grader), records.open_run(folder, "evaluate", resume=True) as record:
+        key = ("seed", "problem", "sample")
+        file = records.RowFile(folder / "samples.jsonl", key, ("text", "tokens", "finish_reason"))
+        missing = [job for job in jobs if job not in file.rows]
+        if config.grade_only:
+            check_complete(record, problems, missing, jobs, folder)
+        else:
+            tokenizer = load_tokenizer(config.model)
+            config = begin(config, problems, tokenizer, folder, record)
+            if missing:
+                sample_missing(config, problems, tokenizer, missing, file)
+        if rank() == 0:
+            report(config, problems, [Sample(**file.rows[job]) for job in jobs], folder, grader)
+    stop_ranks()
+
+
+def begin(
+    config: EvaluationConfig, problems: list[Problem], tokenizer: PreTrainedTokenizerBase, folder: Path,
+    record: dict | None,
+) -> EvaluationConfig:  # fmt: skip
+    """Write config.json, or check that the samples in the folder were asked for in the same way.
+
+    Returns the options with one limit for all problems, min(--max_new_tokens, context - longest prompt).
+    """
+    template = load_prompts(config.prompts).evaluation
+    prompts = [encode_prompt(tokenizer, template, problem, config.enable_thinking) for problem in problems]
+    lengths, settings = [len(prompt) for prompt in prompts], load_config(config.model).get_text_config()
     context = getattr(settings, "max_position_embeddings", None) or sys.maxsize
-    longest = max(map(len, prompts))
-    if longest >= context:
-        number = [len(prompt) for prompt in prompts].index(longest)
+    check_room(f"--benchmark {config.benchmark}", problems, lengths, 1, context)
+    if context - max(lengths) < config.max_new_tokens:
+        say(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {context - max(lengths)}")
+        config = replace(config, max_new_tokens=context - max(lengths))
+    digests = {
+        "benchmark": benchmark_digest(problems), "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "server": "a server" if config.server else "this process",
+    }  # fmt: skip
+    inputs = records.fingerprints(config, **digests)
+    records.record_run(folder, "evaluate", record, asdict(config), FREE_ON_RESUME, inputs, {"hardware": config.device})
+    return config
+
+
+def check_complete(
+    record: dict | None, problems: list[Problem], missing: list[Job], jobs: list[Job], folder: Path
+) -> None:
+    """Raise InputError where --grade_only would grade other problems, or lacks samples."""
+    if changed := records.difference(record and record["inputs"].get("benchmark"), benchmark_digest(problems)):
+        raise InputError(f"--grade_only: {folder} holds samples of another --benchmark ({changed})")
+    if missing:
         raise InputError(
-            f"--benchmark {config.benchmark}, problem {number}: "
-            f"a prompt of {longest} tokens fills the context of {context}"
+            f"--grade_only: {folder} lacks {len(missing)} of {len(jobs)} samples; sample them without --grade_only, "
+            "or ask for fewer with --num_samples and --seeds"
         )
-    return min(config.max_new_tokens, context - longest)
+
+
+def report(config: EvaluationConfig, problems: list[Problem], samples: list[Sample], folder: Path, grader) -> None:
+    """Grade, count, write summary.json and print it."""
+    record = records.read_record(folder)
+    regime = {name: value for name, value in record["config"].items() if name not in FREE_ON_RESUME}
+    summary = {
+        "benchmark": config.benchmark, "num_samples": config.num_samples,
+        "regime": regime | {"benchmark_sha256": benchmark_digest(problems)}, "inputs": record["inputs"],
+        "answers_sha256": benchmark_digest(problems, "answer"), "versions": records.versions(),
+        **summarise(samples, problems, grader.match),
+        "grader": {"name": grader.name, "version": grader.version, "asked": grader.asked, "stopped": grader.stopped},
+    }  # fmt: skip
+    records.write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    print_table(summary)
 
 
 def print_table(summary: dict) -> None:
@@ -316,78 +388,6 @@ def print_table(summary: dict) -> None:
         print(f"{grader['asked']} comparisons needed {grader['name']}")
     if grader["stopped"]:
         print(f"{grader['stopped']} comparisons were stopped at a limit and count as not equal")
-
-
-def settle(config: EvaluationConfig, problems: list[Problem], tokenizer, file: SampleFile) -> Sampling:
-    """The sampling that the model's context allows, under the regime that the file's samples have."""
-    template = load_prompts(config.prompts).evaluation
-    prompts = [encode_prompt(tokenizer, template, p, config.enable_thinking) for p in problems]
-    limit = token_limit(config, prompts)
-    if limit < config.max_new_tokens:
-        say(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {limit}")
-    wanted = gather_objects(regime(config, problems, prompts, limit) if rank() == 0 else None)[0]  # hashed once
-    file.begin(wanted)
-    check_regime(file.header, wanted, file.path)
-    return Sampling(config.temperature, config.top_p, config.top_k, limit)
-
-
-def missing_samples(config: EvaluationConfig, every: list[tuple], file: SampleFile) -> list[tuple]:
-    missing = [key for key in every if key not in file.samples]
-    if config.grade_only and missing:
-        raise InputError(
-            f"--grade_only: {file.path} lacks {len(missing)} of {len(every)} samples; sample them without "
-            "--grade_only, or ask for fewer with --num_samples and --seeds"
-        )
-    return missing
-
-
-def main() -> None:
-    disable_progress_bar()
-    config = FlagParser(EvaluationConfig, __doc__).parse()
-    config = replace(config, device=str(start_ranks(config.device)))
-    check_config(config)
-    problems = load_problems(config.benchmark, need_solution=False)
-    grader = make_grader(config.grader, [problem.answer for problem in problems])
-    if grader.note:
-        say(grader.note)
-    path = Path(config.output_dir) / "samples.jsonl"
-    if config.grade_only and not path.is_file():
-        raise InputError(f"--grade_only: no {path}")
-    every = [(s, i, n) for s in config.seeds for i in range(len(problems)) for n in range(config.num_samples)]
-
-    with SampleFile(path) as file:
-        if config.grade_only:
-            check_regime(file.header or {}, {"benchmark_sha256": benchmark_digest(problems)}, path)
-            missing_samples(config, every, file)
-        else:
-            tokenizer = load_tokenizer(config.model)
-            settings = settle(config, problems, tokenizer, file)
-            if missing := missing_samples(config, every, file):
-                start = time.perf_counter()
-                sample_missing(config, problems, tokenizer, settings, missing, file)
-                file.collect()
-                seconds, tokens = (
-                    time.perf_counter() - start,
-                    sum(file.samples[key].tokens for key in missing if key in file.samples),
-                )
-                say(f"sampled {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second (loading included)")
-        if rank() == 0:
-            report(config, problems, [file.samples[key] for key in every], file, grader)
-    grader.close()
-    stop_ranks()
-
-
-def report(config: EvaluationConfig, problems: list[Problem], samples: list[Sample], file: SampleFile, grader) -> None:
-    """Grade, count, write summary.json and print it."""
-    summary = {
-        "benchmark": config.benchmark, "num_samples": config.num_samples, "regime": file.header,
-        "answers_sha256": benchmark_digest(problems, "answer"),
-        "versions": versions(),
-        **summarise(samples, problems, grader.match),
-        "grader": {"name": grader.name, "version": grader.version, "asked": grader.asked, "stopped": grader.stopped},
-    }  # fmt: skip
-    write_atomically(file.path.with_name("summary.json"), json.dumps(summary, indent=1) + "\n")
-    print_table(summary)
 
 
 if __name__ == "__main__":

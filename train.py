@@ -31,7 +31,7 @@ import rollout
 import teacher
 import weighting
 from errors import InputError
-from runtime import checkpoint, engines, grading, lengths, metrics, pins, ranks, run_folder
+from runtime import checkpoint, engines, grading, lengths, metrics, ranks, records
 from runtime.flags import FlagParser, departures, option, run_script
 from runtime.stopping import Stop, StoppedError
 
@@ -188,8 +188,8 @@ def sample_rows(step: int, share: Share, y: list[rollout.Response], run: Trainin
     texts = run.tokenizer.batch_decode([response.ids for response in y], skip_special_tokens=True)
     return [
         {
-            "step": step, "slot": slot, "problem": problem.row, "text": text, "tokens": len(response.ids),
-            "finish_reason": "eos" if response.finished else "length",
+            "step": step, "slot": slot, "problem": problem.row, "answer": problem.answer, "text": text,
+            "tokens": len(response.ids), "finish_reason": "eos" if response.finished else "length",
             "correct": run.grader.match(problems.extract_boxed(text), problem.answer) if problem.answer else None,
         }
         for slot, problem, response, text in zip(share.slots, share.problems, y, texts, strict=True)
@@ -408,7 +408,7 @@ def rehearse(run: Training, longest: list[list[int]], config: TrainConfig) -> No
 
 
 def score_held_out(
-    log: run_folder.RunLog, step: int, run: Training, data: list[problems.Problem], config: TrainConfig
+    log: records.RunLog, step: int, run: Training, data: list[problems.Problem], config: TrainConfig
 ) -> None:
     """Avg@1 on held-out problems, by the evaluation protocol and greedy; nothing is kept where a signal comes."""
     if data and str(step) not in log.evaluation:
@@ -439,10 +439,10 @@ def main() -> int:
     model.find_checkpoint(config.model)  # a wrong --model is told before the data are looked for
     data = problems.load_problems(config.data)
     held_out = problems.load_problems(config.eval_data, need_solution=False) if config.eval_data else []
-    folder = run_folder.run_folder(
+    folder = records.new_folder(
         config.output_dir, f"{config.preset or Path(config.model).name}-{config.method}-seed{config.seed}"
     )
-    with run_folder.claimed(folder, config.resume) as record:
+    with records.open_run(folder, "train", config.resume) as record:
         ranks.say(
             f"{config.method}, {departures(config, PRESETS) or 'the preset as it is'}; options: {folder}/config.json"
         )
@@ -466,8 +466,12 @@ def train(
         ranks.say(note)
     kept, longest = lengths.fitting_problems(run, data, held_out, config)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if run.method.over_batch else set())
-    facts = {"ranks": ranks.world_size(), "hardware": str(device), "date": date}
-    run_folder.record_run(folder, record, asdict(config), free, facts, pins.run_pins(config, data, held_out))
+    inputs = {"data": records.digest(data), "eval_data": records.digest(held_out), "prompts": asdict(prompts)}
+    if config.teacher not in teacher.KINDS:
+        inputs["teacher"] = records.fingerprint(model.find_checkpoint(config.teacher))
+    inputs = records.fingerprints(config, **inputs)
+    facts = {"hardware": str(device), "date": date}
+    records.record_run(folder, "train", record, asdict(config), free, inputs, facts)
     ranks.say(f"graded by {grader.name}" + (f"; {grader.note}" if grader.note else ""))
     if device.type != "cpu":
         rehearse(run, longest, config)
@@ -485,7 +489,7 @@ def take_steps(
     config: TrainConfig,
 ) -> None:  # fmt: skip
     """The steps that are left, with what is logged, scored and saved between them."""
-    log, done = run_folder.RunLog(folder, start), start
+    log, done = records.RunLog(folder, start), start
     watch = metrics.Watch(config.max_new_tokens, config.lora_dropout, run.model.dtype, log.earlier)
     if start == config.num_steps:
         ranks.say(f"all {start} steps are done: only held-out scores that are missing are made up for")

@@ -10,13 +10,11 @@ P problems, R bootstrap resamples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from errors import InputError
 
 ARMS = ("teacher", "student", "unforced")  # whose tokens are forced; the paper has the first alone
 LABELS = ("diversity", "real-uncertain", "gray")  # by the integers of label_children
@@ -57,32 +55,17 @@ def uncertainty(probability_MCV: Tensor) -> dict[str, Tensor]:
 # Phase F: labels
 
 
-def _option(default: float, text: str) -> object:
-    return field(default=default, metadata={"help": text, "group": "labels (phase F) and statistics (G)"})
-
-
 @dataclass(frozen=True)
 class LabelRule:
-    """How a candidate is labelled from its children, and resampled. Defaults are the paper's.
+    """How a candidate is labelled from its children, and resampled. Defaults are the paper's."""
 
-    Raises InputError, naming the flag, for values that cannot work.
-    """
-
-    children: int = _option(3, "K, tokens forced at a candidate")
-    rollouts: int = _option(6, "continuations of each child")
-    diversity_viability: float = _option(0.75, "least viability of a good child")
-    diversity_children: int = _option(2, "good children that make a candidate `diversity`")
-    uncertain_viability: float = _option(0.40, "`real-uncertain` if all children and their mean stay below")
-    bootstraps: int = _option(2000, "resamples of whole problems")
-    bootstrap_seed: int = _option(0, "seed of the resamples")
-
-    def __post_init__(self) -> None:
-        for name, least in (("children", 2), ("rollouts", 1), ("diversity_children", 1), ("bootstraps", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}")
-        for name in ("diversity_viability", "uncertain_viability"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise InputError(f"--{name} {getattr(self, name)}: must lie in [0, 1]")
+    children: int = 3  # K, tokens forced at a candidate
+    rollouts: int = 6  # continuations of each child
+    diversity_viability: float = 0.75  # least viability of a good child
+    diversity_children: int = 2  # good children that make a candidate `diversity`
+    uncertain_viability: float = 0.40  # `real-uncertain` if all children and their mean stay below
+    bootstraps: int = 2000  # resamples of whole problems
+    bootstrap_seed: int = 0
 
 
 def label_children(viability_CK: np.ndarray, rule: LabelRule) -> np.ndarray:

@@ -1,85 +1,249 @@
-"""Checkpoints: atomic, with checksums, so that a run can be killed at any moment.
+"""Checkpoints: directories in PEFT's format, atomic, with checksums, so that a run can be killed at any moment.
 
-A checkpoint is a directory `checkpoint-STEP` that appears only when it is complete: the weights (the adapter in PEFT's
-format, or the whole model with its tokenizer), the optimizer, the schedule and, for an EMA teacher, its average. No
-random state and no data position is stored: the problems of a step, their order and the random numbers of each rollout
-are functions of (seed, step, slot) (train.py::step_share, rollout.py::uniforms), so a resumed run draws what an
-unbroken one draws, on any number of ranks. What draws within a step, LoRA's dropout, depends on the rank too.
+A checkpoint `checkpoint-STEP` appears only when it is complete: the weights (the adapter, or the whole model with its
+tokenizer), the optimizer, the schedule and, for an EMA teacher, its average. No random state and no data position is
+stored: the problems of a step, their order and the random numbers of each rollout are functions of (seed, step, slot)
+(train.py::step_share, rollout.py::uniforms), so a resumed run draws what an unbroken one draws, on any number of ranks.
+What draws within a step, LoRA's dropout, depends on the rank too.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
+from contextlib import suppress
+from math import inf
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
 
-from errors import InputError
-from model import lora_layers
-from runtime.adapters import ADAPTER_WEIGHTS, load_adapter, save_adapter
-from runtime.artefacts import open_to_readers, save_whole
-from runtime.pins import sha256
+from errors import InputError, one_line
+from model import ADAPTER_CONFIG, add_lora, find_checkpoint, lora_layers
 from runtime.ranks import say
+from runtime.records import read_record, remove, sha256, sync
 from teacher import Teacher
 
-MANIFEST = "manifest.json"
-TRAINER_STATE = "trainer_state.pt"
-EMA_WEIGHTS = "ema.safetensors"
+# ---------------------------------------------------------------------------------------------------------------
+# Adapters: plain LoRA and nothing else
+
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+# Fields of PEFT's adapter_config.json whose value changes nothing in what is computed here ...
+ADAPTER_FREE = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "revision", "inference_mode",
+    "auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config",
+}  # fmt: skip
+# ... and the values that are understood of others; of any that is not listed, only an empty or false one.
+ADAPTER_UNDERSTOOD = {
+    "peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian"),  # others (PiSSA, OLoRA, ...) also change the base
+}  # fmt: skip
+
+
+def save_adapter(model: PreTrainedModel, directory: Path, base: str) -> None:
+    """Write the adapter; `peft.PeftModel.from_pretrained(base_model, directory)` reads it."""
+    layers = lora_layers(model)
+    weights = {}
+    for name, layer in layers.items():
+        weights[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
+        weights[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
+    any_layer = next(iter(layers.values()))
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base  # found from any folder of this machine
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "r": any_layer.rank, "lora_alpha": any_layer.alpha, "lora_dropout": any_layer.dropout, "bias": "none",
+        "target_modules": list(dict.fromkeys(name.rpartition(".")[2] for name in layers)),
+        "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
+    }  # fmt: skip
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(weights, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(model: PreTrainedModel, directory: Path | str) -> None:
+    """Read an adapter in PEFT's format, adding LoRA where the model has none. Raises InputError on a misfit."""
+    directory = Path(directory)
+    try:
+        config = json.loads((directory / ADAPTER_CONFIG).read_text())
+        weights = load_file(directory / ADAPTER_WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"--adapter {directory}: not an adapter ({one_line(error)})") from None
+    check_adapter_fields(config, directory)
+    if not lora_layers(model):
+        add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
+    parameters = {}
+    for name, layer in lora_layers(model).items():
+        if (layer.rank, layer.alpha) != (config["r"], config["lora_alpha"]):
+            raise InputError(
+                f"--adapter {directory}: has r {config['r']} and lora_alpha {config['lora_alpha']}, "
+                f"not {layer.rank} and {layer.alpha}"
+            )
+        parameters[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        parameters[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.lora_B
+    if odd := sorted(parameters.keys() ^ weights.keys()):
+        raise InputError(f"--adapter {directory}: does not fit the model (first difference: {odd[0]})")
+    for name, parameter in parameters.items():
+        if weights[name].shape != parameter.shape:
+            shapes = f"{tuple(weights[name].shape)}, not {tuple(parameter.shape)}"
+            raise InputError(f"--adapter {directory}: {name.removeprefix(PEFT_PREFIX)} is {shapes}")
+        parameter.data.copy_(weights[name])
+
+
+def check_adapter_fields(config: object, directory: Path) -> None:
+    """Raise InputError, naming the field, for an adapter that is anything but plain LoRA."""
+    if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
+        raise InputError(f"--adapter {directory}: {ADAPTER_CONFIG} describes no LoRA adapter")
+    r, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    fits = {
+        "r": type(r) is int and r > 0,
+        "lora_alpha": type(alpha) in (int, float) and 0 < alpha < inf,
+        "lora_dropout": type(dropout) in (int, float) and 0 <= dropout < 1,
+    }
+    for name in (name for name, is_fit in fits.items() if not is_fit):
+        raise InputError(f"--adapter {directory}: {ADAPTER_CONFIG} has {config.get(name)!r} for {name}")
+    for name, value in config.items():
+        understood = value in ADAPTER_UNDERSTOOD[name] if name in ADAPTER_UNDERSTOOD else not value
+        if name not in ADAPTER_FREE and not understood:
+            raise InputError(f"--adapter {directory}: {name} {value!r} is not understood, only plain LoRA is")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+MANIFEST, TRAINER_STATE, EMA_WEIGHTS, CARD = "manifest.json", "trainer_state.pt", "ema.safetensors", "README.md"
+GENERATION = "generation_config.json"
 
 
 def save_checkpoint(
-    run: Path,
-    step: int,
-    model: PreTrainedModel,
-    base_model: str,
-    teacher: Teacher,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> Path:
+    run: Path, step: int, model: PreTrainedModel, base: str, teacher: Teacher, optimizer: Optimizer,
+    scheduler: LRScheduler,
+) -> Path:  # fmt: skip
     """Write `run/checkpoint-STEP` after `step` steps. Until the final rename it lies under a name that nothing reads.
 
     Raises InputError where it cannot be written (a full disk, say); any other error, of the GPU say, passes as it is.
     In each case the partial directory is removed and earlier checkpoints are untouched.
     """
     final, partial = run / f"checkpoint-{step}", run / f".partial-{step}"
-    shutil.rmtree(partial, ignore_errors=True)
     try:
+        remove(partial)
         partial.mkdir(parents=True)
         if lora_layers(model):
-            save_adapter(model, partial, base_model)
+            save_adapter(model, partial, base)
         else:
-            save_whole(model, base_model, partial)
+            save_whole(model, base, partial)
         if teacher.average:
             save_file({str(i): tensor.contiguous() for i, tensor in enumerate(teacher.average)}, partial / EMA_WEIGHTS)
         state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         torch.save(state, partial / TRAINER_STATE)
-        digests = {path.name: sha256(path) for path in sorted(partial.iterdir())}
-        open_to_readers(partial)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        digests = {path.relative_to(partial).as_posix(): sha256(path) for path in files}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=2) + "\n")
-        for path in [*partial.iterdir(), partial]:
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
+        (partial / CARD).write_text(model_card(run, step, base, is_adapter=bool(lora_layers(model))))
+        open_to_readers(partial)
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        remove(final)
         partial.rename(final)
-        _sync(run)
+        sync(run)
     except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            remove(partial)
         if not cannot_be_written(error):
             raise
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{final}: cannot be written ({reason}); earlier checkpoints are whole") from error
+        raise InputError(f"{final}: cannot be written ({one_line(error)}); earlier checkpoints are whole") from error
     return final
+
+
+def save_whole(model: PreTrainedModel, base: str, directory: Path) -> None:
+    """Write a model as a checkpoint of its own, with the tokenizer, template and sampling defaults of its base."""
+    base = find_checkpoint(base)
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(base, trust_remote_code=False).save_pretrained(directory)
+    defaults = cached_file(base, GENERATION, _raise_exceptions_for_missing_entries=False)
+    if defaults is not None:  # as it is: a base's defaults need not be valid in the eyes of this version
+        shutil.copyfile(defaults, directory / GENERATION)
+
+
+def model_card(run: Path, step: int, base: str, is_adapter: bool) -> str:
+    """README.md of a checkpoint: what it is, how it was made, how it is loaded, without paths of this machine."""
+    record = read_record(run) or {"config": {}}
+    config, name = record["config"], _without_folders(base)
+    versions = ", ".join(f"{library} {number}" for library, number in record.get("versions", {}).items())
+    load = f'transformers.AutoModelForCausalLM.from_pretrained("{name if is_adapter else "THIS_DIRECTORY"}")'
+    if is_adapter:
+        load = f'peft.PeftModel.from_pretrained({load}, "THIS_DIRECTORY")'
+    return f"""---
+library_name: {"peft" if is_adapter else "transformers"}
+{f"base_model: {name}" if "/" in name else "tags: [math]"}
+---
+# {name}, {config.get("method")}, step {step}
+
+Trained by on-policy self-distillation (PW-OPSD, arXiv 2605.21606): {"a LoRA adapter" if is_adapter else "all weights"}.
+
+- base: {name}
+- data: {_without_folders(config.get("data", ""))}
+- command: `{_without_folders(record.get("command", ""))}`
+- code: commit {record.get("git_commit")}; {versions}
+
+```python
+{load}
+```
+"""
+
+
+def _without_folders(text: str) -> str:
+    """Absolute paths as their last part: no other machine has the folders."""
+    return re.sub(r"(?<![\w.~-])/(?:[^/\s'\"]*/)*", "", text)
+
+
+def open_to_readers(directory: Path) -> None:
+    """Give each file the mode that the umask asks for, where the file system has modes: weights are written readable
+    to one user."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with suppress(OSError):
+                path.chmod(0o666 & ~mask)
+
+
+def cannot_be_written(error: Exception) -> bool:
+    """Whether an error is the disk's: a full one has a name of its own in each library."""
+    in_torch = isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter|inline_container", str(error))
+    return isinstance(error, (OSError, SafetensorError)) or bool(in_torch)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def resume(run: Path, model: PreTrainedModel, teacher: Teacher, optimizer: Optimizer, scheduler: LRScheduler) -> int:
+    """Load a run's newest whole checkpoint; the number of steps behind it, 0 where there is none."""
+    newest, damaged = newest_checkpoint(run)
+    for line in damaged:
+        say(line)
+    if newest is None:
+        say("no checkpoint to go on from: starting anew")
+        return 0
+    say(f"going on from {newest}")
+    return load_checkpoint(newest, model, teacher, optimizer, scheduler)
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and one line for each newer one that had to be passed over."""
     damaged = []
-    numbered = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    numbered = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     for path in sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         problem = damage(path)
         if problem is None:
@@ -103,13 +267,12 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def load_checkpoint(
-    checkpoint: Path,
-    model: PreTrainedModel,
-    teacher: Teacher,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    checkpoint: Path, model: PreTrainedModel, teacher: Teacher, optimizer: Optimizer, scheduler: LRScheduler
 ) -> int:
-    """Put everything back in place and return the number of steps done. Tensors only are unpickled (weights_only)."""
+    """Put everything back in place and return the number of steps done.
+
+    Raises InputError where something does not fit, and for a trainer state that would run code (weights_only).
+    """
     if (checkpoint / ADAPTER_WEIGHTS).is_file():
         load_adapter(model, checkpoint)
     else:
@@ -120,36 +283,10 @@ def load_checkpoint(
             raise InputError(f"{checkpoint}: holds no EMA teacher")
         for i, stored in load_file(checkpoint / EMA_WEIGHTS).items():
             teacher.average[int(i)].data.copy_(stored)
-    state = torch.load(checkpoint / TRAINER_STATE, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    return int(json.loads((checkpoint / MANIFEST).read_text())["step"])
-
-
-def cannot_be_written(error: Exception) -> bool:
-    """Whether an error is the disk's: a full one has a name of its own in each library."""
-    in_torch = isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter|inline_container", str(error))
-    return isinstance(error, (OSError, SafetensorError)) or bool(in_torch)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def resume(
-    run: Path, model: PreTrainedModel, teacher: Teacher, optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> int:  # fmt: skip
-    """Load a run's newest whole checkpoint; the number of steps behind it, 0 where there is none."""
-    newest, damaged = newest_checkpoint(run)
-    for line in damaged:
-        say(line)
-    if newest is None:
-        say("no checkpoint to go on from: starting anew")
-        return 0
-    say(f"going on from {newest}")
-    return load_checkpoint(newest, model, teacher, optimizer, scheduler)
+        state = torch.load(checkpoint / TRAINER_STATE, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{checkpoint / TRAINER_STATE}: not of this run ({one_line(error)})") from error
+    return int(json.loads((checkpoint / MANIFEST).read_text())["step"])

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from errors import InputError
 from rollout import OnFinished, Response, Sampling, StreamKey, sample
-from runtime.adapters import save_adapter
+from runtime.checkpoint import save_adapter
 from runtime.ranks import gather_objects, rank
 
 

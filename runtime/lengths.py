@@ -28,8 +28,8 @@ def check_room(flag: str, problems: list[Problem], tokens: list[int], max_new_to
     for problem, count in zip(problems, tokens, strict=True):
         if count + max_new_tokens > context:
             raise InputError(
-                f"{flag}, row {problem.row}: a prompt of {count} tokens and --max_new_tokens {max_new_tokens} exceed "
-                f"the model's context of {context}"
+                f"{flag}, row {problem.row}: a prompt of {count} tokens and a response of {max_new_tokens} exceed the "
+                f"context of {context}"
             )
 
 

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from runtime.samples import Sample, SampleFile
 
 from errors import InputError
 from evaluate import benchmark_digest, summarise
@@ -23,7 +24,6 @@ from experiments.study.compare import (
     report,
 )
 from problems import load_problems
-from runtime.samples import Sample, SampleFile
 
 
 def test_permutation_p_by_hand():

@@ -1,7 +1,7 @@
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import numpy as np
@@ -32,9 +32,9 @@ from problems import Problem, load_problems
 from rollout import Response
 from runtime.engines import GenerateEngine
 from runtime.grading import ExactGrader
-from runtime.phases import read_rows
+from runtime.records import read_rows
 from teacher import student_prompt
-from viability import labels, truncated_entropy, uncertainty
+from viability import LabelRule, labels, truncated_entropy, uncertainty
 
 SMALL = {
     "num_problems": [4], "children": 2, "rollouts": 2, "min_spacing": 2, "context": 96, "spine_tokens": 72,
@@ -153,11 +153,11 @@ def test_teacher_pass_scores_each_position_in_both_contexts(small_run, fresh):
         for t in (0, len(ids) // 2, len(ids) - 1):
             teacher = direct_probabilities(run.model, run.teacher_prompt(i), ids, t)
             student = direct_probabilities(run.model, student_prompt(run.tokenizer, run.problems[i]), ids, t)
-            h, p, top = truncated_entropy(teacher, valid, run.config.top_valid)
+            h, p, top = truncated_entropy(teacher, valid, diagnose.TOP_VALID)
             assert row["h_trunc"][t] == pytest.approx(h.item(), rel=1e-3, abs=1e-7)
             assert row["teacher_p"][t] == pytest.approx(p[0, :8].tolist(), rel=1e-3)
             assert row["teacher_ids"][t] == top[0, :8].tolist()
-            own = truncated_entropy(student, valid, run.config.top_valid)[2][0, :8].tolist()
+            own = truncated_entropy(student, valid, diagnose.TOP_VALID)[2][0, :8].tolist()
             assert row["student_ids"][t] == own
             differs.append(own != row["teacher_ids"][t])
     assert sum(differs) >= len(differs) / 2  # else the contexts could be exchanged
@@ -248,9 +248,10 @@ def test_hooked_dropout_keeps_the_mean(checkpoint):
     assert (hidden.mean(dim=0) - plain[0]).abs().max() < 0.05 * plain.abs().max()
 
 
-def test_dropout_is_read_at_the_candidate_in_the_teachers_context(small_run, fresh):
+def test_dropout_is_read_at_the_candidate_in_the_teachers_context(small_run, fresh, monkeypatch):
     """Without dropout all passes agree: the entropy is the teacher's over the full vocabulary."""
-    run, (A, _, C, *_) = fresh(config=small(dropout=0.0)), small_run[1]
+    monkeypatch.setattr(diagnose, "DROPOUT", 0.0)
+    run, (A, _, C, *_) = fresh(), small_run[1]
     rows = dropout_scores(run, A, C)
     assert sum(len(row["positions"]) for row in rows) > 4
     for row in rows:
@@ -307,16 +308,9 @@ def test_finished_phases_touch_no_model(small_run, monkeypatch):
     assert all_phases(replace(run, engine=FixedEngine(forbidden))) == whole
 
 
-def test_engines_sample_the_same_rows(small_run, tiny, fresh):
-    A, _, C, _, E = small_run[1]
-    run = fresh(engine=ContinuousEngine(tiny.model, tiny.tokenizer))
-    assert spines(run) == A
-    assert continuations(run, A, C[:1]) == [row for row in E if row["problem"] == C[0]["problem"]]
-
-
 def test_two_ranks_leave_the_rows_of_one(tmp_path):
     """Five problems, three on one rank and two on the other; the same rows in the same files, and the same table."""
-    text = "--num_problems 5 --rollouts 1 --batch_size 16 --bootstraps 20 --device cpu --seed 1 --output_dir"
+    text = "--num_problems 5 --rollouts 1 --batch_size 16 --device cpu --seed 1 --output_dir"
     flags = text.split()
     for ranks, run in ((1, "one"), (2, "two")):
         outputs = run_ranks(tmp_path, script, "diagnose.py", [*flags, str(tmp_path / run)], ranks=ranks)
@@ -364,7 +358,7 @@ def test_student_thinking_reaches_the_prompts_of_phases_a_b_and_e(fresh, checkpo
     """With each family's template: the student's context is sampled from and scored; the teacher's stays as it is."""
     model, tokenizer = load_model(checkpoint, device="cpu"), load_tokenizer(checkpoint)
     sampled, scored = [], []
-    config = DiagnoseConfig(student_thinking=thinks, rollouts=1, min_spacing=1, min_p2=0.0, min_ratio=0.0, context=400)
+    config = DiagnoseConfig(student_thinking=thinks, rollouts=1, min_spacing=1, context=400)
     problem = Problem("1+1?", "", "2")
 
     def answer(prompts, keys, settings):
@@ -378,6 +372,8 @@ def test_student_thinking_reaches_the_prompts_of_phases_a_b_and_e(fresh, checkpo
     run = fresh(model=model, tokenizer=tokenizer, config=config, problems=[problem], engine=FixedEngine(answer))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diagnose, "response_hidden", spy)
+        patch.setattr(diagnose, "MIN_P2", 0.0)
+        patch.setattr(diagnose, "MIN_RATIO", 0.0)
         all_phases(run)
     texts = [tokenizer.decode(ids) for ids in [*sampled, *scored]]
     student = [text for text in texts if "privileged" not in text]
@@ -417,13 +413,13 @@ def test_continuations_have_streams_of_their_own_and_end_at_the_context(small_ru
 
 
 def test_labels_of_every_arm_by_hand():
-    config = DiagnoseConfig(children=2, rollouts=2, diversity_children=2)
+    rule = LabelRule(children=2, rollouts=2)
     found = {"position": 3, "teacher": [7, 8], "student": [8, 9], "length": 10, "spine_correct": True}
     right = {7: [1, 1], 8: [1, 1], 9: [0, 1], None: [0, 1, 0, 0]}
     E = [{"problem": 0, "position": 3, "token": v, "sample": n, "correct": bool(x)}
          for v, xs in right.items() for n, x in enumerate(xs)]  # fmt: skip
     D = [{"problem": 0, "positions": [3], "entropy": [0.5], "mutual_information": [0.1], "log_kappa": [2.0]}]
-    (row,) = labels([{"problem": 0, "candidates": [found]}], D, E[::-1], config)
+    (row,) = labels([{"problem": 0, "candidates": [found]}], D, E[::-1], rule)
     assert row["viability"] == {"teacher": [1.0, 1.0], "student": [1.0, 0.5], "unforced": [0.5, 0.0]}
     assert row["label"] == {"teacher": "diversity", "student": "gray", "unforced": "gray"}
     assert (row["entropy"], row["log_kappa"]) == (0.5, 2.0)
@@ -438,12 +434,13 @@ def test_defaults_are_the_papers_protocol():
     assert config.num_problems == [24, 30, 30] and len(config.data) == 3 and config.model == "Qwen/Qwen3-4B"
     assert config.student_thinking and not parse_config([]).student_thinking
     expected = {
-        "context": 32768, "spine_tokens": 16384, "fallback_temperature": 0.7, "top_valid": 16, "candidates": 5,
-        "min_p2": 0.02, "min_ratio": 0.10, "min_spacing": 64, "children": 3, "dropout_passes": 5, "dropout": 0.1,
-        "dropout_layers": 4, "rollouts": 6, "temperature": 1.0, "top_p": 0.95, "diversity_viability": 0.75,
-        "diversity_children": 2, "uncertain_viability": 0.40, "bootstraps": 2000, "bootstrap_seed": 0,
+        "context": 32768, "spine_tokens": 16384, "candidates": 5, "min_spacing": 64, "children": 3, "rollouts": 6,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
+    constants = ("TEMPERATURE", "TOP_P", "FALLBACK_TEMPERATURE", "TOP_VALID", "MIN_P2", "MIN_RATIO", "PASSES",
+                 "DROPOUT", "DROPPED_LAYERS")  # fmt: skip
+    assert [getattr(diagnose, name) for name in constants] == [1.0, 0.95, 0.7, 16, 0.02, 0.10, 5, 0.1, 4]
+    assert LabelRule() == LabelRule(3, 6, 0.75, 2, 0.40, 2000, 0)
     assert parse_config([]).children == PRESETS["tiny"]["children"]
     assert parse_config(["--children", "3"]).children == 3  # a flag wins over the preset
 
@@ -464,10 +461,8 @@ def test_problems_are_drawn_without_replacement_from_each_source(tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--preset no", "--children 1", "--top_valid 1", "--engine vllm", "--engine server", "--dropout 0", "--dropout 1",
-     "--server http://x --engine generate", "--no_such 1", "--resume", "--rollouts 0", "--diversity_viability 1.5",
-     "--context 1", "--seed -1", "--min_p2 2", "--temperature -1", "--dropout_passes 1", "--data a b",
-     "--fallback_temperature 0"],
+    ["--preset no", "--children 1", "--children 17", "--no_such 1", "--resume", "--rollouts 0", "--candidates 0",
+     "--context 1", "--seed -1", "--min_spacing 0", "--spine_tokens 0", "--data a b"],
 )  # fmt: skip
 def test_mistakes_are_named(flags):
     with pytest.raises(InputError, match=flags.split()[0] if flags != "--data a b" else "--num_problems"):
@@ -523,10 +518,10 @@ def test_the_grader_is_chosen_by_the_answers_used_and_pinned(tiny, tmp_path, mon
 
 
 def test_a_run_ends_with_table_1_and_names_the_report(tmp_path, monkeypatch, capsys):
-    """table1.json says by which rule it was made; a resumed run may change it, since labels are made anew."""
-    flags = f"diagnose.py --num_problems 8 --rollouts 2 --seed 3 --output_dir {tmp_path / 'run'}".split()
+    """table1.json says by which rule it was made; labels are made anew from the rows of a resumed run."""
+    flags = f"diagnose.py --num_problems 8 --rollouts 2 --seed 3 --device cpu --output_dir {tmp_path / 'run'}".split()
     tables = []
-    for more in ([], ["--resume", "--bootstraps", "30", "--diversity_viability", "0.5"]):
+    for more in ([], ["--resume"]):
         monkeypatch.setattr(sys, "argv", [*flags, *more])
         diagnose.main()
         output = capsys.readouterr().out
@@ -534,5 +529,29 @@ def test_a_run_ends_with_table_1_and_names_the_report(tmp_path, monkeypatch, cap
         counts = tables[-1]["right spines"]["labels"]
         assert f"{counts['diversity']} diversity" in output
         assert f"python -m experiments.diagnose_report {tmp_path / 'run'}" in output
-    assert [table["rule"]["diversity_viability"] for table in tables] == [0.75, 0.5]
-    assert [table["rule"]["bootstraps"] for table in tables] == [2000, 30]
+    assert tables[0] == tables[1] and "(0 of them from before" not in output
+    assert tables[0]["rule"] == asdict(LabelRule(children=2, rollouts=2))
+
+
+def test_a_prompt_without_room_is_named_by_its_source_and_row(tmp_path, monkeypatch):
+    """Before anything is sampled; the embedded model's two contexts take 34 and more tokens, the spine 72."""
+    for name, problems in (("short", ["1+2+3+4+5"]), ("long", ["1+2", "1+2+3", "+".join("123456789" * 4)])):
+        lines = [json.dumps({"problem": p, "answer": "6"}) + "\n" for p in problems]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    flags = f"diagnose.py --data {tmp_path}/short.jsonl {tmp_path}/long.jsonl --num_problems 1 3 --device cpu"
+    monkeypatch.setattr(sys, "argv", [*flags.split(), "--context", "150", "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(InputError, match=r"--data .*long.jsonl, row 2: a prompt of \d+ tokens and a response of 73"):
+        diagnose.main()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["A_spines", "B_teacher", "C_candidates", "D_dropout", "E_continuations"])
+def test_a_foreign_row_is_named_with_its_file(small_run, fresh, name):
+    """A row of another program's, or of another phase, in each file."""
+    run = fresh()
+    for path in small_run[0].folder.iterdir():
+        (run.folder / path.name).write_text(path.read_text())
+    with (run.folder / f"{name}.jsonl").open("a") as file:
+        file.write('{"problem": 0, "step": 3}\n')
+    with pytest.raises(InputError, match=rf"{name}\.jsonl, line \d+: not a row of this program's \(no "):
+        all_phases(run)

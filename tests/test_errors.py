@@ -14,7 +14,7 @@ import torch
 
 from errors import InputError
 from runtime.flags import run_script
-from runtime.run_folder import claimed
+from runtime.records import open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,7 +52,7 @@ def test_each_exception_is_one_line(capsys, error, said):
 
 def test_the_line_names_the_traceback_in_the_run_folder(tmp_path):
     def main():
-        with claimed(tmp_path / "run", False):
+        with open_run(tmp_path / "run", "train", False):
             raise KeyError("k_proj")
 
     with pytest.raises(SystemExit) as caught:

@@ -4,7 +4,6 @@ import itertools
 import json
 import shutil
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import evaluate
 from errors import InputError
 from evaluate import (
     EvaluationConfig,
+    Sample,
     avg_at_n,
     bootstrap_interval,
     check_config,
@@ -24,15 +24,13 @@ from evaluate import (
     solve,
     stream_keys,
     summarise,
-    token_limit,
 )
 from model import TINY_MODEL, add_lora, load_model, load_tokenizer, lora_parameters
 from problems import Problem, tiny_problems
 from rollout import Response, Sampling
-from runtime.adapters import save_adapter
-from runtime.engines import make_engine
+from runtime.checkpoint import save_adapter
+from runtime.engines import GenerateEngine
 from runtime.grading import answers_match
-from runtime.samples import Sample
 
 SETTINGS = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=48)
 
@@ -149,39 +147,20 @@ def test_streams_differ_by_seed_benchmark_problem_and_sample_only():
     assert stream_keys(problems, [(0, 1, 0)]) == stream_keys(list(problems), [(0, 0, 0), (0, 1, 0)])[1:]
 
 
-@pytest.mark.parametrize("engine", ["generate", "continuous"])
-def test_a_sample_is_the_same_whatever_is_sampled_beside_it_and_on_either_engine(tiny, engine):
+def test_a_sample_is_the_same_whatever_is_sampled_beside_it(tiny):
     model, tokenizer = tiny
     problems = tiny_problems("heldout", 6)
     jobs = [(3, index, number) for index in range(6) for number in range(2)]
     seen = []
     model.train()
-    together = solve(make_engine("generate", *tiny), tokenizer, problems, jobs, SETTINGS)
+    together = solve(GenerateEngine(*tiny), tokenizer, problems, jobs, SETTINGS)
     assert [(s.seed, s.problem, s.sample) for s in together] == jobs
     assert len({s.text for s in together}) > 6
     part = jobs[7:2:-2]
-    again = solve(make_engine(engine, *tiny, 2), tokenizer, problems, part, SETTINGS, on_sample=seen.append)
+    again = solve(GenerateEngine(*tiny, 2), tokenizer, problems, part, SETTINGS, on_sample=seen.append)
     assert again == [together[jobs.index(job)] for job in part]
     assert sorted(seen, key=again.index) == again and model.training
     model.eval()
-
-
-def test_continuous_batching_honours_the_limit_greedy_and_nan(tiny):
-    tokenizer = tiny[1]
-    plain, continuous = make_engine("generate", *tiny), make_engine("continuous", *tiny)
-    problems, jobs = tiny_problems("heldout", 3), [(0, 0, 0), (0, 1, 0), (0, 2, 0)]
-    for changes in ({"max_new_tokens": 7}, {"temperature": 0.0}, {"top_k": 1}):
-        settings = replace(SETTINGS, **changes)
-        expected = solve(plain, tokenizer, problems, jobs, settings)
-        assert solve(continuous, tokenizer, problems, jobs, settings) == expected
-        if "max_new_tokens" in changes:
-            assert all(s.tokens == 7 and s.finish_reason == "length" for s in expected)
-    parameter = lora_parameters(tiny[0])[0]
-    kept = parameter.detach().clone()
-    parameter.data[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError):
-        solve(continuous, tokenizer, problems, jobs, SETTINGS)
-    parameter.data.copy_(kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -221,20 +200,25 @@ def run(tmp_path, monkeypatch, capsys):
 
 def test_a_killed_evaluation_ends_like_an_unbroken_one(run):
     summary, lines = run("whole", "--seeds", 0, 1)
-    assert len(lines) == 1 + 2 * 8 * 2 and summary["seeds"] == [0, 1] and summary["problems"] == list(range(8))
+    assert len(lines) == 2 * 8 * 2 and summary["seeds"] == [0, 1] and summary["problems"] == list(range(8))
     file = run.folder / "broken" / "samples.jsonl"
-    file.parent.mkdir()
-    for left in (b"".join(lines[:1])[:40], b"".join(lines[:4]), b"".join(lines[:20]) + lines[20][:25], b"".join(lines)):
+    shutil.copytree(run.folder / "whole", file.parent)
+    for left in (b"", lines[0][:40], b"".join(lines[:4]), b"".join(lines[:20]) + lines[20][:25], b"".join(lines)):
         file.write_bytes(left)
         resumed, again = run("broken", "--seeds", 0, 1)
-        assert sorted(again) == sorted(lines) and resumed == summary
+        assert sorted(again) == sorted(lines) and results(resumed) == results(summary)
         assert b"".join(again).startswith(left[: left.rfind(b"\n") + 1])  # what was there is not touched
+
+
+def results(summary):
+    """A summary without the name of its folder."""
+    return summary | {"regime": {}}
 
 
 def test_more_seeds_and_samples_are_added_to_what_is_there(run):
     _, one = run("growing", "--seeds", 1)
     summary, more = run("growing", "--seeds", 0, 1, "--num_samples", 3)
-    assert more[: len(one)] == one and len(more) == 1 + 2 * 8 * 3
+    assert more[: len(one)] == one and len(more) == 2 * 8 * 3
     assert summary == run("at-once", "--seeds", 0, 1, "--num_samples", 3)[0]
     assert run("growing", "--seeds", 1)[0] == run("alone", "--seeds", 1)[0]  # and the old question keeps its answer
 
@@ -251,17 +235,22 @@ def test_grade_only_needs_no_model_and_misses_nothing(run, monkeypatch):
         run("none", "--grade_only")
     assert run("graded", "--grade_only")[1] == lines
     run.benchmark.write_text(run.benchmark.read_text().splitlines(True)[0])
-    with pytest.raises(InputError, match="benchmark_sha256"):
+    with pytest.raises(InputError, match="samples of another --benchmark"):
         run("graded", "--grade_only")
 
 
 def test_another_regime_is_refused_and_names_its_field(run):
     _, lines = run("pinned")
-    for flags in (("--temperature", 0.5), ("--top_p", 1.0), ("--top_k", 5), ("--max_new_tokens", 40),
-                  ("--engine", "continuous"), ("--enable_thinking", False), ("--dtype", "bfloat16")):  # fmt: skip
-        field = "prompt_tokens_sha256|enable_thinking" if "thinking" in flags[0] else flags[0].removeprefix("--")
-        with pytest.raises(InputError, match=field):
-            run("pinned", *flags)
+    for flag, value in (("temperature", 0.5), ("top_p", 1.0), ("top_k", 5), ("max_new_tokens", 40),
+                        ("enable_thinking", False), ("dtype", "bfloat16")):  # fmt: skip
+        with pytest.raises(InputError, match=f"pinned: was started with --{flag} .*, not {value}; "):
+            run("pinned", f"--{flag}", value)
+    (run.folder / "prompts.json").write_text('{"evaluation": "{problem}"}')
+    with pytest.raises(InputError, match=r"what --prompts .* names has changed"):
+        run("pinned", "--prompts", run.folder / "prompts.json")
+    run.benchmark.write_text("".join(run.benchmark.read_text().splitlines(True)[::-1]))
+    with pytest.raises(InputError, match=r"what --benchmark .* names has changed"):
+        run("pinned")
     assert (run.folder / "pinned" / "samples.jsonl").read_bytes() == b"".join(lines)
 
 
@@ -290,19 +279,28 @@ def test_a_model_that_changes_under_its_name_is_refused(run):
         path = (adapter if "adapter" in name else model) / name
         before = path.read_bytes()
         change(path)
-        with pytest.raises(InputError, match=f"another {'adapter' if 'adapter' in name else 'model'}_pin .{name}"):
+        flag = "adapter" if "adapter" in name else "model"
+        with pytest.raises(InputError, match=f"what --{flag} .* names has changed .*{name}"):
             run("pinned", *given, "--num_samples", 3)
         path.write_bytes(before)
     shutil.move(model, run.folder / "moved")  # content counts, not the name
-    assert run("pinned", "--model", run.folder / "moved", "--adapter", adapter) == (summary, lines)
+    again, same = run("pinned", "--model", run.folder / "moved", "--adapter", adapter)
+    assert (results(again), same) == (results(summary), lines)
 
 
-def test_a_response_stays_within_the_context(tiny):
-    config = EvaluationConfig(max_new_tokens=100)
-    assert token_limit(config, [[0] * 20, [0] * 30]) == 100
-    assert token_limit(config, [[0] * 20, [0] * 500]) == 12  # the embedded model has 512 positions
-    with pytest.raises(InputError, match="--benchmark tiny, problem 1: a prompt of 512 tokens fills the context"):
-        token_limit(config, [[0] * 20, [0] * 512])
+def test_a_response_stays_within_the_context(run, capsys):
+    """The embedded model has 512 positions; one limit for all problems, or the problem that leaves none, by its row."""
+    longest = "+".join("123456789" * 25)
+    run.benchmark.write_text(json.dumps({"problem": "1+2", "answer": "3"}) + "\n\n"
+                             + json.dumps({"problem": longest, "answer": "3"}) + "\n")  # fmt: skip
+    record = lambda: json.loads((run.folder / "long" / "config.json").read_text())["config"]  # noqa: E731
+    run("long", "--max_new_tokens", 100, "--num_samples", 1)
+    limit = record()["max_new_tokens"]
+    assert limit < 100 and f"the model's context leaves {limit}" in capsys.readouterr().out
+    run.benchmark.write_text(run.benchmark.read_text().replace(longest, longest + "+1" * 40))
+    with pytest.raises(InputError, match=r"--benchmark .*, row 1: a prompt of 5\d\d tokens and a response of 1 exceed"):
+        run("longer")
+    assert not (run.folder / "longer").exists()
 
 
 @pytest.mark.parametrize(
@@ -354,11 +352,11 @@ def test_an_engine_is_asked_for_exactly_what_is_missing_and_what_it_gave_is_kept
     tokenizer = load_tokenizer("tiny")
     broken, whole = Calculator(tokenizer, stop_after=20), Calculator(tokenizer)
     engines = iter([broken, whole, whole])
-    monkeypatch.setattr(evaluate, "make_engine", lambda *args, **kwargs: next(engines))
+    monkeypatch.setattr(evaluate, "open_engine", lambda *args: next(engines))
     with pytest.raises(InputError, match="gone"):
         run("served", "--seeds", 0, 1)
-    assert len((run.folder / "served" / "samples.jsonl").read_bytes().splitlines()) == 1 + 20
+    assert len((run.folder / "served" / "samples.jsonl").read_bytes().splitlines()) == 20
     summary, lines = run("served", "--seeds", 0, 1)
-    assert summary["metrics"]["avg"]["mean"] == 1.0 and len(lines) == 1 + 32 and whole.closed
+    assert summary["metrics"]["avg"]["mean"] == 1.0 and len(lines) == 32 and whole.closed
     run("served", "--seeds", 0, 1, 2)
     assert broken.asked == [(32, 32, SETTINGS)] and whole.asked == [(12, 12, SETTINGS), (16, 16, SETTINGS)]

@@ -35,7 +35,7 @@ from model import (
 from problems import tiny_problems
 from rollout import Sampling, sample
 from runtime import engines
-from runtime.adapters import load_adapter, save_adapter
+from runtime.checkpoint import load_adapter, save_adapter
 from runtime.metrics import GAP_FLOAT32
 from teacher import EVALUATION_PROMPT, encode_prompt
 

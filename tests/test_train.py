@@ -24,7 +24,7 @@ from runtime.checkpoint import damage
 from runtime.engines import GenerateEngine
 from runtime.grading import ExactGrader
 from runtime.ranks import rank, start_ranks, stop_ranks, sum_over_ranks
-from runtime.run_folder import claimed, run_folder
+from runtime.records import new_folder, open_run
 from teacher import EVALUATION_PROMPT
 from train import PRESETS, Rollout, TrainConfig, build, micro_batches, parse_config, step_problems
 
@@ -746,7 +746,10 @@ def test_held_out_accuracy_on_the_way_is_kept_once(tmp_path, run_main):
 
 
 def test_a_folder_in_use_or_of_another_program_is_refused(qwen3, data, tmp_path, run_main):
-    with claimed(tmp_path / "busy", resume=False), pytest.raises(InputError, match="another process is running in it"):
+    with (
+        open_run(tmp_path / "busy", "train", resume=False),
+        pytest.raises(InputError, match="another process is running in it"),
+    ):
         run_main(flags(qwen3, data, tmp_path / "busy"))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.txt").write_text("mine")
@@ -757,11 +760,11 @@ def test_a_folder_in_use_or_of_another_program_is_refused(qwen3, data, tmp_path,
 
 def test_the_default_folder_is_one_that_no_run_has_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42")
-    assert run_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42-2")  # the first is taken by the call
+    assert new_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42")
+    assert new_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42-2")  # the first is taken by the call
     Path("runs/tiny-pwopsd-seed42-3").mkdir()
-    assert run_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42-4")
-    assert run_folder("mine", "tiny-pwopsd-seed42") == Path("mine")
+    assert new_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42-4")
+    assert new_folder("mine", "tiny-pwopsd-seed42") == Path("mine")
 
 
 def test_problems_of_the_embedded_world_are_split_cleanly():

@@ -10,6 +10,7 @@ from viability import (
     LabelRule,
     auprc,
     auroc,
+    auroc_of,
     bootstrap_auroc,
     by_spine,
     centre,
@@ -151,6 +152,16 @@ def test_table_1_by_hand():
     assert 0.5 <= low <= high <= 1.0
     text = "\n".join(table1_lines(result))
     assert "2 real-uncertain, 2 diversity, 2 gray" in text and "0.83 [.66,.95]" in text
+
+
+def test_each_arm_is_scored_by_its_own_labels():
+    """Candidates that are gray for the teacher's tokens count where the student's have a label, and the other way."""
+    rows = [a_row(0, position, teacher, label={"teacher": teacher, "student": student, "unforced": "gray"})
+            for position, teacher, student in ((1, "gray", "real-uncertain"), (5, "gray", "diversity"),
+                                               (2, "diversity", "gray"), (8, "real-uncertain", "gray"))]  # fmt: skip
+    data = to_columns(rows, LabelRule(bootstraps=5))
+    found = {arm: auroc_of(data, data.score[POSITION], arm) for arm in ARMS}
+    assert (found["student"][0]["auroc"], found["teacher"][0]["auroc"], found["unforced"]) == (1.0, 0.0, None)
 
 
 def test_a_class_without_candidates_has_no_number():

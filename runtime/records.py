@@ -1,0 +1,485 @@
+"""What a run writes and may go on from: its folder, config.json, files of rows, and what its inputs hold.
+
+The three scripts share it. A folder is held by one process (and its ranks); config.json says what was asked for, with a
+fingerprint of each input; rows are on the disk as soon as they are there, so what a killed run has written counts.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import astuple
+from pathlib import Path
+
+import filelock
+import torch
+import transformers
+from tqdm import tqdm
+from transformers.utils import cached_file
+
+from errors import InputError, one_line
+from model import find_checkpoint
+from problems import Problem
+from runtime.ranks import gather_objects, hide_bar, rank, say, wait_for_all, world_size
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+
+# How a file system says that it does not offer something, which is then done without.
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder on the disk before going on, where the file system offers that."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content in one step: a reader, or a crash, sees the old text or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.unlink(missing_ok=True)  # a link of that name would be followed
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+        sync(partial)
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def remove(path: Path) -> None:
+    """Take a file, a link or a folder away, if it is there; what a link names stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path, flag: str = "output_dir") -> Path:
+    """A folder for results, made before the work that fills it. Raises InputError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--{flag} {folder}: cannot be written ({error.strerror})") from None
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Run folders
+
+
+RECORD, LOCK, ERROR_LOG, TRIAL = "config.json", ".lock", "error.log", ".trial"
+# What may stand in a folder in which no run has begun: a failed start's, and held-out scores shared by experiments/.
+LEFTOVERS = {RECORD, f".{RECORD}.partial", LOCK, ERROR_LOG, TRIAL, "evaluation.json", "heldout.jsonl"}
+
+
+def new_folder(output_dir: str | None, name: str) -> Path:
+    """--output_dir, or a new folder runs/NAME that nothing has taken yet; the same on all ranks."""
+    folder, number = Path(output_dir or f"runs/{name}"), 2
+    while output_dir is None and rank() == 0:
+        try:
+            folder.mkdir(parents=True)  # of two processes, one makes it
+            break
+        except FileExistsError:
+            folder, number = Path(f"runs/{name}-{number}"), number + 1
+        except OSError as error:
+            raise InputError(f"--output_dir {folder}: cannot be made ({error.strerror})") from None
+    return Path(gather_objects(str(folder))[0])
+
+
+@contextmanager
+def open_run(folder: Path, script: str, resume: bool) -> Iterator[dict | None]:
+    """Hold a run folder, from before the slow work to the end; yields its config.json, None for a run that begins.
+
+    Raises InputError, naming --output_dir, where the folder holds another run without `resume`, one of another script,
+    files of another program or a run that is under way, and where a run could not write. An exception that is no
+    mistake of the user's leaves its traceback in error.log. A folder in which nothing was written is taken away again.
+    """
+    with _locked(folder, script, resume) if rank() == 0 else nullcontext() as record:
+        record = gather_objects(record)[0]
+        try:
+            yield record
+        except Exception as error:
+            _keep_traceback(error, folder)
+            raise
+
+
+@contextmanager
+def _locked(folder: Path, script: str, resume: bool) -> Iterator[dict | None]:
+    begun_before(folder, script, resume)  # before anything is written into a folder that is not ours
+    make_folder(folder)
+    lock, is_free = filelock.FileLock(folder / LOCK), False
+    try:
+        lock.acquire(timeout=0)
+        is_free = (folder / LOCK).exists()  # else its holder has just taken the folder away
+    except filelock.Timeout:
+        pass
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+        is_free = True  # no locks on this file system
+    if not is_free:
+        raise InputError(f"--output_dir {folder}: another process is running in it")
+    try:
+        record = begun_before(folder, script, resume)  # again: a run may have ended since
+        _try_to_write(folder)
+        yield record
+    finally:
+        lock.release()
+        with suppress(OSError):  # somebody else may have taken it away
+            if {path.name for path in folder.iterdir()} <= {LOCK, RECORD}:
+                shutil.rmtree(folder)
+
+
+def begun_before(folder: Path, script: str, resume: bool) -> dict | None:
+    """config.json of a run that has begun in the folder, None where none has; raises InputError where none may."""
+    record, contents = read_record(folder), []
+    if folder.is_dir():
+        contents = [path for path in folder.iterdir() if path.is_symlink() or path.name not in LEFTOVERS]
+        contents += [folder / RECORD] if record is None and (folder / RECORD).exists() else []
+    if record is None and contents:
+        other = min(path.name for path in contents)
+        raise InputError(f"--output_dir {folder}: is not empty and holds no run of ours ({other} is there)")
+    if record is None or not contents:
+        return None
+    if record.get("script") != script:
+        raise InputError(f"--output_dir {folder}: holds another run, of {record.get('script', 'another version')}")
+    if not resume:
+        raise InputError(
+            f"--output_dir {folder}: holds another run; continue it with --resume or choose another folder"
+        )
+    return record
+
+
+def _try_to_write(folder: Path) -> None:
+    """What a run cannot do without, once with nothing at stake: files and folders written, renamed and removed."""
+    trial = folder / TRIAL
+    try:
+        remove(trial)
+        (trial / "partial").mkdir(parents=True)
+        for _ in range(2):
+            write_atomically(trial / "partial" / "file", "text")
+        (trial / "partial").rename(trial / "whole")
+        shutil.rmtree(trial)
+    except OSError as error:
+        remove(trial)
+        raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+
+
+def _keep_traceback(error: Exception, folder: Path) -> None:
+    """Append an exception's traceback to the folder's error.log and note it on the exception."""
+    if isinstance(error, InputError) and error.__cause__ is None:
+        return
+    with suppress(OSError), (folder / ERROR_LOG).open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write("".join(traceback.format_exception(error)) + "\n")
+        error.add_note(f"traceback: {folder / ERROR_LOG}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# config.json
+
+
+def read_record(folder: Path) -> dict | None:
+    """config.json of a run of ours; None where there is none, or where it is another program's."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(record, dict) and isinstance(record.get("config"), dict) and "versions" in record
+    return record if ours else None
+
+
+def record_run(
+    folder: Path, script: str, record: dict | None, config: dict, free: set[str], inputs: dict, facts: dict
+) -> None:
+    """Write config.json, or check that the run that it records is the one that `config` continues.
+
+    `inputs` is {flag: fingerprint of what its value names}: there the content counts, not the name. Flags in `free` may
+    change. Raises InputError, naming the flag, for any other difference.
+    """
+    if record is not None:
+        before = record["config"]
+        for flag, value in json.loads(json.dumps(config)).items():
+            if flag not in free and flag not in inputs and before.get(flag) != value:
+                raise InputError(
+                    f"--output_dir {folder}: was started with --{flag} {before.get(flag)}, not {value}; "
+                    "for another run choose another folder"
+                )
+        for flag, found in inputs.items():
+            if changed := difference(record.get("inputs", {}).get(flag), found):
+                raise InputError(
+                    f"--output_dir {folder}: what --{flag} {config[flag]} names has changed since the run began "
+                    f"({changed}); for another run choose another folder"
+                )
+    elif rank() == 0:
+        facts = {"versions": versions(), "git_commit": git_commit(), "ranks": world_size(), **facts}
+        record = {"script": script, "command": shlex.join(sys.argv), "config": config, **facts, "inputs": inputs}
+        write_atomically(folder / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    libraries = {library.__name__: library.__version__ for library in (torch, transformers)}
+    return {"python": platform.python_version(), **libraries}
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, or None outside of one."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists() or not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Inputs by content, so that nothing changes under its name without a word
+
+
+# Weights of every format and their indices, configs, generation defaults, tokenizers, templates, adapters.
+DECIDING = {
+    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".json", ".jinja", ".txt", ".model", ".tiktoken",
+}  # fmt: skip
+# How the names of files begin that stand beside them in a checkpoint and decide nothing that is sampled.
+BESIDE = (
+    "trainer_state", "training_args", "train_results", "eval_results", "all_results", "optimizer", "scheduler",
+    "scaler", "rng_state", "manifest", "ema.", "requirements",
+)  # fmt: skip
+
+
+def fingerprints(config: object, **others: object) -> dict[str, object]:
+    """What the inputs of a run hold, by flag: its model, its adapter if it has that flag, and what else the caller
+    has taken a digest of. Files are read once, by the first rank."""
+    found = None
+    if rank() == 0:
+        found = {"model": fingerprint(find_checkpoint(config.model)), **others}
+        if hasattr(config, "adapter"):
+            found["adapter"] = fingerprint(config.adapter) if config.adapter else None
+    return gather_objects(found)[0]
+
+
+def fingerprint(name: str) -> dict[str, str]:
+    """SHA-256 of each file that decides what a directory's model samples, by name; for a hub name its revision.
+
+    Files are hashed whole and anew each time, several at once: size and time of a file survive a change of its content
+    (`cp -p`, `rsync -t`, an archive). A GiB takes about a second where the CPU has SHA instructions, up to 6 without.
+    """
+    directory = Path(name)
+    if not directory.is_dir():
+        return {"revision": revision(name)}
+    paths = sorted([*directory.iterdir(), *directory.glob("additional_chat_templates/*")])
+    paths = [
+        path for path in paths
+        if path.suffix in DECIDING and not path.name.startswith(BESIDE) and path.is_file()
+    ]  # fmt: skip
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(sha256, paths))
+    return {path.relative_to(directory).as_posix(): digest for path, digest in zip(paths, digests, strict=True)}
+
+
+def revision(name: str) -> str:
+    """The commit of a hub model, as it would be loaded now."""
+    try:
+        path = cached_file(name, "config.json")
+    except Exception as error:  # the hub's errors have no common base class
+        raise InputError(f"--model {name}: cannot be read ({one_line(error)})") from error
+    found = SNAPSHOT.search(Path(path).as_posix())
+    if found is None:
+        raise InputError(f"--model {name}: the hub names no revision of it; download it and pass the directory")
+    return found[1]
+
+
+SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})/")  # where the hub's cache keeps the files of a commit
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(problems: list[Problem]) -> str:
+    """SHA-256 of problems in their order, wherever they come from: a file, the hub, the embedded world."""
+    return hashlib.sha256(json.dumps([astuple(problem) for problem in problems]).encode()).hexdigest()
+
+
+def difference(found: object, wanted: object) -> str | None:
+    """The first part in which two fingerprints differ, in words; None where they are the same."""
+    if found == wanted:
+        return None
+    if not isinstance(found, dict) or not isinstance(wanted, dict):
+        return f"{_short(found)}, now {_short(wanted)}"
+    key = min(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+    return f"{key} {_short(found.get(key))}, now {_short(wanted.get(key))}"
+
+
+def _short(value: object) -> str:
+    return "not there" if value is None else str(value)[:12]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def read_rows(path: Path, fields: tuple[str, ...] = ()) -> list[dict]:
+    """Rows of a JSONL file, none where there is no file. What stands behind the last line break was torn by a crash.
+
+    Raises InputError, naming file and line, for a line that is no object with these fields.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else (), start=1):
+        try:
+            rows.append(json.loads(line))
+            lacking = [name for name in fields if name not in rows[-1]] if isinstance(rows[-1], dict) else ["object"]
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: not a row of this program's ({one_line(error)})") from None
+        if lacking:
+            raise InputError(f"{path}, line {number}: not a row of this program's (no {lacking[0]})")
+    return rows
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+class RowFile:
+    """The rows of a JSONL file, by the values of their `key`, on all ranks; what is added is on the disk at once.
+
+    Ranks above the first write parts beside the file, which the first takes in: in `collect`, or at the next start
+    those of a killed run. A torn last line is cut off, and its row is missing.
+    """
+
+    def __init__(self, path: Path, key: tuple[str, ...], values: tuple[str, ...] = ()) -> None:
+        self.path, self.key, self.fields = path, key, key + values
+        self._own = self.path if rank() == 0 else self._part(rank())
+        self.rows: dict[tuple, dict] = {}
+        self.collect()
+
+    def add(self, rows: list[dict]) -> None:
+        append_rows(self._own, rows)
+        self.rows |= {self._key(row): row for row in rows}
+
+    def collect(self) -> None:
+        """When all ranks are done: everything into the one file, and known to all."""
+        wait_for_all()
+        if rank() == 0:
+            self.rows = self._read(self.path)
+            for part in sorted(self.path.parent.glob(self._part("*").name)):
+                self.add([row for key, row in self._read(part).items() if key not in self.rows])
+                part.unlink()
+        self.rows = gather_objects(self.rows if rank() == 0 else None)[0]
+
+    def _read(self, path: Path) -> dict[tuple, dict]:
+        if path.is_file():
+            with path.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+        try:
+            return {self._key(row): row for row in read_rows(path, self.fields)}
+        except TypeError:
+            raise InputError(f"{path}: a row's {' or '.join(self.key)} is no plain value") from None
+
+    def _key(self, row: dict) -> tuple:
+        return tuple(row[name] for name in self.key)
+
+    def _part(self, number: int | str) -> Path:
+        return self.path.with_name(f"{self.path.stem}-rank{number}.jsonl")
+
+
+def do_jobs(file: RowFile, jobs: list[tuple], work: Callable[[list[tuple]], list[dict]], batch_size: int) -> list[dict]:
+    """The rows of all jobs in their order, on all ranks: those in the file, and the others, computed now.
+
+    A job is its row's key; `work` turns at most `batch_size` jobs into one row each. A row must depend on its job
+    alone, not on what it is batched with; then several ranks, or an interrupted run, leave the rows of an unbroken one.
+    """
+    started = time.perf_counter()
+    left = [job for job in jobs if job not in file.rows]
+    mine = left[rank() :: world_size()]
+    for start in tqdm(range(0, len(mine), batch_size), desc=file.path.stem, disable=hide_bar()):
+        try:
+            file.add(work(mine[start : start + batch_size]))
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"{file.path}: out of GPU memory; --resume goes on behind its rows, on a larger GPU"
+            ) from None
+    file.collect()
+    seconds = time.perf_counter() - started
+    say(f"{file.path.stem}: {len(jobs)} rows, {len(jobs) - len(left)} of them from before, {seconds:.0f} s")
+    return [file.rows[job] for job in jobs]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A training run's rows
+
+
+class RunLog:
+    """metrics.jsonl, samples.jsonl, heldout.jsonl and evaluation.json of a training run, written by rank 0.
+
+    `evaluation` is {steps done: {"sampled": accuracy, "greedy": accuracy}}, keys as text; `earlier` the metrics of the
+    steps before `start`, behind which everything is cut off, so that a resumed run appends where it left off.
+    """
+
+    def __init__(self, run: Path, start: int) -> None:
+        self.run, self.file = run, run / "evaluation.json"
+        try:
+            stored = gather_objects(json.loads(self.file.read_text()) if self.file.exists() else {})[0]
+            self.evaluation = {step: value for step, value in stored.items() if int(step) <= start}
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{self.file}: not the accuracies of a run ({error})") from None
+        earlier = []
+        if rank() == 0:
+            earlier = self._cut("metrics.jsonl", start)
+            self._cut("samples.jsonl", start)
+        self.earlier: list[dict] = gather_objects(earlier)[0]
+
+    def append(self, metrics: dict, samples: list[dict]) -> None:
+        if rank() == 0:
+            append_rows(self.run / "metrics.jsonl", [metrics])
+            append_rows(self.run / "samples.jsonl", sorted(samples, key=lambda row: row["slot"]))
+
+    def evaluate(self, step: int, rows: list[dict]) -> str:
+        """Keep the held-out samples of `step` and their accuracies; returns the line to print."""
+        of = {name: [row["correct"] for row in rows if row["decoding"] == name] for name in ("sampled", "greedy")}
+        self.evaluation[str(step)] = {name: sum(correct) / len(correct) for name, correct in of.items()}
+        if rank() == 0:
+            self._cut("heldout.jsonl", step)
+            rows = sorted(rows, key=lambda r: (r["decoding"], r["problem"], r["sample"]))
+            append_rows(self.run / "heldout.jsonl", rows)
+            write_atomically(self.file, json.dumps(self.evaluation, indent=2) + "\n")
+        first, now = self.evaluation.get("0", {}), self.evaluation[str(step)]
+        parts = [f"{name} {first[name]:.4f} -> {now[name]:.4f}" if step and first else f"{name} {now[name]:.4f}"
+                 for name in now]  # fmt: skip
+        return f"held-out accuracy after {step} steps: {', '.join(parts)} ({len(of['greedy'])} problems)"
+
+    def _cut(self, name: str, start: int) -> list[dict]:
+        """Keep the rows of the steps below `start`, and return them."""
+        rows = [row for row in read_rows(self.run / name, ("step",)) if row["step"] < start]
+        if (self.run / name).exists():
+            write_rows(self.run / name, rows)
+        return rows
