@@ -39,7 +39,7 @@ from runtime.grading import Grader, make_grader
 from runtime.lengths import check_room
 from runtime.ranks import gather_objects, rank, say, start_ranks, stop_ranks
 from runtime.records import RowFile, do_jobs
-from teacher import PAPER_PROMPTS, Prompts, encode_prompt, load_prompts
+from teacher import PAPER_PROMPTS, Prompts, check_prompts, encode_prompt, load_prompts
 from viability import LabelRule, by_spine, labels, table1, table1_lines, to_columns, truncated_entropy, uncertainty
 
 # Streams of random numbers, told apart by the second entry of their key (rollout.py); train.py uses 1 to 4.
@@ -125,11 +125,11 @@ class Diagnosis:
     def student_prompt(self, problem: int) -> list[int]:
         """The student's context: in phases A, B and E. Paper: silent on thinking, see docs/diagnostic.md."""
         thinks = self.config.student_thinking
-        return encode_prompt(self.tokenizer, self.prompts.student, self.problems[problem], enable_thinking=thinks)
+        return encode_prompt(self.tokenizer, self.prompts.student, self.problems[problem], thinks, self.prompts.chat)
 
     def teacher_prompt(self, problem: int) -> list[int]:
         """The privileged context: in phases B and D."""
-        return encode_prompt(self.tokenizer, self.prompts.diagnostic, self.problems[problem], enable_thinking=True)
+        return encode_prompt(self.tokenizer, self.prompts.diagnostic, self.problems[problem], True, self.prompts.chat)
 
     def rows(self, phase: str) -> RowFile:
         return RowFile(self.folder / f"{phase}.jsonl", *FILES[phase])
@@ -387,13 +387,14 @@ def draw_problems(config: DiagnoseConfig) -> list[Problem]:
     return drawn
 
 
-def prepare(config: DiagnoseConfig, device: torch.device, folder: Path) -> Diagnosis:
+def prepare(config: DiagnoseConfig, device: torch.device, folder: Path, record: dict | None = None) -> Diagnosis:
     """Everything a run needs; its config holds what this machine decided (engine, dtype) and what grades."""
-    problems, prompts = draw_problems(config), load_prompts(config.prompts)
+    problems, prompts = draw_problems(config), load_prompts(config.prompts, date=records.first_day(record))
     grader = make_grader(config.grader, [problem.answer for problem in problems])
     model, tokenizer = load_model(config.model, config.dtype, device=device), load_tokenizer(config.model)
-    if grader.note:
-        say(grader.note)
+    for note in [grader.note, *check_prompts(tokenizer, prompts, ("student", "diagnostic"))]:
+        if note:
+            say(note)
     config = replace(config, dtype=str(model.dtype).removeprefix("torch."), grader=f"{grader.name} {grader.version}")
     if config.server:  # samples in phases A and E; B and D pass through the model here
         engine = connect(config.server, config.model, config.served_model, tokenizer, config.batch_size, needs_ids=True)
@@ -445,9 +446,9 @@ def main() -> None:
     device = start_ranks(config.device)
     folder = records.new_folder(config.output_dir, f"diagnose-{config.preset or Path(config.model).name}")
     with records.open_run(folder, "diagnose", config.resume) as record:
-        run = prepare(config, device, folder)
-        inputs = {"data": records.digest(run.problems), "prompts": asdict(load_prompts(config.prompts))}
-        inputs, facts = records.fingerprints(config, **inputs), {"hardware": str(device)}
+        run = prepare(config, device, folder, record)
+        inputs = {"data": records.digest(run.problems), "prompts": asdict(run.prompts)}
+        inputs, facts = records.fingerprints(config, **inputs), {"hardware": str(device), "date": run.prompts.chat.date}
         records.record_run(folder, "diagnose", record, asdict(run.config), FREE_ON_RESUME, inputs, facts)
         say(f"{departures(config, PRESETS) or 'the preset as it is'}; all options: {folder}/config.json")
         diagnose(run)

@@ -35,7 +35,7 @@ from runtime.flags import FlagParser, option, run_script
 from runtime.grading import answers_match, make_grader
 from runtime.lengths import check_room
 from runtime.ranks import hide_bar, rank, say, start_ranks, stop_ranks, world_size
-from teacher import EVALUATION_PROMPT, encode_prompt, load_prompts
+from teacher import PAPER_PROMPTS, Prompts, check_prompts, encode_prompt, load_prompts
 
 # ---------------------------------------------------------------------------------------------------------------
 # Metrics of one problem. `correct` and `answers` are in the order of sampling.
@@ -106,12 +106,15 @@ def solve(
     settings: Sampling,
     enable_thinking: bool = True,
     on_sample: Callable[[Sample], None] | None = None,
-    template: str = EVALUATION_PROMPT,
+    prompts: Prompts = PAPER_PROMPTS,
 ) -> list[Sample]:
     """Sample the jobs, each with its own random stream; `on_sample` sees each sample as soon as the engine is done."""
     if not jobs:
         return []
-    prompts = [encode_prompt(tokenizer, template, problems[index], enable_thinking) for _, index, _ in jobs]
+    encoded = [
+        encode_prompt(tokenizer, prompts.evaluation, problems[index], enable_thinking, prompts.chat)
+        for _, index, _ in jobs
+    ]
     samples: dict[int, Sample] = {}
 
     def keep(row: int, response: Response) -> None:
@@ -124,7 +127,7 @@ def solve(
         if on_sample is not None:
             on_sample(samples[row])
 
-    engine.sample(prompts, stream_keys(problems, jobs), settings, keep)
+    engine.sample(encoded, stream_keys(problems, jobs), settings, keep)
     return [samples[row] for row in range(len(jobs))]
 
 
@@ -143,8 +146,8 @@ def benchmark_digest(problems: list[Problem], part: str = "problem") -> str:
 
 
 def sample_missing(
-    config: EvaluationConfig, problems: list[Problem], tokenizer: PreTrainedTokenizerBase, missing: list[Job],
-    file: records.RowFile,
+    config: EvaluationConfig, problems: list[Problem], tokenizer: PreTrainedTokenizerBase, prompts: Prompts,
+    missing: list[Job], file: records.RowFile,
 ) -> None:  # fmt: skip
     """Sample this rank's share of `missing`; each sample is on the disk as soon as it is there."""
     mine, start = missing[rank() :: world_size()], time.perf_counter()
@@ -156,8 +159,7 @@ def sample_missing(
 
     settings = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
     with closing(open_engine(config, tokenizer)) as engine, bar:
-        template = load_prompts(config.prompts).evaluation
-        solve(engine, tokenizer, problems, mine, settings, config.enable_thinking, keep, template)
+        solve(engine, tokenizer, problems, mine, settings, config.enable_thinking, keep, prompts)
     file.collect()
     seconds, tokens = time.perf_counter() - start, sum(file.rows[job]["tokens"] for job in missing)
     say(f"sampled {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second (loading included)")
@@ -256,6 +258,7 @@ class EvaluationConfig:
     )
     enable_thinking: bool = option(True, "of the chat template", "sampling")
     prompts: str | None = option(None, "JSON file with a template of your own: evaluation", "sampling")
+    chat_template_kwargs: str | None = option(None, "JSON of further arguments for the chat template", "sampling")
     server: str | None = option(None, "address of an OpenAI-compatible server of --model", "sampling")
     served_model: str | None = option(None, "the server's name for --model, where it is another", "sampling")
     batch_size: int = option(256, "sequences sampled at once, or requests in flight", "sampling", least=1)
@@ -313,36 +316,42 @@ def main() -> None:
             check_complete(record, problems, missing, jobs, folder)
         else:
             tokenizer = load_tokenizer(config.model)
-            config = begin(config, problems, tokenizer, folder, record)
+            prompts = load_prompts(config.prompts, config.chat_template_kwargs, records.first_day(record))
+            for note in check_prompts(tokenizer, prompts, ("evaluation",)):
+                say(note)
+            config = begin(config, problems, tokenizer, prompts, folder, record)
             if missing:
-                sample_missing(config, problems, tokenizer, missing, file)
+                sample_missing(config, problems, tokenizer, prompts, missing, file)
         if rank() == 0:
             report(config, problems, [Sample(**file.rows[job]) for job in jobs], folder, grader)
     stop_ranks()
 
 
 def begin(
-    config: EvaluationConfig, problems: list[Problem], tokenizer: PreTrainedTokenizerBase, folder: Path,
-    record: dict | None,
+    config: EvaluationConfig, problems: list[Problem], tokenizer: PreTrainedTokenizerBase, prompts: Prompts,
+    folder: Path, record: dict | None,
 ) -> EvaluationConfig:  # fmt: skip
     """Write config.json, or check that the samples in the folder were asked for in the same way.
 
     Returns the options with one limit for all problems, min(--max_new_tokens, context - longest prompt).
     """
-    template = load_prompts(config.prompts).evaluation
-    prompts = [encode_prompt(tokenizer, template, problem, config.enable_thinking) for problem in problems]
-    lengths, settings = [len(prompt) for prompt in prompts], load_config(config.model).get_text_config()
+    encoded = [
+        encode_prompt(tokenizer, prompts.evaluation, problem, config.enable_thinking, prompts.chat)
+        for problem in problems
+    ]
+    lengths, settings = [len(ids) for ids in encoded], load_config(config.model).get_text_config()
     context = getattr(settings, "max_position_embeddings", None) or sys.maxsize
     check_room(f"--benchmark {config.benchmark}", problems, lengths, 1, context)
     if context - max(lengths) < config.max_new_tokens:
         say(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {context - max(lengths)}")
         config = replace(config, max_new_tokens=context - max(lengths))
     digests = {
-        "benchmark": benchmark_digest(problems), "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "benchmark": benchmark_digest(problems), "prompts": hashlib.sha256(json.dumps(encoded).encode()).hexdigest(),
         "server": "a server" if config.server else "this process",
     }  # fmt: skip
     inputs = records.fingerprints(config, **digests)
-    records.record_run(folder, "evaluate", record, asdict(config), FREE_ON_RESUME, inputs, {"hardware": config.device})
+    records.record_run(folder, "evaluate", record, asdict(config), FREE_ON_RESUME, inputs,
+                       {"hardware": config.device, "date": prompts.chat.date})  # fmt: skip
     return config
 
 

@@ -11,7 +11,6 @@ at the end gives the exact mean over the whole step, whatever the split.
 
 from __future__ import annotations
 
-import datetime
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -423,7 +422,7 @@ def held_out_rows(step: int, run: Training, data: list[problems.Problem], config
     rows, mine = [], [(config.seed, index, 0) for index in range(len(data))][ranks.rank() :: ranks.world_size()]
     for decoding, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         settings = rollout.Sampling(temperature, 0.95, 0, config.max_new_tokens)
-        for item in evaluate.solve(run.engine, run.tokenizer, data, mine, settings, template=run.prompts.evaluation):
+        for item in evaluate.solve(run.engine, run.tokenizer, data, mine, settings, prompts=run.prompts):
             correct = run.grader.match(problems.extract_boxed(item.text), data[item.problem].answer)
             rows.append({"step": step, "decoding": decoding, "correct": correct, **asdict(item)})
     return rows
@@ -457,7 +456,7 @@ def train(
 ) -> int:  # fmt: skip
     """A run in a folder that is ours, from its start or from its newest checkpoint; the signal that ended it, or 0."""
     grader = grading.make_grader(config.grader, [problem.answer for problem in [*data, *held_out] if problem.answer])
-    date = ranks.gather_objects((record or {}).get("date") or datetime.date.today().isoformat())[0]
+    date = records.first_day(record)
     data, prompts = choose_prompts(config, data, date)
     run = build(config, device, grader, prompts)
     run.stop.listen()

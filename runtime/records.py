@@ -6,6 +6,7 @@ fingerprint of each input; rows are on the disk as soon as they are there, so wh
 
 from __future__ import annotations
 
+import datetime
 import errno
 import hashlib
 import json
@@ -239,6 +240,11 @@ def record_run(
         facts = {"versions": versions(), "git_commit": git_commit(), "ranks": world_size(), **facts}
         record = {"script": script, "command": shlex.join(sys.argv), "config": config, **facts, "inputs": inputs}
         write_atomically(folder / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def first_day(record: dict | None) -> str:
+    """The day a run began, YYYY-MM-DD, the same on all ranks: what its chat template takes for today."""
+    return gather_objects((record or {}).get("date") or datetime.date.today().isoformat())[0]
 
 
 def versions() -> dict[str, str]:

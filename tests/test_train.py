@@ -692,9 +692,9 @@ def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, tmp_path, r
     """By the evaluation protocol and greedy, whatever the rollouts' sampling."""
     original, calls = train.evaluate.solve, []
 
-    def spy(engine, tokenizer, problems, jobs, settings, template):
-        calls.append((jobs, settings, template))
-        return original(engine, tokenizer, problems, jobs, settings, template=template)
+    def spy(engine, tokenizer, problems, jobs, settings, prompts):
+        calls.append((jobs, settings, prompts.evaluation))
+        return original(engine, tokenizer, problems, jobs, settings, prompts=prompts)
 
     monkeypatch.setattr(train.evaluate, "solve", spy)
     held_out = tmp_path / "held_out.jsonl"
