@@ -43,8 +43,12 @@ class EvaluationConfig:
     """Options of evaluate.py; sampling defaults are the paper's, for one of its three seeds."""
 
     benchmark: str = option(
-        "tiny", "math500, aime24, aime25, hmmt25, tiny, a .jsonl path or a hub name owner/name:split", "data"
+        "tiny", "math500, aime24, aime25, hmmt25, tiny, a file, folder or hub name owner/name[:config]:split", "data"
     )
+    columns: str | None = option(
+        None, "which column is which where names are unusual: problem=...,solution=...,answer=...", "data"
+    )
+    limit: int | None = option(None, "only the first problems, so many", "data", least=1)
     model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
     adapter: str | None = option(None, "adapter directory in PEFT's format", "data")
     num_samples: int = option(12, "N, samples per problem and seed", "sampling", least=1)
@@ -346,7 +350,7 @@ def main() -> None:
     config = FlagParser(EvaluationConfig, __doc__).parse()
     config = replace(config, device=str(start_ranks(config.device)))
     check_config(config)
-    problems = load_problems(config.benchmark, need_solution=False)
+    problems = load_problems(config.benchmark, False, config.columns)[: config.limit]
     grader = make_grader(config.grader, [problem.answer for problem in problems])
     if grader.note:
         say(grader.note)

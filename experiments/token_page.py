@@ -74,10 +74,10 @@ def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
     model, tokenizer = load_model(config.model, config.dtype, device=config.device), load_tokenizer(config.model)
     load_adapter(model, checkpoint)
     source, name, settings = config.eval_data, "held-out problem", replace(config.sampling, temperature=0.0)
-    problems = load_problems(source, need_solution=False) if source else []
+    problems = load_problems(source, False, config.columns) if source else []
     chosen = [index for index in repaired(run) if problems[index].solution][:count]
     if not chosen:
-        problems, name, settings = load_problems(config.data), "problem", config.sampling
+        problems, name, settings = load_problems(config.data, columns=config.columns), "problem", config.sampling
         chosen = list(range(len(problems)))[:count]
     problems, prompts = choose_prompts(config, problems)
     views = []

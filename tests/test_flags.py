@@ -24,18 +24,18 @@ WRONG = {
     },
     EvaluationConfig: {
         "adapter": "nowhere", "num_samples": "0", "seeds": "-1", "temperature": "-1", "top_p": "1.1", "top_k": "-1",
-        "max_new_tokens": "0", "batch_size": "0", "device": "abacus",
+        "max_new_tokens": "0", "batch_size": "0", "device": "abacus", "limit": "0",
     },
 }  # fmt: skip
 # Flags that any value suits, and those whose value only the work itself can judge: files, models, devices, graders.
 FREE = {
     TrainConfig: {
         "model", "data", "eval_data", "output_dir", "resume", "grader", "gradient_checkpointing", "device", "dtype",
-        "student_thinking", "teacher_thinking", "switch_step", "server", "served_model",
+        "student_thinking", "teacher_thinking", "switch_step", "server", "served_model", "columns",
     },
     EvaluationConfig: {
         "benchmark", "model", "enable_thinking", "prompts", "grader", "grade_only", "output_dir", "dtype", "server",
-        "served_model",
+        "served_model", "columns",
     },
 }  # fmt: skip
 CASES = [(config, flag, value) for config, wrong in WRONG.items() for flag, value in wrong.items()]
