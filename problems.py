@@ -120,7 +120,7 @@ def _read_csv(path: Path) -> Rows:
                 if None in row or None in row.values():
                     raise csv.Error("more or fewer cells than columns")
         except csv.Error as error:
-            raise InputError(f"{path}, line {table.line_num}: not valid CSV ({error})") from None
+            raise InputError(f"{path}, line {table.reader.line_num}: not valid CSV ({error})") from None
     return rows
 
 
