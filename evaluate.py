@@ -51,7 +51,7 @@ class EvaluationConfig:
     limit: int | None = option(None, "only the first problems, so many", "data", least=1)
     model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
     adapter: str | None = option(None, "adapter directory in PEFT's format", "data")
-    num_samples: int = option(12, "N, samples per problem and seed", "sampling", least=1)
+    num_samples: int = option(12, "N, samples per problem and seed", "sampling", within=(1, 1e4))
     seeds: list[int] = option([0], "each adds N independent samples", "sampling", within=(0, 2**63))
     temperature: float = option(1.0, "0 is greedy", "sampling")
     top_p: float = option(0.95, "1 is off", "sampling")

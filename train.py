@@ -235,7 +235,7 @@ class TrainConfig(loss.LossOptions):
     num_steps: int = option(
         150, "optimizer steps; the learning rate falls linearly to 0 over them", "optimisation", least=1
     )
-    batch_size: int = option(32, "prompts per step over all ranks, one rollout each", "optimisation", least=1)
+    batch_size: int = option(32, "prompts per step over all ranks, one rollout each", "optimisation", within=(1, 1e6))
     micro_batch_size: int = option(
         4,
         "sequences per forward pass on each rank",

@@ -126,6 +126,12 @@ def test_departures_are_what_differs_from_the_preset():
     assert departures(parse_config(["--model", "a/b", "--top_k", "0"]), PRESETS) == "--model a/b --top_k 0"
 
 
+def test_a_number_that_would_fill_the_memory_is_refused():
+    for config, flag in ((TrainConfig, "--batch_size"), (EvaluationConfig, "--num_samples")):
+        with pytest.raises(InputError, match=f"{flag} 1000000000000: must lie in"):
+            parse(config, flag, "1000000000000")
+
+
 def test_a_flag_is_not_completed_from_its_beginning():
     with pytest.raises(InputError, match="unrecognized arguments: --batch 8"):
         parse_config(["--batch", "8"])
