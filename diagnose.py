@@ -59,7 +59,10 @@ class DiagnoseConfig:
 
     preset: str | None = option(None, "tiny (the default without --model) or qwen3-4b", "data")
     model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
-    data: list[str] = option(["tiny:heldout"], "one or more sources: .jsonl, hub name, tiny:heldout", "data")
+    data: list[str] = option(["tiny:heldout"], "one or more sources: file, folder, hub name, tiny:heldout", "data")
+    columns: str | None = option(
+        None, "which column is which where names are unusual: problem=...,solution=...,answer=...", "data"
+    )
     num_problems: list[int] = option([84], "problems drawn from each source, without replacement", "data")
     prompts: str | None = option(None, "JSON file of templates: student, diagnostic", "data")
     context: int = option(32768, "tokens of prompt, prefix and continuation together", "data", least=2)
@@ -379,7 +382,7 @@ def draw_problems(config: DiagnoseConfig) -> list[Problem]:
     """`num_problems` from each source, without replacement, a function of the seed and the source's place in --data."""
     drawn = []
     for place, (source, count) in enumerate(zip(config.data, config.num_problems, strict=True)):
-        problems = load_problems(source, need_solution=False)
+        problems = load_problems(source, False, config.columns)
         if not 1 <= count <= len(problems):
             raise InputError(f"--num_problems {count}: {source} has {len(problems)} problems")
         key = np.random.SeedSequence((config.seed, PICK_STREAM, place))

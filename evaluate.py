@@ -244,11 +244,13 @@ class EvaluationConfig:
     """Options of evaluate.py; sampling defaults are the paper's, for one of its three seeds."""
 
     benchmark: str = option(
-        "tiny", "math500, aime24, aime25, hmmt25, tiny, a .jsonl path or a hub name owner/name:split", "data"
+        "tiny", "math500, aime24, aime25, hmmt25, tiny, a file, folder or hub name owner/name[:config]:split", "data"
     )
+    columns: str | None = option(None, "unusual columns: problem=...,solution=...,answer=...", "data")
+    limit: int | None = option(None, "only the first problems, so many", "data", least=1)
     model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
     adapter: str | None = option(None, "adapter directory in PEFT's format", "data")
-    num_samples: int = option(12, "N, samples per problem and seed", "sampling", least=1)
+    num_samples: int = option(12, "N, samples per problem and seed", "sampling", within=(1, 1e4))
     seeds: list[int] = option([0], "each adds N independent samples", "sampling", within=(0, 2**63))
     temperature: float = option(1.0, "0 is greedy", "sampling")
     top_p: float = option(0.95, "1 is off", "sampling")
@@ -300,7 +302,7 @@ def main() -> None:
     config = FlagParser(EvaluationConfig, __doc__).parse()
     config = on_device(config, start_ranks(config.device))
     check_config(config)
-    problems, folder = load_problems(config.benchmark, need_solution=False), Path(config.output_dir)
+    problems, folder = load_problems(config.benchmark, False, config.columns)[: config.limit], Path(config.output_dir)
     grader = make_grader(config.grader, [problem.answer for problem in problems])
     if grader.note:
         say(grader.note)

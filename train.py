@@ -218,7 +218,10 @@ class TrainConfig(loss.LossOptions):
     prompts: str | None = option(None, "JSON file of templates: student, teacher, evaluation", "method")
     chat_template_kwargs: str | None = option(None, "JSON of further arguments for the chat template", "method")
     model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
-    data: str = option("siyanzhao/Openthoughts_math_30k_opsd", ".jsonl path, hub name or tiny:train", "data")
+    data: str = option("siyanzhao/Openthoughts_math_30k_opsd", "file, folder, hub name or tiny:train", "data")
+    columns: str | None = option(
+        None, "which column is which where names are unusual: problem=...,solution=...,answer=...", "data"
+    )
     max_length: int = option(20000, "limit in tokens of the longer context with its response", "data", least=1)
     eval_data: str | None = option(None, "held-out problems, scored before and after training", "data")
     eval_steps: int = option(0, "also score them every so many steps; 0 is off", "data", least=0)
@@ -231,7 +234,7 @@ class TrainConfig(loss.LossOptions):
     num_steps: int = option(
         150, "optimizer steps; the learning rate falls linearly to 0 over them", "optimisation", least=1
     )
-    batch_size: int = option(32, "prompts per step over all ranks, one rollout each", "optimisation", least=1)
+    batch_size: int = option(32, "prompts per step over all ranks, one rollout each", "optimisation", within=(1, 1e6))
     micro_batch_size: int = option(
         4,
         "sequences per forward pass on each rank",
@@ -436,8 +439,8 @@ def main() -> int:
     if config.batch_size < ranks.world_size():
         raise InputError(f"--batch_size {config.batch_size}: fewer prompts than the {ranks.world_size()} ranks")
     model.find_checkpoint(config.model)  # a wrong --model is told before the data are looked for
-    data = problems.load_problems(config.data)
-    held_out = problems.load_problems(config.eval_data, need_solution=False) if config.eval_data else []
+    data = problems.load_problems(config.data, columns=config.columns)
+    held_out = problems.load_problems(config.eval_data, False, config.columns) if config.eval_data else []
     folder = records.new_folder(
         config.output_dir, f"{config.preset or Path(config.model).name}-{config.method}-seed{config.seed}"
     )

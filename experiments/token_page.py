@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from runtime.adapters import load_adapter
 
 import experiments.study.rules  # noqa: F401  (registers its rows: a run of one can be shown)
 from errors import InputError
@@ -20,7 +21,6 @@ from loss import log_probabilities, resolve_method, score_tokens
 from model import adapter_disabled, load_model, load_tokenizer, response_hidden
 from problems import Problem, extract_boxed, load_problems
 from rollout import Sampling, sample
-from runtime.adapters import load_adapter
 from runtime.checkpoint import newest_checkpoint
 from runtime.grading import answers_match
 from teacher import Prompts, student_prompt, teacher_prompt
@@ -74,10 +74,10 @@ def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
     model, tokenizer = load_model(config.model, config.dtype, device=config.device), load_tokenizer(config.model)
     load_adapter(model, checkpoint)
     source, name, settings = config.eval_data, "held-out problem", replace(config.sampling, temperature=0.0)
-    problems = load_problems(source, need_solution=False) if source else []
+    problems = load_problems(source, False, config.columns) if source else []
     chosen = [index for index in repaired(run) if problems[index].solution][:count]
     if not chosen:
-        problems, name, settings = load_problems(config.data), "problem", config.sampling
+        problems, name, settings = load_problems(config.data, columns=config.columns), "problem", config.sampling
         chosen = list(range(len(problems)))[:count]
     problems, prompts = choose_prompts(config, problems)
     views = []

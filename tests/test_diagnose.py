@@ -457,6 +457,9 @@ def test_problems_are_drawn_without_replacement_from_each_source(tmp_path):
     assert draw_problems(DiagnoseConfig(data=data, num_problems=[9, 4])) == drawn
     with pytest.raises(InputError, match="has 9 problems"):
         draw_problems(DiagnoseConfig(data=data, num_problems=[9, 10]))
+    (tmp_path / "d.csv").write_text("task,key\n1+1,2\n")
+    named = DiagnoseConfig(data=[str(tmp_path / "d.csv")], num_problems=[1], columns="problem=task,answer=key")
+    assert draw_problems(named) == [Problem("1+1", "", "2")]
 
 
 @pytest.mark.parametrize(

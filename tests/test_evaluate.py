@@ -239,6 +239,14 @@ def test_grade_only_needs_no_model_and_misses_nothing(run, monkeypatch):
         run("graded", "--grade_only")
 
 
+def test_limit_takes_the_first_problems_and_columns_are_passed_on(run):
+    summary, lines = run("few", "--limit", 3)
+    rows = [json.loads(line) for line in run.benchmark.read_text().splitlines()][:3]
+    run.benchmark.write_text("".join(json.dumps({"task": r["problem"], "key": r["answer"]}) + "\n" for r in rows))
+    assert summary["problems"] == [0, 1, 2] and len(lines) == 1 + 2 * 3
+    assert run("few", "--columns", "problem=task,answer=key") == (summary, lines)  # the same three problems
+
+
 def test_another_regime_is_refused_and_names_its_field(run):
     _, lines = run("pinned")
     for flag, value in (("temperature", 0.5), ("top_p", 1.0), ("top_k", 5), ("max_new_tokens", 40),

@@ -24,18 +24,18 @@ WRONG = {
     },
     EvaluationConfig: {
         "adapter": "nowhere", "num_samples": "0", "seeds": "-1", "temperature": "-1", "top_p": "1.1", "top_k": "-1",
-        "max_new_tokens": "0", "batch_size": "0", "device": "abacus",
+        "max_new_tokens": "0", "batch_size": "0", "device": "abacus", "limit": "0",
     },
 }  # fmt: skip
 # Flags that any value suits, and those whose value only the work itself can judge: files, models, devices, graders.
 FREE = {
     TrainConfig: {
         "model", "data", "eval_data", "output_dir", "resume", "grader", "gradient_checkpointing", "device", "dtype",
-        "student_thinking", "teacher_thinking", "switch_step", "server", "served_model",
+        "student_thinking", "teacher_thinking", "switch_step", "server", "served_model", "columns",
     },
     EvaluationConfig: {
         "benchmark", "model", "enable_thinking", "prompts", "grader", "grade_only", "output_dir", "dtype", "server",
-        "served_model",
+        "served_model", "columns",
     },
 }  # fmt: skip
 CASES = [(config, flag, value) for config, wrong in WRONG.items() for flag, value in wrong.items()]
@@ -124,6 +124,12 @@ def test_departures_are_what_differs_from_the_preset():
         "--tau_clip", "0.05", "--seed", "7",
     ]  # fmt: skip
     assert departures(parse_config(["--model", "a/b", "--top_k", "0"]), PRESETS) == "--model a/b --top_k 0"
+
+
+def test_a_number_that_would_fill_the_memory_is_refused():
+    for config, flag in ((TrainConfig, "--batch_size"), (EvaluationConfig, "--num_samples")):
+        with pytest.raises(InputError, match=f"{flag} 1000000000000: must lie in"):
+            parse(config, flag, "1000000000000")
 
 
 def test_a_flag_is_not_completed_from_its_beginning():

@@ -169,6 +169,16 @@ def test_the_script_prints_one_line_and_exits_with_1(tmp_path):
     assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
 
 
+def test_columns_are_for_the_data_and_the_held_out_problems(tmp_path, monkeypatch):
+    path, given = tmp_path / "data.csv", []
+    path.write_text("task,why,key\n1+1,so 2,2\n")
+    words = f"--data {path} --eval_data {path} --columns problem=task,solution=why,answer=key --device cpu"
+    monkeypatch.setattr(train, "train", lambda *arguments: given.extend(arguments[-2:]) or 0)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words.split(), "--output_dir", str(tmp_path / "run")])
+    assert train.main() == 0
+    assert given == [[train.problems.Problem("1+1", "so 2", "2")]] * 2
+
+
 # Runs
 
 

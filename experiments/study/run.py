@@ -141,7 +141,7 @@ def measured(run: Path, error: str | None) -> dict:
     if error is None and last not in evaluation:
         raise InputError(f"{run}: stopped before its end; the same command goes on with it")
     steps, held_out = read_lines(run / "metrics.jsonl"), read_lines(run / "heldout.jsonl")
-    problems = load_problems(record["config"]["eval_data"], need_solution=False)
+    problems = load_problems(record["config"]["eval_data"], False, record["config"].get("columns"))
     return {
         "evaluation": evaluation,
         "behaviour": {step: behaviour(problems, held_out, int(step)) for step in evaluation},
