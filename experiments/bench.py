@@ -147,7 +147,7 @@ def bench_loss(table: Table, device: torch.device, quick: bool) -> None:
 def embedded(device: torch.device, batch_size: int) -> tuple:
     """(config, run, problems) of the embedded model as train.py has them."""
     config = train.parse_config(["--device", str(device), "--batch_size", str(batch_size)])
-    config = train.settle(replace(config, micro_batch_size=MICRO_BATCH), device, None)
+    config = train.on_device(replace(config, micro_batch_size=MICRO_BATCH), device)
     return config, train.build(config, device, make_grader("exact", [])), load_problems(config.data)
 
 

@@ -9,7 +9,8 @@ import torch
 
 import loss
 from experiments.study import rules
-from loss import LossOptions, TokenScores, method_loss, method_loss_from_hidden
+from loss import LossOptions, TokenScores, method_loss
+from test_loss import method_loss_from_hidden
 from weighting import SCHEDULES, position_weight, relative_position
 
 WEIGHTS = {
@@ -48,7 +49,7 @@ def weigh(name, scores, lengths, **numbers):
     """A rule's weights, [M]."""
     if name in SCHEDULES:
         return SCHEDULES[name](relative_position(lengths), **numbers)
-    return WEIGHTS[name](scores, lengths, 0, LossOptions(), **numbers)
+    return WEIGHTS[name](relative_position(lengths), scores, lengths, 0, LossOptions(), **numbers)
 
 
 def random_case(lengths=(7, 4, 1), V=9, D=None, seed=0):
