@@ -29,7 +29,7 @@ from runtime.grading import make_grader
 from runtime.run_folder import write_atomically
 from teacher import student_prompt, teacher_prompt
 from train import TrainConfig, Training, build, parse_config, step_share, train_step
-from weighting import relative_position
+from weighting import SIGMOIDS, relative_position
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "walkthrough.md"
 STEP, SLOT = 0, 8
@@ -41,7 +41,7 @@ CLIPS = (inf, 1.0, 0.05)  # none, the embedded model's preset, the paper's
 
 @dataclass(frozen=True)
 class Walk:
-    """One rollout and what the method makes of it, by the names of train.py::train_step."""
+    """One rollout and what the method makes of it, by the names of train.py::loss_fraction."""
 
     config: TrainConfig
     run: Training
@@ -118,11 +118,22 @@ def rollout_table(w: Walk) -> str:
     text = w.run.tokenizer.decode(w.y.ids)
     grade = "right" if w.run.grader.match(extract_boxed(text), w.problem.answer) else "wrong"
     return table(
-        ["in train_step", "value", "made by"],
+        ["in loss_fraction", "value", "made by"],
         [
             ["y", code(text), "`rollout.py::sample`"],
-            ["L", str(len(w.y.ids)), "`train.py::train_step`"],
+            ["L", str(len(w.y.ids)), "`train.py::loss_fraction`"],
             ["graded", f"{code(extract_boxed(text))}, {grade}", "`problems.py::extract_boxed`"],
+        ],
+    )
+
+
+def numbers_table(w: Walk) -> str:
+    w_min, tau, s = SIGMOIDS["moderate"]
+    return table(
+        ["number", "value", "stands in"],
+        [
+            ["T_distill", f"{w.config.distill_temperature:g}", "`loss.py::LossOptions`"],
+            ["w_min, tau, s of Moderate", f"{w_min:g}, {tau:g}, {s:g}", "`weighting.py::SIGMOIDS`"],
         ],
     )
 
@@ -239,6 +250,7 @@ def blocks() -> dict[str, str]:
         "student prompt": prompt_text(w, w.x_stu, "x_stu"),
         "teacher prompt": prompt_text(w, w.x_tch, "x_tch"),
         "rollout": rollout_table(w),
+        "numbers": numbers_table(w),
         "scores": scores_table(w),
         "losses": losses_table(w),
         "belief": belief_table(w),

@@ -12,7 +12,7 @@ the clip is theirs too. A weight that keeps some tokens and drops the others (0 
 A weight carries no gradient. Rules by score see what loss.TokenScores holds, at T_distill.
 
 Axes: M valid tokens of a batch, row after row; L one row's tokens; V vocabulary. Weights have the signature of every
-token weight, (r_M, scores, lengths, step, options) -> [M]; a keyword is a number of the source, set with functools.partial.
+token weight, (r_M, scores, lengths, step, options) -> [M]; a keyword is a number of the source, for functools.partial.
 """
 
 from __future__ import annotations
