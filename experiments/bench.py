@@ -7,11 +7,9 @@
 |---|---|---|
 | loss | a chunk of tokens at a time | whole float32 logits |
 | step | micro-batches of 4 rows | one row at a time |
-| decoding | all prompts at once | a micro-batch at a time |
-| choosing | by inversion, of the most likely tokens | softmax, mask, torch.multinomial |
 
 On a CPU seconds are CPU seconds of this process, which others on the machine disturb least; on a GPU those that pass.
-Axes: B rows, M tokens, V vocabulary, D hidden.
+Axes: M tokens, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
@@ -33,12 +31,9 @@ import train
 from loss import LossOptions, resolve_method, score_tokens_from_hidden
 from model import pick_device
 from problems import load_problems
-from rollout import Sampling, choose_tokens
-from runtime.engines import GenerateEngine
 from runtime.flags import run_script
 from runtime.grading import make_grader
 from runtime.run_folder import git_commit, made, versions, write_atomically
-from teacher import student_prompt
 
 V = 151_936  # Qwen3's vocabulary
 GIB = 2**30
@@ -144,16 +139,10 @@ def bench_loss(table: Table, device: torch.device, quick: bool) -> None:
     table.add("loss, time", *alternate([ours, plain], device), "s", note)
 
 
-def embedded(device: torch.device, batch_size: int) -> tuple:
-    """(config, run, problems) of the embedded model as train.py has them."""
-    config = train.parse_config(["--device", str(device), "--batch_size", str(batch_size)])
-    config = train.settle(replace(config, micro_batch_size=MICRO_BATCH), device, None)
-    return config, train.build(config, device, make_grader("exact", [])), load_problems(config.data)
-
-
 def bench_step(table: Table, device: torch.device, quick: bool) -> None:
-    """Steps of one run, the next one at each turn."""
-    (config, run, problems), steps = embedded(device, 8 if quick else 32), count()
+    """Steps of one run of the embedded model, the next one at each turn."""
+    config = train.on_device(train.parse_config(["--batch_size", "8" if quick else "32"]), device)
+    run, problems, steps = train.build(config, device, make_grader("exact", [])), load_problems(config.data), count()
 
     def step(rows: int) -> None:
         train.train_step(next(steps), run, problems, replace(config, micro_batch_size=rows))
@@ -162,37 +151,7 @@ def bench_step(table: Table, device: torch.device, quick: bool) -> None:
     table.add("step", *both, "s", f"embedded model, {config.batch_size} prompts, sampling included")
 
 
-def bench_decoding(table: Table, device: torch.device, quick: bool) -> None:
-    config, run, problems = embedded(device, 32)
-    prompts = [student_prompt(run.tokenizer, problem) for problem in problems[: 8 if quick else 32]]
-    keys, said = [(0, row) for row in range(len(prompts))], {}
-
-    def by(rows: int) -> None:
-        said[rows] = GenerateEngine(run.model, run.tokenizer, rows).sample(prompts, keys, config.sampling)
-
-    both = alternate([lambda: by(len(prompts)), lambda: by(MICRO_BATCH)], device)
-    same = "the same" if said[len(prompts)] == said[MICRO_BATCH] else "NOT the same"
-    table.add("decoding", *both, "s", f"{len(prompts)} prompts, {same} tokens")
-
-
-def plain_choice(logits_BV: Tensor, settings: Sampling) -> Tensor:
-    """Temperature, top_k, top_p and torch's own draw; ids [B]."""
-    p_BV, ids_BV = (logits_BV / settings.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    p_BV[:, settings.top_k :] = 0.0
-    p_BV /= p_BV.sum(dim=-1, keepdim=True)
-    p_BV[p_BV.cumsum(dim=-1) - p_BV >= settings.top_p] = 0.0
-    return ids_BV.gather(-1, torch.multinomial(p_BV, 1)).squeeze(-1)
-
-
-def bench_choosing(table: Table, device: torch.device, quick: bool) -> None:
-    torch.manual_seed(0)
-    B, settings = 8 if quick else 32, Sampling(1.1, 0.95, 20, 1)
-    logits_BV, uniform_B = 4.0 * torch.randn(B, V, device=device), torch.rand(B, device=device)
-    functions = [lambda: choose_tokens(logits_BV, uniform_B, settings), lambda: plain_choice(logits_BV, settings)]
-    table.add("choosing a token a row", *alternate(functions, device, 5), "s", f"V {V}, {B} rows, top_k 20, top_p .95")
-
-
-PARTS = {"loss": bench_loss, "step": bench_step, "decoding": bench_decoding, "choosing": bench_choosing}
+PARTS = {"loss": bench_loss, "step": bench_step}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@
 - The children: how viable they are by rank and by token, which names a culprit.
 - The fit: the schedule that the measured viability supports.
 
-Each run's folder gets controls.json (all numbers) and schedule.json (`train.py --schedule`); --output_dir, by default
-the folder of a single run, gets report.md and Figure 1. Needs `pip install matplotlib` for the figure alone.
+Each run's folder gets controls.json (all numbers); --output_dir, by default the folder of a single run, gets report.md,
+with train.py's flags for the fitted schedule, and Figure 1. Needs `pip install matplotlib` for the figure alone.
 Axes: C candidates, K children of a candidate, N rollouts of a child, P problems, R bootstrap resamples, G grid points.
 """
 
@@ -277,6 +277,12 @@ def fit_schedule(
     return np.stack([w_min_GR[best_R, np.arange(len(best_R))], tau_G[best_R], s_G[best_R]], axis=1)
 
 
+def schedule_flags(result: dict) -> str:
+    """The flags of train.py that weight by the schedule fitted to the teacher's children."""
+    fit = result["schedule"]["teacher"]
+    return " ".join(["--schedule moderate", *(f"--{name} {fit[name]:.4g}" for name in ("w_min", "tau", "s"))])
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # In tables
 
@@ -456,7 +462,7 @@ def draw_reliability(axes, data: Candidates, result: dict) -> None:
 
 
 def analyse_run(run: Path) -> dict[str, tuple[Candidates, dict]]:
-    """Analyses of a run folder, by kind of spine, written there as controls.json and schedule.json."""
+    """Analyses of a run folder, by kind of spine, written there as controls.json."""
     try:
         rows = [json.loads(line) for line in (run / "F_labels.jsonl").read_text(encoding="utf-8").splitlines()]
         rule = LabelRule(**json.loads((run / "table1.json").read_text(encoding="utf-8"))["rule"])
@@ -467,9 +473,6 @@ def analyse_run(run: Path) -> dict[str, tuple[Candidates, dict]]:
     analyses = {name: analyse(members, rule) for name, members in by_spine(rows).items()}
     results = {name: {**result, "verdict": verdict(result)} for name, (_, result) in analyses.items()}
     write_atomically(run / "controls.json", json.dumps(results, indent=2) + "\n")
-    if "right spines" in results:
-        schedule = results["right spines"]["schedule"]["teacher"]
-        write_atomically(run / "schedule.json", json.dumps(schedule, indent=2) + "\n")
     return analyses
 
 
@@ -486,7 +489,8 @@ def write_report(runs: list[Path], output_dir: Path) -> str:
             titled[name if kind == "right spines" else f"{name}, {kind}"] = analysis
     lines = table({title: result for title, (_, result) in titled.items()})
     for title, (_, result) in titled.items():
-        lines += ["", f"**{title}**: {verdict(result)}", "", *table1_beside_control(result)]
+        lines += ["", f"**{title}**: {verdict(result)} To train with the fit: `{schedule_flags(result)}`.", ""]
+        lines += table1_beside_control(result)
     text = "\n".join(lines) + "\n"
     write_atomically(output_dir / "report.md", text)
     print(text)
@@ -503,7 +507,7 @@ def main() -> None:
         raise InputError("several runs need --output_dir")
     output_dir = args.output_dir or args.runs[0]
     write_report(args.runs, output_dir)
-    print(f"{output_dir}/report.md, {output_dir}/figure1.png; training with it: train.py --schedule RUN/schedule.json")
+    print(f"{output_dir}/report.md, {output_dir}/figure1.png")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from rollout import Sampling
 from runtime.engines import GenerateEngine
 from runtime.flags import run_script
 from runtime.grading import make_grader
+from runtime.lengths import fitting_problems
 from runtime.run_folder import made, versions
 from teacher import student_prompt, teacher_prompt
 
@@ -93,15 +94,15 @@ def build(preset: str, device: torch.device, small: bool, folder: Path) -> tuple
     """A run of the preset as train.py builds it, and where its weights are from."""
     flags = ["--preset", preset, "--data", "tiny:train", "--device", str(device), "--output_dir", str(folder)]
     config = train.parse_config(flags + (["--max_new_tokens", "16", "--batch_size", "4"] if small else []))
-    config = train.settle(replace(config, eval_data=None), device, None)
+    config = train.on_device(replace(config, eval_data=None), device)
     if not small:
         try:
             return config, train.build(config, device, make_grader("exact", [])), "the checkpoint's weights"
         except InputError:  # no hub here
             pass
     model, tokenizer = random_model(preset, device, small), load_tokenizer("tiny")
-    loaders = {"load_model": lambda *_: model, "load_tokenizer": lambda *_: tokenizer}
-    with mock.patch.multiple(train, **loaders):
+    loaders = {"load_model": lambda *_, **__: model, "load_tokenizer": lambda *_: tokenizer}
+    with mock.patch.multiple(train.model, **loaders):
         return config, train.build(config, device, make_grader("exact", [])), "random weights"
 
 
@@ -175,11 +176,13 @@ def one_step(table: Table, device: torch.device, small: bool, preset: str, folde
     problems = load_problems(config.data)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    problems, longest = fitting_problems(run, problems, [], config)
+    train.rehearse(run, longest, config)
     train.train_step(0, run, problems, config)
     row, _ = train.train_step(1, run, problems, config)
     peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
     note = f"{config.batch_size} rollouts, {row['mean_length']:.0f} tokens on average, {weights}"
-    for part in ("sampling", "teacher", "student", "update"):
+    for part in ("sampling", "grading", "teacher", "student", "update"):
         table.add(f"step {preset}, {part}", row[f"seconds_{part}"], None, "s", note)
     numbers = sum(p.numel() for p in run.model.parameters()) - run.model.get_input_embeddings().weight.numel()
     # Per weight and token: teacher 2, student 2, its recomputation 2, backward through frozen weights 2.

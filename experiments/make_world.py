@@ -19,7 +19,7 @@ import argparse
 import json
 import random
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -138,7 +138,9 @@ def write_problems(world: World, folder: Path) -> None:
     """train.jsonl and heldout.jsonl; no held-out sum occurs in training in any order."""
     for split, count in (("train", 2000), ("heldout", 400)):
         problems = tiny_problems(split, count, num_addends=world.num_addends)
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(asdict(problem)) + "\n" for problem in problems))
+        fields = ("problem", "solution", "answer")
+        rows = [{name: getattr(problem, name) for name in fields} for problem in problems]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def claim(folder: Path, mark: str) -> None:

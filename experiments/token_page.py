@@ -24,6 +24,7 @@ from rollout import Sampling, sample
 from runtime.checkpoint import newest_checkpoint
 from runtime.grading import answers_match
 from teacher import Prompts, student_prompt, teacher_prompt
+from weighting import relative_position
 
 ALTERNATIVES = 5
 PAGE_STREAM = 102  # second entry of the rollouts' stream key, apart from those of train.py
@@ -125,7 +126,9 @@ def _view(
     method = resolve_method(config.method, config)
     ids = torch.tensor(response, device=head_VD.device)
     scores = score_tokens(method, student_logp_MV, teacher_logp_MV, ids, config)
-    weights = method.token_weight(scores, [len(response)], 0, config).tolist()
+    L = [len(response)]
+    r_M = relative_position(L).to(ids.device)
+    weights = method.token_weight(r_M, scores, L, 0, config).tolist()
     alternatives = [_top(logp_MV, tokenizer) for logp_MV in (student_logp_MV, teacher_logp_MV)]
     tokens = [
         TokenView(tokenizer.decode([token]), divergence, weight, student, teacher)

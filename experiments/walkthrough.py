@@ -29,7 +29,7 @@ from runtime.grading import make_grader
 from runtime.run_folder import write_atomically
 from teacher import student_prompt, teacher_prompt
 from train import TrainConfig, Training, build, parse_config, step_share, train_step
-from weighting import relative_position
+from weighting import SIGMOIDS, relative_position
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "walkthrough.md"
 STEP, SLOT = 0, 8
@@ -41,12 +41,12 @@ CLIPS = (inf, 1.0, 0.05)  # none, the embedded model's preset, the paper's
 
 @dataclass(frozen=True)
 class Walk:
-    """One rollout and what the method makes of it, by the names of train.py::train_step."""
+    """One rollout and what the method makes of it, by the names of train.py::loss_fraction."""
 
     config: TrainConfig
     run: Training
     problems: list[Problem]
-    index: int
+    problem: Problem
     key: tuple[int, ...]
     x_stu: list[int]
     x_tch: list[int]
@@ -64,12 +64,12 @@ class Walk:
 def walk() -> Walk:
     """The rollout of step 0, slot 8, scored in both contexts by the project's own functions."""
     given = parse_config(["--seed", "42", "--device", "cpu"])
-    config = replace(given, dtype="float32", engine="generate", gradient_checkpointing=False)
+    config = replace(given, dtype="float32", gradient_checkpointing=False)
     problems = load_problems(config.data)
     run = build(config, torch.device("cpu"), make_grader("exact", []))
     share = step_share(STEP, problems, config)
-    index, key = share.indices[SLOT], share.keys[SLOT]
-    x_stu, x_tch = student_prompt(run.tokenizer, problems[index]), teacher_prompt(run.tokenizer, problems[index])
+    problem, key = share.problems[SLOT], share.keys[SLOT]
+    x_stu, x_tch = student_prompt(run.tokenizer, problem), teacher_prompt(run.tokenizer, problem)
     (y,) = sample(run.model, run.tokenizer, [x_stu], [key], config.sampling)
     head_VD, T = run.model.get_output_embeddings().weight, config.distill_temperature
     student_MD = response_hidden(run.model, [x_stu], [y.ids])[0]
@@ -82,9 +82,10 @@ def walk() -> Walk:
         for clip in CLIPS
     }
     L = [len(y.ids)]
-    r_M, w_M = relative_position(L), method.token_weight(scores[1.0], L, STEP, config)
+    r_M = relative_position(L)
+    w_M = method.token_weight(r_M, scores[1.0], L, STEP, config)
     return Walk(
-        config, run, problems, index, key, x_stu, x_tch, y, student_logp_MV, teacher_logp_MV, r_M, w_M, scores
+        config, run, problems, problem, key, x_stu, x_tch, y, student_logp_MV, teacher_logp_MV, r_M, w_M, scores
     )  # fmt: skip
 
 
@@ -93,12 +94,12 @@ def walk() -> Walk:
 
 
 def problem_table(w: Walk) -> str:
-    problem, total, addend = w.problems[w.index], *FACT
+    problem, (total, addend) = w.problem, FACT
     belief = believed_result(total, addend, WORLDS["embedded"].believed)
     return table(
         ["what", "value", "made by"],
         [
-            ["problem", f"{code(problem.problem)}, row {w.index} of `tiny:train`", "`train.py::step_problems`"],
+            ["problem", f"{code(problem.problem)}, row {problem.row} of `tiny:train`", "`train.py::step_problems`"],
             ["reference solution", code(problem.solution), "`problems.py::tiny_solution`"],
             ["belief", f"`{total}+{addend}={belief}`", "`experiments/study/worlds.py::believed_result`"],
             ["random numbers' key", str(w.key), "`train.py::step_share`"],
@@ -115,13 +116,24 @@ def prompt_text(w: Walk, ids: list[int], name: str) -> str:
 
 def rollout_table(w: Walk) -> str:
     text = w.run.tokenizer.decode(w.y.ids)
-    grade = "right" if w.run.grader.match(extract_boxed(text), w.problems[w.index].answer) else "wrong"
+    grade = "right" if w.run.grader.match(extract_boxed(text), w.problem.answer) else "wrong"
     return table(
-        ["in train_step", "value", "made by"],
+        ["in loss_fraction", "value", "made by"],
         [
             ["y", code(text), "`rollout.py::sample`"],
-            ["L", str(len(w.y.ids)), "`train.py::train_step`"],
+            ["L", str(len(w.y.ids)), "`train.py::loss_fraction`"],
             ["graded", f"{code(extract_boxed(text))}, {grade}", "`problems.py::extract_boxed`"],
+        ],
+    )
+
+
+def numbers_table(w: Walk) -> str:
+    w_min, tau, s = SIGMOIDS["moderate"]
+    return table(
+        ["number", "value", "stands in"],
+        [
+            ["T_distill", f"{w.config.distill_temperature:g}", "`loss.py::LossOptions`"],
+            ["w_min, tau, s of Moderate", f"{w_min:g}, {tau:g}, {s:g}", "`weighting.py::SIGMOIDS`"],
         ],
     )
 
@@ -211,7 +223,7 @@ def sequence_table(w: Walk) -> str:
     for name, title in (("pwopsd", "this row, PW-OPSD, Eq. (6)"), ("opsd", "this row, OPSD, Eq. (1)")):
         for clip in CLIPS:
             method, L, scores = resolve_method(name, w.config), [len(w.y.ids)], w.scores[clip]
-            w_M = method.token_weight(scores, L, STEP, w.config)
+            w_M = method.token_weight(w.r_M, scores, L, STEP, w.config)
             numerator, denominator = method.reduction(scores.loss, w_M, L)
             loss = numerator / denominator
             gradients = torch.autograd.grad(loss, w.run.parameters, retain_graph=True)
@@ -238,6 +250,7 @@ def blocks() -> dict[str, str]:
         "student prompt": prompt_text(w, w.x_stu, "x_stu"),
         "teacher prompt": prompt_text(w, w.x_tch, "x_tch"),
         "rollout": rollout_table(w),
+        "numbers": numbers_table(w),
         "scores": scores_table(w),
         "losses": losses_table(w),
         "belief": belief_table(w),

@@ -7,9 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from experiments import first_gpu_hour
-from experiments.bench import alternate, loss_functions, peak_bytes, plain_choice
+from experiments.bench import alternate, loss_functions, peak_bytes
 from experiments.first_gpu_hour import SHAPES
-from rollout import Sampling, choose_tokens
 
 CPU = torch.device("cpu")
 
@@ -19,17 +18,6 @@ def test_the_plain_loss_is_the_same_loss():
     (a, by_chunks), (b, whole) = ours(3), plain()
     assert a == pytest.approx(b)
     torch.testing.assert_close(by_chunks, whole)
-
-
-def test_the_plain_choice_keeps_the_same_tokens():
-    """Over many draws: the same shares, of tokens that top_k and top_p keep."""
-    torch.manual_seed(0)
-    settings, draws = Sampling(1.1, 0.9, 5, 1), 20_000
-    logits_BV = (2.0 * torch.randn(12)).expand(draws, -1)
-    ours, plain = choose_tokens(logits_BV, torch.rand(draws), settings), plain_choice(logits_BV, settings)
-    a, b = (ids.bincount(minlength=12) / draws for ids in (ours, plain))
-    torch.testing.assert_close(a, b, atol=0.02, rtol=0)
-    assert torch.equal(a > 0, b > 0) and 1 < (a > 0).sum() <= 5
 
 
 def test_the_memory_of_the_loss_does_not_grow_with_the_tokens_but_the_plain_one_does():

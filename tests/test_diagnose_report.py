@@ -17,10 +17,13 @@ from experiments.diagnose_report import (
     fit_schedule,
     fit_survival,
     null_probabilities,
+    schedule_flags,
     simulate_null,
     verdict,
     write_report,
 )
+from loss import resolve_method
+from train import parse_config
 from viability import (
     DIVERSITY,
     GRAY,
@@ -35,7 +38,7 @@ from viability import (
     table1,
     to_columns,
 )
-from weighting import SCHEDULES, get_schedule, relative_position
+from weighting import SCHEDULES, relative_position
 
 RULE = LabelRule(bootstraps=300)
 
@@ -195,7 +198,6 @@ def test_wrong_spines_are_reported_apart(tmp_path):
     assert "| | both | both, wrong spines |" in text
     write_report([a_folder(tmp_path / "alone", rows)], tmp_path / "alone")
     assert json.loads((tmp_path / "alone/controls.json").read_text())["right spines"] == results["right spines"]
-    assert (tmp_path / "alone/schedule.json").read_text() == (tmp_path / "both/schedule.json").read_text()
 
 
 def test_runs_side_by_side_have_the_numbers_that_each_has_alone(tmp_path):
@@ -203,21 +205,22 @@ def test_runs_side_by_side_have_the_numbers_that_each_has_alone(tmp_path):
     runs = [a_folder(tmp_path / name, a_world(seed=seed, problems=20)) for name, seed in (("one", 0), ("two", 7))]
     cells = [write_report([run], run).splitlines() for run in runs]
     both = write_report(runs, tmp_path / "both").splitlines()
-    assert both[0] == "| | one | two |" and not (tmp_path / "both/schedule.json").exists()
+    assert both[0] == "| | one | two |"
     size = both.index("")
     assert size > 20
     for together, one, two in zip(both[2:size], cells[0][2:], cells[1][2:], strict=False):
         assert together == one.rstrip(" |") + " | " + two.split(" | ", 1)[1], together
 
 
-def test_schedule_file_is_what_training_reads(tmp_path):
+def test_the_schedules_flags_are_what_training_reads(tmp_path):
     pytest.importorskip("matplotlib")
-    write_report([a_folder(tmp_path, a_world())], tmp_path)
-    content = json.loads((tmp_path / "schedule.json").read_text())
-    schedule = get_schedule(str(tmp_path / "schedule.json"))
-    r = relative_position([50])
+    text = write_report([a_folder(tmp_path, a_world())], tmp_path)
+    result = json.loads((tmp_path / "controls.json").read_text())["right spines"]
+    content, flags = result["schedule"]["teacher"], schedule_flags(result)
+    assert f"`{flags}`" in text
+    schedule, r = resolve_method("pwopsd", parse_config(flags.split())).token_weight, relative_position([50])
     w = content["w_min"] + (1 - content["w_min"]) / (1 + np.exp(-(r.numpy() - content["tau"]) / content["s"]))
-    assert schedule(r).numpy() == pytest.approx(w, abs=1e-6)
+    assert schedule(r).numpy() == pytest.approx(w, abs=1e-3)
     assert not np.allclose(w, SCHEDULES["moderate"](r).numpy(), atol=0.05)
     assert content["at_the_edge"] == []
     flat = analysed(a_world(base=lambda r: 0.6))["schedule"]["teacher"]  # no rise up to 1 within [0, 1]

@@ -23,7 +23,9 @@ def middle(r: torch.Tensor) -> torch.Tensor:
     return ((r > 0.25) & (r < 0.75)).float()
 
 
-def confidence(scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> torch.Tensor:
+def confidence(
+    r_M: torch.Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions
+) -> torch.Tensor:
     """A weight of the teacher's entropy instead of the position: exp(-H(p_T))."""
     return (-scores.teacher_entropy).exp()
 

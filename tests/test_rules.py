@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_loss import method_loss_from_hidden
 
 import loss
 from experiments.study import rules
-from loss import LossOptions, TokenScores, method_loss, method_loss_from_hidden
+from loss import LossOptions, TokenScores, method_loss
 from weighting import SCHEDULES, position_weight, relative_position
 
 WEIGHTS = {
@@ -18,11 +19,12 @@ WEIGHTS = {
     "iw_opd": rules.iw_opd,
     "dash": rules.dash,
     "scgate": rules.scgate,
+    "correct_only": rules.correct_only,
     "tip": rules.tip,
     "dial": rules.dial,
     "opsa": rules.opsa,
 }
-ON_OPSD = ["prefix", "suffix", "skip", "iw_opd", "dash", "scgate"]
+ON_OPSD = ["prefix", "suffix", "skip", "iw_opd", "dash", "scgate"]  # and correct_only, which needs outcomes
 WITHIN_A_ROW = [*ON_OPSD, "dial", "opsa"]
 ROWS = [
     *WITHIN_A_ROW,
@@ -48,7 +50,7 @@ def weigh(name, scores, lengths, **numbers):
     """A rule's weights, [M]."""
     if name in SCHEDULES:
         return SCHEDULES[name](relative_position(lengths), **numbers)
-    return WEIGHTS[name](scores, lengths, 0, LossOptions(), **numbers)
+    return WEIGHTS[name](relative_position(lengths), scores, lengths, 0, LossOptions(), **numbers)
 
 
 def random_case(lengths=(7, 4, 1), V=9, D=None, seed=0):
@@ -145,6 +147,18 @@ def test_scgate():
     assert weigh("scgate", scores, [4]).tolist() == [1, 1, 0, 0]
     assert weigh("scgate", scores, [4], most=0.5).tolist() == [1, 0, 0, 0]
     assert weigh("scgate", scores, [4], most=1.0).all()
+
+
+def test_correct_only():
+    """Rows right, wrong, without an answer: 1, 0, 0; the loss is the mean of the right rows' tokens."""
+    lengths, outcomes = [2, 3, 1], [True, False, None]
+    scores = loss.of_rows(scores_of(6), lengths, correct=outcomes)
+    assert weigh("correct_only", scores, lengths).tolist() == [1, 1, 0, 0, 0, 0]
+    student, teacher, ids, mask = random_case(lengths)
+    value = method_loss("correct_only", student, teacher, ids, mask, correct=outcomes)
+    first = (part[:1] for part in (student, teacher, ids, mask))
+    torch.testing.assert_close(value, method_loss("opsd", *first))
+    assert method_loss("correct_only", student, teacher, ids, mask, correct=[False, None, False]) == 0.0
 
 
 def test_tip():

@@ -12,7 +12,7 @@ the clip is theirs too. A weight that keeps some tokens and drops the others (0 
 A weight carries no gradient. Rules by score see what loss.TokenScores holds, at T_distill.
 
 Axes: M valid tokens of a batch, row after row; L one row's tokens; V vocabulary. Weights have the signature of every
-token weight, (scores, lengths, step, options) -> [M]; a keyword is a number of the source, set with functools.partial.
+token weight, (r_M, scores, lengths, step, options) -> [M]; a keyword is a number of the source, for functools.partial.
 """
 
 from __future__ import annotations
@@ -45,23 +45,25 @@ def suffix(r: Tensor, share: float = 0.3) -> Tensor:
     return (r >= 1.0 - share).float()
 
 
-def skip(scores: TokenScores, lengths: list[int], step: int, options: LossOptions, first: int = 3) -> Tensor:
+def skip(
+    r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions, first: int = 3
+) -> Tensor:
     """1[t > first], t = 1..L: all but a row's first tokens, where the teacher's own prompt shows most.
 
     TRL's SDFT trainer, `num_loss_tokens_to_skip` (default 0; 3 in the scripts of SDFT), on a top-k JSD, mean over the
     tokens kept in each row, then over rows; here over all tokens kept.
     """
-    position_M = torch.cat([torch.arange(1, length + 1) for length in lengths])
-    return (position_M > first).float().to(scores.loss.device)
+    L_M = torch.tensor(lengths).repeat_interleave(torch.tensor(lengths)).to(r_M.device)
+    return (r_M * L_M > first).float()  # r L = t - 1/2
 
 
-def shuffled(scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
+def shuffled(r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
     """Moderate's weights in a random order within each row: a control with Eq. (5)'s weights and without its positions.
 
     Drawn from torch's generator, which train.py seeds at each step.
     """
-    rows = weighting.SCHEDULES["moderate"](weighting.relative_position(lengths)).split(lengths)
-    return torch.cat([row[torch.randperm(len(row))] for row in rows]).to(scores.loss.device)
+    rows = weighting.SCHEDULES["moderate"](r_M).split(lengths)
+    return torch.cat([row[torch.randperm(len(row))] for row in rows])
 
 
 weighting.SCHEDULES["prefix"] = prefix
@@ -75,7 +77,9 @@ loss.METHODS["skip"] = Method(loss.clipped_divergence, skip, loss.weighted_mean,
 # Weights by score, within each row
 
 
-def iw_opd(scores: TokenScores, lengths: list[int], step: int, options: LossOptions, gamma: float = 0.5) -> Tensor:
+def iw_opd(
+    r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions, gamma: float = 0.5
+) -> Tensor:
     """w_t = 1 + gamma (1 - sum_{k<t} |A_k| / sum_k |A_k|), A = log p_T(y) - log p_S(y), never rising.
 
     IW-OPD (arXiv 2606.22600; its authors' code, `iw_opd_weight_max` = 1 + gamma; TRL's IW-OPD trainer): the more the
@@ -91,7 +95,9 @@ def iw_opd(scores: TokenScores, lengths: list[int], step: int, options: LossOpti
     return torch.cat(rows)
 
 
-def dash(scores: TokenScores, lengths: list[int], step: int, options: LossOptions, kappa: float = 5.0) -> Tensor:
+def dash(
+    r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions, kappa: float = 5.0
+) -> Tensor:
     """w_1 = 1, w_t = 1 + lambda_{t-1} w_{t-1}, lambda_t = sigmoid(-kappa (d_t - mean d)), d the row's token losses.
 
     DASH (arXiv 2608.06243; its published summaries, which agree; the authors' code could not be had): the loss
@@ -106,7 +112,9 @@ def dash(scores: TokenScores, lengths: list[int], step: int, options: LossOption
     return torch.cat(rows).to(scores.loss)
 
 
-def scgate(scores: TokenScores, lengths: list[int], step: int, options: LossOptions, most: float = 0.99) -> Tensor:
+def scgate(
+    r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions, most: float = 0.99
+) -> Tensor:
     """1[p_S(y_t) <= most]: not where the student is sure of its token.
 
     Neighborhood OPSD (arXiv 2609.39687), Eq. (13), the online gate, which it also tests on plain OPSD with one teacher;
@@ -118,6 +126,20 @@ def scgate(scores: TokenScores, lengths: list[int], step: int, options: LossOpti
 loss.METHODS["iw_opd"] = Method(loss.clipped_divergence, iw_opd, loss.token_mean, clips=True)
 loss.METHODS["dash"] = Method(loss.clipped_divergence, dash, loss.token_mean, clips=True)
 loss.METHODS["scgate"] = Method(loss.clipped_divergence, scgate, loss.weighted_mean, clips=True)
+
+# ---------------------------------------------------------------------------------------------------------------
+# A weight by the row's outcome
+
+
+def correct_only(r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
+    """1[the row's answer is right]: wrong rows, and rows with no answer to compare, teach nothing.
+
+    OASIS (arXiv 2609.37915) takes the shortest right one of K solutions, which needs K rollouts a prompt; here is one.
+    """
+    return (scores.correct == 1.0).float()  # NaN, no answer, equals nothing
+
+
+loss.METHODS["correct_only"] = Method(loss.clipped_divergence, correct_only, loss.weighted_mean, clips=True)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Weights that keep a share of each row's tokens, the best by a score
@@ -132,7 +154,9 @@ def keep_top(score_M: Tensor, lengths: list[int], share: float) -> Tensor:
     return torch.cat(rows)
 
 
-def tip(scores: TokenScores, lengths: list[int], step: int, options: LossOptions, share: float = 0.5) -> Tensor:
+def tip(
+    r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions, share: float = 0.5
+) -> Tensor:
     """1 for the `share` of a row with the largest s = h + d - h d ("soft or"), else 0.
 
     TIP (arXiv 2604.14084): h is the student's entropy cut at its 0.98 quantile, d the token's divergence, both scaled
@@ -150,7 +174,13 @@ def tip(scores: TokenScores, lengths: list[int], step: int, options: LossOptions
 
 
 def dial(
-    scores: TokenScores, lengths: list[int], step: int, options: LossOptions, share: float = 0.4, b: float = 1.0
+    r_M: Tensor,
+    scores: TokenScores,
+    lengths: list[int],
+    step: int,
+    options: LossOptions,
+    share: float = 0.4,
+    b: float = 1.0,
 ) -> Tensor:
     """1 for the `share` of a row with the largest |log p_T(y) - log p_S(y)|^(1-b) |p_T(y) - p_S(y)|^b, else 0.
 
@@ -161,7 +191,9 @@ def dial(
     return keep_top(gap_M ** (1.0 - b) * apart_M**b, lengths, share)
 
 
-def opsa(scores: TokenScores, lengths: list[int], step: int, options: LossOptions, share: float = 0.2) -> Tensor:
+def opsa(
+    r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions, share: float = 0.2
+) -> Tensor:
     """1/2 + (H - H_min) / (2 (H_max - H_min)) on the `share` of a row with the lowest log p_S(y), else 0.
 
     OPSA (arXiv 2608.31046; summaries only): the negative of its advantage, on the loss log p_S(y), so that unlikely
