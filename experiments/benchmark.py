@@ -39,7 +39,7 @@ from rollout import Response
 from runtime.engines import Engine, GenerateEngine
 from runtime.flags import run_script
 from runtime.grading import make_grader
-from runtime.run_folder import git_commit, made, versions, write_atomically
+from runtime.records import git_commit, make_folder, versions, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 V = 151_936  # Qwen3's vocabulary
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "benchmark", help="folder for the table")
     args = parser.parse_args()
     device = pick_device(args.device)
-    made(args.output_dir)
+    make_folder(args.output_dir)
     table, start = Table(), time.perf_counter()
     benchmark_loss(table, device, args.quick)
     benchmark_step(table, device, args.quick)

@@ -4,8 +4,8 @@
     python -m experiments.compare --left A0 A1 A2 --right B0 B1 B2    two rows of a study, by training seed
     python -m experiments.compare --report runs                       Markdown table, ours and the paper's apart
 
-Takes folders of evaluate.py, their summary.json, or a samples.jsonl (which is graded anew). Differences are paired:
-both sides met the same problems. Axes: P problems, S training seeds.
+Takes folders of evaluate.py or their summary.json. Differences are paired: both sides met the same problems.
+Axes: P problems, S training seeds.
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ from statistics import NormalDist
 import numpy as np
 
 from errors import InputError
-from evaluate import benchmark_digest, bootstrap_interval, summarise
+from evaluate import bootstrap_interval
 from experiments.report import paired_difference
-from problems import load_problems
 from runtime.flags import run_script
-from runtime.grading import make_grader
-from runtime.samples import SampleFile
 
 # Avg@12 in % with the sample std over 3 evaluation seeds, Qwen3-4B (paper Table 2). The paper has no base row; the one
 # here is the OPSD repository's (AIME24, AIME25, HMMT25).
@@ -78,10 +75,8 @@ def flips(a_P: np.ndarray, b_P: np.ndarray) -> tuple[list[int], list[int]]:
 
 
 def load_summary(source: str) -> dict:
-    """The summary of a folder, a summary.json, or a samples.jsonl."""
+    """The summary of a folder of evaluate.py, or a summary.json."""
     path = Path(source)
-    if path.suffix == ".jsonl":
-        return _grade(path)
     path = path / "summary.json" if path.is_dir() else path
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
@@ -94,31 +89,6 @@ def load_summary(source: str) -> dict:
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: {error}") from None
     return summary
-
-
-def _grade(path: Path) -> dict:
-    if not path.is_file():
-        raise InputError(f"{path}: no such sample file")
-    with SampleFile(path) as file:
-        header, samples = file.header, list(file.samples.values())
-    if header is None or not samples:
-        raise InputError(f"{path}: no samples in it")
-    problems = load_problems(header["benchmark"], need_solution=False)
-    if benchmark_digest(problems) != header["benchmark_sha256"]:
-        raise InputError(f"{path}: the benchmark {header['benchmark']} is not the one that was sampled")
-    counts: dict[tuple[int, int], int] = {}
-    for item in samples:
-        counts[item.seed, item.problem] = counts.get((item.seed, item.problem), 0) + 1
-    if len(set(counts.values())) > 1 or len(counts) != len(problems) * len({seed for seed, _ in counts}):
-        raise InputError(f"{path}: some samples are missing; finish the evaluation first")
-    grader = make_grader("auto", [problem.answer for problem in problems])
-    summary = summarise(samples, problems, grader.match)
-    grader.close()
-    return {
-        **summary, "benchmark": header["benchmark"], "num_samples": next(iter(counts.values())), "regime": header,
-        "answers_sha256": benchmark_digest(problems, "answer"),
-        "grader": {"name": grader.name, "version": grader.version, "asked": grader.asked, "stopped": grader.stopped},
-    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -137,7 +107,7 @@ def check_comparable(a: dict, b: dict, metric: str) -> None:
 
 def other_settings(a: dict, b: dict) -> list[str]:
     """What of A's regime is another in B's, model and adapter aside."""
-    ours = ("model", "model_sha256", "adapter", "adapter_sha256", "benchmark")
+    ours = ("model", "adapter", "benchmark")
     return sorted(name for name, value in a["regime"].items() if name not in ours and b["regime"].get(name) != value)
 
 
@@ -275,7 +245,7 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pair", nargs="*", metavar="A B", help="folders, summary.json or samples.jsonl files")
+    parser.add_argument("pair", nargs="*", metavar="A B", help="folders or summary.json files")
     for side in ("left", "right"):
         parser.add_argument(
             f"--{side}", nargs="+", metavar="RUN", help="one row's evaluations, in order of their seeds"

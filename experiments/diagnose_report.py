@@ -17,7 +17,7 @@ from errors import InputError
 from experiments.diagnose_controls import REMAINING, analyse
 from experiments.diagnose_figure import figure
 from runtime.flags import run_script
-from runtime.run_folder import made, write_atomically
+from runtime.records import make_folder, write_atomically
 from viability import ARMS, POSITION, Candidates, LabelRule, by_spine
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def write_report(runs: list[Path], output_dir: Path) -> str:
     """OUTPUT_DIR/report.md on all runs; returns its text. Figure 1 is drawn last: it needs matplotlib."""
     titled: dict[str, tuple[Candidates, dict]] = {}
     if output_dir not in runs:  # a folder named wrongly is not made
-        made(output_dir)
+        make_folder(output_dir)
     for run in runs:
         name = run.resolve().name
         if name in titled:

@@ -18,14 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from runtime.fake_step import StepShape, block_kinds, fake_model, step_bytes
+from runtime.memory import MemoryPlan, Planned, plan_memory
 from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config, PreTrainedModel, Qwen3Config
 
 import train
 from loss import resolve_method
 from model import add_lora
-from runtime.fake_step import StepShape, block_kinds, fake_model, step_bytes
 from runtime.flags import run_script
-from runtime.memory import MemoryPlan, Planned, plan_memory
 from teacher import Teacher
 
 GIB = 2**30

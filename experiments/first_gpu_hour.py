@@ -32,6 +32,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from runtime.fit import fitting_problems, plan_run
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -43,10 +44,9 @@ from model import load_tokenizer, pick_device
 from problems import load_problems
 from rollout import Sampling
 from runtime.engines import make_engine
-from runtime.fit import fitting_problems, plan_run
 from runtime.flags import run_script
 from runtime.grading import make_grader
-from runtime.run_folder import git_commit, made, versions
+from runtime.records import git_commit, make_folder, versions
 from teacher import PAPER_PROMPTS, student_prompt
 
 # Limits of the parts; of those in PER_PRESET, for each preset.
@@ -260,7 +260,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.part:
         return work(args)
-    made(args.output_dir)
+    make_folder(args.output_dir)
     table, start = Table(), time.perf_counter()
     for name in args.parts:
         for presets in [[preset] for preset in args.preset] if name in PER_PRESET else [args.preset]:

@@ -17,7 +17,7 @@ import torch
 
 from model import response_hidden, response_mask
 from problems import load_problems
-from runtime.adapters import save_adapter
+from runtime.checkpoint import save_adapter
 from runtime.flags import run_script
 from runtime.grading import make_grader
 from runtime.metrics import sampler_gap

@@ -25,7 +25,7 @@ import torch
 from errors import InputError
 from runtime.checkpoint import newest_checkpoint
 from runtime.flags import run_script
-from runtime.run_folder import git_commit, made, versions, write_atomically
+from runtime.records import git_commit, make_folder, versions, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6
@@ -117,7 +117,7 @@ def main() -> None:
     draw, trials = random.Random(args.seed), []
     if args.trials < 1:
         raise InputError(f"--trials {args.trials}: must be at least 1")
-    made(args.output.parent, "output")
+    make_folder(args.output.parent, "output")
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "reference"
         process = start(reference, args.server)

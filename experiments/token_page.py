@@ -20,8 +20,7 @@ from loss import log_probabilities, resolve_method, score_tokens
 from model import adapter_disabled, load_model, load_tokenizer, response_hidden
 from problems import Problem, extract_boxed, load_problems
 from rollout import Sampling, sample
-from runtime.adapters import load_adapter
-from runtime.checkpoint import newest_checkpoint
+from runtime.checkpoint import load_adapter, newest_checkpoint
 from runtime.grading import answers_match
 from teacher import Prompts, student_prompt, teacher_prompt
 

@@ -6,10 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from runtime.samples import Sample, SampleFile
 
 from errors import InputError
-from evaluate import benchmark_digest, summarise
+from evaluate import Sample, benchmark_digest, summarise
 from experiments.compare import (
     PAPER,
     PAPER_BENCHMARKS,
@@ -80,10 +79,7 @@ def evaluation(tmp_path):
             Sample(i, n, seed, f"\\boxed{{{i if n < count else 99}}}", 5, "eos")
             for seed in seeds for i, count in enumerate(right) for n in range(2)
         ]  # fmt: skip
-        with SampleFile(folder / "samples.jsonl") as file:
-            file.begin(regime)
-            for sample in samples:
-                file.add(sample)
+        folder.mkdir()
         summary = {
             **summarise(samples, problems), "benchmark": str(benchmark), "num_samples": 2, "regime": regime,
             "answers_sha256": benchmark_digest(problems, "answer"),
@@ -165,12 +161,6 @@ def test_the_flags_of_two_rows(evaluation, monkeypatch, capsys):
         main()
 
 
-def test_sample_files_give_what_their_summaries_give(evaluation):
-    a, b = evaluation("a", [1, 2, 0, 0]), evaluation("b", [2, 2, 1, 0])
-    from_files = compare(load_summary(str(a / "samples.jsonl")), load_summary(str(b / "samples.jsonl")))
-    assert from_files == compare(load_summary(str(a)), load_summary(str(b))) and from_files["difference"] == 25.0
-
-
 def test_what_cannot_be_compared_is_one_line(evaluation, tmp_path):
     a = evaluation("a", [1, 2, 0, 0])
     summary = load_summary(str(a))
@@ -187,13 +177,6 @@ def test_what_cannot_be_compared_is_one_line(evaluation, tmp_path):
     (tmp_path / "summary.json").write_text("[]")
     with pytest.raises(InputError, match="not a summary"):
         load_summary(str(tmp_path))
-    lines = (a / "samples.jsonl").read_bytes().splitlines(True)
-    (a / "samples.jsonl").write_bytes(b"".join(lines[:-1]))
-    with pytest.raises(InputError, match="samples are missing"):
-        load_summary(str(a / "samples.jsonl"))
-    evaluation.benchmark.write_text('{"problem": "other", "answer": "1"}\n')
-    with pytest.raises(InputError, match="not the one that was sampled"):
-        load_summary(str(a / "samples.jsonl"))
 
 
 def test_the_report_has_a_base_row_and_keeps_the_papers_numbers_apart(evaluation, tmp_path):
