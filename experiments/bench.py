@@ -33,7 +33,7 @@ from model import pick_device
 from problems import load_problems
 from runtime.flags import run_script
 from runtime.grading import make_grader
-from runtime.run_folder import git_commit, made, versions, write_atomically
+from runtime.records import git_commit, make_folder, versions, write_atomically
 
 V = 151_936  # Qwen3's vocabulary
 GIB = 2**30
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/bench"), help="where bench.md goes")
     args = parser.parse_args()
     device, table = pick_device(args.device), Table()
-    folder = made(args.output_dir)
+    folder = make_folder(args.output_dir)
     for part in args.parts:
         PARTS[part](table, device, args.quick)
     write_table(folder / "bench.md", table, device)

@@ -30,7 +30,7 @@ import numpy as np
 
 from errors import InputError
 from runtime.flags import run_script
-from runtime.run_folder import made, write_atomically
+from runtime.records import make_folder, write_atomically
 from viability import (
     ARMS,
     DIVERSITY,
@@ -479,8 +479,8 @@ def analyse_run(run: Path) -> dict[str, tuple[Candidates, dict]]:
 def write_report(runs: list[Path], output_dir: Path) -> str:
     """OUTPUT_DIR/report.md on all runs; returns its text. Figure 1 is drawn last: it needs matplotlib."""
     titled: dict[str, tuple[Candidates, dict]] = {}
-    if output_dir not in runs:  # a folder named wrongly is not made
-        made(output_dir)
+    if output_dir not in runs:  # a folder named wrongly is not make_folder
+        make_folder(output_dir)
     for run in runs:
         name = run.resolve().name
         if name in titled:

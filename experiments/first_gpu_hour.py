@@ -44,7 +44,7 @@ from runtime.engines import GenerateEngine
 from runtime.flags import run_script
 from runtime.grading import make_grader
 from runtime.lengths import fitting_problems
-from runtime.run_folder import made, versions
+from runtime.records import make_folder, versions
 from teacher import student_prompt, teacher_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -259,7 +259,7 @@ def main() -> None:
         disable_progress_bar()
         extra = {"presets": args.preset} if args.part in PER_PRESET else {}
         return PARTS[args.part](RowFile(args.rows), device, args.small, **extra)
-    made(args.output_dir)
+    make_folder(args.output_dir)
     table = Table()
     for name in args.parts:
         for presets in [[preset] for preset in args.preset] if name in PER_PRESET else [args.preset]:

@@ -38,7 +38,7 @@ from experiments.study.worlds import WORLDS, World, trace
 from model import load_model, load_tokenizer
 from problems import Problem, tiny_problems
 from runtime.flags import run_script
-from runtime.run_folder import made
+from runtime.records import make_folder
 from teacher import DIAGNOSTIC_PROMPT, EVALUATION_PROMPT, FIELD, STUDENT_PROMPT, TEACHER_PROMPT, encode_prompt
 
 CHAT_TEMPLATE = (
@@ -145,7 +145,7 @@ def write_problems(world: World, folder: Path) -> None:
 
 def claim(folder: Path, mark: str) -> None:
     """Make the folder before the slow work. Raises InputError where that fails, or it holds files but not `mark`."""
-    others = sorted(path.name for path in made(folder).iterdir())
+    others = sorted(path.name for path in make_folder(folder).iterdir())
     if others and mark not in others:
         raise InputError(f"--output_dir {folder}: is not empty and holds no world of ours ({others[0]} is there)")
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from runtime.adapters import load_adapter
 
 import experiments.study.rules  # noqa: F401  (registers its rows: a run of one can be shown)
 from errors import InputError
@@ -21,7 +20,7 @@ from loss import log_probabilities, resolve_method, score_tokens
 from model import adapter_disabled, load_model, load_tokenizer, response_hidden
 from problems import Problem, extract_boxed, load_problems
 from rollout import Sampling, sample
-from runtime.checkpoint import newest_checkpoint
+from runtime.checkpoint import load_adapter, newest_checkpoint
 from runtime.grading import answers_match
 from teacher import Prompts, student_prompt, teacher_prompt
 from weighting import relative_position

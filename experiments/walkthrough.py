@@ -26,7 +26,7 @@ from problems import Problem, extract_boxed, load_problems
 from rollout import Response, sample
 from runtime.flags import run_script
 from runtime.grading import make_grader
-from runtime.run_folder import write_atomically
+from runtime.records import write_atomically
 from teacher import student_prompt, teacher_prompt
 from train import TrainConfig, Training, build, parse_config, step_share, train_step
 from weighting import SIGMOIDS, relative_position

@@ -164,7 +164,7 @@ def test_flags_in_prose_exist(page):
     """A flag in backticks is one of the three scripts', or of a command that the same page shows."""
     known = {name for config_class, _ in SCRIPTS.values() for name in config_class.__dataclass_fields__}
     shown = {word.removeprefix("--") for words in commands(page) for word in words if word.startswith("--")}
-    modules = set(re.findall(r"\bexperiments[./](?:study[./])?(\w+)", PAGES[page])) | {"export"}
+    modules = set(re.findall(r"\bexperiments[./](?:study[./])?(\w+)", PAGES[page]))
     sources = [path for name in modules for path in ROOT.glob(f"**/{name}.py")]
     declared = {flag for path in sources for flag in re.findall(r'"--(\w+)"', path.read_text(encoding="utf-8"))}
     for flag in re.findall(r"`(?:[^`\n]* )?--(\w+)(?![\w-])[^`\n]*`", prose(page)):

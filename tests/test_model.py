@@ -30,7 +30,7 @@ from model import (
     trained_parameters,
 )
 from rollout import until_eos
-from runtime.adapters import load_adapter, save_adapter
+from runtime.checkpoint import load_adapter, save_adapter
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -27,7 +27,7 @@ from experiments.study.report import LEVEL, collect, paired_difference, t_quanti
 from experiments.study.run import read_cells, read_grid
 from experiments.token_page import RolloutView, TokenView, render, shade, view_rollouts
 from runtime.flags import run_script
-from runtime.run_folder import made
+from runtime.records import make_folder
 from weighting import SCHEDULES
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def study_pictures(grid: Grid, records: list[dict]) -> dict[str, Figure]:
 
 
 def save(pictures: dict[str, Figure], output: Path) -> list[Path]:
-    made(output)
+    make_folder(output)
     paths = [output / f"{name}.png" for name in pictures]
     for path, drawn in zip(paths, pictures.values(), strict=True):
         drawn.savefig(path)
@@ -249,7 +249,7 @@ def save(pictures: dict[str, Figure], output: Path) -> list[Path]:
 def write_page(run: Path, output: Path) -> list[Path]:
     """The page of tokens of a run, and where matplotlib is installed the picture of its first problem."""
     views = view_rollouts(run)
-    made(output)
+    make_folder(output)
     path = output / f"tokens-{run.name}.html"
     path.write_text(render(views, f"{run.name}: {run_label(run)}"), encoding="utf-8")
     drawable = importlib.util.find_spec("matplotlib") is not None

@@ -270,14 +270,14 @@ def visible_gpus() -> list[str]:
 
 def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
     """Run the missing cells, adding each to cells.jsonl as it finishes; returns all of its records."""
-    from runtime.run_folder import made, write_atomically
+    from runtime.records import make_folder, write_atomically
 
     path = output / "cells.jsonl"
     records = read_cells(path)
     cells = missing_cells(grid, records)
     if blind := sorted({cell.row for cell in cells if not config_of(cell.options).eval_data}):
         raise InputError(f"row {blind[0]}: no --eval_data to score its cells by; --dry_run prints their commands")
-    write_atomically(made(output) / path.name, "".join(json.dumps(record) + "\n" for record in records))
+    write_atomically(make_folder(output) / path.name, "".join(json.dumps(record) + "\n" for record in records))
     total = len(cells) + len(records)
     for record in tqdm(run_cells(cells, output, workers), "cells", total, initial=len(records), unit="cell"):
         records.append(record)
