@@ -479,7 +479,7 @@ def analyse_run(run: Path) -> dict[str, tuple[Candidates, dict]]:
 def write_report(runs: list[Path], output_dir: Path) -> str:
     """OUTPUT_DIR/report.md on all runs; returns its text. Figure 1 is drawn last: it needs matplotlib."""
     titled: dict[str, tuple[Candidates, dict]] = {}
-    if output_dir not in runs:  # a folder named wrongly is not make_folder
+    if output_dir not in runs:  # a folder named wrongly is not made
         make_folder(output_dir)
     for run in runs:
         name = run.resolve().name
