@@ -41,7 +41,9 @@ from runtime.ranks import gather_objects, hide_bar, rank, say, wait_for_all, wor
 
 
 # How a file system says that it does not offer something, which is then done without.
-UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
+UNSUPPORTED = {
+    errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EPERM, errno.EACCES,
+}  # fmt: skip
 
 
 def sync(path: Path) -> None:
@@ -150,10 +152,10 @@ def _locked(folder: Path, script: str, resume: bool) -> Iterator[dict | None]:
         _try_to_write(folder)
         yield record
     finally:
-        lock.release()
         with suppress(OSError):  # somebody else may have taken it away
             if {path.name for path in folder.iterdir()} <= {LOCK, RECORD}:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder)  # while it is still held: nobody else can be in it
+        lock.release()
 
 
 def begun_before(folder: Path, script: str, resume: bool) -> dict | None:

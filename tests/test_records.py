@@ -251,7 +251,7 @@ def refuse(monkeypatch, owner, name, number, when=lambda *args: True):
     monkeypatch.setattr(owner, name, fail)
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EPERM])
 @pytest.mark.parametrize("name", ["fsync", "flock"])
 @pytest.mark.filterwarnings("ignore:flock not supported")
 def test_a_run_does_without_what_its_file_system_does_not_offer(tmp_path, monkeypatch, name, number):
@@ -481,3 +481,21 @@ def test_a_difference_in_words():
     files = {"config.json": "1", "model.safetensors": "2"}
     assert difference(files, {**files, "config.json": "3"}) == "config.json 1, now 3"
     assert re.fullmatch("chat.jinja not there, now 3", difference(files, {**files, "chat.jinja": "3"}))
+
+
+def test_a_folder_is_taken_away_before_others_can_hold_it(tmp_path, monkeypatch):
+    """A second process takes the lock in the moment in which the first, having written nothing, lets it go."""
+    run, release, second = tmp_path / "run", filelock.FileLock.release, []
+
+    def release_to_another(lock, *args, **kwargs):
+        release(lock, *args, **kwargs)
+        if not second:
+            second.append(records.open_run(run, "train", False))
+            second[0].__enter__()
+
+    monkeypatch.setattr(filelock.FileLock, "release", release_to_another)
+    with pytest.raises(InputError, match="mistake"), records.open_run(run, "train", False):
+        raise InputError("a mistake")
+    is_there = run.is_dir()
+    second[0].__exit__(None, None, None)
+    assert is_there
