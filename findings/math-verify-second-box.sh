@@ -5,7 +5,7 @@
 # right, and so is the same text with each box between dollars. And "final answer is 5" after the last box beats it.
 # Why: math_verify.parser takes everything from the first bare \boxed to the last brace of a line, and
 # latex2sympy2_extended.math_normalization.extract_boxed_content walks on past the last box while should_extract_boxed
-# sees a near box or a separator. Patterns for "final answer is" have a smaller priority number (tried first) than boxes.
+# sees a near box or a separator. Patterns for "final answer is" have a smaller priority number, so they come first.
 # Bites: whoever hands whole solutions of thinking models to math-verify, for grades or rewards: "wait, no" is punished
 # by punctuation. Cutting out the last box oneself and giving only that to parse avoids both.
 set -euo pipefail

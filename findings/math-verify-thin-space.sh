@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Guess: 100\,000, the usual LaTeX for one hundred thousand, is read as 100000 like 100,000 and 100{,}000, or not at all.
+# Guess: 100\,000, common LaTeX for one hundred thousand, is read as 100000 like 100,000 and 100{,}000, or not at all.
 # True (math-verify 0.9.0, latex2sympy2_extended 1.11.0): spaces between groups of digits mean a product or a sum. So
 # 100\,000 is 100 * 0 = 0: it is graded unequal to 100000 and EQUAL to 0; 1\,050 comes out as 51, not 1050; plain
 # spaces, "\ " and \; do the same. Right answers are lost, and a reference so written accepts 0 as its answer.
-# Why: the LaTeX grammar of latex2sympy2_extended skips spacing commands between tokens and reads numbers side by side as
-# an implicit product (000 is 0) or as a mixed number (1 and 050); its normaliser only removes commas, also as {,}.
+# Why: the grammar of latex2sympy2_extended skips spacing commands between tokens and reads numbers side by side as an
+# implicit product (000 is 0) or as a mixed number (1 and 050); its normaliser only removes commas, also as {,}.
 # Bites: whoever grades answers or loads references written in the SI or ISO way, with thin spaces, as many European
 # textbooks and some models write large numbers.
 set -euo pipefail

@@ -6,7 +6,7 @@
 # Why: with n > 1 and replacement, aten/src/ATen/native/cpu/MultinomialKernel.cpp adds the probabilities up in their own
 # dtype and searches that running sum; near 1 a float32 has steps of 6e-8, so smaller terms round to nothing or to a
 # whole step. One draw takes the fast path of multinomial in Distributions.cpp: argmax of p / Exp(1), exact in the tail.
-# Bites: Monte Carlo estimates of entropy, of a KL between policies or of "how often does the policy leave the top token"
+# Bites: Monte Carlo estimates of entropy, of a KL between policies or of how often a policy leaves the top token,
 # that draw many tokens from one next-token distribution: exactly the rare tokens, which carry the large log-ratios, are
 # missing. generate() draws one at a time and is safe.
 set -euo pipefail
