@@ -177,7 +177,7 @@ def test_flags_in_prose_exist(page):
 def test_the_examples_of_new_methods_run(monkeypatch):
     monkeypatch.setattr(loss, "METHODS", dict(loss.METHODS))
     monkeypatch.setattr(weighting, "SCHEDULES", dict(weighting.SCHEDULES))
-    monkeypatch.setattr(train, "main", lambda: None)
+    monkeypatch.setattr(train, "cli", lambda: None)
     methods, schedules = set(loss.METHODS), set(weighting.SCHEDULES)
     namespace: dict = {}
     for block in fences("README.md", "python"):

@@ -13,31 +13,10 @@ from experiments.study import rules
 from loss import LossOptions, TokenScores, method_loss
 from weighting import SCHEDULES, position_weight, relative_position
 
-WEIGHTS = {
-    "shuffled": rules.shuffled,
-    "skip": rules.skip,
-    "iw_opd": rules.iw_opd,
-    "dash": rules.dash,
-    "scgate": rules.scgate,
-    "correct_only": rules.correct_only,
-    "tip": rules.tip,
-    "dial": rules.dial,
-    "opsa": rules.opsa,
-}
 ON_OPSD = ["prefix", "suffix", "skip", "iw_opd", "dash", "scgate"]  # and correct_only, which needs outcomes
 WITHIN_A_ROW = [*ON_OPSD, "dial", "opsa"]
-ROWS = [
-    *WITHIN_A_ROW,
-    "tip",
-    "beta_opsd",
-    "sr_opsd",
-    "opd",
-    "iw_opd_pg",
-    "tip_reverse",
-    "opsd_token_clip",
-    "opsd_scaled_clip",
-]
 TOKEN_CLIPS = {"opsd_token_clip": rules.token_clip, "opsd_scaled_clip": rules.scaled_clip}
+ROWS = [*WITHIN_A_ROW, "tip", "beta_opsd", "sr_opsd", "opd", "iw_opd_pg", "tip_reverse", *TOKEN_CLIPS]
 
 
 def scores_of(length, **given):
@@ -50,7 +29,7 @@ def weigh(name, scores, lengths, **numbers):
     """A rule's weights, [M]."""
     if name in SCHEDULES:
         return SCHEDULES[name](relative_position(lengths), **numbers)
-    return WEIGHTS[name](relative_position(lengths), scores, lengths, 0, LossOptions(), **numbers)
+    return loss.METHODS[name].token_weight(relative_position(lengths), scores, lengths, 0, LossOptions(), **numbers)
 
 
 def random_case(lengths=(7, 4, 1), V=9, D=None, seed=0):
