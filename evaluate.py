@@ -25,12 +25,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from errors import InputError
 from model import ADAPTER_CONFIG, load_config, load_model, load_tokenizer, pick_device
-from problems import Problem, extract_boxed, load_problems
+from problems import Problem, load_problems
 from rollout import Response, Sampling, StreamKey
 from runtime.adapters import load_adapter
 from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine
 from runtime.flags import FlagParser, option, run_script
-from runtime.grading import answers_match, make_grader
+from grading import extract_boxed, answers_match, make_grader
 from runtime.pins import fingerprint, model_pin
 from runtime.ranks import gather_objects, hide_bar, rank, say, start_ranks, stop_ranks, world_size
 from runtime.run_folder import versions, write_atomically

@@ -38,13 +38,13 @@ from model import (
     response_mask,
     trained_parameters,
 )
-from problems import Problem, extract_boxed, load_problems
+from problems import Problem, load_problems
 from rollout import Response, Sampling, StreamKey
 from runtime.checkpoint import damage, resume, save_checkpoint
 from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine, publish, withdraw
 from runtime.fit import fitting_problems, plan_run
 from runtime.flags import FlagParser, Sigterm, departures, option, run_script
-from runtime.grading import Grader, make_grader
+from grading import extract_boxed, Grader, make_grader
 from runtime.metrics import (
     Clock,
     TokenMetrics,

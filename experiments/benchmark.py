@@ -38,7 +38,7 @@ from problems import load_problems
 from rollout import Response
 from runtime.engines import Engine, GenerateEngine
 from runtime.flags import run_script
-from runtime.grading import make_grader
+from grading import make_grader
 from runtime.run_folder import git_commit, made, versions, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent

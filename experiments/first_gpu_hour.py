@@ -45,7 +45,7 @@ from rollout import Sampling
 from runtime.engines import make_engine
 from runtime.fit import fitting_problems, plan_run
 from runtime.flags import run_script
-from runtime.grading import make_grader
+from grading import make_grader
 from runtime.run_folder import git_commit, made, versions
 from teacher import PAPER_PROMPTS, student_prompt
 

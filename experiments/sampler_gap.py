@@ -19,7 +19,7 @@ from model import response_hidden, response_mask
 from problems import load_problems
 from runtime.adapters import save_adapter
 from runtime.flags import run_script
-from runtime.grading import make_grader
+from grading import make_grader
 from runtime.metrics import sampler_gap
 from teacher import student_prompt
 from train import TrainConfig, Training, build, parse_config, settle, step_share, train_step

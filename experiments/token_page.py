@@ -18,11 +18,11 @@ import experiments.rules  # noqa: F401  (registers its rows: a run of one can be
 from errors import InputError
 from loss import log_probabilities, resolve_method, score_tokens
 from model import adapter_disabled, load_model, load_tokenizer, response_hidden
-from problems import Problem, extract_boxed, load_problems
+from problems import Problem, load_problems
 from rollout import Sampling, sample
 from runtime.adapters import load_adapter
 from runtime.checkpoint import newest_checkpoint
-from runtime.grading import answers_match
+from grading import extract_boxed, answers_match
 from teacher import Prompts, student_prompt, teacher_prompt
 
 ALTERNATIVES = 5

@@ -23,10 +23,10 @@ from experiments.clipping import logit_gradients
 from experiments.worlds import WORLDS, believed_result
 from loss import TokenScores, clipped_divergence, divergence_entries, log_probabilities, resolve_method, score_tokens
 from model import response_hidden
-from problems import Problem, extract_boxed, load_problems
+from problems import Problem, load_problems
 from rollout import Response, sample
 from runtime.flags import run_script
-from runtime.grading import make_grader
+from grading import extract_boxed, make_grader
 from runtime.run_folder import write_atomically
 from teacher import student_prompt, teacher_prompt
 from train import TrainConfig, Training, build, parse_config, step_share, train_step
@@ -122,7 +122,7 @@ def rollout_table(w: Walk) -> str:
         [
             ["y", code(text), "`rollout.py::sample`"],
             ["L", str(len(w.y.ids)), "`train.py::train_step`"],
-            ["graded", f"{code(extract_boxed(text))}, {grade}", "`problems.py::extract_boxed`"],
+            ["graded", f"{code(extract_boxed(text))}, {grade}", "`grading.py::extract_boxed`"],
         ],
     )
 

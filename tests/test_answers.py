@@ -6,9 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from runtime.answer_text import normalise_answer
-from runtime.answers import MOST_PARTS, needs_algebra, read_answer, same_answer
-from runtime.arithmetic import LONGEST, MOST_BITS, parse_number
+from grading import LONGEST, MOST_BITS, MOST_PARTS, needs_algebra, normalise_answer, parse_number, read_answer, same_answer
 
 # What people box around the number 10. Each line is one kind of dress.
 DRESSES_OF_TEN = [

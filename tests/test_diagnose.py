@@ -32,7 +32,7 @@ from problems import Problem, load_problems
 from rollout import Response
 from runtime.continuous import ContinuousEngine
 from runtime.engines import GenerateEngine
-from runtime.grading import ExactGrader
+from grading import ExactGrader
 from runtime.phases import read_rows
 from teacher import student_prompt
 from viability import labels, truncated_entropy, uncertainty

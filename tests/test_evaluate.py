@@ -31,7 +31,7 @@ from problems import Problem, tiny_problems
 from rollout import Response, Sampling
 from runtime.adapters import save_adapter
 from runtime.engines import make_engine
-from runtime.grading import answers_match
+from grading import answers_match
 from runtime.samples import Sample
 
 SETTINGS = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=48)

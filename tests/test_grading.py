@@ -12,7 +12,7 @@ import pytest
 
 from errors import InputError
 from runtime import grading_worker
-from runtime.grading import ExactGrader, MathVerifyGrader, answers_match, make_grader
+from grading import ExactGrader, MathVerifyGrader, answers_match, make_grader
 from tests.test_answers import DIFFERENT, DRESSES_OF_TEN, NOT_TEN
 from tests.test_answers import EQUAL as EQUAL_BY_FORM
 

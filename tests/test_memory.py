@@ -17,7 +17,7 @@ from problems import load_problems
 from rollout import Response
 from runtime import memory
 from runtime.fake_step import LiveBytes, StepShape, block_kinds, fake_model
-from runtime.grading import make_grader
+from grading import make_grader
 from runtime.memory import FAR_BELOW, USABLE, Planned, _shallow, available_memory, crude_bound, plan_memory
 from teacher import Teacher
 from train import TrainConfig

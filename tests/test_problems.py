@@ -8,13 +8,8 @@ import pytest
 
 import problems
 from errors import InputError
-from problems import (
-    BENCHMARKS,
-    extract_boxed,
-    load_problems,
-    tiny_problems,
-    tiny_split,
-)
+from grading import extract_boxed
+from problems import BENCHMARKS, load_problems, tiny_problems, tiny_split
 
 
 def jsonl(tmp_path, *lines):

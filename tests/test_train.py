@@ -23,7 +23,7 @@ from rollout import Response, Sampling
 from runtime import fit
 from runtime.checkpoint import damage
 from runtime.engines import GenerateEngine
-from runtime.grading import ExactGrader
+from grading import ExactGrader
 from runtime.memory import USABLE
 from runtime.metrics import last_good
 from runtime.ranks import rank, start_ranks, stop_ranks
