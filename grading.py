@@ -64,7 +64,9 @@ def extract_boxed(text: str) -> str | None:
         if content is None:
             return None
         if not _NOTHING.fullmatch(content):
-            return content.strip().rstrip("\\ \t\r\n")  # with the backslash of a closing `\ `
+            content = content.strip()
+            odd = (len(content) - len(content.rstrip("\\"))) % 2  # the backslash of a closing `\ `
+            return content[:-1].rstrip() if odd else content
     return None
 
 
@@ -265,7 +267,7 @@ def parse_number(text: str) -> Fraction | None:
     try:
         text = re.sub(r"(?<![0-9.])([0-9]{1,4})!(?!!)", lambda found: str(_factorial(int(found[1]))), text)
         text = _LITERAL.sub(lambda found: "({}/{})".format(*Fraction(found[0]).as_integer_ratio()), text)
-        if re.fullmatch(r"(?:[0-9+\-*()^]|/(?!/))*", text) and "**" not in text:
+        if re.fullmatch(r"(?:[0-9*()^]|[+-](?![+-])|/(?!/))*", text) and "**" not in text:
             return _value(ast.parse(text.replace("^", "**"), mode="eval").body)
     except (ValueError, KeyError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
         pass
@@ -366,7 +368,9 @@ _FUNCTION = re.compile(rf"(?:{_FUNCTIONS}|sqrt|frac|binom)[a-z]?")
 _TRIGONOMETRY = re.compile(r"\\(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)")
 _CURRENCY = re.compile(r"([+-]?)(\\\$|[€£¥])([+-]?)")
 _POWER = r"\^(?:[0-9]|\{-?[0-9]\})"
-_BETWEEN_UNITS = re.compile(rf"({_POWER})?\}}({_POWER})?(\\cdot|/|)\\text\{{")  # \text{N}\cdot\text{m}
+_TWO_UNITS = re.compile(  # \text{N}\cdot\text{m}
+    rf"(\\text\{{[a-zA-Z /.]*(?:{_POWER})?)\}}({_POWER})?(\\cdot|/|)\\text\{{(?!(?:and|or)\}})"
+)
 _TAIL = re.compile(
     r"(?P<symbol>\\%|\\\$|[€£¥]|\^\\circ(?: ?[CF]|\\text\{[CF]\})?)"
     rf"|\\(?:text|operatorname)\{{(?P<text>[a-zA-Z](?:[a-zA-Z0-9 /.^-]|\\cdot|\{{-?[0-9]\}})*)\}}(?P<power>{_POWER})?"
@@ -380,7 +384,9 @@ def split_unit(text: str) -> tuple[str, str]:
     unit, whole = "", text
     if (money := _CURRENCY.match(text)) is not None:
         unit, text = _UNIT_OF[money[2]], (money[1] or money[3]) + text[money.end() :]
-    joined = _BETWEEN_UNITS.sub(lambda m: (m[1] or m[2] or "") + (m[3] if m[3] == "/" else " "), text)
+    joined = text
+    for _ in range(3):
+        joined = _TWO_UNITS.sub(lambda two: two[1] + (two[2] or "") + (two[3] if two[3] == "/" else " "), joined)
     tail = next((tail for tail in _TAIL.finditer(joined) if tail.end() == len(joined) and tail.start() > 0), None)
     if tail is None or joined.endswith((r"\text{and}", r"\text{or}"), 0, tail.start()):
         return text, unit
@@ -730,6 +736,7 @@ def _unsolved(equation: str) -> bool:
     return len(set(re.findall("[a-zA-Z]", left))) == 1 and "\\" not in left and len(left) > 1
 
 
+_MIXED_FACTOR = re.compile(r"(?<![0-9a-zA-Z}.^_])([0-9]+\\frac\{[0-9]+\}\{[0-9]+\})")
 _DEGREES = re.compile(r"(\\frac\{[^{}]*\}\{[^{}]*\}|\([^()]*\)|[0-9.]+|[a-zA-Z]|\\[a-z]+)\^\\circ")
 
 
@@ -741,8 +748,10 @@ def _for_algebra(*texts: str) -> tuple[str, ...]:
     capitals = {letter for text in texts for letter in re.findall(r"(?<![\\a-zA-Z])[A-Z](?![a-zA-Z])", text)
                 if letter == "I" or letter.lower() in re.sub(r"\\[a-zA-Z]+", "", text)}  # fmt: skip
     for letter in capitals:
-        texts = [re.sub(rf"(?<![\\a-zA-Z]){letter}(?![a-zA-Z_])", f"{letter}_{{9}}", text) for text in texts]
+        other = ("\\Xi" if letter == "I" else letter) + "_{9}"
+        texts = [re.sub(rf"(?<![\\a-zA-Z]){letter}(?![a-zA-Z_])", lambda _, other=other: other, text) for text in texts]
     texts = [_DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text) if _TRIGONOMETRY.search(text) else text for text in texts]
+    texts = [_MIXED_FACTOR.sub(lambda m: f"({m[1].replace(chr(92), '+' + chr(92), 1)})" if parse_number(m[1]) else m[1], text) for text in texts]
     return tuple(re.sub(r"(?<![_^0-9a-zA-Z.}])([0-9.]+)(?=\()", r"\1\\cdot ", text) for text in texts)
 
 

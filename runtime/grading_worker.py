@@ -61,16 +61,20 @@ def make_comparison():
     """The comparison of two LaTeX answers by math-verify, in both directions."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import I
+    from sympy import I, Symbol
 
     # Units are off already (grading.split_unit); math-verify would take the c of `\sqrt{2}c` for one.
     config = [LatexExtractionConfig(normalization_config=NormalizationConfig(malformed_operators=True, nits=True))]
 
     def parsed(answer: str) -> list:
-        """math-verify's readings, in which the letter i is the imaginary unit, unless it counts a sum."""
+        """math-verify's readings. Where it sees an i, all letters are complex and i is a letter: all are real but i."""
         readings = parse(f"\\boxed{{{answer}}}", extraction_config=config, parsing_timeout=None)
-        letters = [{s for s in getattr(reading, "free_symbols", ()) if s.name == "i"} for reading in readings]
-        return [r.subs(dict.fromkeys(i, I)) if i else r for r, i in zip(readings, letters, strict=True)]
+        return [reading if isinstance(reading, str) else reading.xreplace(meant(reading)) for reading in readings]
+
+    def meant(reading) -> dict:
+        letters = {s for s in reading.atoms(Symbol) if s.name == "i" or not s.is_real}
+        bound = letters - reading.free_symbols  # \sum_{i=1}^n
+        return {s: I if s.name == "i" and s not in bound else Symbol(s.name, real=True) for s in letters}
 
     def same(a: str, b: str) -> bool:
         x, y = parsed(a), parsed(b)
