@@ -99,7 +99,7 @@ _SYMBOLS = str.maketrans(
     | {"−": "-", "–": "-", "\u2009": "\\,", "\u202f": "\\,", "\u00a0": " ", "\u3000": " ", "…": "\\ldots "}
     | {"∞": "\\infty ", "∪": "\\cup ", "¢": "\\text{cents}", "≈": "\\approx ", "≠": "\\ne ", "÷": "\\div "}
     | {"×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "π": "\\pi ", "θ": "\\theta ", "≤": "\\le ", "≥": "\\ge "}
-    | {"∅": "\\emptyset ", "∈": "\\in ", "°": "^\\circ ", "½": "\\frac12 ", "¼": "\\frac14 ", "¾": "\\frac34 "}
+    | {"⁄": "/", "∅": "\\emptyset ", "∈": "\\in ", "°": "^\\circ ", "½": "\\frac12 ", "¼": "\\frac14 ", "¾": "\\frac34 "}
     | {"⅓": "\\frac13 ", "⅔": "\\frac23 ", "±": "\\pm ", "ℝ": "\\mathbb{R}", "⟨": "(", "⟩": ")", "∣": "|"}
     | {sign: f"^{digit}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
     | dict.fromkeys("\u200b\u2060\ufeff", "")
@@ -147,6 +147,7 @@ _SPELLINGS = [
     (rf"\\(?:mathrm|operatorname\*?)\s*\{{({_FUNCTIONS})\}}", r"\\\1 "),
     (r"\\mathrm\s*\{([eid])\}", r"\1"),
     (r"\\(?:mathrm|textbf|textit|textrm|textsf|textnormal|mbox|hbox)\s*(?=\{)", r"\\text"),
+    (r"\\frac\{\\text\{([a-zA-Z]+)\}\}\{\\text\{([a-zA-Z]+)\}((?:\^[23])?)\}", r"\\text{\1/\2\3}"),
     (r"\\(?:text|boxed|fbox)\s*\{((?:[-+0-9.,\s€£¥]|\\[%$]|\^\\circ)*)\}", r"\1"),
     (r"(?<=\.)([0-9]*)\\(?:bar|dot)\s*\{([0-9])\}", r"\1\\overline{\2}"),  # 0.\dot{3}
     (r"\\(frac|sqrt)\s*(\\(?:pi|theta|alpha|beta)(?![a-zA-Z])|[0-9a-zA-Z](?![a-zA-Z]))", r"\\\1{\2}"),
@@ -159,11 +160,12 @@ _SPELLINGS = [
     (rf"\\rangle{_END}", ")"),
     (rf"\\lbrace{_END}", r"\\{"),
     (rf"\\rbrace{_END}", r"\\}"),
+    (rf"(\\(?:{_FUNCTIONS})\^[0-9])\s+([0-9.]+)", r"\1(\2)"),  # \tan^2 60
     (r"(?<=[0-9]),\s+(?=[0-9]{3}(?![0-9]))", ",\0"),  # the one space that tells: `1, 000` may be a list
     (r"(?<![0-9a-zA-Z])\s+|\s+(?![0-9a-zA-Z])|(?<=[0-9])\s+(?=[a-zA-Z])|(?<=[a-zA-Z])\s+(?=[0-9])", ""),
     (r"\s+", " "),
     (r"\0", " "),
-    (r"([\[\]])([^\[\](){},;]+)[,;]([^\[\](){},;]+)([\[\]])", _french),
+    (r"([\[\]])([^\[\](),;]+)[,;]([^\[\](),;]+)([\[\]])", _french),
     (r"\\(gcd|lcm|max|min)\(([^()]*)\)", lambda match: f"\\{match[1]}({','.join(sorted(match[2].split(',')))})"),
     (r"(?<![0-9a-zA-Z)}\]])\+(?=\\infty)|^\+|[\\ ]+$", ""),
     (r"(?<!\.)[.,;:]$", ""),
@@ -403,7 +405,7 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def _unit_words(spelled: str) -> list[str]:
-    return spelled.replace("/", " per ").replace("\\cdot", " ").replace(".", "").split()
+    return spelled.replace("/", " per ").replace("\\cdot", " ").replace(".", "").replace("}", "} ").split()
 
 
 def _unit_name(words: list[tuple[str, str]]) -> str:
@@ -528,9 +530,9 @@ def _read_inequality(text: str) -> Reading | None:
 
 
 def _read_body(text: str) -> Reading:
-    if (time := _TIME.fullmatch(text)) is not None:  # one in lowest terms may be a ratio
+    if (time := _TIME.fullmatch(text)) is not None:  # one that no clock problem asks for, as 9:21, may be a ratio
         hour, minute = int(time[1]), int(time[2])
-        maybe = () if time[3] or math.gcd(hour, minute) != 1 else (str(hour), str(minute))
+        maybe = () if time[3] or minute % 5 == 0 or minute < 10 else (str(hour), str(minute))
         return Reading("time", f"{hour}:{minute}", unit=(time[3] or "").lower(), parts=maybe)
     bare, unit = split_unit(text)
     value, based = parse_number(bare), _BASED.fullmatch(bare)
@@ -586,7 +588,7 @@ def _plus_and_minus(parts: list[str]) -> tuple[str, ...]:
     r"""`1 \pm 2` as the two parts `1 + 2` and `1 - 2`."""
     both = [
         [re.sub(r"^\+", "", part.replace("\\pm", sign).replace("\\mp", other)) for sign, other in ("+-", "-+")]
-        if part.count("\\pm") == 1
+        if len(re.findall(r"\\(?:pm|mp)", part)) == 1 or part.count("\\pm") == part.count("\\mp") == 1
         else [part]
         for part in parts
     ]
@@ -650,8 +652,8 @@ def _same(x: Reading, y: Reading, ask: Ask) -> bool:
         forms = {x.form, y.form}
     if forms == {"based"}:
         return x.text == y.text
-    if forms == {"time"}:
-        return x.text == y.text and (x.unit == y.unit or "" in (x.unit, y.unit))
+    if forms == {"time"} and x.text == y.text:
+        return x.unit == y.unit or "" in (x.unit, y.unit)
     if forms & {"time", "ratio"}:
         return _same_ratio(x, y, ask)
     if "tuple" in forms and forms <= {"tuple", "list"}:
@@ -703,7 +705,7 @@ def _same_collection(xs: tuple[str, ...], ys: tuple[str, ...], ask: Ask, as_set:
 
 
 # What algebra would drop: `about`, `and so on`, numbers side by side, and the base of a number in a formula.
-_VAGUE = re.compile(r"\\(?:approx|sim|cong)(?![a-zA-Z])|\.\.\.|\\[lc]?dots(?![a-zA-Z])|(?<=[0-9)])_|[0-9.] +[0-9.]|[?]")
+_VAGUE = re.compile(r"\\(?:approx|sim|cong)(?![a-zA-Z])|\.\.\.|\\[lc]?dots(?![a-zA-Z])|(?<=[0-9)])_|(?<![_0-9.])[0-9.]+ +[0-9.]|[?]")
 _COUNTED = re.compile(r"-?[0-9.,]+[a-zA-Z]+")  # 5m: a product, which math-verify may read as a length
 _RELATION = re.compile(r"[<>]|\\(?:[lg]e|ne)(?![a-zA-Z])")
 _SOLUTIONS = re.compile(r"[\[(].*,|\\(?:cup|setminus|mathbb|emptyset)")

@@ -20,8 +20,9 @@ import sys
 
 # What may be compiled. sympy's parser: its own namespace and a number. sympy.polys (MonomialOps): arithmetic on tuples
 # that it generates, of no other names than a0, b0, r0, A, B, k. Everything else would be the model's text as code.
+NUMBER = r"(?:Integer|Float|Rational) ?\( ?'?[\d.eE+-]{0,5000}'? ?\)"
 ALLOWED_SOURCE = re.compile(
-    r"\s*(from sympy import \*|(Integer|Float|Rational) ?\( ?'?[\d.eE+-]{0,5000}'? ?\))\s*"
+    rf"\s*(?:from sympy import \*|{NUMBER}(?:/{NUMBER})?)\s*"
     r"|def monomial_[a-z]+\((?:[ABk]|, )+\):\n(?:return|if|else|None|[ABabkr\d +*<>=(),:\n-])*"
 )
 REFUSED = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "tempfile.", "urllib.", "webbrowser.")
@@ -61,7 +62,7 @@ def make_comparison():
     """The comparison of two LaTeX answers by math-verify, in both directions."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import I, Symbol
+    from sympy import Eq, I, Symbol
 
     # Units are off already (grading.split_unit); math-verify would take the c of `\sqrt{2}c` for one.
     config = [LatexExtractionConfig(normalization_config=NormalizationConfig(malformed_operators=True, nits=True))]
@@ -69,12 +70,15 @@ def make_comparison():
     def parsed(answer: str) -> list:
         """math-verify's readings. Where it sees an i, all letters are complex and i is a letter: all are real but i."""
         readings = parse(f"\\boxed{{{answer}}}", extraction_config=config, parsing_timeout=None)
-        return [reading if isinstance(reading, str) else reading.xreplace(meant(reading)) for reading in readings]
+        return [reading if isinstance(reading, str) else meant(reading) for reading in readings]
 
-    def meant(reading) -> dict:
+    def meant(reading):
         letters = {s for s in reading.atoms(Symbol) if s.name == "i" or not s.is_real}
         bound = letters - reading.free_symbols  # \sum_{i=1}^n
-        return {s: I if s.name == "i" and s not in bound else Symbol(s.name, real=True) for s in letters}
+        values = {s: I if s.name == "i" and s not in bound else Symbol(s.name, real=True) for s in letters}
+        if values and isinstance(reading, Eq):  # z = 1 + i is no false statement about a real z
+            return Eq(reading.lhs.xreplace(values), reading.rhs.xreplace(values), evaluate=False)
+        return reading.xreplace(values)
 
     def same(a: str, b: str) -> bool:
         x, y = parsed(a), parsed(b)
@@ -90,7 +94,7 @@ def serve(seconds: float, memory_bytes: int) -> None:
     os.dup2(2, 1)  # nothing that a library prints may look like a reply
     same = make_comparison()
     logging.disable()  # math-verify warns that its own time limits are off; this process has its own
-    same("\\frac{1}{2}", "\\sqrt{x} + 0.5")  # loads what sympy imports late, before the hook forbids it
+    same("\\int_0^1 x e^x + \\frac{1}{2} dx", "\\sqrt{x} + 0.5")  # loads what sympy imports late, before the hook forbids it
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
