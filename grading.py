@@ -160,6 +160,8 @@ _SPELLINGS = [
     (rf"\\rangle{_END}", ")"),
     (rf"\\lbrace{_END}", r"\\{"),
     (rf"\\rbrace{_END}", r"\\}"),
+    (r"(?<=[0-9])(?:\^?\{?\\text\{(?:st|nd|rd|th)\}\}?|\^?\{?(?:st|nd|rd|th)\}?)$", ""),  # 12^{\text{th}}
+    (r"\\begin\{cases\}([^&]*)\\end\{cases\}", lambda match: match[1].replace("\\\\", ",")),
     (rf"(\\(?:{_FUNCTIONS})\^[0-9])\s+([0-9.]+)", r"\1(\2)"),  # \tan^2 60
     (r"(?<=[0-9]),\s+(?=[0-9]{3}(?![0-9]))", ",\0"),  # the one space that tells: `1, 000` may be a list
     (r"(?<![0-9a-zA-Z])\s+|\s+(?![0-9a-zA-Z])|(?<=[0-9])\s+(?=[a-zA-Z])|(?<=[a-zA-Z])\s+(?=[0-9])", ""),
@@ -172,7 +174,7 @@ _SPELLINGS = [
 ]  # fmt: skip
 _DRESS = [(re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS]
 _WRAPPER = re.compile(r"(?:\\(?:text|boxed|fbox))?(?=\{)")
-_PHRASE = re.compile(r"\\text\{[a-zA-Z]{2,}(?:[ -][a-zA-Z]+)*\}")  # keeps its \text: HTT is no product
+_PHRASE = re.compile(r"\\text\{(?:[a-zA-Z]{2,}|[a-zA-Z]+(?:[ -][a-zA-Z]+)+)\}")  # keeps its \text: HTT is no product
 
 
 @lru_cache(maxsize=4096)
@@ -265,9 +267,9 @@ def parse_number(text: str) -> Fraction | None:
     for _ in range(DEEPEST if "{" in text else 0):
         text = _BRACED.sub(lambda found: f"^({found[3]})" if found[1] is None else f"(({found[1]})/({found[2]}))", text)
     text = re.sub(r"\\(?:cdot|times)(?![a-zA-Z])", "*", text).replace("\\div", "/")
-    text = re.sub(r"(?<=[0-9.)])(?=\()|(?<=\))(?=[0-9])", "*", text)
     try:
-        text = re.sub(r"(?<![0-9.])([0-9]{1,4})!(?!!)", lambda found: str(_factorial(int(found[1]))), text)
+        text = re.sub(r"(?<![0-9.])([0-9]{1,4})!(?!!)", lambda found: f"({_factorial(int(found[1]))})", text)
+        text = re.sub(r"(?<=[0-9.)])(?=\()|(?<=\))(?=[0-9])", "*", text)
         text = _LITERAL.sub(lambda found: "({}/{})".format(*Fraction(found[0]).as_integer_ratio()), text)
         if re.fullmatch(r"(?:[0-9*()^]|[+-](?![+-])|/(?!/))*", text) and "**" not in text:
             return _value(ast.parse(text.replace("^", "**"), mode="eval").body)
@@ -312,52 +314,16 @@ def _bits(value: Fraction) -> int:
 # ---------------------------------------------------------------------------------------------------------------
 # Units
 
-# One line a unit, its spellings in it; two different units of this table are different answers.
+# A unit and its spellings, besides a plural s; two different units of this table are different answers.
 _UNITS = r"""
-dollar dollars usd \$
-euro euros €
-yen ¥
-pound pounds £ lb lbs
-cent cents
-percent \%
-degree degrees deg ^\circ
-celsius ^\circC ^\circ\text{C}
-fahrenheit ^\circF ^\circ\text{F}
-mm millimeter millimeters millimetre millimetres
-cm centimeter centimeters centimetre centimetres
-km kilometer kilometers kilometre kilometres
-m meter meters metre metres
-in inch inches
-ft foot feet
-yd yard yards
-mi mile miles
-mg
-g gram grams
-kg kilogram kilograms
-oz ounce ounces
-ml mL milliliter milliliters
-L liter liters litre litres
-ms
-s sec second seconds
-min mins minute minutes
-h hr hrs hour hours
-N newton newtons
-J joule joules
-kJ
-W watt watts
-kW
-V volt volts
-Pa
-Hz
-mol
-K
-day days
-cup cups
-week weeks
-month months
-year years
+dollar usd \$ | euro € | yen ¥ | pound £ lb | cent | percent \% | am | pm | degree deg ^\circ | ohm | mol | K | Pa | Hz
+celsius ^\circC ^\circ\text{C} | fahrenheit ^\circF ^\circ\text{F} | mm millimeter millimetre | cm centimeter centimetre
+km kilometer kilometre | m meter metre | in inch inches | ft foot feet | yd yard | mi mile | mg | g gram | kg kilogram
+oz ounce | ml mL milliliter | L liter litre | ms | s sec second | min minute | h hr hour | N newton | J joule | kJ
+W watt | kW | V volt | day | cup | week | month | year
 """
-_UNIT_OF = {spelling: line.split()[0] for line in _UNITS.strip().splitlines() for spelling in line.split()}
+_UNIT_OF = {spelling: unit.split()[0] for unit in re.split(r"[|\n]", _UNITS.strip()) for spelling in unit.split()}
+_UNIT_OF |= {spelling + "s": unit for spelling, unit in _UNIT_OF.items() if spelling.isalpha() and len(spelling) > 1}
 # Words that make the number before them another number, or no number.
 _CHANGING = """
 or and to than more less fewer over under about approximately around roughly at least most not no plus minus times
@@ -401,7 +367,8 @@ def split_unit(text: str) -> tuple[str, str]:
     as_text = tail["text"] is not None
     if not all(word and _counts(word[1], as_text or word is not words[0]) for word in words):
         return text, unit
-    return joined[: tail.start()], unit or _unit_name([(word[1], word[2] or "") for word in words])
+    rest, inner = split_unit(joined[: tail.start()]) if joined.endswith("%", 0, tail.start()) else (joined[: tail.start()], "")
+    return rest, unit or inner or _unit_name([(word[1], word[2] or "") for word in words])
 
 
 def _unit_words(spelled: str) -> list[str]:
@@ -471,12 +438,12 @@ _CUP = re.compile(r"\\cup(?![a-zA-Z])")
 _INDEX = r"_(?:[0-9a-zA-Z]|\{[^{}=]*(?:\{[^{}=]*\})?\})"
 _NAMED = re.compile(
     rf"((?:[a-zA-Z]|\\(?!text|in\b)[a-zA-Z]+)(?:{_INDEX})?'?(?:(?:\^\{{-1\}})?\((?:[0-9a-zA-Z]+|-?[0-9]+[./]?[0-9]*)\))?"
-    r"|(?:m?\\angle ?)?[A-Z]{1,4}|[a-zA-Z]{4,20}|\|[A-Z]{1,2}\||\\#[A-Z]|\\(?:overline|vec|hat|bar)\{[a-zA-Z]+\}"
+    r"|(?:m?\\angle ?)?[A-Z]{1,4}|[a-zA-Z]{4,20}|\|[A-Z]{1,2}(?:\\c[ua]p ?[A-Z])*\||\\#(?:[A-Z]|\\\{{[A-Z]\\\}})|\\(?:overline|vec|hat|bar)\{[a-zA-Z]+\}"
     r"|\((?:[a-zA-Z],)+[a-zA-Z]\)|\\text\{[a-zA-Z ]+\})(?:=|\\in(?![a-zA-Z]))(?!.*=)"
 )
 _BASED = re.compile(r"(-?)\(?0*([0-9][0-9A-Z]*)\)?_(?:([2-9])|\{([0-9]{2})\})")
 _TIME = re.compile(r"([01]?[0-9]|2[0-4]):([0-5][0-9])(?: ?(?:\\text\{)?([ap])\.?m\.?\}?)?", re.IGNORECASE)
-_CHOICE = re.compile(r"\\text\{\(?([A-J])[).:]+\}(.+)|\(([A-J])\)(-?[0-9].*)")
+_CHOICE = re.compile(r"(?:\\text)?\{\(?([A-J])[).:]+\}(.+)|\(([A-J])\)(-?[0-9].*)")
 _SET_BUILDER = re.compile(r"[a-zA-Z](?:\\in\\mathbb\{R\})?(?:\||:)")
 _NO_WORDS = re.compile(r"\\(?:begin|end|operatorname)\*?\{[^{}]*\}|\\(?!text)[a-zA-Z]+")
 _WORD = re.compile(r"\\text|[a-zA-Z]{4,}|(?<![A-Za-z])[A-Z]{3,}|(?<![a-zA-Z])(?:no|on|yes|odd|one|two|six|ten)(?![a-z])")
@@ -575,6 +542,7 @@ def _read_parts(text: str) -> Reading | None:
 def _read_brackets(text: str, opening: str, inside: str) -> Reading | None:
     parts = split(inside, _COMMA)
     if opening == "\\{":
+        parts = [part.replace(":", "|") for part in parts]
         condition = _SET_BUILDER.match(inside)
         return (
             read_answer(inside[condition.end() :]) if condition else Reading("set", text, parts=_plus_and_minus(parts))
