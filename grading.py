@@ -19,7 +19,6 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -42,7 +41,8 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash takes the next character with it
 _NOTHING = re.compile(  # an empty box or a placeholder: ?, \_\_, ..., \square, \text{answer}
     r"(?:\s|[~.?_…{}$]|\\[,;:!_ ]|\\[hv]space\*?\{[^{}]*\}|\\phantom\{[^{}]*\}"
-    r"|\\(?:text|mathrm|boxed|fbox|underline|[lc]?dots|q?quad|square|Box)(?![a-zA-Z])|(?i:\b(?:your |final )?answer\b))*"
+    r"|\\(?:text|mathrm|boxed|fbox|underline|[lc]?dots|q?quad|square|Box)(?![a-zA-Z])"
+    r"|(?i:\b(?:your |final )?answer\b))*"
 )
 _ARGUMENT = r"(?:\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|[0-9]))"
 _BARE = re.compile(
@@ -99,7 +99,15 @@ _SYMBOLS = str.maketrans(
     | {"−": "-", "–": "-", "\u2009": "\\,", "\u202f": "\\,", "\u00a0": " ", "\u3000": " ", "…": "\\ldots "}
     | {"∞": "\\infty ", "∪": "\\cup ", "¢": "\\text{cents}", "≈": "\\approx ", "≠": "\\ne ", "÷": "\\div "}
     | {"×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "π": "\\pi ", "θ": "\\theta ", "≤": "\\le ", "≥": "\\ge "}
-    | {"⁄": "/", "∅": "\\emptyset ", "∈": "\\in ", "°": "^\\circ ", "½": "\\frac12 ", "¼": "\\frac14 ", "¾": "\\frac34 "}
+    | {
+        "⁄": "/",
+        "∅": "\\emptyset ",
+        "∈": "\\in ",
+        "°": "^\\circ ",
+        "½": "\\frac12 ",
+        "¼": "\\frac14 ",
+        "¾": "\\frac34 ",
+    }
     | {"⅓": "\\frac13 ", "⅔": "\\frac23 ", "±": "\\pm ", "ℝ": "\\mathbb{R}", "⟨": "(", "⟩": ")", "∣": "|"}
     | {sign: f"^{digit}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
     | dict.fromkeys("\u200b\u2060\ufeff", "")
@@ -107,6 +115,27 @@ _SYMBOLS = str.maketrans(
 _END = r"(?![a-zA-Z])"
 _FUNCTIONS = r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|gcd|lcm|max|min|det|dim|deg|arg"
 _GROUPS = r"(?<![0-9.,])(?<![0-9.,] )([1-9][0-9]{0,2}(?: [0-9]{3})+)(?![0-9/]| ?[0-9]| ?\\[dt]?frac)"
+
+
+# A command for its synonyms; "" for those that only dress.
+_DRESS_ONLY = """
+left right big bigl bigr Big Bigl Bigr bigg biggl biggr displaystyle textstyle large Large bf rm limits mathbf
+boldsymbol bm mathit mathsf mathnormal underline
+"""
+_SYNONYMS = dict.fromkeys(_DRESS_ONLY.split(), "")
+_SYNONYMS |= dict.fromkeys(["mid", "vert", "lvert", "rvert"], "|") | dict.fromkeys(["pounds", "textsterling"], "£")
+_SYNONYMS |= {"dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac", "dbinom": "\\binom", "tbinom": "\\binom"}
+_SYNONYMS |= {"leq": "\\le", "leqslant": "\\le", "leqq": "\\le", "geq": "\\ge", "geqslant": "\\ge", "geqq": "\\ge"}
+_SYNONYMS |= {
+    "neq": "\\ne",
+    "lt": "<",
+    "gt": ">",
+    "simeq": "\\approx",
+    "approxeq": "\\approx",
+    "varnothing": "\\emptyset",
+}
+_SYNONYMS |= {"land": "\\text{and}", "wedge": "\\text{and}", "lor": "\\text{or}", "vee": "\\text{or}"}
+_SYNONYMS |= {"langle": "(", "rangle": ")", "lbrace": "\\{", "rbrace": "\\}", "colon": ":"}
 
 
 def _french(interval: re.Match) -> str:
@@ -122,28 +151,19 @@ _SPELLINGS = [
     (rf"\\\\\[[0-9.]+[a-z]{{2}}\]|\\cr{_END}", r"\\\\"),  # the line breaks of matrices: \\[2pt]
     (r"\\\\|\\[()\[\]]", lambda match: match[0] if match[0] == "\\\\" else " "),  # \( \), but not a line break
     (rf"(?:(?<![a-zA-Z])US\s*)?(?:\\\$|\\(?:mathdollar|textdollar){_END})", r"\\$"),
-    (rf"\\(?:pounds|textsterling){_END}", "£"),
     (r"(?<!\\)\$", ""),
-    (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|large|Large|bf|rm|limits){_END}", ""),
+    (r"\\([a-zA-Z]+)", lambda match: _SYNONYMS.get(match[1], match[0])),
     (r"(?<=[0-9])(?:\{,\}|,\\!)\s*(?=[0-9]{3}(?![0-9/]))", ""),  # 1{,}000 1,\!000
     (rf"\\!|(?<=\S)~|(?<!\\)\\[,;: ]|\\q?quad{_END}", lambda match: "" if match[0] == "\\!" else " "),
     (_GROUPS, lambda match: match[0].replace(" ", "")),  # 12 500
-    (rf"\\[dtc]frac{_END}", r"\\frac"),
-    (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}|\\[dt]binom\{([^{}]*)\}\{([^{}]*)\}",
-     lambda match: f"\\binom{{{(match[1] or match[3]).strip()}}}{{{(match[2] or match[4]).strip()}}}"),
+    (r"\{([^{}]*?)\s*\\choose(?![a-zA-Z])\s*([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|([0-9]+|[a-zA-Z]))|(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)",
      lambda match: f"\\sqrt{{{match[1] or match[2] or match[3] or match[4]}}}"),
-    (rf"\\(?:leq|leqslant|leqq){_END}", r"\\le"),
-    (rf"\\(?:geq|geqslant|geqq){_END}", r"\\ge"),
-    (rf"\\neq{_END}|\\not\s*=", r"\\ne"),
-    (rf"\\lt{_END}", "<"),
-    (rf"\\gt{_END}", ">"),
-    (rf"\\(?:simeq|approxeq){_END}", r"\\approx"),
-    (rf"\\(?:mid|vert|lvert|rvert){_END}", "|"),
-    (rf"\\varnothing{_END}|\\\{{\s*\\\}}", r"\\emptyset"),
+    (r"\\not\s*=", r"\\ne "),
+    (r"\\\{\s*\\\}", r"\\emptyset"),
     (rf"\^\s*\{{\s*\\circ\s*\}}|\^\s*\\circ{_END}|\\degrees?{_END}", r"^\\circ"),
     (r"\\?%", r"\\%"),
-    (r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|mathnormal|underline)\s*(?=\{)|\\(?:text)?color\s*\{[a-zA-Z]+\}", ""),
+    (r"\\(?:text)?color\s*\{[a-zA-Z]+\}", ""),
     (rf"\\(?:mathrm|operatorname\*?)\s*\{{({_FUNCTIONS})\}}", r"\\\1 "),
     (r"\\mathrm\s*\{([eid])\}", r"\1"),
     (r"\\(?:mathrm|textbf|textit|textrm|textsf|textnormal|mbox|hbox)\s*(?=\{)", r"\\text"),
@@ -154,12 +174,6 @@ _SPELLINGS = [
     (r"(\\frac\{[^{}]*\})\s*(\\(?:pi|theta)(?![a-zA-Z])|[0-9a-zA-Z])", r"\1{\2}"),
     (r"([_^])\s*\{\s*([0-9a-zA-Z])\s*\}", r"\1\2"),
     (r"\\text\{,?\s*(and|or)\s*\}|(?<![\\a-zA-Z])(and|or)(?![a-zA-Z])", r"\\text{\1\2}"),
-    (rf"\\(?:land|wedge){_END}", r"\\text{and}"),
-    (rf"\\(?:lor|vee){_END}", r"\\text{or}"),
-    (rf"\\langle{_END}", "("),
-    (rf"\\rangle{_END}", ")"),
-    (rf"\\lbrace{_END}", r"\\{"),
-    (rf"\\rbrace{_END}", r"\\}"),
     (r"(?<=[0-9])(?:\^?\{?\\text\{(?:st|nd|rd|th)\}\}?|\^?\{?(?:st|nd|rd|th)\}?)$", ""),  # 12^{\text{th}}
     (r"\\begin\{cases\}([^&]*)\\end\{cases\}", lambda match: match[1].replace("\\\\", ",")),
     (rf"(\\(?:{_FUNCTIONS})\^[0-9])\s+([0-9.]+)", r"\1(\2)"),  # \tan^2 60
@@ -264,12 +278,12 @@ def parse_number(text: str) -> Fraction | None:
         sign, whole, once, again = repeating.groups()
         value = int(whole + once or "0") + Fraction(int(again), 10 ** len(again) - 1)
         return (-1 if sign else 1) * value / 10 ** len(once)
-    for _ in range(DEEPEST if "{" in text else 0):
-        text = _BRACED.sub(lambda found: f"^({found[3]})" if found[1] is None else f"(({found[1]})/({found[2]}))", text)
-    text = re.sub(r"\\(?:cdot|times)(?![a-zA-Z])", "*", text).replace("\\div", "/")
     try:
         text = re.sub(r"(?<![0-9.])([0-9]{1,4})!(?!!)", lambda found: f"({_factorial(int(found[1]))})", text)
-        text = re.sub(r"(?<=[0-9.)])(?=\()|(?<=\))(?=[0-9])", "*", text)
+        text = re.sub(r"(?<=[0-9.)])(?=\()|(?<=\))(?=[0-9])", "*", text)  # 2(3), but a mixed number is none of these
+        for _ in range(DEEPEST if "{" in text else 0):
+            text = _BRACED.sub(lambda m: f"^({m[3]})" if m[1] is None else f"(({m[1]})/({m[2]}))", text)
+        text = re.sub(r"\\(?:cdot|times)(?![a-zA-Z])", "*", text).replace("\\div", "/")
         text = _LITERAL.sub(lambda found: "({}/{})".format(*Fraction(found[0]).as_integer_ratio()), text)
         if re.fullmatch(r"(?:[0-9*()^]|[+-](?![+-])|/(?!/))*", text) and "**" not in text:
             return _value(ast.parse(text.replace("^", "**"), mode="eval").body)
@@ -331,7 +345,7 @@ divided by above below negative dozen dozens hundred hundreds thousand thousands
 trillion trillions half halves third thirds fourths fifth fifths sixths eighths tenth tenths hundredth hundredths
 thousandth thousandths squared cubed factorial mod modulo base one two three four five six seven eight nine ten
 eleven twelve twenty thirty forty fifty sixty seventy eighty ninety
-""".split()
+"""
 _FUNCTION = re.compile(rf"(?:{_FUNCTIONS}|sqrt|frac|binom)[a-z]?")
 _TRIGONOMETRY = re.compile(r"\\(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)")
 _CURRENCY = re.compile(r"([+-]?)(\\\$|[€£¥])([+-]?)")
@@ -367,7 +381,9 @@ def split_unit(text: str) -> tuple[str, str]:
     as_text = tail["text"] is not None
     if not all(word and _counts(word[1], as_text or word is not words[0]) for word in words):
         return text, unit
-    rest, inner = split_unit(joined[: tail.start()]) if joined.endswith("%", 0, tail.start()) else (joined[: tail.start()], "")
+    rest, inner = (
+        split_unit(joined[: tail.start()]) if joined.endswith("%", 0, tail.start()) else (joined[: tail.start()], "")
+    )
     return rest, unit or inner or _unit_name([(word[1], word[2] or "") for word in words])
 
 
@@ -395,7 +411,7 @@ def _counts(word: str, as_text: bool) -> bool:
     r"""Whether a word behind a number only says what is counted. Outside \text{} a short one may be a product."""
     if (word in _UNIT_OF or word.lower() in _UNIT_OF) if len(word) > 1 else (word in _UNIT_OF and as_text):
         return True
-    if word.lower() in _CHANGING or _FUNCTION.fullmatch(word):
+    if word.lower() in _CHANGING.split() or _FUNCTION.fullmatch(word):
         return False
     return len(word) > 1 if as_text else word == "per" or (len(word) > 3 and bool(re.search("[aeiou]", word)))
 
@@ -431,14 +447,15 @@ class Reading:
 
 _COMMA = re.compile(r",|;|\\text\{(?:and|or)\}")
 _OR = re.compile(r"\\text\{or\}")
-_COLON = re.compile(r":|\\colon(?![a-zA-Z])")
+_COLON = re.compile(":")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix)\}(.*)\\end\{\1\}")
 _CUP = re.compile(r"\\cup(?![a-zA-Z])")
 # x, x_1, x_{\max}, \theta, AB, \angle AB, |S|, f(2), (x,y), area or \text{area}, before the only "=", or before \in
 _INDEX = r"_(?:[0-9a-zA-Z]|\{[^{}=]*(?:\{[^{}=]*\})?\})"
 _NAMED = re.compile(
     rf"((?:[a-zA-Z]|\\(?!text|in\b)[a-zA-Z]+)(?:{_INDEX})?'?(?:(?:\^\{{-1\}})?\((?:[0-9a-zA-Z]+|-?[0-9]+[./]?[0-9]*)\))?"
-    r"|(?:m?\\angle ?)?[A-Z]{1,4}|[a-zA-Z]{4,20}|\|[A-Z]{1,2}(?:\\c[ua]p ?[A-Z])*\||\\#(?:[A-Z]|\\\{{[A-Z]\\\}})|\\(?:overline|vec|hat|bar)\{[a-zA-Z]+\}"
+    r"|(?:m?\\angle ?)?[A-Z]{1,4}|[a-zA-Z]{4,20}|\|[A-Z]{1,2}(?:\\c[ua]p ?[A-Z])*\||\\#[A-Z]"
+    r"|\\(?:overline|vec|hat|bar)\{[a-zA-Z]+\}"
     r"|\((?:[a-zA-Z],)+[a-zA-Z]\)|\\text\{[a-zA-Z ]+\})(?:=|\\in(?![a-zA-Z]))(?!.*=)"
 )
 _BASED = re.compile(r"(-?)\(?0*([0-9][0-9A-Z]*)\)?_(?:([2-9])|\{([0-9]{2})\})")
@@ -446,7 +463,9 @@ _TIME = re.compile(r"([01]?[0-9]|2[0-4]):([0-5][0-9])(?: ?(?:\\text\{)?([ap])\.?
 _CHOICE = re.compile(r"(?:\\text)?\{\(?([A-J])[).:]+\}(.+)|\(([A-J])\)(-?[0-9].*)")
 _SET_BUILDER = re.compile(r"[a-zA-Z](?:\\in\\mathbb\{R\})?(?:\||:)")
 _NO_WORDS = re.compile(r"\\(?:begin|end|operatorname)\*?\{[^{}]*\}|\\(?!text)[a-zA-Z]+")
-_WORD = re.compile(r"\\text|[a-zA-Z]{4,}|(?<![A-Za-z])[A-Z]{3,}|(?<![a-zA-Z])(?:no|on|yes|odd|one|two|six|ten)(?![a-z])")
+_WORD = re.compile(
+    r"\\text|[a-zA-Z]{4,}|(?<![A-Za-z])[A-Z]{3,}|(?<![a-zA-Z])(?:no|on|yes|odd|one|two|six|ten)(?![a-z])"
+)
 _COMPARED = r"\s?(<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z]))\s?"
 _INEQUALITY = re.compile(rf"(?:(.+?){_COMPARED})?([a-zA-Z]|\\[a-zA-Z]+)(?:{_COMPARED}(.+))?")
 
@@ -641,7 +660,9 @@ def _same_ratio(x: Reading, y: Reading, ask: Ask) -> bool:
     if x.form in ("formula", "number"):
         x, y, xs, ys = y, x, ys, xs
     if y.form in ("formula", "number"):
-        return len(xs) == 2 and bool(re.search("frac|/|[.]", y.text)) and same_answer(f"({xs[0]})/({xs[1]})", y.text, ask)
+        return (
+            len(xs) == 2 and bool(re.search("frac|/|[.]", y.text)) and same_answer(f"({xs[0]})/({xs[1]})", y.text, ask)
+        )
     if len(xs) != len(ys) or not xs or [_zero(p) for p in xs] != [_zero(q) for q in ys]:
         return False
     pairs = combinations(zip(xs, ys, strict=True), 2)
@@ -673,7 +694,9 @@ def _same_collection(xs: tuple[str, ...], ys: tuple[str, ...], ask: Ask, as_set:
 
 
 # What algebra would drop: `about`, `and so on`, numbers side by side, and the base of a number in a formula.
-_VAGUE = re.compile(r"\\(?:approx|sim|cong)(?![a-zA-Z])|\.\.\.|\\[lc]?dots(?![a-zA-Z])|(?<=[0-9)])_|(?<![_0-9.])[0-9.]+ +[0-9.]|[?]")
+_VAGUE = re.compile(
+    r"\\(?:approx|sim|cong)(?![a-zA-Z])|\.\.\.|\\[lc]?dots(?![a-zA-Z])|(?<=[0-9)])_|(?<![_0-9.])[0-9.]+ +[0-9.]|[?]"
+)
 _COUNTED = re.compile(r"-?[0-9.,]+[a-zA-Z]+")  # 5m: a product, which math-verify may read as a length
 _RELATION = re.compile(r"[<>]|\\(?:[lg]e|ne)(?![a-zA-Z])")
 _SOLUTIONS = re.compile(r"[\[(].*,|\\(?:cup|setminus|mathbb|emptyset)")
@@ -720,8 +743,15 @@ def _for_algebra(*texts: str) -> tuple[str, ...]:
     for letter in capitals:
         other = ("\\Xi" if letter == "I" else letter) + "_{9}"
         texts = [re.sub(rf"(?<![\\a-zA-Z]){letter}(?![a-zA-Z_])", lambda _, other=other: other, text) for text in texts]
-    texts = [_DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text) if _TRIGONOMETRY.search(text) else text for text in texts]
-    texts = [_MIXED_FACTOR.sub(lambda m: f"({m[1].replace(chr(92), '+' + chr(92), 1)})" if parse_number(m[1]) else m[1], text) for text in texts]
+    texts = [
+        _DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text) if _TRIGONOMETRY.search(text) else text for text in texts
+    ]
+    texts = [
+        _MIXED_FACTOR.sub(
+            lambda m: f"({m[1].replace(chr(92), '+' + chr(92), 1)})" if parse_number(m[1]) else m[1], text
+        )
+        for text in texts
+    ]
     return tuple(re.sub(r"(?<![_^0-9a-zA-Z.}])([0-9.]+)(?=\()", r"\1\\cdot ", text) for text in texts)
 
 

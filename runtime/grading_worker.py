@@ -89,12 +89,14 @@ def make_comparison():
 
 
 def serve(seconds: float, memory_bytes: int) -> None:
-    """Answer JSON pairs from stdin until it closes. SIGPROF's default action ends a comparison at its processor time."""
+    """Answer JSON pairs from stdin until it closes. SIGPROF's default action ends a comparison at its limit."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that a library prints may look like a reply
     same = make_comparison()
     logging.disable()  # math-verify warns that its own time limits are off; this process has its own
-    same("\\int_0^1 x e^x + \\frac{1}{2} dx", "\\sqrt{x} + 0.5")  # loads what sympy imports late, before the hook forbids it
+    same(
+        "\\int_0^1 x e^x + \\frac{1}{2} dx", "\\sqrt{x} + 0.5"
+    )  # loads what sympy imports late, before the hook forbids it
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
