@@ -29,12 +29,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from errors import InputError
+from grading import Grader, extract_boxed, make_grader
 from model import context_length, eos_ids, load_model, load_tokenizer, response_hidden
 from problems import Problem, load_problems
 from rollout import Sampling, StreamKey
 from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine
 from runtime.flags import FlagParser, departures, option, run_script
-from grading import extract_boxed, Grader, make_grader
 from runtime.phases import run_phase
 from runtime.pins import run_pins
 from runtime.ranks import gather_objects, rank, say, start_ranks, stop_ranks, world_size

@@ -24,13 +24,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from errors import InputError
+from grading import answers_match, extract_boxed, make_grader
 from model import ADAPTER_CONFIG, load_config, load_model, load_tokenizer, pick_device
 from problems import Problem, load_problems
 from rollout import Response, Sampling, StreamKey
 from runtime.adapters import load_adapter
 from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine
 from runtime.flags import FlagParser, option, run_script
-from grading import extract_boxed, answers_match, make_grader
 from runtime.pins import fingerprint, model_pin
 from runtime.ranks import gather_objects, hide_bar, rank, say, start_ranks, stop_ranks, world_size
 from runtime.run_folder import versions, write_atomically
@@ -324,6 +324,8 @@ def print_table(summary: dict) -> None:
         print(f"{grader['asked']} comparisons needed {grader['name']}")
     if grader["stopped"]:
         print(f"{grader['stopped']} comparisons were stopped at a limit and count as not equal")
+    if grader["refused"]:
+        print(f"{grader['refused']} comparisons were refused what a library wanted to do and count as not equal")
 
 
 def settle(config: EvaluationConfig, problems: list[Problem], tokenizer, file: SampleFile) -> Sampling:
@@ -358,6 +360,8 @@ def main() -> None:
     grader = make_grader(config.grader, [problem.answer for problem in problems])
     if grader.note:
         say(grader.note)
+    if again := len(problems) - len({item.problem for item in problems}):
+        say(f"--benchmark {config.benchmark}: {again} problems repeat another; means and intervals count each of them")
     path = Path(config.output_dir) / "samples.jsonl"
     if config.grade_only and not path.is_file():
         raise InputError(f"--grade_only: no {path}")
@@ -392,7 +396,8 @@ def report(config: EvaluationConfig, problems: list[Problem], samples: list[Samp
         "answers_sha256": benchmark_digest(problems, "answer"),
         "versions": versions(),
         **summarise(samples, problems, grader.match),
-        "grader": {"name": grader.name, "version": grader.version, "asked": grader.asked, "stopped": grader.stopped},
+        "grader": {"name": grader.name, "version": grader.version, "asked": grader.asked, "stopped": grader.stopped,
+                    "refused": grader.refused},
     }  # fmt: skip
     write_atomically(file.path.with_name("summary.json"), json.dumps(summary, indent=1) + "\n")
     print_table(summary)

@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from errors import InputError
 from evaluate import solve
+from grading import Grader, extract_boxed, make_grader
 from loss import LossOptions, Method, resolve_method, score_tokens_from_hidden
 from model import (
     add_lora,
@@ -44,7 +45,6 @@ from runtime.checkpoint import damage, resume, save_checkpoint
 from runtime.engines import ENGINES, Engine, choose_engine, connect, make_engine, publish, withdraw
 from runtime.fit import fitting_problems, plan_run
 from runtime.flags import FlagParser, Sigterm, departures, option, run_script
-from grading import extract_boxed, Grader, make_grader
 from runtime.metrics import (
     Clock,
     TokenMetrics,

@@ -32,13 +32,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import train
+from grading import make_grader
 from loss import method_loss_from_hidden
 from model import pick_device
 from problems import load_problems
 from rollout import Response
 from runtime.engines import Engine, GenerateEngine
 from runtime.flags import run_script
-from grading import make_grader
 from runtime.run_folder import git_commit, made, versions, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,9 +22,9 @@ import numpy as np
 from errors import InputError
 from evaluate import benchmark_digest, bootstrap_interval, summarise
 from experiments.report import paired_difference
+from grading import make_grader
 from problems import load_problems
 from runtime.flags import run_script
-from grading import make_grader
 from runtime.samples import SampleFile
 
 # Avg@12 in % with the sample std over 3 evaluation seeds, Qwen3-4B (paper Table 2). The paper has no base row; the one

@@ -14,13 +14,13 @@ from contextlib import closing
 import numpy as np
 
 from evaluate import share_interval, solve
+from grading import ExactGrader, extract_boxed
 from model import load_model, load_tokenizer
 from problems import tiny_problems
 from rollout import Sampling
 from runtime.adapters import load_adapter
 from runtime.engines import Engine, connect, make_engine
 from runtime.flags import run_script
-from grading import extract_boxed, ExactGrader
 from runtime.samples import Sample
 
 DECODINGS = {"sampled": Sampling(1.0, 0.95, 0, 96), "greedy": Sampling(0.0, 1.0, 0, 96)}

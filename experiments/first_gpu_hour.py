@@ -39,13 +39,13 @@ import train
 from errors import InputError
 from experiments.benchmark import GIB, ROOT, Table, alternate, hardware, loss_functions, peak_bytes, wait, write_report
 from experiments.fake_step import SHAPES
+from grading import make_grader
 from model import load_tokenizer, pick_device
 from problems import load_problems
 from rollout import Sampling
 from runtime.engines import make_engine
 from runtime.fit import fitting_problems, plan_run
 from runtime.flags import run_script
-from grading import make_grader
 from runtime.run_folder import git_commit, made, versions
 from teacher import PAPER_PROMPTS, student_prompt
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
+from grading import make_grader
 from model import response_hidden, response_mask
 from problems import load_problems
 from runtime.adapters import save_adapter
 from runtime.flags import run_script
-from grading import make_grader
 from runtime.metrics import sampler_gap
 from teacher import student_prompt
 from train import TrainConfig, Training, build, parse_config, settle, step_share, train_step

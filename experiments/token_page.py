@@ -16,13 +16,13 @@ import torch
 
 import experiments.rules  # noqa: F401  (registers its rows: a run of one can be shown)
 from errors import InputError
+from grading import answers_match, extract_boxed
 from loss import log_probabilities, resolve_method, score_tokens
 from model import adapter_disabled, load_model, load_tokenizer, response_hidden
 from problems import Problem, load_problems
 from rollout import Sampling, sample
 from runtime.adapters import load_adapter
 from runtime.checkpoint import newest_checkpoint
-from grading import extract_boxed, answers_match
 from teacher import Prompts, student_prompt, teacher_prompt
 
 ALTERNATIVES = 5

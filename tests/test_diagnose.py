@@ -27,12 +27,12 @@ from diagnose import (
     valid_tokens,
 )
 from errors import InputError
+from grading import ExactGrader
 from model import load_model, load_tokenizer, response_hidden
 from problems import Problem, load_problems
 from rollout import Response
 from runtime.continuous import ContinuousEngine
 from runtime.engines import GenerateEngine
-from grading import ExactGrader
 from runtime.phases import read_rows
 from teacher import student_prompt
 from viability import labels, truncated_entropy, uncertainty

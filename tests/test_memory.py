@@ -11,13 +11,13 @@ from transformers import Olmo3Config, Olmo3ForCausalLM, Qwen3Config, Qwen3ForCau
 
 import train
 from errors import InputError
+from grading import make_grader
 from loss import resolve_method
 from model import add_lora, load_model, response_hidden
 from problems import load_problems
 from rollout import Response
 from runtime import memory
 from runtime.fake_step import LiveBytes, StepShape, block_kinds, fake_model
-from grading import make_grader
 from runtime.memory import FAR_BELOW, USABLE, Planned, _shallow, available_memory, crude_bound, plan_memory
 from teacher import Teacher
 from train import TrainConfig

@@ -1,8 +1,6 @@
 """Loading, the embedded world, and the extraction and comparison of answers."""
 
-import csv
 import json
-import os
 import sys
 import time
 
@@ -39,10 +37,7 @@ def test_a_file_gives_its_problems_in_order(tmp_path):
         (['{"problem": " ", "solution": "s"}'], True, "line 1: the problem is empty"),
         (['{"problem": "a"}'], True, "line 1: the solution is empty"),
         (['{"problem": "a", "solution": "no box"}'], False, "line 1: the answer is empty"),
-        (['{"problem": "a", "solution": "s"}', "7"], True, "line 2: expected an object"),
-        (["[1]"], True, "row 0: expected an object"),
-        (['[{"problem": "a",', '"solution" "s"}]'], True, "line 2: not valid JSON"),
-        (['{"Id": 3, "solution": "s"}'], True, "problem is empty or missing .the columns are Id, solution; --columns prob"),
+        (["[1]"], True, "line 1: expected an object"),
         ([""], True, "no problems in it"),
     ],
 )
@@ -84,8 +79,8 @@ def test_null_is_as_good_as_missing(tmp_path):
             "line 1: the problem holds half of a surrogate pair",
         ),
         ('{"problem": "p", "solution": "\\udc00"}', "line 1: the solution holds half"),
-        ('{"problem": NaN, "solution": "s"}', "line 1: the problem is neither text nor a number .* but NaN"),
-        ('{"problem": "p", "solution": -Infinity}', "line 1: the solution is neither"),
+        ('{"problem": NaN, "solution": "s"}', "line 1: not valid JSON .NaN is no number"),
+        ('{"problem": "p", "solution": -Infinity}', "line 1: not valid JSON"),
         ("[" * 100_000, "line 1: not valid JSON"),
     ],
 )
@@ -105,7 +100,7 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="not UTF-8"):
         load_problems(str(tmp_path / "latin.jsonl"))
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
-    with pytest.raises(InputError, match=r"pip install datasets.*\.jsonl"):
+    with pytest.raises(InputError, match=r"pip install datasets.*--benchmark path.jsonl"):
         load_problems("aime24")
 
 
@@ -118,194 +113,6 @@ def test_benchmark_names_reach_the_papers_data(monkeypatch):
         load_problems(name, need_solution=False)
     assert asked == [BENCHMARKS[name] for name in ("math500", "aime24", "aime25", "hmmt25")]
     assert load_problems("tiny") == load_problems("tiny:heldout")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Data as people have them
-
-
-def texts(items):
-    return [(item.problem, item.solution, item.answer) for item in items]
-
-
-ROWS = [{"problem": "a\n,b", "solution": 'so "4"', "answer": "0.50"}, {"problem": "c", "solution": "s", "answer": "007"}]
-WANTED = [tuple(row.values()) for row in ROWS]
-
-
-def saved(path, rows=ROWS):
-    """The rows in the format that the path's suffix names; a path without one is written by save_to_disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8-sig") as file:
-            table = csv.DictWriter(file, rows[0])
-            table.writeheader()
-            table.writerows(rows)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        data = pytest.importorskip("datasets").Dataset.from_list(rows)
-        data.to_parquet(path) if path.suffix else data.save_to_disk(path)
-    return path
-
-
-@pytest.mark.parametrize("name", ["d.csv", "d.json", "d.jsonl", "d.parquet", "d"])
-def test_every_format_gives_the_same_problems_with_their_rows(tmp_path, name):
-    items = load_problems(str(saved(tmp_path / name)))
-    assert texts(items) == WANTED and [item.row for item in items] == [0, 1]
-
-
-@pytest.mark.parametrize("name", ["train.csv", "train-00000-of-00002.parquet", "train"])
-def test_a_folder_holds_splits(tmp_path, monkeypatch, name):
-    saved(tmp_path / "d" / name)
-    saved(tmp_path / "d" / name.replace("train", "test"), ROWS[1:])
-    saved(tmp_path / "d" / "training_notes.json", [{"lr": 1}])
-    monkeypatch.setattr(problems, "_read_hub", lambda source: pytest.fail(f"{source} was asked for on the hub"))
-    monkeypatch.chdir(tmp_path.parent)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for folder in (tmp_path / "d", f"{tmp_path.name}/d", "~/d"):  # one slash, as a hub name has
-        assert texts(load_problems(f"{folder}")) == texts(load_problems(f"{folder}:train")) == WANTED
-        assert texts(load_problems(f"{folder}:test")) == WANTED[1:]
-        with pytest.raises(InputError, match=r"no split dev.*training_notes"):
-            load_problems(f"{folder}:dev")
-    saved(tmp_path / "d" / "train.jsonl")
-    if name != "train":  # the same problems twice
-        with pytest.raises(InputError, match="in one format"):
-            load_problems(str(tmp_path / "d"))
-
-
-def test_several_files_of_a_split_are_read_in_order(tmp_path):
-    for number in (1, 0):
-        saved(tmp_path / f"train-{number}.jsonl", ROWS[number : number + 1])
-    items = load_problems(str(tmp_path))
-    assert texts(items) == WANTED and [item.row for item in items] == [0, 1]
-
-
-@pytest.mark.parametrize("source", ["./a/b", "/a/b", "~/a", "../a", "a/b.parquet", "a/b.csv"])
-def test_what_looks_like_a_path_is_never_asked_for_on_the_hub(tmp_path, monkeypatch, source):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(problems, "_read_hub", lambda source: pytest.fail("was asked for"))
-    with pytest.raises(InputError, match="no such data file"):
-        load_problems(source)
-
-
-def test_hub_names_with_config_and_split(monkeypatch):
-    datasets, asked = pytest.importorskip("datasets"), []
-    data = datasets.Dataset.from_list(ROWS)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *name, split: asked.append((*name, split)) or data)
-    for source in ("openai/gsm8k", "openai/gsm8k:test", "openai/gsm8k:main:test"):
-        assert texts(load_problems(source)) == WANTED
-    assert asked == [("openai/gsm8k", "train"), ("openai/gsm8k", "test"), ("openai/gsm8k", "main", "test")]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *name, split: {}["main, socratic"])
-    with pytest.raises(InputError, match=r"openai/gsm8k: cannot be read .KeyError: 'main, socratic'"):
-        load_problems("openai/gsm8k")
-    with pytest.raises(InputError, match="neither a data file"):
-        load_problems("a/b:c:d:e")
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("d.csv", "problem,answer\na,b,c\n", "line 2: not valid CSV .more or fewer cells"),
-        ("d.csv", "problem,answer\na,1\n\nb\n", "line 4: not valid CSV .more or fewer"),
-        ("d.csv", 'problem,answer\n"a,1\n', "line 2: not valid CSV .unexpected end"),
-        ("d.csv", "problem;answer\na;1\n", "the columns are problem;answer"),
-        ("d.csv", "problem,answer\n", "no problems in it"),
-        ("d.csv", b"problem,answer\n\xe9,1\n", "not UTF-8"),
-        ("d.json", b'[{"problem": "\xe9"}]', "not UTF-8"),
-        ("d.parquet", "PAR1", "d.parquet: cannot be read"),
-    ],
-)
-def test_bad_files_of_other_formats_are_named(tmp_path, name, text, message):
-    if name.endswith("parquet"):
-        pytest.importorskip("datasets")
-    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(InputError, match=message):
-        load_problems(str(tmp_path / name), need_solution=False)
-
-
-def test_values_whose_spelling_a_table_loses_are_refused(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    label = datasets.Features(problem=datasets.Value("string"), answer=datasets.ClassLabel(names=["A", "B"]))
-    data = datasets.Dataset.from_dict({"problem": ["p"], "answer": [1]}, features=label)
-    data.to_parquet(tmp_path / "label.parquet")
-    data.save_to_disk(tmp_path / "label")
-    mixed = datasets.Features(problem=datasets.Value("string"), answer=datasets.Json())
-    datasets.Dataset.from_dict({"problem": ["p"], "answer": ["007"]}, features=mixed).save_to_disk(tmp_path / "mixed")
-    for name, kind in (("label.parquet", "ClassLabel"), ("label", "ClassLabel"), ("mixed", "Json")):
-        with pytest.raises(InputError, match=f"row 0: the answer is neither text nor a number .*{kind}"):
-            load_problems(str(tmp_path / name), need_solution=False)
-    saved(tmp_path / "nan.parquet", [{"problem": "p", "answer": float("nan")}])
-    with pytest.raises(InputError, match="row 0: the answer is neither"):
-        load_problems(str(tmp_path / "nan.parquet"), need_solution=False)
-
-
-def test_a_parquet_file_that_changes_is_read_anew(tmp_path):
-    path = saved(tmp_path / "d.parquet", [{"problem": "p", "answer": "1"}])
-    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
-    assert load_problems(str(path), False)[0].answer == "1"
-    saved(path, [{"problem": "p", "answer": "2"}])
-    os.utime(path, ns=times)
-    assert load_problems(str(path), False)[0].answer == "2"
-
-
-@pytest.mark.parametrize(
-    ("row", "wanted"),
-    [
-        ({"question": "q", "generated_solution": "s", "expected_answer": "1"}, ("q", "s", "1")),
-        ({"ID": 1, "Problem": "q", "Solution": "s", "Answer": 2}, ("q", "s", "2")),
-        ({"prompt": "instructions", "question": "q", "response": "s \\boxed{5}"}, ("q", "s \\boxed{5}", "5")),
-        ({"problem": "q", "solution": "s", "final_answer": "guess", "answer": "1"}, ("q", "s", "1")),
-        # GSM8K
-        ({"question": "q", "answer": "48/2 = <<48/2=24>>24\nso 72\n#### 72"}, ("q", "48/2 = 24\nso 72", "72")),
-        ({"question": "q", "answer": "so 1,000 #### 1,000\n"}, ("q", "so 1,000", "1,000")),
-        ({"question": "q", "solution": "other", "answer": "so <<1=1>>1\n#### 1"}, ("q", "other", "1")),
-        ({"question": "q", "solution": "so <<1=1>>1\n#### 1"}, ("q", "so 1", "1")),
-        ({"problem": "q", "solution": "#### First\nwe see", "answer": ""}, ("q", "#### First\nwe see", "")),
-        ({"problem": "q", "solution": "x\n#### So \\boxed{3}"}, ("q", "x\n#### So \\boxed{3}", "3")),
-        ({"problem": "q", "solution": "so <<1=1>>1 #### 1", "answer": "1"}, ("q", "so <<1=1>>1 #### 1", "1")),
-        # dialogues
-        (
-            {"messages": [{"role": "system", "content": "be"}, {"role": "user", "content": "q"},
-                          {"role": "assistant", "content": "s \\boxed{5}"}]},
-            ("q", "s \\boxed{5}", "5"),
-        ),
-        ({"system": "be", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "s"}]},
-         ("q", "s", "")),
-        ({"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "s"}]},
-         ("q", "s", "")),
-        ({"messages": [{"role": "user", "content": "q"}], "solution": "s", "answer": 4}, ("q", "s", "4")),
-    ],
-)  # fmt: skip
-def test_usual_columns_and_forms(tmp_path, row, wanted):
-    assert texts(load_problems(jsonl(tmp_path, row))) == [wanted]
-
-
-def test_dialogues_that_are_no_problem_and_solution(tmp_path):
-    turn = {"role": "user", "content": "q"}
-    for turns, message in (([turn, turn], "the problem is neither"), ([turn], "the solution is empty or missing")):
-        with pytest.raises(InputError, match=f"line 1: {message}"):
-            load_problems(jsonl(tmp_path, {"messages": turns}))
-    assert load_problems(jsonl(tmp_path, {"messages": [turn], "answer": 1}), need_solution=False)[0].solution == ""
-
-
-def test_columns_are_chosen_once_for_all_rows(tmp_path):
-    path = jsonl(tmp_path, {"problem": "p", "solution": "s"}, {"question": "another", "solution": "s"})
-    with pytest.raises(InputError, match="line 2: the problem is empty or missing"):
-        load_problems(path)
-
-
-def test_columns_by_name(tmp_path):
-    path = jsonl(tmp_path, {"problem": "other", "task": "q", "answer": "long \\boxed{7}", "key": 7})
-    assert texts(load_problems(path, columns="problem=task, solution=answer")) == [("q", "long \\boxed{7}", "7")]
-    assert texts(load_problems(path, False, columns="answer=key")) == [("other", "", "7")]
-    with pytest.raises(InputError, match=r"--columns problem=tusk: .*has the columns problem, task, answer, key"):
-        load_problems(path, columns="problem=tusk")
-    for columns in ("question=task", "task", "=task", "problem:task"):
-        with pytest.raises(InputError, match=f"--columns {columns}: not of the form"):
-            load_problems(path, columns=columns)
-    assert load_problems("tiny", columns="problem=task") == load_problems("tiny")  # their columns are known
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -357,6 +164,11 @@ def test_tiny_problems_are_right_and_the_splits_are_disjoint_in_any_order():
         ("\\boxed{5} goes inside \\boxed{ } or \\boxed{...}.", "5"),
         ("\\boxed{5}, with \\boxed around it", "5"),
         ("\\boxed{5}\\boxed{\\text{ }}", "5"),
+        ("\\boxed{9\\ }", "9"),
+        ("\\boxed{5}, which is \\boxed{?}", "5"),
+        ("\\boxed{5} \\boxed{\\_\\_}", "5"),
+        ("\\boxed{5} \\boxed{\\underline{\\hspace{1cm}}}", "5"),
+        ("\\boxed{5} \\boxed{\\text{your answer}}", "5"),
         ("\\boxed{\\boxed{}}", None),
         ("\\boxed{}", None),
         ("\\boxed{ \n}", None),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import train
 from errors import InputError
+from grading import ExactGrader
 from loss import clipped_divergence, sequence_mean
 from model import LoRALinear, lora_parameters
 from problems import load_problems, tiny_problems
@@ -23,7 +24,6 @@ from rollout import Response, Sampling
 from runtime import fit
 from runtime.checkpoint import damage
 from runtime.engines import GenerateEngine
-from grading import ExactGrader
 from runtime.memory import USABLE
 from runtime.metrics import last_good
 from runtime.ranks import rank, start_ranks, stop_ranks

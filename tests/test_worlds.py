@@ -18,8 +18,8 @@ from experiments.worlds import (
     strays,
     trace,
 )
+from grading import answers_match, extract_boxed
 from problems import tiny_problems, tiny_split
-from grading import extract_boxed, answers_match
 
 FACTS = [(total, addend) for total in range(1, 55) for addend in range(1, 10)]
 TRY = re.compile(r"(\d+)\+(\d)=(\d+)([;!])")
