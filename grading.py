@@ -210,44 +210,35 @@ def normalise_answer(answer: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 # Brackets
 
-_OPENING, _CLOSING = "([{", ")]}"
-_BRACKET = re.compile(r"\\[a-zA-Z]+|\\.|[()\[\]{},;]", re.DOTALL)
+_TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
+
+
+def _depths(text: str, begin: int = 0) -> dict[int, int]:
+    """How many brackets are open, by the end of each token; brackets of any kind close each other, as in [0, 1)."""
+    depth, depths = 0, {begin: 0}
+    for token in _TOKEN.finditer(text, begin):
+        bracket = token[0].lstrip("\\")
+        depth += (bracket in ("(", "[", "{")) - (bracket in (")", "]", "}"))
+        depths[token.end()] = depth
+    return depths
 
 
 def partner(text: str, begin: int) -> int:
-    """Where the bracket at `begin` is closed; brackets of any kind close each other, as in [0, 1). -1 for nowhere."""
-    depth = 0
-    for token in _BRACKET.finditer(text, begin):
-        bracket = token[0].lstrip("\\")
-        depth += (bracket in _OPENING) - (bracket in _CLOSING) if len(bracket) == 1 else 0
-        if depth == 0:
-            return token.end() - 1
-    return -1
+    """Where the bracket at `begin` is closed; -1 for nowhere."""
+    return next((end - 1 for end, depth in _depths(text, begin).items() if depth == 0 and end > begin), -1)
 
 
 def split(text: str, separator: re.Pattern) -> list[str]:
     """The parts of `text` between separators outside all brackets, empty ones left out."""
-    parts, begin, depth = [], 0, 0
-    for token in re.finditer(rf"(?P<cut>{separator.pattern})|\\[a-zA-Z]+|\\.|.", text, re.DOTALL):
-        if token["cut"] is not None and depth == 0:
-            parts.append(text[begin : token.start()].strip())
-            begin = token.end()
-        elif len(bracket := token[0].lstrip("\\")) == 1:
-            depth += (bracket in _OPENING) - (bracket in _CLOSING)
-    return [part for part in [*parts, text[begin:].strip()] if part]
+    depths = _depths(text)
+    cuts = [match.span() for match in separator.finditer(text) if depths.get(match.start()) == 0]
+    edges = [0, *(edge for cut in cuts for edge in cut), len(text)]
+    return [part for begin, end in zip(edges[::2], edges[1::2], strict=True) if (part := text[begin:end].strip())]
 
 
 def readable(text: str) -> bool:
     """Whether the braces are paired and no bracket is nested too deeply: what parsers may be given."""
-    depth = braces = 0
-    for token in _BRACKET.finditer(text):
-        bracket = token[0].lstrip("\\")
-        if len(bracket) == 1:
-            depth += (bracket in _OPENING) - (bracket in _CLOSING)
-        braces += {"{": 1, "}": -1}.get(token[0], 0)
-        if braces < 0 or depth > DEEPEST:
-            return False
-    return braces == 0
+    return _braced(f"{{{text}}}", 0) == text and max(_depths(text).values()) <= DEEPEST
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -279,7 +270,7 @@ def parse_number(text: str) -> Fraction | None:
         value = int(whole + once or "0") + Fraction(int(again), 10 ** len(again) - 1)
         return (-1 if sign else 1) * value / 10 ** len(once)
     try:
-        text = re.sub(r"(?<![0-9.])([0-9]{1,4})!(?!!)", lambda found: f"({_factorial(int(found[1]))})", text)
+        text = re.sub(r"(?<![0-9.])([0-9]{1,3})!(?!!)", lambda found: f"({math.factorial(int(found[1]))})", text)
         text = re.sub(r"(?<=[0-9.)])(?=\()|(?<=\))(?=[0-9])", "*", text)  # 2(3), but a mixed number is none of these
         for _ in range(DEEPEST if "{" in text else 0):
             text = _BRACED.sub(lambda m: f"^({m[3]})" if m[1] is None else f"(({m[1]})/({m[2]}))", text)
@@ -290,12 +281,6 @@ def parse_number(text: str) -> Fraction | None:
     except (ValueError, KeyError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
         pass
     return None
-
-
-def _factorial(n: int) -> int:
-    if n > 1000:
-        raise ValueError
-    return math.factorial(n)
 
 
 _OPERATIONS = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__,
@@ -377,7 +362,8 @@ def split_unit(text: str) -> tuple[str, str]:
             return text, unit
         return joined[: tail.start()], unit or _UNIT_OF[tail["symbol"].replace(" ", "")]
     spelled = (tail["text"] or tail["plain"]) + (tail["power"] or tail["plain_power"] or "")
-    words = [re.fullmatch(rf"([a-zA-Z]+)({_POWER})?", word) for word in _unit_words(spelled)]
+    spelled = spelled.replace("/", " per ").replace("\\cdot", " ").replace(".", "").replace("}", "} ")
+    words = [re.fullmatch(rf"([a-zA-Z]+)({_POWER})?", word) for word in spelled.split()]
     as_text = tail["text"] is not None
     if not all(word and _counts(word[1], as_text or word is not words[0]) for word in words):
         return text, unit
@@ -385,10 +371,6 @@ def split_unit(text: str) -> tuple[str, str]:
         split_unit(joined[: tail.start()]) if joined.endswith("%", 0, tail.start()) else (joined[: tail.start()], "")
     )
     return rest, unit or inner or _unit_name([(word[1], word[2] or "") for word in words])
-
-
-def _unit_words(spelled: str) -> list[str]:
-    return spelled.replace("/", " per ").replace("\\cdot", " ").replace(".", "").replace("}", "} ").split()
 
 
 def _unit_name(words: list[tuple[str, str]]) -> str:
@@ -663,14 +645,10 @@ def _same_ratio(x: Reading, y: Reading, ask: Ask) -> bool:
         return (
             len(xs) == 2 and bool(re.search("frac|/|[.]", y.text)) and same_answer(f"({xs[0]})/({xs[1]})", y.text, ask)
         )
-    if len(xs) != len(ys) or not xs or [_zero(p) for p in xs] != [_zero(q) for q in ys]:
+    if len(xs) != len(ys) or not xs or [parse_number(p) == 0 for p in xs] != [parse_number(q) == 0 for q in ys]:
         return False
     pairs = combinations(zip(xs, ys, strict=True), 2)
     return all(same_answer(f"({p})\\cdot({s})", f"({r})\\cdot({q})", ask) for (p, q), (r, s) in pairs)
-
-
-def _zero(part: str) -> bool:
-    return parse_number(part) == 0
 
 
 def _same_tuple(x: Reading, y: Reading, ask: Ask) -> bool:

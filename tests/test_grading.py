@@ -292,7 +292,7 @@ def test_a_worker_that_died_is_replaced():
     grader.close()
 
 
-MONOMIAL = "def monomial_div(A, B):\n    (a0,) = A\n    (b0,) = B\n    r0 = a0 - b0\n    if r0 < 0: return None\n    return (r0,)\n"
+MONOMIAL = "def monomial_div(A, B):\n    (a0,) = A\n    (b0,) = B\n    r0 = a0 - b0\n    if r0 < 0: return None\n"
 
 
 @pytest.mark.parametrize(
