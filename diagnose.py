@@ -29,13 +29,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from errors import InputError
+from grading import Grader, extract_boxed, make_grader
 from model import context_length, eos_ids, load_model, load_tokenizer, response_hidden
-from problems import Problem, extract_boxed, load_problems
+from problems import Problem, load_problems
 from rollout import Sampling, StreamKey
 from runtime import records
 from runtime.engines import Engine, GenerateEngine, connect
 from runtime.flags import FlagParser, departures, option, run_script
-from runtime.grading import Grader, make_grader
 from runtime.lengths import check_room
 from runtime.ranks import gather_objects, rank, say, start_ranks, stop_ranks
 from runtime.records import RowFile, do_jobs

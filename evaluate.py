@@ -25,14 +25,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from errors import InputError
+from grading import answers_match, extract_boxed, make_grader
 from model import ADAPTER_CONFIG, load_config, load_model, load_tokenizer
-from problems import Problem, extract_boxed, load_problems
+from problems import Problem, load_problems
 from rollout import Response, Sampling, StreamKey
 from runtime import records
 from runtime.checkpoint import load_adapter
 from runtime.engines import Engine, GenerateEngine, connect
 from runtime.flags import FlagParser, option, run_script
-from runtime.grading import answers_match, make_grader
 from runtime.lengths import check_room
 from runtime.ranks import hide_bar, rank, say, start_ranks, stop_ranks, world_size
 from teacher import PAPER_PROMPTS, Prompts, check_prompts, encode_prompt, load_prompts
@@ -303,6 +303,8 @@ def main() -> None:
     config = on_device(config, start_ranks(config.device))
     check_config(config)
     problems, folder = load_problems(config.benchmark, False, config.columns)[: config.limit], Path(config.output_dir)
+    if again := len(problems) - len({item.problem for item in problems}):
+        say(f"--benchmark {config.benchmark}: {again} problems repeat another; means and intervals count each of them")
     grader = make_grader(config.grader, [problem.answer for problem in problems])
     if grader.note:
         say(grader.note)
@@ -379,7 +381,10 @@ def report(config: EvaluationConfig, problems: list[Problem], samples: list[Samp
         "regime": regime | {"benchmark_sha256": benchmark_digest(problems)}, "inputs": record["inputs"],
         "answers_sha256": benchmark_digest(problems, "answer"), "versions": records.versions(),
         **summarise(samples, problems, grader.match),
-        "grader": {"name": grader.name, "version": grader.version, "asked": grader.asked, "stopped": grader.stopped},
+        "grader": {
+            "name": grader.name, "version": grader.version, "asked": grader.asked, "stopped": grader.stopped,
+            "refused": grader.refused,
+        },
     }  # fmt: skip
     records.write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     print_table(summary)
@@ -399,6 +404,8 @@ def print_table(summary: dict) -> None:
         print(f"{grader['asked']} comparisons needed {grader['name']}")
     if grader["stopped"]:
         print(f"{grader['stopped']} comparisons were stopped at a limit and count as not equal")
+    if grader["refused"]:
+        print(f"{grader['refused']} comparisons were refused what a library wanted to do and count as not equal")
 
 
 if __name__ == "__main__":

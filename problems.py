@@ -1,4 +1,4 @@
-"""Problems: what the method is trained and evaluated on, where they come from, and a solution's answer.
+"""Problems: what the method is trained and evaluated on, and where they come from.
 
 A problem comes from a file or a folder, from the Hugging Face hub, or from the embedded world: sums of one-digit
 numbers, solved step by step in any order, so that the model that ships with the project has something to learn without
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from errors import InputError, one_line
+from grading import extract_boxed
 
 
 @dataclass(frozen=True)
@@ -261,55 +262,3 @@ def tiny_solution(addends: list[int], draw: random.Random) -> str:
         steps.append(f"{total}+{addend}={total + addend};")
         total += addend
     return "".join(steps) + f"\\boxed{{{total}}}"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Answers
-
-
-_BOXES_TRIED = 20  # so that nested empty boxes cost no more than twenty passes over the text
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash takes the next character with it
-_NOTHING = re.compile(r"(?:\s|~|\.|[{}$]|\\[,;:! ]|\\(?:text|boxed|fbox|[lc]?dots|quad)(?![a-zA-Z]))*")
-_ARGUMENT = r"(?:\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|[0-9]))"
-_BARE = re.compile(
-    rf"[+-]?[0-9]*\s?\\[dtc]?frac{_ARGUMENT}{{2}}|[+-]?[0-9]*\\(?:sqrt|text){_ARGUMENT}|[+-]?\\(?:pi|infty|emptyset)"
-    r"|[+-]?\\?\$?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?%?(?![\w{^]|\\[a-zA-Z])"  # -1,250.5 and 3/4
-    r"|[a-zA-Z](?![a-zA-Z])"
-)
-
-
-def extract_boxed(text: str) -> str | None:
-    """The content of the LAST `\\boxed{...}` or `\\fbox{...}` that holds something (paper Section 4.1), or None.
-
-    The braces may stand behind a space or a line break, or be missing: `\\boxed 5`. A box that holds nothing does not
-    hide the one before it (of the last 20). None where the last box is never closed: the solution was cut inside it.
-    """
-    for box in reversed(list(_BOX.finditer(text))[-_BOXES_TRIED:]):
-        content = _braced(text, box.end()) if text.startswith("{", box.end()) else _unbraced(text, box.end())
-        if content is None:
-            return None
-        if not _NOTHING.fullmatch(content):
-            return content.strip()
-    return None
-
-
-def _braced(text: str, begin: int) -> str | None:
-    """What stands between the brace at `begin` and its partner; None without one.
-
-    A brace behind a backslash is a character; the backslash of a line break (two of them) escapes nothing.
-    """
-    depth = 0
-    for brace in _BRACE.finditer(text, begin):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return text[begin + 1 : brace.start()]
-    return None
-
-
-def _unbraced(text: str, begin: int) -> str | None:
-    """The number, letter or command with its arguments at `begin`; "" for other text, None at the end of the text."""
-    if begin == len(text):
-        return None
-    match = _BARE.match(text, begin)
-    return match[0] if match else ""

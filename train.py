@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_sc
 from transformers.utils.logging import disable_progress_bar
 
 import evaluate
+import grading
 import loss
 import model
 import problems
@@ -30,7 +31,7 @@ import rollout
 import teacher
 import weighting
 from errors import InputError
-from runtime import checkpoint, engines, grading, lengths, metrics, ranks, records
+from runtime import checkpoint, engines, lengths, metrics, ranks, records
 from runtime.flags import FlagParser, departures, option, run_script
 from runtime.stopping import Stop, StoppedError
 
@@ -189,7 +190,7 @@ def sample_rows(step: int, share: Share, y: list[rollout.Response], run: Trainin
         {
             "step": step, "slot": slot, "problem": problem.row, "answer": problem.answer, "text": text,
             "tokens": len(response.ids), "finish_reason": "eos" if response.finished else "length",
-            "correct": run.grader.match(problems.extract_boxed(text), problem.answer) if problem.answer else None,
+            "correct": run.grader.match(grading.extract_boxed(text), problem.answer) if problem.answer else None,
         }
         for slot, problem, response, text in zip(share.slots, share.problems, y, texts, strict=True)
     ]  # fmt: skip
@@ -426,7 +427,7 @@ def held_out_rows(step: int, run: Training, data: list[problems.Problem], config
     for decoding, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         settings = rollout.Sampling(temperature, 0.95, 0, config.max_new_tokens)
         for item in evaluate.solve(run.engine, run.tokenizer, data, mine, settings, prompts=run.prompts):
-            correct = run.grader.match(problems.extract_boxed(item.text), data[item.problem].answer)
+            correct = run.grader.match(grading.extract_boxed(item.text), data[item.problem].answer)
             rows.append({"step": step, "decoding": decoding, "correct": correct, **asdict(item)})
     return rows
 

@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import train
+from grading import make_grader
 from loss import LossOptions, resolve_method, score_tokens_from_hidden
 from model import pick_device
 from problems import load_problems
 from runtime.flags import run_script
-from runtime.grading import make_grader
 from runtime.records import git_commit, make_folder, versions, write_atomically
 
 V = 151_936  # Qwen3's vocabulary

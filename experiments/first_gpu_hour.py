@@ -37,12 +37,12 @@ from transformers.utils.logging import disable_progress_bar
 import train
 from errors import InputError
 from experiments.bench import GIB, Table, alternate, hardware, loss_functions, peak_bytes, wait, write_table
+from grading import make_grader
 from model import load_tokenizer, pick_device
 from problems import load_problems
 from rollout import Sampling
 from runtime.engines import GenerateEngine
 from runtime.flags import run_script
-from runtime.grading import make_grader
 from runtime.lengths import fitting_problems
 from runtime.records import make_folder, versions
 from teacher import student_prompt, teacher_prompt

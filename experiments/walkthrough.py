@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from experiments.study.worlds import WORLDS, believed_result
+from grading import extract_boxed, make_grader
 from loss import TokenScores, clipped_divergence, divergence_entries, log_probabilities, resolve_method, score_tokens
 from model import response_hidden
-from problems import Problem, extract_boxed, load_problems
+from problems import Problem, load_problems
 from rollout import Response, sample
 from runtime.flags import run_script
-from runtime.grading import make_grader
 from runtime.records import write_atomically
 from teacher import student_prompt, teacher_prompt
 from train import TrainConfig, Training, build, parse_config, step_share, train_step

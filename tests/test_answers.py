@@ -6,9 +6,17 @@ from fractions import Fraction
 
 import pytest
 
-from runtime.answer_text import normalise_answer
-from runtime.answers import MOST_PARTS, needs_algebra, read_answer, same_answer
-from runtime.arithmetic import LONGEST, MOST_BITS, parse_number
+from grading import (
+    DEEPEST,
+    LONGEST,
+    MOST_BITS,
+    MOST_PARTS,
+    needs_algebra,
+    normalise_answer,
+    parse_number,
+    read_answer,
+    same_answer,
+)
 
 # What people box around the number 10. Each line is one kind of dress.
 DRESSES_OF_TEN = [
@@ -146,6 +154,7 @@ OPEN += [
     r"10\operatorname{million}",
     "5+5=10=y",
     "3+10=13",
+    r"10\text{ i}",
     "10/0",
     "10=11",
     "x^2=10",
@@ -193,8 +202,24 @@ def test_numbers_are_exact_and_bounded():
     assert parse_number("1/3") * 3 == 1 and parse_number("0.1") * 10 == 1 and parse_number("-2^2") == -4
     assert parse_number("2-3*4/6+1") == 1 and parse_number("\\frac{1+2}{3^2}") == Fraction(1, 3)
     assert parse_number("2\\frac{3}{2}") is None and parse_number("2 3/2") is None  # a product, or a slip
+    assert parse_number("-2(3)") == -6 and parse_number("(2)(3)4") == 24 and parse_number("\\frac{10!}{3!7!}") == 120
     assert parse_number("5!") == 120 and parse_number("(2+3)^{-1}") == Fraction(1, 5)
-    for text in ("1/0", "0^{-1}", "0^0", "4^{1/2}", "10^{10^9}", "1e9999", "(-1)!", "1001!", "9!!", "2(3)", "", "1 2"):
+    for text in (
+        "1/0",
+        "0^{-1}",
+        "0^0",
+        "4^{1/2}",
+        "10^{10^9}",
+        "1e9999",
+        "(-1)!",
+        "1001!",
+        "9!!",
+        "",
+        "1 2",
+        "(1\\frac{4}{5})",
+        "2--3",
+        "9//2",
+    ):
         assert parse_number(text) is None, text
     for text in ("9" * (LONGEST + 1), "(" * 400 + "1" + ")" * 400, "-" * 900 + "1", "*".join(["9^{999}"] * 90)):
         assert parse_number(text) is None, text[:20]
@@ -268,6 +293,14 @@ def test_matching_is_symmetric_and_quick_on_anything():
             assert time.process_time() - start < 2, piece
     assert same_answer("x" * 2 * LONGEST, " " + "x" * 2 * LONGEST)
     assert not same_answer("x" * 2 * LONGEST, "y" * 2 * LONGEST)
+
+
+def test_an_answer_nested_deeper_than_the_limit_is_a_string():
+    for depth, asked in ((DEEPEST, True), (DEEPEST + 1, False)):
+        deep = "\\sqrt{" * depth + "x" + "}" * depth
+        questions = []
+        same_answer(deep, "x", ask=lambda a, b, questions=questions: questions.append(a))
+        assert bool(questions) == asked and same_answer(deep, " " + deep)
 
 
 def test_parts_are_bounded():

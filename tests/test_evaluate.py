@@ -25,12 +25,12 @@ from evaluate import (
     stream_keys,
     summarise,
 )
+from grading import answers_match
 from model import TINY_MODEL, add_lora, load_model, load_tokenizer, lora_parameters
 from problems import Problem, tiny_problems
 from rollout import Response, Sampling
 from runtime.checkpoint import save_adapter
 from runtime.engines import GenerateEngine
-from runtime.grading import answers_match
 
 SETTINGS = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=48)
 

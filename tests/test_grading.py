@@ -6,13 +6,17 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import grading_worker
 import pytest
 
+import grading
 from errors import InputError
-from runtime import grading_worker
-from runtime.grading import ExactGrader, MathVerifyGrader, answers_match, make_grader
+from grading import ExactGrader, MathVerifyGrader, answers_match, make_grader
 from tests.test_answers import DIFFERENT, DRESSES_OF_TEN, NOT_TEN
 from tests.test_answers import EQUAL as EQUAL_BY_FORM
 
@@ -86,6 +90,93 @@ def test_equal_answers_match_both_ways(grader, a, b):
 @pytest.mark.parametrize(("a", "b"), UNEQUAL)
 def test_different_answers_do_not(grader, a, b):
     assert not grader.match(a, b) and not grader.match(b, a)
+
+
+PAIRS = [line.split("\t") for line in Path(__file__).with_name("answer_pairs.tsv").read_text().splitlines()[1:]]
+
+
+@needs_math_verify
+def test_pairs_labelled_by_hand(grader):
+    verdicts = {(a, b): grader.match(a, b) for _, a, b in PAIRS} | {(b, a): grader.match(b, a) for _, a, b in PAIRS}
+    assert [
+        pair for pair in PAIRS if {verdicts[tuple(pair[1:])], verdicts[tuple(pair[:0:-1])]} != {pair[0] == "="}
+    ] == []
+    assert grader.stopped == grader.refused == 0
+
+
+def test_form_and_arithmetic_alone_pass_no_wrong_pair():
+    assert [pair for pair in PAIRS if pair[0] == "!" and answers_match(*pair[1:])] == []
+
+
+IDENTITIES = [
+    (r"\binom{n}{3}", r"\frac{n(n-1)(n-2)}{6}"), (r"\binom{n+1}{2}", r"\frac{n^2+n}{2}"), (r"1-\cos 2x", r"2\sin^2 x"),
+    (r"\tan^2 x", r"\sec^2 x-1"), (r"\frac{a^2-b^2}{a-b}", "a+b"), (r"\frac{1}{x}+\frac{1}{y}", r"\frac{x+y}{xy}"),
+    (r"\frac{x^3+y^3}{x+y}", "x^2-xy+y^2"), (r"\sin 3x", r"3\sin x-4\sin^3 x"), (r"\frac{n!}{(n-2)!}", "n^2-n"),
+    (r"\sum_{k=1}^{n} k^2", r"\frac{n(n+1)(2n+1)}{6}"), (r"\int_0^1 x^2 dx", r"\frac{1}{3}"), ("(x+y)^2", "x^2+y^2"),
+    (r"\cosh^2 x-\sinh^2 x", "1"), (r"\frac{1}{1+\sqrt{x}}", r"\frac{1-\sqrt{x}}{1-x}"), ("(a+b+c)^2", "a^2+b^2+c^2"),
+    (r"\cos 4x", r"8\cos^4 x-8\cos^2 x+1"), (r"\frac{xy+yz}{y}", "x+z"), (r"\sin x\cos y+\cos x\sin y", r"\sin(x+y)"),
+]  # fmt: skip
+
+
+@needs_math_verify
+def test_the_sandbox_changes_no_verdict(grader):
+    free = grading_worker.make_comparison()
+    for a, b in IDENTITIES:
+        assert grader._ask(a, b) == free(a, b) == ((a, b) not in IDENTITIES[11:15:3]), (a, b)
+    assert grader.refused == 0
+
+
+@needs_math_verify
+def test_refusals_are_counted(monkeypatch, tmp_path):
+    """One that decided: math-verify swallows the error of its library, and calls the two not equal."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        f"import sys\nsys.path.insert(0, {str(grading.WORKER.parent)!r})\nimport re, grading_worker as worker\n"
+        "worker.ALLOWED_SOURCE = re.compile('from sympy import .')\nworker.serve(5.0, int(2e9))\n"
+    )
+    monkeypatch.setattr(grading, "WORKER", worker)
+    grader = MathVerifyGrader()
+    assert not grader.match("\\sqrt{12}", "3\\sqrt{2}+1") and grader.refused == 1 and grader.stopped == 0
+    grader.close()
+
+
+@pytest.mark.parametrize(("what", "reply"), [("time.sleep(1.5) or True", "true\n"), ("[0 for _ in iter(int, 1)]", "")])
+def test_the_limit_is_of_processor_time(what, reply):
+    """What waits is not stopped, so no verdict depends on the load of the machine; what computes is."""
+    program = (
+        f"import sys, time; sys.path.insert(0, {str(grading.WORKER.parent)!r}); import grading_worker as worker\n"
+        f"worker.make_comparison = lambda: lambda a, b: a == 'x' and ({what})\nworker.serve(0.5, int(2e9))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], input='["x", "y"]\n', capture_output=True, text=True)
+    assert run.stdout == "ready\n" + reply
+
+
+@needs_math_verify
+def test_a_vote_of_slow_answers_costs_a_limit_each():
+    grader = MathVerifyGrader(seconds=0.5)
+    slow = [f"9^{{9^{{9^{{9^{top}}}}}}}+x" for top in range(5, 8)]
+    assert not any(grader.match(answer, "x+1") for answer in slow) and grader.stopped == 3
+    assert not any(grader.match(a, b) for a in slow for b in slow if a != b) and grader.stopped == 3
+    assert grader.match("1+x", "x+1") and grader.match(slow[0], slow[0])
+    grader.close()
+
+
+@needs_math_verify
+def test_a_live_worker_that_refuses_a_write_is_replaced():
+    grader = MathVerifyGrader(seconds=5.0)
+    program = "import os, time; os.close(0); print('closed', flush=True); time.sleep(60)"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    grader._worker = deaf = subprocess.Popen([sys.executable, "-c", program], **pipes)
+    assert deaf.stdout.readline() == "closed\n"
+    assert not grader.match("\\sqrt{8}", "2\\sqrt{2}") and grader.stopped == 1 and deaf.poll() is not None
+    assert grader.match("\\sqrt{18}", "3\\sqrt{2}") and grader.stopped == 1
+    grader.close()
+
+
+@pytest.mark.parametrize("gold", ["proof", "NotFound", "\\text{proof}", "5+5=10\n#### 10", "?"])
+def test_golds_that_no_answer_matches_are_told(gold):
+    note = make_grader("exact", ["5", gold]).note
+    assert note.startswith("1 of 2 gold answers") and "\n" not in note
 
 
 @needs_math_verify
@@ -201,7 +292,20 @@ def test_a_worker_that_died_is_replaced():
     grader.close()
 
 
-@pytest.mark.parametrize("source", [b"from sympy import *", b"Integer (35 )", b"Float ('3.5' )", "Integer (1 )"])
+MONOMIAL = "def monomial_div(A, B):\n    (a0,) = A\n    (b0,) = B\n    r0 = a0 - b0\n    if r0 < 0: return None\n"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        MONOMIAL,
+        b"from sympy import *",
+        b"Integer (35 )",
+        b"Float ('3.5' )",
+        "Integer (1 )",
+        b"Integer (3 )/Integer (2 )",
+    ],
+)
 def test_numbers_may_be_compiled(source):
     grading_worker.refuse("compile", (source, "<string>"))
 
@@ -211,6 +315,8 @@ def test_numbers_may_be_compiled(source):
     [
         ("compile", (b"__import__('os').system('id')", "<string>")),
         ("compile", ("Integer (3 ).__class__", "<string>")),
+        ("compile", (MONOMIAL + "    exec(A)\n", "<string>")),
+        ("compile", (MONOMIAL.replace("a0 - b0", "a0.b0"), "<string>")),
         ("os.system", ("id",)),
         ("subprocess.Popen", ("id", (), None, None)),
         ("socket.connect", (None, ("127.0.0.1", 80))),

@@ -10,13 +10,8 @@ import pytest
 
 import problems
 from errors import InputError
-from problems import (
-    BENCHMARKS,
-    extract_boxed,
-    load_problems,
-    tiny_problems,
-    tiny_split,
-)
+from grading import extract_boxed
+from problems import BENCHMARKS, load_problems, tiny_problems, tiny_split
 
 
 def jsonl(tmp_path, *lines):
@@ -369,6 +364,11 @@ def test_tiny_problems_are_right_and_the_splits_are_disjoint_in_any_order():
         ("\\boxed{5} goes inside \\boxed{ } or \\boxed{...}.", "5"),
         ("\\boxed{5}, with \\boxed around it", "5"),
         ("\\boxed{5}\\boxed{\\text{ }}", "5"),
+        ("\\boxed{9\\ }", "9"),
+        ("\\boxed{5}, which is \\boxed{?}", "5"),
+        ("\\boxed{5} \\boxed{\\_\\_}", "5"),
+        ("\\boxed{5} \\boxed{\\underline{\\hspace{1cm}}}", "5"),
+        ("\\boxed{5} \\boxed{\\text{your answer}}", "5"),
         ("\\boxed{\\boxed{}}", None),
         ("\\boxed{}", None),
         ("\\boxed{ \n}", None),

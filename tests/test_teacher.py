@@ -11,9 +11,9 @@ from test_model import PROMPTS, RESPONSES, randomise
 import train
 from chat import Chat, render_turn
 from errors import InputError
+from grading import ExactGrader
 from model import adapter_dropout, add_lora, load_model, load_tokenizer, response_hidden
 from problems import Problem
-from runtime.grading import ExactGrader
 from teacher import (
     DIAGNOSTIC_PROMPT,
     EVALUATION_PROMPT,

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 
 import train
 from errors import InputError
+from grading import ExactGrader
 from loss import clipped_divergence, method_loss, sequence_mean
 from model import LoRALinear, lora_parameters
 from problems import load_problems, tiny_problems
 from rollout import Response, Sampling
 from runtime.checkpoint import damage
 from runtime.engines import GenerateEngine
-from runtime.grading import ExactGrader
 from runtime.ranks import rank, start_ranks, stop_ranks, sum_over_ranks
 from runtime.records import new_folder, open_run
 from teacher import EVALUATION_PROMPT

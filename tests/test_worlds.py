@@ -18,8 +18,8 @@ from experiments.study.worlds import (
     strays,
     trace,
 )
-from problems import extract_boxed, tiny_problems, tiny_split
-from runtime.grading import answers_match
+from grading import answers_match, extract_boxed
+from problems import tiny_problems, tiny_split
 
 FACTS = [(total, addend) for total in range(1, 55) for addend in range(1, 10)]
 TRY = re.compile(r"(\d+)\+(\d)=(\d+)([;!])")

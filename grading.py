@@ -1,0 +1,883 @@
+r"""When two answers that people box are the same, without trusting what a model wrote.
+
+`extract_boxed` finds an answer in a solution. `normalise_answer` takes off its dress (`\displaystyle`, units of a list,
+signs that Unicode writes otherwise). `read_answer` sees its form: a number, a tuple, a list, words, a formula.
+`same_answer` compares two readings part by part, and hands only formulas to `ask`: math-verify (optional package), in a
+process of its own (runtime/grading_worker.py) with limits on processor time and memory. Text from a model is never
+evaluated as code, and every size is bounded. math-verify is silent about much that it drops or adds: what it may be
+asked about is decided here (`_open`).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache
+from itertools import combinations
+from pathlib import Path
+
+from errors import InputError
+
+LONGEST = 1000  # characters of an answer
+DEEPEST = 20  # brackets inside brackets
+MOST_PARTS = 20  # of a tuple, set or list; one with more is equal only as a string, as is an answer that is too long
+MOST_BITS = 2**14  # of a numerator or denominator
+
+# ---------------------------------------------------------------------------------------------------------------
+# The last box
+
+_BOXES_TRIED = 20  # so that nested empty boxes cost no more than twenty passes over the text
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash takes the next character with it
+_NOTHING = re.compile(  # an empty box or a placeholder: ?, \_\_, ..., \square, \text{answer}
+    r"(?:\s|[~.?_…{}$]|\\[,;:!_ ]|\\[hv]space\*?\{[^{}]*\}|\\phantom\{[^{}]*\}"
+    r"|\\(?:text|mathrm|boxed|fbox|underline|[lc]?dots|q?quad|square|Box)(?![a-zA-Z])"
+    r"|(?i:\b(?:your |final )?answer\b))*"
+)
+_ARGUMENT = r"(?:\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|[0-9]))"
+_BARE = re.compile(
+    rf"[+-]?[0-9]*\s?\\[dtc]?frac{_ARGUMENT}{{2}}|[+-]?[0-9]*\\(?:sqrt|text){_ARGUMENT}|[+-]?\\(?:pi|infty|emptyset)"
+    r"|[+-]?\\?\$?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?%?(?![\w{^]|\\[a-zA-Z])"  # -1,250.5 and 3/4
+    r"|[a-zA-Z](?![a-zA-Z])"
+)
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""The content of the LAST `\boxed{...}` or `\fbox{...}` that holds something (paper Section 4.1), or None.
+
+    The braces may stand behind a space or a line break, or be missing: `\boxed 5`. A box that holds nothing, or only a
+    placeholder, does not hide the one before it (of the last 20). None where the last box is never closed: the solution
+    was cut inside it.
+    """
+    for box in reversed(list(_BOX.finditer(text))[-_BOXES_TRIED:]):
+        content = _braced(text, box.end()) if text.startswith("{", box.end()) else _unbraced(text, box.end())
+        if content is None:
+            return None
+        if not _NOTHING.fullmatch(content):
+            content = content.strip()
+            odd = (len(content) - len(content.rstrip("\\"))) % 2  # the backslash of a closing `\ `
+            return content[:-1].rstrip() if odd else content
+    return None
+
+
+def _braced(text: str, begin: int) -> str | None:
+    """What stands between the brace at `begin` and its partner; None without one.
+
+    A brace behind a backslash is a character; the backslash of a line break (two of them) escapes nothing.
+    """
+    depth = 0
+    for brace in _BRACE.finditer(text, begin):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[begin + 1 : brace.start()]
+    return None
+
+
+def _unbraced(text: str, begin: int) -> str | None:
+    """The number, letter or command with its arguments at `begin`; "" for other text, None at the end of the text."""
+    if begin == len(text):
+        return None
+    match = _BARE.match(text, begin)
+    return match[0] if match else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Dress
+
+_SYMBOLS = str.maketrans(
+    {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms
+    | {"−": "-", "–": "-", "\u2009": "\\,", "\u202f": "\\,", "\u00a0": " ", "\u3000": " ", "…": "\\ldots "}
+    | {"∞": "\\infty ", "∪": "\\cup ", "¢": "\\text{cents}", "≈": "\\approx ", "≠": "\\ne ", "÷": "\\div "}
+    | {"×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "π": "\\pi ", "θ": "\\theta ", "≤": "\\le ", "≥": "\\ge "}
+    | {
+        "⁄": "/",
+        "∅": "\\emptyset ",
+        "∈": "\\in ",
+        "°": "^\\circ ",
+        "½": "\\frac12 ",
+        "¼": "\\frac14 ",
+        "¾": "\\frac34 ",
+    }
+    | {"⅓": "\\frac13 ", "⅔": "\\frac23 ", "±": "\\pm ", "ℝ": "\\mathbb{R}", "⟨": "(", "⟩": ")", "∣": "|"}
+    | {sign: f"^{digit}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+    | dict.fromkeys("\u200b\u2060\ufeff", "")
+)
+_END = r"(?![a-zA-Z])"
+_FUNCTIONS = r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|gcd|lcm|max|min|det|dim|deg|arg"
+_GROUPS = r"(?<![0-9.,])(?<![0-9.,] )([1-9][0-9]{0,2}(?: [0-9]{3})+)(?![0-9/]| ?[0-9]| ?\\[dt]?frac)"
+
+
+# A command for its synonyms; "" for those that only dress.
+_DRESS_ONLY = """
+left right big bigl bigr Big Bigl Bigr bigg biggl biggr displaystyle textstyle large Large bf rm limits mathbf
+boldsymbol bm mathit mathsf mathnormal underline
+"""
+_SYNONYMS = dict.fromkeys(_DRESS_ONLY.split(), "")
+_SYNONYMS |= dict.fromkeys(["mid", "vert", "lvert", "rvert"], "|") | dict.fromkeys(["pounds", "textsterling"], "£")
+_SYNONYMS |= {"dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac", "dbinom": "\\binom", "tbinom": "\\binom"}
+_SYNONYMS |= {"leq": "\\le", "leqslant": "\\le", "leqq": "\\le", "geq": "\\ge", "geqslant": "\\ge", "geqq": "\\ge"}
+_SYNONYMS |= {
+    "neq": "\\ne",
+    "lt": "<",
+    "gt": ">",
+    "simeq": "\\approx",
+    "approxeq": "\\approx",
+    "varnothing": "\\emptyset",
+}
+_SYNONYMS |= {"land": "\\text{and}", "wedge": "\\text{and}", "lor": "\\text{or}", "vee": "\\text{or}"}
+_SYNONYMS |= {"langle": "(", "rangle": ")", "lbrace": "\\{", "rbrace": "\\}", "colon": ":"}
+
+
+def _french(interval: re.Match) -> str:
+    """]0,1[ as (0,1)."""
+    left, low, high, right = interval.groups()
+    return f"{'(' if left == ']' else '['}{low},{high}{')' if right == '[' else ']'}"
+
+
+# (pattern, replacement), in this order: delimiters, spaces, one command for its synonyms, braces where they may miss
+_SPELLINGS = [
+    (r"^\s*(?:\*\*|__|`)\s*(.*?)\s*(?:\*\*|__|`)\s*$", r"\1"),  # Markdown
+    (r"(?i)^\s*(?:\\text(?:bf|rm|it)?\{)?\s*(?:the )?(?:final )?ans(?:wer|\.)?\s*(?:is|:|=)\s*:?\s*\}?(?=.)", ""),
+    (rf"\\\\\[[0-9.]+[a-z]{{2}}\]|\\cr{_END}", r"\\\\"),  # the line breaks of matrices: \\[2pt]
+    (r"\\\\|\\[()\[\]]", lambda match: match[0] if match[0] == "\\\\" else " "),  # \( \), but not a line break
+    (rf"(?:(?<![a-zA-Z])US\s*)?(?:\\\$|\\(?:mathdollar|textdollar){_END})", r"\\$"),
+    (r"(?<!\\)\$", ""),
+    (r"\\([a-zA-Z]+)", lambda match: _SYNONYMS.get(match[1], match[0])),
+    (r"(?<=[0-9])(?:\{,\}|,\\!)\s*(?=[0-9]{3}(?![0-9/]))", ""),  # 1{,}000 1,\!000
+    (rf"\\!|(?<=\S)~|(?<!\\)\\[,;: ]|\\q?quad{_END}", lambda match: "" if match[0] == "\\!" else " "),
+    (_GROUPS, lambda match: match[0].replace(" ", "")),  # 12 500
+    (r"\{([^{}]*?)\s*\\choose(?![a-zA-Z])\s*([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|([0-9]+|[a-zA-Z]))|(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)",
+     lambda match: f"\\sqrt{{{match[1] or match[2] or match[3] or match[4]}}}"),
+    (r"\\not\s*=", r"\\ne "),
+    (r"\\\{\s*\\\}", r"\\emptyset"),
+    (rf"\^\s*\{{\s*\\circ\s*\}}|\^\s*\\circ{_END}|\\degrees?{_END}", r"^\\circ"),
+    (r"\\?%", r"\\%"),
+    (r"\\(?:text)?color\s*\{[a-zA-Z]+\}", ""),
+    (rf"\\(?:mathrm|operatorname\*?)\s*\{{({_FUNCTIONS})\}}", r"\\\1 "),
+    (r"\\mathrm\s*\{([eid])\}", r"\1"),
+    (r"\\(?:mathrm|textbf|textit|textrm|textsf|textnormal|mbox|hbox)\s*(?=\{)", r"\\text"),
+    (r"\\frac\{\\text\{([a-zA-Z]+)\}\}\{\\text\{([a-zA-Z]+)\}((?:\^[23])?)\}", r"\\text{\1/\2\3}"),
+    (r"\\(?:text|boxed|fbox)\s*\{((?:[-+0-9.,\s€£¥]|\\[%$]|\^\\circ)*)\}", r"\1"),
+    (r"(?<=\.)([0-9]*)\\(?:bar|dot)\s*\{([0-9])\}", r"\1\\overline{\2}"),  # 0.\dot{3}
+    (r"\\(frac|sqrt)\s*(\\(?:pi|theta|alpha|beta)(?![a-zA-Z])|[0-9a-zA-Z](?![a-zA-Z]))", r"\\\1{\2}"),
+    (r"(\\frac\{[^{}]*\})\s*(\\(?:pi|theta)(?![a-zA-Z])|[0-9a-zA-Z])", r"\1{\2}"),
+    (r"([_^])\s*\{\s*([0-9a-zA-Z])\s*\}", r"\1\2"),
+    (r"\\text\{,?\s*(and|or)\s*\}|(?<![\\a-zA-Z])(and|or)(?![a-zA-Z])", r"\\text{\1\2}"),
+    (r"(?<=[0-9])(?:\^?\{?\\text\{(?:st|nd|rd|th)\}\}?|\^?\{?(?:st|nd|rd|th)\}?)$", ""),  # 12^{\text{th}}
+    (r"\\begin\{cases\}([^&]*)\\end\{cases\}", lambda match: match[1].replace("\\\\", ",")),
+    (rf"(\\(?:{_FUNCTIONS})\^[0-9])\s+([0-9.]+)", r"\1(\2)"),  # \tan^2 60
+    (r"(?<=[0-9]),\s+(?=[0-9]{3}(?![0-9]))", ",\0"),  # the one space that tells: `1, 000` may be a list
+    (r"(?<![0-9a-zA-Z])\s+|\s+(?![0-9a-zA-Z])|(?<=[0-9])\s+(?=[a-zA-Z])|(?<=[a-zA-Z])\s+(?=[0-9])", ""),
+    (r"\s+", " "),
+    (r"\0", " "),
+    (r"([\[\]])([^\[\](),;]+)[,;]([^\[\](),;]+)([\[\]])", _french),
+    (r"\\(gcd|lcm|max|min)\(([^()]*)\)", lambda match: f"\\{match[1]}({','.join(sorted(match[2].split(',')))})"),
+    (r"(?<![0-9a-zA-Z)}\]])\+(?=\\infty)|^\+|[\\ ]+$", ""),
+    (r"(?<!\.)[.,;:]$", ""),
+]  # fmt: skip
+_DRESS = [(re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS]
+_WRAPPER = re.compile(r"(?:\\(?:text|boxed|fbox))?(?=\{)")
+_PHRASE = re.compile(r"\\text\{(?:[a-zA-Z]{2,}|[a-zA-Z]+(?:[ -][a-zA-Z]+)+)\}")  # keeps its \text: HTT is no product
+
+
+@lru_cache(maxsize=4096)
+def normalise_answer(answer: str) -> str:
+    r"""The answer in one spelling, without mere dress: `\dfrac 12.` becomes `\frac{1}{2}`, a too long one ""."""
+    text = answer.strip().translate(_SYMBOLS) if len(answer) <= LONGEST else ""
+    for pattern, replacement in _DRESS:
+        text = pattern.sub(replacement, text)
+    for _ in range(DEEPEST):
+        wrapper = _WRAPPER.match(text)
+        if wrapper is None or partner(text, wrapper.end()) != len(text) - 1 or _PHRASE.fullmatch(text):
+            break
+        text = re.sub(r"(?<!\.)[.,;:]$", "", text[wrapper.end() + 1 : -1].strip())
+    exact, about, _ = text.partition("\\approx")  # 17/6 \approx 2.83 is 17/6, but x \approx 2.83 is no exact answer
+    exact = exact.removesuffix("(")
+    return exact if about and exact and (exact in ("e", "\\pi") or not _NAMED.fullmatch(exact + "=")) else text
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Brackets
+
+_TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
+
+
+def _depths(text: str, begin: int = 0) -> dict[int, int]:
+    """How many brackets are open, by the end of each token; brackets of any kind close each other, as in [0, 1)."""
+    depth, depths = 0, {begin: 0}
+    for token in _TOKEN.finditer(text, begin):
+        bracket = token[0].lstrip("\\")
+        depth += (bracket in ("(", "[", "{")) - (bracket in (")", "]", "}"))
+        depths[token.end()] = depth
+    return depths
+
+
+def partner(text: str, begin: int) -> int:
+    """Where the bracket at `begin` is closed; -1 for nowhere."""
+    return next((end - 1 for end, depth in _depths(text, begin).items() if depth == 0 and end > begin), -1)
+
+
+def split(text: str, separator: re.Pattern) -> list[str]:
+    """The parts of `text` between separators outside all brackets, empty ones left out."""
+    depths = _depths(text)
+    cuts = [match.span() for match in separator.finditer(text) if depths.get(match.start()) == 0]
+    edges = [0, *(edge for cut in cuts for edge in cut), len(text)]
+    return [part for begin, end in zip(edges[::2], edges[1::2], strict=True) if (part := text[begin:end].strip())]
+
+
+def readable(text: str) -> bool:
+    """Whether the braces are paired and no bracket is nested too deeply: what parsers may be given."""
+    return _braced(f"{{{text}}}", 0) == text and max(_depths(text).values()) <= DEEPEST
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Numbers
+
+_SEPARATED = re.compile(r"[1-9][0-9]{0,2}(?:, ?[0-9]{3})+(?:\.[0-9]*)?")
+_MIXED = re.compile(r"(-?)([0-9]+) ?(?:\\frac\{([0-9]+)\}\{([0-9]+)\}|(?<= )([0-9]+)/([0-9]+))")
+_REPEATING = re.compile(r"(-?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
+_LITERAL = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
+_BRACED = re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}|\^\{([^{}]*)\}")
+
+
+def parse_number(text: str) -> Fraction | None:
+    r"""The exact value of normalised text that is arithmetic on rational numbers, else None.
+
+    Read are decimals, `1e3`, `1,000`, `\frac{1}{2}`, `6 1/2`, `0.\overline{3}`, `5!`, `2(3)`, and + - * / ^ of these
+    while they stay bounded.
+    """
+    if len(text) > LONGEST or not re.search("[0-9]", text):
+        return None
+    text = text.removeprefix("+")
+    if _SEPARATED.fullmatch(text.removeprefix("-")):
+        text = re.sub(", ?", "", text)
+    if (mixed := _MIXED.fullmatch(text)) is not None:
+        sign, whole, top, bottom = mixed[1], int(mixed[2]), int(mixed[3] or mixed[5]), int(mixed[4] or mixed[6])
+        return (-1 if sign else 1) * (whole + Fraction(top, bottom)) if 0 < top < bottom else None
+    if (repeating := _REPEATING.fullmatch(text)) is not None:
+        sign, whole, once, again = repeating.groups()
+        value = int(whole + once or "0") + Fraction(int(again), 10 ** len(again) - 1)
+        return (-1 if sign else 1) * value / 10 ** len(once)
+    try:
+        text = re.sub(r"(?<![0-9.])([0-9]{1,3})!(?!!)", lambda found: f"({math.factorial(int(found[1]))})", text)
+        text = re.sub(r"(?<=[0-9.)])(?=\()|(?<=\))(?=[0-9])", "*", text)  # 2(3), but a mixed number is none of these
+        for _ in range(DEEPEST if "{" in text else 0):
+            text = _BRACED.sub(lambda m: f"^({m[3]})" if m[1] is None else f"(({m[1]})/({m[2]}))", text)
+        text = re.sub(r"\\(?:cdot|times)(?![a-zA-Z])", "*", text).replace("\\div", "/")
+        text = _LITERAL.sub(lambda found: "({}/{})".format(*Fraction(found[0]).as_integer_ratio()), text)
+        if re.fullmatch(r"(?:[0-9*()^]|[+-](?![+-])|/(?!/))*", text) and "**" not in text:
+            return _value(ast.parse(text.replace("^", "**"), mode="eval").body)
+    except (ValueError, KeyError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
+        pass
+    return None
+
+
+_OPERATIONS = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__,
+               ast.Div: Fraction.__truediv__, ast.Pow: Fraction.__pow__}  # fmt: skip
+
+
+def _value(node: ast.expr) -> Fraction:
+    """The value of a syntax tree of whole numbers. ValueError where it would be large, irrational or undefined."""
+    if isinstance(node, ast.Constant):
+        return Fraction(node.value)
+    if isinstance(node, ast.UnaryOp):
+        return -_value(node.operand) if isinstance(node.op, ast.USub) else _value(node.operand)
+    if not isinstance(node, ast.BinOp):
+        raise ValueError
+    left, right = _value(node.left), _value(node.right)
+    if isinstance(node.op, ast.Pow) and (
+        right.denominator != 1 or (left == 0 and right <= 0) or abs(right) * _bits(left) > MOST_BITS
+    ):
+        raise ValueError
+    value = _OPERATIONS[type(node.op)](left, right)
+    if _bits(value) > MOST_BITS:
+        raise ValueError
+    return value
+
+
+def _bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Units
+
+# A unit and its spellings, besides a plural s; two different units of this table are different answers.
+_UNITS = r"""
+dollar usd \$ | euro € | yen ¥ | pound £ lb | cent | percent \% | am | pm | degree deg ^\circ | ohm | mol | K | Pa | Hz
+celsius ^\circC ^\circ\text{C} | fahrenheit ^\circF ^\circ\text{F} | mm millimeter millimetre | cm centimeter centimetre
+km kilometer kilometre | m meter metre | in inch inches | ft foot feet | yd yard | mi mile | mg | g gram | kg kilogram
+oz ounce | ml mL milliliter | L liter litre | ms | s sec second | min minute | h hr hour | N newton | J joule | kJ
+W watt | kW | V volt | day | cup | week | month | year
+"""
+_UNIT_OF = {spelling: unit.split()[0] for unit in re.split(r"[|\n]", _UNITS.strip()) for spelling in unit.split()}
+_UNIT_OF |= {spelling + "s": unit for spelling, unit in _UNIT_OF.items() if spelling.isalpha() and len(spelling) > 1}
+# Words that make the number before them another number, or no number.
+_CHANGING = """
+or and to than more less fewer over under about approximately around roughly at least most not no plus minus times
+divided by above below negative dozen dozens hundred hundreds thousand thousands million millions billion billions
+trillion trillions half halves third thirds fourths fifth fifths sixths eighths tenth tenths hundredth hundredths
+thousandth thousandths squared cubed factorial mod modulo base one two three four five six seven eight nine ten
+eleven twelve twenty thirty forty fifty sixty seventy eighty ninety
+"""
+_FUNCTION = re.compile(rf"(?:{_FUNCTIONS}|sqrt|frac|binom)[a-z]?")
+_TRIGONOMETRY = re.compile(r"\\(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)")
+_CURRENCY = re.compile(r"([+-]?)(\\\$|[€£¥])([+-]?)")
+_POWER = r"\^(?:[0-9]|\{-?[0-9]\})"
+_TWO_UNITS = re.compile(  # \text{N}\cdot\text{m}
+    rf"(\\text\{{[a-zA-Z /.]*(?:{_POWER})?)\}}({_POWER})?(\\cdot|/|)\\text\{{(?!(?:and|or)\}})"
+)
+_TAIL = re.compile(
+    r"(?P<symbol>\\%|\\\$|[€£¥]|\^\\circ(?: ?[CF]|\\text\{[CF]\})?)"
+    rf"|\\(?:text|operatorname)\{{(?P<text>[a-zA-Z](?:[a-zA-Z0-9 /.^-]|\\cdot|\{{-?[0-9]\}})*)\}}(?P<power>{_POWER})?"
+    rf"|(?<=[0-9}}])(?P<plain>[a-zA-Z][a-zA-Z /]*)(?P<plain_power>{_POWER})?"
+)
+_AREAS = {"square": "2", "sq": "2", "cubic": "3"}
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    """The answer and its unit, "" without one: a currency in front, or a sign or words behind."""
+    unit, whole = "", text
+    if (money := _CURRENCY.match(text)) is not None:
+        unit, text = _UNIT_OF[money[2]], (money[1] or money[3]) + text[money.end() :]
+    joined = text
+    for _ in range(3):
+        joined = _TWO_UNITS.sub(lambda two: two[1] + (two[2] or "") + (two[3] if two[3] == "/" else " "), joined)
+    tail = next((tail for tail in _TAIL.finditer(joined) if tail.end() == len(joined) and tail.start() > 0), None)
+    if tail is None or joined.endswith((r"\text{and}", r"\text{or}"), 0, tail.start()):
+        return text, unit
+    if tail["symbol"] is not None:
+        if tail["symbol"] == "^\\circ" and _TRIGONOMETRY.search(whole):  # degrees of an angle in the formula
+            return text, unit
+        return joined[: tail.start()], unit or _UNIT_OF[tail["symbol"].replace(" ", "")]
+    spelled = (tail["text"] or tail["plain"]) + (tail["power"] or tail["plain_power"] or "")
+    spelled = spelled.replace("/", " per ").replace("\\cdot", " ").replace(".", "").replace("}", "} ")
+    words = [re.fullmatch(rf"([a-zA-Z]+)({_POWER})?", word) for word in spelled.split()]
+    as_text = tail["text"] is not None
+    if not all(word and _counts(word[1], as_text or word is not words[0]) for word in words):
+        return text, unit
+    rest, inner = (
+        split_unit(joined[: tail.start()]) if joined.endswith("%", 0, tail.start()) else (joined[: tail.start()], "")
+    )
+    return rest, unit or inner or _unit_name([(word[1], word[2] or "") for word in words])
+
+
+def _unit_name(words: list[tuple[str, str]]) -> str:
+    """One name for `m/s`, `m s^{-1}` and `meters per second`, for `square feet` and `ft^2`."""
+    names, power = [], ""
+    for word, own in words:
+        exponent = own.strip("^{}") or power
+        if word.lower() in _AREAS:
+            power = _AREAS[word.lower()]
+            continue
+        if exponent.startswith("-"):
+            names.append("per")
+        name = _UNIT_OF.get(word) or _UNIT_OF.get(word.lower(), word.lower())
+        names.append(name + (f"^{exponent.lstrip('-')}" if exponent not in ("", "1", "-1") else ""))
+        power = ""
+    return " ".join(names)
+
+
+def _counts(word: str, as_text: bool) -> bool:
+    r"""Whether a word behind a number only says what is counted. Outside \text{} a short one may be a product."""
+    if (word in _UNIT_OF or word.lower() in _UNIT_OF) if len(word) > 1 else (word in _UNIT_OF and as_text):
+        return True
+    if word.lower() in _CHANGING.split() or _FUNCTION.fullmatch(word):
+        return False
+    return len(word) > 1 if as_text else word == "per" or (len(word) > 3 and bool(re.search("[aeiou]", word)))
+
+
+def units_clash(a: str, b: str) -> bool:
+    """Whether both are made of known units, and of different ones."""
+    known = {*_UNIT_OF.values(), "per"}
+    return a != b and all(unit and all(word.partition("^")[0] in known for word in unit.split()) for unit in (a, b))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Forms
+
+
+@dataclass(frozen=True)
+class Reading:
+    r"""What an answer says. `form` is number, based, time, ratio, words, formula, list, set, tuple or union.
+
+    text   the normalised answer, without its name where the form is known and without its unit (words: lower case)
+    value  of a number
+    parts  of a list, set, tuple, union or ratio; also of a number written as `1, 000`, which may be a list
+    ends   a tuple's two brackets: an interval is read as a tuple, since an open one is written like it
+    """
+
+    form: str
+    text: str
+    name: str = ""
+    unit: str = ""
+    value: Fraction | None = None
+    parts: tuple[str, ...] = ()
+    ends: str = ""
+
+
+_COMMA = re.compile(r",|;|\\text\{(?:and|or)\}")
+_OR = re.compile(r"\\text\{or\}")
+_COLON = re.compile(":")
+_MATRIX = re.compile(r"\\begin\{([pbB]?matrix)\}(.*)\\end\{\1\}")
+_CUP = re.compile(r"\\cup(?![a-zA-Z])")
+# x, x_1, x_{\max}, \theta, AB, \angle AB, |S|, f(2), (x,y), area or \text{area}, before the only "=", or before \in
+_INDEX = r"_(?:[0-9a-zA-Z]|\{[^{}=]*(?:\{[^{}=]*\})?\})"
+_NAMED = re.compile(
+    rf"((?:[a-zA-Z]|\\(?!text|in\b)[a-zA-Z]+)(?:{_INDEX})?'?(?:(?:\^\{{-1\}})?\((?:[0-9a-zA-Z]+|-?[0-9]+[./]?[0-9]*)\))?"
+    r"|(?:m?\\angle ?)?[A-Z]{1,4}|[a-zA-Z]{4,20}|\|[A-Z]{1,2}(?:\\c[ua]p ?[A-Z])*\||\\#[A-Z]"
+    r"|\\(?:overline|vec|hat|bar)\{[a-zA-Z]+\}"
+    r"|\((?:[a-zA-Z],)+[a-zA-Z]\)|\\text\{[a-zA-Z ]+\})(?:=|\\in(?![a-zA-Z]))(?!.*=)"
+)
+_BASED = re.compile(r"(-?)\(?0*([0-9][0-9A-Z]*)\)?_(?:([2-9])|\{([0-9]{2})\})")
+_TIME = re.compile(r"([01]?[0-9]|2[0-4]):([0-5][0-9])(?: ?(?:\\text\{)?([ap])\.?m\.?\}?)?", re.IGNORECASE)
+_CHOICE = re.compile(r"(?:\\text)?\{\(?([A-J])[).:]+\}(.+)|\(([A-J])\)(-?[0-9].*)")
+_SET_BUILDER = re.compile(r"[a-zA-Z](?:\\in\\mathbb\{R\})?(?:\||:)")
+_NO_WORDS = re.compile(r"\\(?:begin|end|operatorname)\*?\{[^{}]*\}|\\(?!text)[a-zA-Z]+")
+_WORD = re.compile(
+    r"\\text|[a-zA-Z]{4,}|(?<![A-Za-z])[A-Z]{3,}|(?<![a-zA-Z])(?:no|on|yes|odd|one|two|six|ten)(?![a-z])"
+)
+_COMPARED = r"\s?(<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z]))\s?"
+_INEQUALITY = re.compile(rf"(?:(.+?){_COMPARED})?([a-zA-Z]|\\[a-zA-Z]+)(?:{_COMPARED}(.+))?")
+
+
+@lru_cache(maxsize=4096)
+def read_answer(answer: str) -> Reading:
+    """The reading of an answer in any spelling."""
+    text = normalise_answer(answer)
+    if not readable(text) or text.startswith(("\\ne", "\\approx", "~")):
+        return Reading("words", text)
+    if re.match(_COMPARED, text):  # > 2, of a name that is not told
+        interval = _read_inequality("x" + text)
+        return replace(interval, name="") if interval else Reading("words", text)
+    if (interval := _read_inequality(text)) is not None:
+        return interval
+    if (turned := re.fullmatch(r"([^=]+)=([a-zA-Z])", text)) is not None and parse_number(turned[1]) is not None:
+        text = f"{turned[2]}={turned[1]}"
+    named = _NAMED.match(text)
+    reading = _read_body(text[named.end() :].strip() if named else text)
+    if named is None:
+        return reading
+    if reading.form in ("words", "formula"):
+        return _read_body(text)
+    if reading.form == "tuple" and named[1].startswith("("):  # (x,y)=(2,4)
+        letters = named[1].strip("()").split(",")
+        named_parts = [f"{letter}={part}" for letter, part in zip(letters, reading.parts, strict=False)]
+        return replace(reading, parts=_by_name(named_parts) or tuple(named_parts))
+    return replace(reading, name=named[1])
+
+
+def _read_inequality(text: str) -> Reading | None:
+    r"""`x > 2`, `2 < x`, `1 \le x < 2` as the interval of x; None for others, also where a bound holds a letter."""
+    match = _INEQUALITY.fullmatch(text)
+    if match is None or not (match[2] or match[4]):
+        return None
+    low, first, name, second, high = match.groups()
+    if any(
+        re.search("[a-zA-Z=<>,]|\\\\[lg]e", re.sub(r"\\(?![lg]e)[a-zA-Z]+", "", bound or "")) for bound in (low, high)
+    ):
+        return None
+    rising = [sign in ("<", "\\le") for sign in (first, second) if sign]
+    if len(set(rising)) != 1:
+        return None
+    if not rising[0]:
+        low, first, second, high = high, second, first, low
+    ends = ("[" if first in ("\\le", "\\ge") else "(") + ("]" if second in ("\\le", "\\ge") else ")")
+    return Reading("tuple", text, name, parts=(low or "-\\infty", high or "\\infty"), ends=ends)
+
+
+def _read_body(text: str) -> Reading:
+    if (time := _TIME.fullmatch(text)) is not None:  # one that no clock problem asks for, as 9:21, may be a ratio
+        hour, minute = int(time[1]), int(time[2])
+        maybe = () if time[3] or minute % 5 == 0 or minute < 10 else (str(hour), str(minute))
+        return Reading("time", f"{hour}:{minute}", unit=(time[3] or "").lower(), parts=maybe)
+    bare, unit = split_unit(text)
+    value, based = parse_number(bare), _BASED.fullmatch(bare)
+    if value is not None:
+        parts = tuple(bare.split(", ")) if ", " in bare else ()
+        return Reading("number", bare, unit=unit, value=value, parts=parts)
+    if based is not None:
+        return Reading("based", f"{based[1]}{based[2]}_{based[3] or based[4]}")
+    reading = _read_parts(bare)
+    if reading is not None:
+        return reading if len(reading.parts) <= MOST_PARTS else Reading("words", text)
+    bare = re.sub(r"\\text\{([a-zA-Z])\}", r" \1 ", bare).strip()
+    if any(not _FUNCTION.fullmatch(word) for word in _WORD.findall(_NO_WORDS.sub(" ", bare))):
+        return Reading("words", re.sub(r"\\text|[{}\s-]", "", text).lower())
+    return Reading("formula", bare, unit=unit)
+
+
+def _read_parts(text: str) -> Reading | None:
+    """The reading of a matrix, of what stands in brackets, of a union, ratio or list; None for others."""
+    if (matrix := _MATRIX.fullmatch(text)) is not None:
+        rows = [row.split("&") for row in matrix[2].removesuffix("\\\\").split("\\\\")]
+        return Reading(
+            "tuple", text, parts=tuple(entry for row in rows for entry in row), ends=f"matrix {[*map(len, rows)]}"
+        )
+    opening = re.match(r"[(\[]|\\\{", text)
+    if opening is not None and partner(text, 0) == len(text) - 1:
+        return _read_brackets(text, opening[0], text[opening.end() : -1].removesuffix("\\"))
+    if len(parts := split(text, _CUP)) > 1:
+        return Reading("union", text, parts=tuple(parts))
+    if len(parts := split(text, _OR)) > 1 and all(map(_read_inequality, parts)):
+        return Reading("union", text, parts=tuple(parts))
+    if len(parts := _plus_and_minus(split(text, _COMMA))) > 1:
+        named = _by_name(parts)
+        return Reading("tuple" if named else "list", text, parts=named or parts, ends="()" if named else "")
+    if len(parts := split(re.sub(r"^[a-zA-Z]+(?::[a-zA-Z]+)+=", "", text), _COLON)) > 1:
+        return Reading("ratio", text, parts=tuple(parts))
+    return None
+
+
+def _read_brackets(text: str, opening: str, inside: str) -> Reading | None:
+    parts = split(inside, _COMMA)
+    if opening == "\\{":
+        parts = [part.replace(":", "|") for part in parts]
+        condition = _SET_BUILDER.match(inside)
+        return (
+            read_answer(inside[condition.end() :]) if condition else Reading("set", text, parts=_plus_and_minus(parts))
+        )
+    if len(parts) > 1:
+        return Reading("tuple", text, parts=_by_name(parts) or tuple(parts), ends=opening + text[-1])
+    return read_answer(inside) if opening + text[-1] == "()" and parts else None
+
+
+def _plus_and_minus(parts: list[str]) -> tuple[str, ...]:
+    r"""`1 \pm 2` as the two parts `1 + 2` and `1 - 2`."""
+    both = [
+        [re.sub(r"^\+", "", part.replace("\\pm", sign).replace("\\mp", other)) for sign, other in ("+-", "-+")]
+        if len(re.findall(r"\\(?:pm|mp)", part)) == 1 or part.count("\\pm") == part.count("\\mp") == 1
+        else [part]
+        for part in parts
+    ]
+    return tuple(part for pair in both for part in pair)
+
+
+def _by_name(parts: list[str] | tuple[str, ...]) -> tuple[str, ...]:
+    """`y=4, x=2` in the order of the names, if all parts carry one and no two the same; else ()."""
+    names = {named[1]: part for part in parts if (named := _NAMED.match(part)) and part[named.end() - 1] == "="}
+    return tuple(names[name] for name in sorted(names)) if len(names) == len(parts) else ()
+
+
+def needs_algebra(answer: str) -> bool:
+    """Whether the answer holds a formula that is no number, so that only equal spellings of it are known as equal."""
+    reading = read_answer(answer)
+    if reading.parts:
+        return any(needs_algebra(part) for part in reading.parts if part != answer)
+    return reading.form == "formula" and not re.fullmatch(r"[a-zA-Z]|-?\\infty|\\emptyset", reading.text)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Comparison
+
+Ask = Callable[[str, str], bool]
+
+
+def same_answer(a: str, b: str, ask: Ask = lambda a, b: False) -> bool:
+    """Whether two answers are the same. `ask` is called for two formulas that arithmetic and form leave open.
+
+    Symmetric where `ask` is. Orders, bases and sizes are decided here.
+    """
+    left, right = normalise_answer(a), normalise_answer(b)
+    if left == right:
+        return left != "" or (len(a) > LONGEST and a.strip() == b.strip() != "")
+    if "" in (left, right):
+        return False
+    choices = [[part for part in match.groups() if part] if (match := _CHOICE.fullmatch(text)) else [text]
+               for text in (left, right)]  # fmt: skip
+    if len(choices[0]) == len(choices[1]) == 2:  # (C) 12
+        return choices[0][0] == choices[1][0] and same_answer(choices[0][1], choices[1][1], ask)
+    return any(_same(read_answer(x), read_answer(y), ask) for x in choices[0] for y in choices[1])
+
+
+def _same(x: Reading, y: Reading, ask: Ask) -> bool:
+    x, y = sorted((x, y), key=lambda reading: (reading.form, reading.text))
+    forms = {x.form, y.form}
+    if "words" in forms:  # \text{AB} is AB
+        letters = x.form == y.form or (x.form == "formula" and x.text.isalpha())
+        return letters and x.text.lower() == y.text.lower() != ""
+    if (x.name and y.name and x.name != y.name) or units_clash(x.unit, y.unit):
+        return False
+    if x.form == y.form == "number" and x.value == y.value:
+        return True
+    if x.form == y.form == "formula" and x.text == y.text:
+        return True
+    if forms & {"list", "set", "tuple"} or (x.form == "number" and x.parts and y.parts):
+        x, y = (
+            replace(reading, form="list") if reading.form == "number" and reading.parts else reading
+            for reading in (x, y)
+        )
+        forms = {x.form, y.form}
+    if forms == {"based"}:
+        return x.text == y.text
+    if forms == {"time"} and x.text == y.text:
+        return x.unit == y.unit or "" in (x.unit, y.unit)
+    if forms & {"time", "ratio"}:
+        return _same_ratio(x, y, ask)
+    if "tuple" in forms and forms <= {"tuple", "list"}:
+        return _same_tuple(x, y, ask)
+    if forms <= {"list", "set"}:
+        return _same_collection(x.parts, y.parts, ask, as_set="set" in forms)
+    if forms == {"union"} and _same_collection(x.parts, y.parts, ask, as_set=False):
+        return True
+    if "set" in forms and len(parts := (y if y.form == "set" else x).parts) == 1:  # the set of one element and it
+        return _same(read_answer(parts[0]), x if y.form == "set" else y, ask)
+    return _open(x, y) and ask(*_for_algebra(x.text, y.text))
+
+
+def _same_ratio(x: Reading, y: Reading, ask: Ask) -> bool:
+    """Up to a common factor: p_i q_j = p_j q_i. 2:3 is the fraction too."""
+    xs, ys = (reading.parts for reading in (x, y))
+    if x.form in ("formula", "number"):
+        x, y, xs, ys = y, x, ys, xs
+    if y.form in ("formula", "number"):
+        return (
+            len(xs) == 2 and bool(re.search("frac|/|[.]", y.text)) and same_answer(f"({xs[0]})/({xs[1]})", y.text, ask)
+        )
+    if len(xs) != len(ys) or not xs or [parse_number(p) == 0 for p in xs] != [parse_number(q) == 0 for q in ys]:
+        return False
+    pairs = combinations(zip(xs, ys, strict=True), 2)
+    return all(same_answer(f"({p})\\cdot({s})", f"({r})\\cdot({q})", ask) for (p, q), (r, s) in pairs)
+
+
+def _same_tuple(x: Reading, y: Reading, ask: Ask) -> bool:
+    """In order, with the same brackets; a list without brackets is a tuple with round ones."""
+    same_ends = (x.ends or "()") == (y.ends or "()") and len(x.parts) == len(y.parts)
+    return same_ends and all(same_answer(p, q, ask) for p, q in zip(x.parts, y.parts, strict=True))
+
+
+def _same_collection(xs: tuple[str, ...], ys: tuple[str, ...], ask: Ask, as_set: bool) -> bool:
+    """In any order; as often in both, unless as sets."""
+    if as_set:
+        found = [[same_answer(p, q, ask) for q in ys] for p in xs]
+        return bool(found) and all(map(any, found)) and all(map(any, zip(*found, strict=True)))
+    left = list(ys)
+    for part in xs:
+        found = next((other for other in left if same_answer(part, other, ask)), None)
+        if found is None:
+            return False
+        left.remove(found)
+    return not left
+
+
+# What algebra would drop: `about`, `and so on`, numbers side by side, and the base of a number in a formula.
+_VAGUE = re.compile(
+    r"\\(?:approx|sim|cong)(?![a-zA-Z])|\.\.\.|\\[lc]?dots(?![a-zA-Z])|(?<=[0-9)])_|(?<![_0-9.])[0-9.]+ +[0-9.]|[?]"
+)
+_COUNTED = re.compile(r"-?[0-9.,]+[a-zA-Z]+")  # 5m: a product, which math-verify may read as a length
+_RELATION = re.compile(r"[<>]|\\(?:[lg]e|ne)(?![a-zA-Z])")
+_SOLUTIONS = re.compile(r"[\[(].*,|\\(?:cup|setminus|mathbb|emptyset)")
+# What math-verify drops (f', the transpose) or cannot know (it takes the gcd of letters to be 1): alike in both
+_ALIKE = re.compile(r"[a-zA-Z}]'+|\^\{?(?:T|\\top)\}?(?![a-zA-Z])|\\(?:gcd|lcm)\([^()]*[a-zA-Z][^()]*\)")
+
+
+def _open(x: Reading, y: Reading) -> bool:
+    """Whether algebra may still find two readings equal."""
+    forms = {x.form, y.form}
+    if "formula" not in forms and forms != {"union"} and forms != {"tuple", "union"}:
+        return False
+    formula, other = (x.text, y.text) if x.form == "formula" else (y.text, x.text)
+    if _VAGUE.search(x.text + "|" + y.text) or ("number" in forms and _COUNTED.fullmatch(formula)):
+        return False
+    if forms & {"list", "based"} or ("tuple" in forms and ("," in formula or "=" in formula)):
+        return False
+    related = [bool(_RELATION.search(text)) for text in (formula, other)]
+    if related[0] != related[1] and not _SOLUTIONS.search(other if related[0] else formula):
+        return False
+    if set(_ALIKE.findall(formula)) != set(_ALIKE.findall(other)):
+        return False
+    equations = [text for text in (x.text, y.text) if "=" in text]
+    return len(equations) != 1 or not _unsolved(equations[0])
+
+
+def _unsolved(equation: str) -> bool:
+    """Whether it is an equation for one letter, as 2x = 10 is: its right side is no answer."""
+    left = re.sub(r"\\(?:frac|sqrt|cdot)(?![a-zA-Z])", "", equation.partition("=")[0])
+    return len(set(re.findall("[a-zA-Z]", left))) == 1 and "\\" not in left and len(left) > 1
+
+
+_MIXED_FACTOR = re.compile(r"(?<![0-9a-zA-Z}.^_])([0-9]+\\frac\{[0-9]+\}\{[0-9]+\})")
+_DEGREES = re.compile(r"(\\frac\{[^{}]*\}\{[^{}]*\}|\([^()]*\)|[0-9.]+|[a-zA-Z]|\\[a-z]+)\^\\circ")
+
+
+def _for_algebra(*texts: str) -> tuple[str, ...]:
+    """Two formulas as math-verify reads them rightly: factors with their sign, degrees as radians, I and R no i and r.
+
+    It turns capitals into small letters, so that pi(R^2 - r^2) would be 0, and I into the imaginary unit.
+    """
+    capitals = {letter for text in texts for letter in re.findall(r"(?<![\\a-zA-Z])[A-Z](?![a-zA-Z])", text)
+                if letter == "I" or letter.lower() in re.sub(r"\\[a-zA-Z]+", "", text)}  # fmt: skip
+    for letter in capitals:
+        other = ("\\Xi" if letter == "I" else letter) + "_{9}"
+        texts = [re.sub(rf"(?<![\\a-zA-Z]){letter}(?![a-zA-Z_])", lambda _, other=other: other, text) for text in texts]
+    texts = [
+        _DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text) if _TRIGONOMETRY.search(text) else text for text in texts
+    ]
+    texts = [
+        _MIXED_FACTOR.sub(
+            lambda m: f"({m[1].replace(chr(92), '+' + chr(92), 1)})" if parse_number(m[1]) else m[1], text
+        )
+        for text in texts
+    ]
+    return tuple(re.sub(r"(?<![_^0-9a-zA-Z.}])([0-9.]+)(?=\()", r"\1\\cdot ", text) for text in texts)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Graders
+
+SECONDS_PER_COMPARISON = 10.0  # of processor time, so that no verdict depends on what else the machine does
+MEMORY_BYTES = 2 * 2**30
+WORKER = Path(__file__).resolve().parent / "runtime" / "grading_worker.py"
+GRADERS = ("auto", "exact", "math-verify")
+
+
+def answers_match(given: str | None, gold: str | None) -> bool:
+    """Whether two answers are the same as far as arithmetic and form decide it. Symmetric; None never matches."""
+    return given is not None and gold is not None and same_answer(given, gold)
+
+
+class ExactGrader:
+    """Arithmetic and form only. Of two formulas, only equal spellings are equal: it undercounts LaTeX answers."""
+
+    name, version = "exact", "3"
+    asked = stopped = refused = 0  # as MathVerifyGrader's
+
+    def __init__(self, note: str = "") -> None:
+        self.note = note  # what a script prints before it grades
+
+    def match(self, answer: str | None, gold: str | None) -> bool:
+        return answers_match(answer, gold)
+
+    def close(self) -> None:
+        pass
+
+
+class MathVerifyGrader:
+    """Exact grader first, then math-verify in both directions in the worker. Symmetric; None matches nothing.
+
+    asked    distinct comparisons that arithmetic and form left open, so that math-verify was asked
+    stopped  comparisons that were killed at a limit: they count as not equal, and math-verify is not asked about that
+             answer again, so that a vote of n slow answers costs n limits at most
+    refused  comparisons in which the worker refused what a library wanted to do: not equal, if that decided
+    """
+
+    name, note = "math-verify", ""
+
+    def __init__(self, seconds: float = SECONDS_PER_COMPARISON, memory_bytes: int = MEMORY_BYTES) -> None:
+        if importlib.util.find_spec("math_verify") is None:
+            raise InputError(
+                "--grader math-verify: grading LaTeX needs `pip install math-verify`; "
+                "--grader exact does without it and undercounts LaTeX answers"
+            )
+        self.version = importlib.metadata.version("math-verify")
+        self.limits = (seconds, memory_bytes)
+        self.asked = self.stopped = self.refused = 0
+        self._known: dict[tuple[str, str], bool] = {}
+        self._slow: set[str] = set()
+        self._worker: subprocess.Popen | None = None
+
+    def match(self, answer: str | None, gold: str | None) -> bool:
+        if answer is None or gold is None:
+            return False
+        pair = (min(answer, gold), max(answer, gold))
+        if pair not in self._known:
+            self._known[pair] = self._decide(answer, gold)
+        return self._known[pair]
+
+    def _decide(self, answer: str, gold: str) -> bool:
+        before, questions, slow = (self.stopped, self.refused), 0, {normalise_answer(answer), normalise_answer(gold)}
+
+        def ask(a: str, b: str) -> bool:
+            nonlocal questions
+            if slow & self._slow:
+                return False
+            questions += 1
+            reply = self._ask(a, b)
+            if self.stopped > before[0]:  # one stop ends the comparison
+                self._slow.add(normalise_answer(answer))
+            return reply
+
+        verdict = same_answer(answer, gold, ask)
+        self.refused = before[1] + (self.refused > before[1])
+        self.asked += questions > 0
+        return verdict
+
+    def _ask(self, a: str, b: str) -> bool:
+        if self._worker is None or self._worker.poll() is not None:
+            self.close()
+            self._start()
+        try:
+            self._worker.stdin.write(json.dumps((a, b)) + "\n")
+            self._worker.stdin.flush()
+            reply = self._worker.stdout.readline().strip()
+        except OSError:  # it is gone, or refuses
+            reply = ""
+        if reply not in ("true", "false", "refused"):
+            self.stopped += 1
+            self.close()
+        self.refused += reply == "refused"
+        return reply == "true"
+
+    def _start(self) -> None:
+        command = [sys.executable, str(WORKER), *map(str, self.limits)]
+        fixed = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        self._worker = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | fixed,
+        )
+        if self._worker.stdout.readline() != "ready\n":
+            raise InputError(
+                "--grader math-verify: its worker does not start; `python runtime/grading_worker.py 10 2e9` shows why"
+            )
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.stdout.close()
+            self._worker.wait()
+            self._worker = None
+
+
+Grader = ExactGrader | MathVerifyGrader
+
+
+def make_grader(name: str, golds: list[str]) -> Grader:
+    """The grader of `--grader name`. `auto` is math-verify wherever it is installed.
+
+    Without it, `auto` is an InputError where a gold answer is a formula, else the exact grader with a note. Golds that
+    no answer can match are told in the note too.
+    """
+    if name not in GRADERS:
+        raise InputError(f"--grader {name}: choose one of {', '.join(GRADERS)}")
+    if name == "exact":
+        grader = ExactGrader()
+    elif name == "math-verify" or importlib.util.find_spec("math_verify") or any(map(needs_algebra, golds)):
+        grader = MathVerifyGrader()
+    else:
+        grader = ExactGrader(
+            "math-verify is not installed: a right answer that is boxed as a formula may be missed "
+            "(`pip install math-verify` to grade these too)"
+        )
+    odd = [gold for gold in golds if "####" in gold or _NO_GOLD.fullmatch(gold.strip()) or _NOTHING.fullmatch(gold)]
+    if odd:
+        told = f"{len(odd)} of {len(golds)} gold answers are none that can be graded, such as {odd[0][-40:]!r}"
+        grader.note = "; ".join(filter(None, (grader.note, told)))
+    return grader
+
+
+_NO_GOLD = re.compile(r"(?i)(?:\\text\{)?(?:proof|not ?found|n/?a|unknown|null|nan|see (?:the )?solution)\.?\}?")
