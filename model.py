@@ -81,7 +81,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
         self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
-        self.dropout, self.cast = dropout, None  # cast: A and B in the model's dtype, where cast_adapter holds them
+        self.dropout, self.cast = dropout, None  # cast: A and B as cast_adapter holds them
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
@@ -94,7 +94,7 @@ class LoRALinear(nn.Module):
         A, B = self.cast or (self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
         if self.training and self.dropout > 0.0:
             x = F.dropout(x, self.dropout)
-        return torch.add(y, F.linear(F.linear(x, A), B), alpha=self.alpha / self.rank)
+        return torch.add(y, F.linear(F.linear(x.to(A.dtype), A), B).to(y.dtype), alpha=self.alpha / self.rank)
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0.0) -> None:
@@ -171,10 +171,13 @@ def adapter_dropout(model: nn.Module, on: bool = True) -> Iterator[None]:
 
 @contextmanager
 def cast_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside, the adapter is in the model's dtype, cast once instead of at each call: for sampling, no gradients."""
+    """Inside, the adapter is cast once instead of at each call: for sampling, no gradients.
+
+    To the model's dtype, but on a CPU it stays in float32: products this small are fastest there.
+    """
     layers = lora_layers(model).values()
     for layer in layers:
-        dtype = layer.base.weight.dtype
+        dtype = torch.float32 if layer.base.weight.device.type == "cpu" else layer.base.weight.dtype
         layer.cast = (layer.lora_A.detach().to(dtype), layer.lora_B.detach().to(dtype))
     try:
         yield

@@ -91,27 +91,43 @@ def until_eos(ids: list[int], ends: list[int]) -> Response:
     return Response(ids if end is None else ids[: end + 1], finished=end is not None)
 
 
-def choose_tokens(logits_BV: Tensor, uniform_B: Tensor, settings: Sampling) -> Tensor:
+CANDIDATES = 1024  # that a nucleus is looked for among, before a row is sorted whole
+
+
+def choose_tokens(logits_BV: Tensor, uniform_B: Tensor, settings: Sampling, candidates: int = CANDIDATES) -> Tensor:
     """Draw one token a row by inverting the cumulative distribution at `uniform_B` in [0, 1); returns ids [B].
 
     In the field's order: temperature, then the top_k most likely, then the smallest set of those that holds top_p of
-    their mass: K candidates, most likely first.
+    their mass: K candidates, most likely first. A row whose set does not end within `candidates` is drawn from all.
     """
     if settings.temperature == 0.0:
         return logits_BV.argmax(dim=-1)
     scaled_BV = logits_BV.float() / settings.temperature
-    if 0 < settings.top_k < scaled_BV.shape[-1]:
-        values_BK, ids_BK = scaled_BV.topk(settings.top_k, dim=-1)
-    else:
-        values_BK, ids_BK = scaled_BV.sort(dim=-1, descending=True)
-    p_BK = values_BK.softmax(dim=-1)
+    count = settings.top_k or (candidates if settings.top_p < 1.0 else scaled_BV.shape[-1])
+    values_BK, ids_BK = _most_likely(scaled_BV, count)
+    is_part = not settings.top_k and values_BK.shape != scaled_BV.shape
+    p_BK = scaled_BV.softmax(dim=-1).gather(-1, ids_BK) if is_part else values_BK.softmax(dim=-1)
     before_BK = p_BK.cumsum(dim=-1) - p_BK  # mass of the more likely ones
     kept_BK = p_BK if settings.top_p == 1.0 else p_BK.masked_fill(before_BK >= settings.top_p, 0.0)
     cumulative_BK = kept_BK.cumsum(dim=-1)
     index_B1 = (cumulative_BK <= uniform_B[:, None] * cumulative_BK[:, -1:]).sum(dim=-1, keepdim=True)
     # Rounding must not reach a token that top_p has cut. Logits that are NaN keep none: `sample` then raises.
     last_B1 = (kept_BK > 0).sum(dim=-1, keepdim=True).clamp(min=1) - 1
-    return ids_BK.gather(-1, torch.minimum(index_B1, last_B1)).squeeze(-1)
+    chosen_B = ids_BK.gather(-1, torch.minimum(index_B1, last_B1)).squeeze(-1)
+    # A token beyond the candidates may be as likely as their last: a set that keeps none such is whole.
+    open_B = ((kept_BK > 0) & (values_BK == values_BK[:, -1:])).any(dim=-1)
+    if is_part and open_B.any():
+        chosen_B[open_B] = choose_tokens(logits_BV[open_B], uniform_B[open_B], settings, scaled_BV.shape[-1])
+    return chosen_B
+
+
+def _most_likely(values_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row and their ids; the largest first and, of equal ones, that of the lowest id."""
+    if count >= values_BV.shape[-1]:
+        return values_BV.sort(dim=-1, descending=True, stable=True)
+    ids_BK = values_BV.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+    values_BK, order_BK = values_BV.gather(-1, ids_BK).sort(dim=-1, descending=True, stable=True)
+    return values_BK, ids_BK.gather(-1, order_BK)
 
 
 def uniforms(keys: Sequence[StreamKey], count: int) -> Tensor:
@@ -130,6 +146,6 @@ class StreamSampler(LogitsProcessor):
         self.finite = torch.ones((), dtype=torch.bool, device=uniform_BT.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.finite &= scores.isfinite().any(dim=-1).all() & ~scores.isnan().any()
+        self.finite &= scores.amax(dim=-1).isfinite().all()  # also False where one is NaN
         chosen_B = choose_tokens(scores, self.uniform_BT[:, input_ids.shape[1] - self.prompt_width], self.settings)
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen_B[:, None], 0.0)

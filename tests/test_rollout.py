@@ -40,6 +40,43 @@ def test_top_p_1_is_off_exactly():
     assert torch.equal(choose_tokens(logits, u, Sampling(1.0, 1.0, 0, 1)), order[range(100), index])
 
 
+def by_a_sort(logits_BV, uniform_B, top_p):
+    """The nucleus as it is defined: all tokens sorted, then the smallest set that holds top_p."""
+    values_BV, ids_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
+    p_BV = values_BV.softmax(dim=-1)
+    p_BV = p_BV.masked_fill(p_BV.cumsum(dim=-1) - p_BV >= top_p, 0.0)
+    total_BV = p_BV.cumsum(dim=-1)
+    return ids_BV.gather(-1, (total_BV <= uniform_B[:, None] * total_BV[:, -1:]).sum(dim=-1, keepdim=True)).squeeze(-1)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 2.0, 4.0, 20.0])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_nucleus_needs_no_sort_of_all_tokens(spread, rounded):
+    """Peaked and flat rows, also together, and rows of many equal logits, as bfloat16 gives them."""
+    torch.manual_seed(0)
+    logits_BV, u_B = torch.randn(64, 5000) * spread, torch.rand(64)
+    logits_BV[::2, 7] += 3 * spread + 9.0
+    logits_BV = logits_BV.bfloat16().float() if rounded else logits_BV
+    for top_p in (0.3, 0.95, 0.999):
+        chosen_B = choose_tokens(logits_BV, u_B, Sampling(1.0, top_p, 0, 1))
+        assert torch.equal(chosen_B, by_a_sort(logits_BV, u_B, top_p))
+        one_by_one = [choose_tokens(logits_BV[i : i + 1], u_B[i : i + 1], Sampling(1.0, top_p, 0, 1)) for i in range(8)]
+        assert torch.equal(chosen_B[:8], torch.cat(one_by_one))
+
+
+def test_a_nucleus_that_ends_among_equals_beyond_the_candidates():
+    """3000 equal logits: .5 of their mass are the first 1500 ids, of which 1024 candidates are any part."""
+    u_B = torch.tensor([0.0, 0.2, 0.6667, 0.9999])
+    chosen_B = choose_tokens(torch.zeros(4, 3000), u_B, Sampling(1.0, 0.5, 0, 1))
+    assert torch.allclose(chosen_B / 1500.0, u_B, atol=2e-3)
+    logits_BV = torch.zeros(4, 3000)
+    logits_BV[:, 9] = 9.0  # .73 of the mass
+    assert choose_tokens(logits_BV, u_B, Sampling(1.0, 0.5, 0, 1)).tolist() == [9] * 4
+    assert torch.equal(choose_tokens(logits_BV, u_B, Sampling(1.0, 0.75, 0, 1)), by_a_sort(logits_BV, u_B, 0.75))
+    nan = torch.full((2, 3000), float("nan"))
+    assert choose_tokens(nan, u_B[:2], Sampling(1.0, 0.95, 0, 1)).shape == (2,)  # `sample` then raises
+
+
 def test_uniform_numbers_belong_to_their_key():
     keys = [(1, 0, 3), (1, 0, 4), (1, 1, 3), (2, 0, 3)]
     rows = uniforms(keys, 1000)
