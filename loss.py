@@ -331,7 +331,9 @@ def _options(overrides: dict) -> LossOptions:
 # The same from hidden states, a chunk of tokens at a time: whole logits of a step would take many GiB
 
 
-CHUNK_BYTES = 40 * 2**20  # of one float32 tensor of logits: 69 tokens at Qwen3's vocabulary, all of a small one's
+# Of one float32 tensor of logits: 51 tokens at Qwen3's vocabulary, all of a small one's. From 32 MiB on the C library
+# maps every tensor anew, page by page, which costs as much as the mathematics on them.
+CHUNK_BYTES = 30 * 2**20
 
 
 def score_tokens_from_hidden(
@@ -393,23 +395,30 @@ def head_logits(hidden_MD: Tensor, head_VD: Tensor) -> Tensor:
 
 
 class _WideProduct(torch.autograd.Function):
-    """x W^T in float32 for x and W in half precision; the gradients are those of the product in half precision."""
+    """x W^T in float32 for x and W in half precision, and its gradients.
+
+    A GPU does it as it stands, with gradients in half precision; a CPU in float32, widening W a block of rows at a time.
+    """
 
     @staticmethod
     def forward(ctx, x_MD: Tensor, head_VD: Tensor) -> Tensor:
         ctx.save_for_backward(x_MD, head_VD)
-        try:
+        if x_MD.is_cuda:
             return torch.mm(x_MD, head_VD.T, out_dtype=torch.float32)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # a CPU, or a kernel that lacks it
-            return x_MD.float() @ head_VD.float().T
+        return torch.cat([x_MD.float() @ rows.float().T for rows in head_VD.split(HEAD_ROWS)], dim=-1)
 
     @staticmethod
     def backward(ctx, grad_MV: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (x_MD, head_VD), (to_x, to_head) = ctx.saved_tensors, ctx.needs_input_grad
-        grad_MV = grad_MV.to(x_MD.dtype)
-        return grad_MV @ head_VD if to_x else None, grad_MV.T @ x_MD if to_head else None
+        half_MV = grad_MV.to(x_MD.dtype)
+        to_head = half_MV.T @ x_MD if to_head else None
+        if not to_x or x_MD.is_cuda:
+            return half_MV @ head_VD if to_x else None, to_head
+        parts = zip(grad_MV.split(HEAD_ROWS, dim=-1), head_VD.split(HEAD_ROWS), strict=True)
+        return sum(part @ rows.float() for part, rows in parts).to(x_MD.dtype), to_head
+
+
+HEAD_ROWS = 1024  # in float32 they still fit a processor's cache
 
 
 def valid_lengths(mask_BT: Tensor, response_ids_BT: Tensor, values_BTX: Tensor) -> list[int]:
