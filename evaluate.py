@@ -279,6 +279,7 @@ FREE_ON_RESUME = {
 
 def check_config(config: EvaluationConfig) -> None:
     Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)  # checks itself
+    load_prompts(config.prompts, config.chat_template_kwargs)
     if len(set(config.seeds)) < max(len(config.seeds), 1):
         raise InputError(f"--seeds {config.seeds}: must be different")
     if config.adapter and not (Path(config.adapter) / ADAPTER_CONFIG).is_file():

@@ -122,7 +122,7 @@ def rollout_table(w: Walk) -> str:
         [
             ["y", code(text), "`rollout.py::sample`"],
             ["L", str(len(w.y.ids)), "`train.py::loss_fraction`"],
-            ["graded", f"{code(extract_boxed(text))}, {grade}", "`problems.py::extract_boxed`"],
+            ["graded", f"{code(extract_boxed(text))}, {grade}", "`grading.py::extract_boxed`"],
         ],
     )
 

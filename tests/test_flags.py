@@ -16,7 +16,7 @@ from train import PRESETS, TrainConfig, parse_config
 WRONG = {
     TrainConfig: {
         "preset": "qwen", "method": "dpo", "teacher": "frozen", "ema_decay": "1.5", "reference": "mine",
-        "prompts": "nowhere.json", "max_length": "0", "eval_steps": "-1",
+        "prompts": "nowhere.json", "chat_template_kwargs": "[1]", "max_length": "0", "eval_steps": "-1",
         "max_new_tokens": "0", "temperature": "-1", "top_p": "0", "top_k": "-1", "num_steps": "0",
         "batch_size": "0", "micro_batch_size": "0", "learning_rate": "nan", "max_grad_norm": "0", "lora_rank": "-1",
         "lora_alpha": "inf", "lora_dropout": "1", "seed": "-1", "save_steps": "0", "distill_temperature": "0",
@@ -24,7 +24,7 @@ WRONG = {
     },
     EvaluationConfig: {
         "adapter": "nowhere", "num_samples": "0", "seeds": "-1", "temperature": "-1", "top_p": "1.1", "top_k": "-1",
-        "max_new_tokens": "0", "batch_size": "0", "device": "abacus", "limit": "0",
+        "max_new_tokens": "0", "batch_size": "0", "device": "abacus", "limit": "0", "chat_template_kwargs": "[1]",
     },
 }  # fmt: skip
 # Flags that any value suits, and those whose value only the work itself can judge: files, models, devices, graders.

@@ -14,7 +14,7 @@ FOLDERS = ("", "runtime/", "experiments/", "experiments/study/", "tests/")
 FILES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in ROOT.glob(f"{folder}*.py"))
 OURS = {*METHOD, *SCRIPTS, "runtime", "experiments", "tests"}
 LIBRARIES = {"torch", "transformers", "numpy", "peft", "datasets", "openai", "math_verify", "safetensors", "tokenizers",
-             "tqdm", "matplotlib", "scipy", "pyarrow"}  # fmt: skip
+             "tqdm", "matplotlib", "scipy", "pyarrow", "filelock", "sympy", "latex2sympy2_extended"}  # fmt: skip
 # What a file of a stratum may import of ours.
 ALLOWED = {
     "method": METHOD,
