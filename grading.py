@@ -188,7 +188,9 @@ _SPELLINGS = [
 ]  # fmt: skip
 _DRESS = [(re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS]
 _WRAPPER = re.compile(r"(?:\\(?:text|boxed|fbox))?(?=\{)")
-_PHRASE = re.compile(r"\\text\{(?:[a-zA-Z]{2,}|[a-zA-Z]+(?:[ -][a-zA-Z]+)+)\}")  # keeps its \text: HTT is no product
+_PHRASE = re.compile(
+    r"\\text\{(?:[a-zA-Z]{2,}(?:-[a-zA-Z]{2,})*|[a-zA-Z]+(?: [a-zA-Z]+)+)\}"
+)  # keeps its \text: HTT is no product
 
 
 @lru_cache(maxsize=4096)
@@ -534,7 +536,7 @@ def _read_parts(text: str) -> Reading | None:
         return Reading("union", text, parts=tuple(parts))
     if len(parts := _plus_and_minus(split(text, _COMMA))) > 1:
         named = _by_name(parts)
-        return Reading("tuple" if named else "list", text, parts=named or parts, ends="()" if named else "")
+        return Reading("tuple" if named else "list", text, parts=named or parts)
     if len(parts := split(re.sub(r"^[a-zA-Z]+(?::[a-zA-Z]+)+=", "", text), _COLON)) > 1:
         return Reading("ratio", text, parts=tuple(parts))
     return None
@@ -707,7 +709,8 @@ def _unsolved(equation: str) -> bool:
     return len(set(re.findall("[a-zA-Z]", left))) == 1 and "\\" not in left and len(left) > 1
 
 
-_MIXED_FACTOR = re.compile(r"(?<![0-9a-zA-Z}.^_])([0-9]+\\frac\{[0-9]+\}\{[0-9]+\})")
+_MIXED_FACTOR = re.compile(r"(?<![0-9a-zA-Z}.^_])([0-9]+)(\\frac\{[0-9]+\}\{[0-9]+\})")
+_FACTOR = re.compile(r"(?<![_^0-9a-zA-Z.}])[0-9.]+(?=\()|\)(?=[(0-9]|\\frac)")
 _DEGREES = re.compile(r"(\\frac\{[^{}]*\}\{[^{}]*\}|\([^()]*\)|[0-9.]+|[a-zA-Z]|\\[a-z]+)\^\\circ")
 
 
@@ -725,12 +728,10 @@ def _for_algebra(*texts: str) -> tuple[str, ...]:
         _DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text) if _TRIGONOMETRY.search(text) else text for text in texts
     ]
     texts = [
-        _MIXED_FACTOR.sub(
-            lambda m: f"({m[1].replace(chr(92), '+' + chr(92), 1)})" if parse_number(m[1]) else m[1], text
-        )
+        _MIXED_FACTOR.sub(lambda mixed: f"({mixed[1]}+{mixed[2]})" if parse_number(mixed[0]) else mixed[0], text)
         for text in texts
     ]
-    return tuple(re.sub(r"(?<![_^0-9a-zA-Z.}])([0-9.]+)(?=\()", r"\1\\cdot ", text) for text in texts)
+    return tuple(_FACTOR.sub(r"\g<0>\\cdot ", text) for text in texts)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ EQUAL = [
     (r"-\frac12", r"\frac{-1}{2}"), (r"\frac{1}{-2}", "-.5"), ("−5", "-5"), ("0", "-0"), (r"0.1\overline{6}", "1/6"),
     ("10^{-20}", r"\frac{1}{10^{20}}"), (r"1\ 000", "1000"), ("1~000~000", "1000000"), (r"0.\dot{3}", "1/3"),
     (r"0.1\bar{6}", "1/6"), (r"5\ 100/101", r"5\frac{100}{101}"), (r"1.2E5", "120{,}000"), (r"3.0\times10^{-2}", ".03"),
+    (r"\frac{17}{6}\ (\approx 2.83)", r"\frac{17}{6}"), ("e\\approx2.718", "e"),
     # units
     (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}^\circ"), (r"15\text{ cm}^2", r"15\mbox{ cm}^2"),
     (r"\$5", "5 dollars"),
@@ -171,6 +172,12 @@ OPEN += [
 @pytest.mark.parametrize(("a", "b"), [*DIFFERENT, *[(answer, "10") for answer in NOT_TEN if answer not in OPEN]])
 def test_what_form_and_arithmetic_decide_is_not_asked(a, b):
     assert not same_answer(a, b, ask=lambda x, y: True) and not same_answer(b, a, ask=lambda x, y: True)
+
+
+@pytest.mark.parametrize("sign", [r"\ne", r"\neq", r"\not=", r"\approx", "~", ">", r"\ge", r"\leq", "y>", r"y\le "])
+def test_a_relation_is_no_value(sign):
+    assert not same_answer(sign + r"\frac12x", r"\frac12x", ask=lambda x, y: True)
+    assert same_answer(sign + r"\frac12x", sign + r" \frac{1}{2} x")
 
 
 # Golds of the MATH benchmark by their form: seven ordered tuples of integers, six numbers with a base.
