@@ -182,6 +182,16 @@ def test_a_folder_holds_splits(tmp_path, monkeypatch, name):
             load_problems(str(tmp_path / "d"))
 
 
+def test_a_data_set_without_splits_has_no_other_split(tmp_path):
+    with pytest.raises(InputError, match="no split test"):
+        load_problems(f"{saved(tmp_path / 'd')}:test")
+
+
+def test_a_long_cell_is_read_whole(tmp_path):
+    path = saved(tmp_path / "d.csv", [{"problem": "p", "solution": "s" * 200_000}])
+    assert len(load_problems(str(path))[0].solution) == 200_000
+
+
 def test_several_files_of_a_split_are_read_in_order(tmp_path):
     for number in (1, 0):
         saved(tmp_path / f"train-{number}.jsonl", ROWS[number : number + 1])
