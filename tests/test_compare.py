@@ -79,7 +79,7 @@ def evaluation(tmp_path):
             Sample(i, n, seed, f"\\boxed{{{i if n < count else 99}}}", 5, "eos")
             for seed in seeds for i, count in enumerate(right) for n in range(2)
         ]  # fmt: skip
-        folder.mkdir()
+        folder.mkdir(parents=True)
         summary = {
             **summarise(samples, problems), "benchmark": str(benchmark), "num_samples": 2, "regime": regime,
             "answers_sha256": benchmark_digest(problems, "answer"),

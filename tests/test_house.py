@@ -14,7 +14,7 @@ FOLDERS = ("", "runtime/", "experiments/", "tests/")
 FILES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in ROOT.glob(f"{folder}*.py"))
 OURS = {*METHOD, *SCRIPTS, "runtime", "experiments", "tests"}
 LIBRARIES = {"torch", "transformers", "numpy", "peft", "datasets", "openai", "math_verify", "safetensors", "tokenizers",
-             "tqdm", "matplotlib", "scipy"}  # fmt: skip
+             "tqdm", "matplotlib", "scipy", "filelock"}  # fmt: skip
 # What a file of a stratum may import of ours.
 ALLOWED = {
     "method": METHOD,
