@@ -6,11 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from runtime.samples import Sample, SampleFile
 
 from errors import InputError
-from evaluate import benchmark_digest, summarise
-from experiments.study.compare import (
+from evaluate import Sample, benchmark_digest, summarise
+from experiments.compare import (
     PAPER,
     PAPER_BENCHMARKS,
     compare,
@@ -80,10 +79,7 @@ def evaluation(tmp_path):
             Sample(i, n, seed, f"\\boxed{{{i if n < count else 99}}}", 5, "eos")
             for seed in seeds for i, count in enumerate(right) for n in range(2)
         ]  # fmt: skip
-        with SampleFile(folder / "samples.jsonl") as file:
-            file.begin(regime)
-            for sample in samples:
-                file.add(sample)
+        folder.mkdir(parents=True)
         summary = {
             **summarise(samples, problems), "benchmark": str(benchmark), "num_samples": 2, "regime": regime,
             "answers_sha256": benchmark_digest(problems, "answer"),
