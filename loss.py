@@ -384,6 +384,9 @@ def _score_chunk(method, student_MD, teacher_MD, ids_M, head_VD, teacher_head_VD
     return score_tokens(method, student_logp_MV, teacher_logp_MV, ids_M, options)
 
 
+HEAD_ROWS = 512  # of a half-precision head in float32 at a time: they fit into a CPU's cache
+
+
 def head_logits(hidden_MD: Tensor, head_VD: Tensor) -> Tensor:
     """hidden @ head.T in float32, also of bfloat16 states: a matrix product accumulates in float32 anyway.
 
@@ -393,7 +396,10 @@ def head_logits(hidden_MD: Tensor, head_VD: Tensor) -> Tensor:
 
 
 class _WideProduct(torch.autograd.Function):
-    """x W^T in float32 for x and W in half precision; the gradients are those of the product in half precision."""
+    """x W^T in float32 for x and W in half precision, whose gradients have their precision.
+
+    A CPU multiplies in float32, HEAD_ROWS of W at a time, so that their copy stays in its cache.
+    """
 
     @staticmethod
     def forward(ctx, x_MD: Tensor, head_VD: Tensor) -> Tensor:
@@ -403,11 +409,19 @@ class _WideProduct(torch.autograd.Function):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # a CPU, or a kernel that lacks it
-            return x_MD.float() @ head_VD.float().T
+            logits_MV = x_MD.new_empty(len(x_MD), len(head_VD), dtype=torch.float32)
+            for rows, out in zip(head_VD.split(HEAD_ROWS), logits_MV.split(HEAD_ROWS, dim=-1), strict=True):
+                torch.mm(x_MD.float(), rows.float().T, out=out)
+            return logits_MV
 
     @staticmethod
     def backward(ctx, grad_MV: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (x_MD, head_VD), (to_x, to_head) = ctx.saved_tensors, ctx.needs_input_grad
+        if not to_head and x_MD.device.type == "cpu":  # whose half precision is slow in so long a sum
+            to_x_MD = torch.zeros_like(x_MD, dtype=torch.float32)
+            for rows, part in zip(head_VD.split(HEAD_ROWS), grad_MV.split(HEAD_ROWS, dim=-1), strict=True):
+                to_x_MD.addmm_(part, rows.float())
+            return to_x_MD.to(x_MD.dtype), None
         grad_MV = grad_MV.to(x_MD.dtype)
         return grad_MV @ head_VD if to_x else None, grad_MV.T @ x_MD if to_head else None
 
