@@ -9,7 +9,7 @@ import pytest
 
 from errors import InputError
 from evaluate import Sample, benchmark_digest, summarise
-from experiments.compare import (
+from experiments.study.compare import (
     PAPER,
     PAPER_BENCHMARKS,
     compare,

@@ -426,12 +426,15 @@ def test_scores_by_hand():
 def test_logits_of_half_precision_states_are_not_rounded():
     """The product of bfloat16 numbers in float32; its gradients are those of the bfloat16 product."""
     torch.manual_seed(0)
-    x_MD, head_VD = torch.randn(5, 64).bfloat16().requires_grad_(), torch.randn(30, 64).bfloat16().requires_grad_()
+    V = 2 * losses.HEAD_ROWS + 30
+    x_MD, head_VD = torch.randn(5, 64).bfloat16().requires_grad_(), torch.randn(V, 64).bfloat16().requires_grad_()
     logits_MV = losses.head_logits(x_MD, head_VD)
     assert logits_MV.dtype == torch.float32
     torch.testing.assert_close(logits_MV, x_MD.float() @ head_VD.float().T)
     assert not torch.equal(logits_MV, logits_MV.bfloat16().float())
-    up_MV = torch.randn(5, 30)
+    up_MV = torch.randn(5, V) / V**0.5
+    (to_x,) = torch.autograd.grad(losses.head_logits(x_MD, head_VD.detach()), x_MD, up_MV)  # the head is frozen
+    torch.testing.assert_close(to_x, (up_MV @ head_VD.float()).bfloat16())
     found = torch.autograd.grad(logits_MV, (x_MD, head_VD), up_MV)
     wanted = torch.autograd.grad(torch.nn.functional.linear(x_MD, head_VD), (x_MD, head_VD), up_MV.bfloat16())
     for ours, theirs in zip(found, wanted, strict=True):
