@@ -11,12 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-import grading_worker
 import pytest
 
 import grading
 from errors import InputError
 from grading import ExactGrader, MathVerifyGrader, answers_match, make_grader
+from runtime import grading_worker
 from tests.test_answers import DIFFERENT, DRESSES_OF_TEN, NOT_TEN
 from tests.test_answers import EQUAL as EQUAL_BY_FORM
 

@@ -797,7 +797,7 @@ def test_a_template_with_the_date_renders_the_runs_first_day(qwen3, data, tmp_pa
     record = json.loads((tmp_path / "run/config.json").read_text())
     assert f"the chat template shows the date: {record['date']}" in output
     whole = metrics(tmp_path / "run")
-    record["date"] = "2001-02-03"
+    record["date"] = record["inputs"]["prompts"]["chat"]["date"] = "2001-02-03"
     (tmp_path / "run/config.json").write_text(json.dumps(record))
     shutil.rmtree(tmp_path / "run/checkpoint-2")
     output = run_main([*arguments, "--resume"])
