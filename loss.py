@@ -176,8 +176,8 @@ class TokenScores:
     teacher_entropy: Tensor
     clipped_mass: Tensor  # teacher's probability on the entries that tau_clip cuts; 0 for losses without that clip
     agreement: Tensor  # 1 where both contexts have the same most likely token, else 0
-    correct: Tensor | None = None  # of the token's row: 1 right, 0 wrong, NaN where there is no answer to compare
-    finished: Tensor | None = None  # of the token's row: 1 if it ended with EOS, 0 if it was cut
+    correct: Tensor  # of the token's row: 1 right, 0 wrong, NaN where that is not known (`of_rows`)
+    finished: Tensor  # of the token's row: 1 if it ended with EOS, 0 if it was cut, NaN where that is not known
 
 
 def log_probabilities(logits_MV: Tensor, temperature: float) -> Tensor:
@@ -205,6 +205,8 @@ def score_tokens(
             "teacher_entropy": entropy(teacher_logp_MV),
             "clipped_mass": clipped_mass_M,
             "agreement": (student_logp_MV.argmax(dim=-1) == teacher_logp_MV.argmax(dim=-1)).float(),
+            "correct": torch.full_like(clipped_mass_M, nan),
+            "finished": torch.full_like(clipped_mass_M, nan),
         }
     return TokenScores(loss=method.token_loss(student_logp_MV, teacher_logp_MV, ids_M, options), **statistics)
 
@@ -361,8 +363,7 @@ def score_tokens_from_hidden(
         score(method, *chunk, head_VD, teacher_head_VD, options)
         for chunk in zip(student_MD.split(size), teacher_MD.split(size), ids_M.split(size), strict=True)
     ]
-    names = [f.name for f in fields(TokenScores) if getattr(parts[0], f.name) is not None]
-    return TokenScores(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    return TokenScores(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TokenScores)})
 
 
 def _score_chunk_with_gradient(method, student_MD, teacher_MD, ids_M, head_VD, teacher_head_VD, options) -> TokenScores:
