@@ -231,7 +231,7 @@ def test_every_field_that_vllm_knows_is_sent_or_draws_nothing():
 
 @needs_vllm
 def test_an_update_that_is_withheld_from_the_server_is_seen(monkeypatch, capsys, tmp_path):
-    withheld, publish = {1, 3}, train.publish
+    withheld, publish = {1, 3}, train.engines.publish
 
     def publish_late(engine, model, folder, step):
         if step not in withheld:
@@ -239,11 +239,13 @@ def test_an_update_that_is_withheld_from_the_server_is_seen(monkeypatch, capsys,
 
     flags = {"num_steps": 5, "batch_size": 8, "max_new_tokens": 48, "eval_data": "", "device": "cpu"}
     words = [f"--{name}={value}" for name, value in flags.items()]
-    monkeypatch.setattr(train, "publish", publish_late)
+    monkeypatch.setattr(train.engines, "publish", publish_late)
     monkeypatch.setattr(sys, "argv", ["train.py", *words, "--server", VLLM, "--output_dir", str(tmp_path / "run")])
-    before = signal.getsignal(signal.SIGTERM)
-    train.main()
-    signal.signal(signal.SIGTERM, before)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    assert train.main() == 0
+    for number, handler in before.items():
+        signal.signal(number, handler)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     stale = [row["sampler_gap"] for row in rows if row["step"] in withheld]
     right = [row["sampler_gap"] for row in rows if row["step"] not in withheld]
