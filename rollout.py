@@ -1,8 +1,8 @@
 """On-policy sampling: y ~ pi_theta(. | x_stu) on token ids, each row with its own random stream.
 
 A row's uniform numbers depend on its key alone: not on the batch it is sampled in, nor on the number of processes.
-`sample` is plain `generate`, in which StreamSampler puts our choice before its argmax. Of the other engines
-(runtime/engines.py) `continuous` draws by the same numbers; a server gets a seed made from the key.
+`sample` is plain `generate`, in which StreamSampler puts our choice before its argmax; a server (runtime/server.py)
+gets a seed made from the key instead.
 Axes: B sequences, P prompt tokens (padded on the left), T response tokens, X = P + T, V vocabulary, K candidates.
 """
 

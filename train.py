@@ -387,7 +387,7 @@ def build(
 
 
 def rehearse(run: Training, longest: list[list[int]], config: TrainConfig) -> None:
-    """One micro-batch of the longest prompts and responses and one decoding step, dropped again, before step 0.
+    """One micro-batch of the longest prompts and responses, forward and backward, dropped again, before step 0.
 
     Raises InputError, naming the flags that help, where the device's memory does not hold them.
     """

@@ -6,10 +6,9 @@ import time
 from collections import defaultdict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from loss import CHUNK_BYTES, TokenScores, log_probabilities
+from loss import CHUNK_BYTES, TokenScores, head_logits, log_probabilities
 from rollout import Response
 from runtime.ranks import gather_objects
 
@@ -74,7 +73,8 @@ def sampler_gap(student_MD: Tensor, head_VD: Tensor, ids_M: Tensor, responses: l
     sampler_logp_M = torch.tensor([logp for response in responses for logp in response.logprobs], device=ids_M.device)
     size = max(1, CHUNK_BYTES // (4 * head_VD.shape[0]))
     chunks = zip(student_MD.split(size), ids_M.split(size), strict=True)
-    logp_M = torch.cat([log_probabilities(F.linear(x, head_VD), 1.0).gather(-1, y[:, None])[:, 0] for x, y in chunks])
+    logps = [log_probabilities(head_logits(x, head_VD), 1.0).gather(-1, y[:, None]) for x, y in chunks]
+    logp_M = torch.cat(logps)[:, 0]
     return (sampler_logp_M - logp_M).abs()
 
 
