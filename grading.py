@@ -39,6 +39,13 @@ def _table(rows: str) -> dict[str, str]:
     return {word: row.split()[0] for row in re.split("[;\n]", rows.strip()) for word in row.split()}
 
 
+def _rewrite(text: str, rules: list[tuple]) -> str:
+    """The text after each rule (pattern, replacement) in turn."""
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Brackets
 
@@ -66,12 +73,6 @@ def split(text: str, separator: str) -> list[str]:
     cuts = [match.span() for match in re.finditer(separator, text) if match.start() in outside]
     edges = [0, *(edge for cut in cuts for edge in cut), len(text)]
     return [part for begin, end in zip(edges[::2], edges[1::2], strict=True) if (part := text[begin:end].strip())]
-
-
-def readable(text: str) -> bool:
-    """Whether the braces are paired and no bracket is nested too deeply: what parsers may be given."""
-    paired = partner(f"{{{text}}}", 0, _BRACES) == len(text) + 1
-    return paired and all(depth <= DEEPEST for _, depth in _depths(text))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -143,12 +144,6 @@ _FUNCTIONS = r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|gcd|lcm|max|mi
 _GROUPS = r"(?<![0-9.,])(?<![0-9.,] )([1-9][0-9]{0,2}(?: [0-9]{3})+)(?![0-9/]| ?[0-9]| ?\\[dt]?frac)"
 
 
-def _french(interval: re.Match) -> str:
-    """]0,1[ as (0,1)."""
-    left, low, high, right = interval.groups()
-    return f"{'(' if left == ']' else '['}{low},{high}{')' if right == '[' else ']'}"
-
-
 # (pattern, replacement), in this order: delimiters, spaces, one command for its synonyms, braces where they may miss
 _SPELLINGS = [
     (r"^\s*(?:\*\*|__|`)\s*(.*?)\s*(?:\*\*|__|`)\s*$", r"\1"),  # Markdown
@@ -185,12 +180,12 @@ _SPELLINGS = [
     (r"(?<=[0-9]),\s+(?=[0-9]{3}(?![0-9]))", ",\0"),  # the one space that tells: `1, 000` may be a list
     (r"(?<![0-9a-zA-Z])\s+|\s+(?![0-9a-zA-Z])|(?<=[0-9])\s+(?=[a-zA-Z])|(?<=[a-zA-Z])\s+(?=[0-9])", ""),
     (r"\s+|\0", " "),
-    (r"([\[\]])([^\[\](),;]+)[,;]([^\[\](),;]+)([\[\]])", _french),
+    (r"([\[\]])([^\[\](),;]+)[,;]([^\[\](),;]+)([\[\]])",  # ]0,1[ is (0,1)
+     lambda match: f"{'[('[match[1] == ']']}{match[2]},{match[3]}{'])'[match[4] == '[']}"),
     (r"\\(gcd|lcm|max|min)\(([^()]*)\)", lambda match: f"\\{match[1]}({','.join(sorted(match[2].split(',')))})"),
     (r"(?<![0-9a-zA-Z)}\]])\+(?=\\infty)|^\+|[\\ ]+$", ""),
     (r"(?<!\.)[.,;:]$", ""),
 ]  # fmt: skip
-_DRESS = [(re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS]
 _WRAPPER = re.compile(r"(?:\\(?:text|boxed|fbox))?(?=\{)")
 _PHRASE = r"\\text\{(?:[a-zA-Z]{2,}(?:-[a-zA-Z]{2,})*|[a-zA-Z]+(?: [a-zA-Z]+)+)\}"  # keeps its \text: HTT is no product
 
@@ -198,9 +193,7 @@ _PHRASE = r"\\text\{(?:[a-zA-Z]{2,}(?:-[a-zA-Z]{2,})*|[a-zA-Z]+(?: [a-zA-Z]+)+)\
 @lru_cache(maxsize=4096)
 def normalise_answer(answer: str) -> str:
     r"""The answer in one spelling, without mere dress: `\dfrac 12.` becomes `\frac{1}{2}`, a too long one ""."""
-    text = answer.strip().translate(_SYMBOLS) if len(answer) <= LONGEST else ""
-    for pattern, replacement in _DRESS:
-        text = pattern.sub(replacement, text)
+    text = _rewrite(answer.strip().translate(_SYMBOLS), _SPELLINGS) if len(answer) <= LONGEST else ""
     for _ in range(DEEPEST):
         wrapper = _WRAPPER.match(text)
         if wrapper is None or partner(text, wrapper.end()) != len(text) - 1 or re.fullmatch(_PHRASE, text):
@@ -214,11 +207,23 @@ def normalise_answer(answer: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 # Numbers
 
-_SEPARATED = re.compile(r"-?[1-9][0-9]{0,2}(?:, ?[0-9]{3})+(?:\.[0-9]*)?")
-_MIXED = re.compile(r"(-?)([0-9]+) ?(?:\\frac\{([0-9]+)\}\{([0-9]+)\}|(?<= )([0-9]+)/([0-9]+))")
-_REPEATING = re.compile(r"(-?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
-_LITERAL = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
-_BRACED = re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}|\^\{([^{}]*)\}")
+# What turns a number into signs, brackets and quotients of whole numbers
+_ARITHMETIC = [
+    (r"^\+", ""),
+    (r"^-?[1-9][0-9]{0,2}(?:, ?[0-9]{3})+(?:\.[0-9]*)?$", lambda match: re.sub(", ?", "", match[0])),  # 1,000
+    (r"^(-?)([0-9]+)(?: ?\\frac\{([0-9]+)\}\{([0-9]+)\}| ([0-9]+)/([0-9]+))$",  # 1\frac{4}{5}, but not 2\frac{3}{2}
+     lambda match: match.expand(r"\1(\2+\3\5/\4\6)" if 0 < int(match[3] or match[5]) < int(match[4] or match[6])
+                                else r"\g<0>")),
+    (r"^(-?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}$",  # 0.1\overline{6} = 0.1 + 0.06 / 0.9
+     lambda match: f"{match[1]}({match[2]}.{match[3]}0+.{'0' * len(match[3])}{match[4]}/.{'9' * len(match[4])})"),
+    (r"(?<![0-9.])([0-9]{1,3})!(?!!)", lambda match: f"({math.factorial(int(match[1]))})"),
+    (r"(?<=[0-9.)])(?=\()|(?<=\))(?=[0-9])", "*"),  # 2(3), but a mixed number is none of these
+    *[(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"), (r"\^\{([^{}]*)\}", r"^(\1)")] * DEEPEST,
+    (r"\\(?:cdot|times)(?![a-zA-Z])", "*"),
+    (r"\\div", "/"),
+    (r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?",
+     lambda match: "({}/{})".format(*Fraction(match[0]).as_integer_ratio())),
+]  # fmt: skip
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -229,26 +234,11 @@ def parse_number(text: str) -> Fraction | None:
     """
     if len(text) > LONGEST or not re.search("[0-9]", text):
         return None
-    text = text.removeprefix("+")
-    if _SEPARATED.fullmatch(text):
-        text = re.sub(", ?", "", text)
-    if (mixed := _MIXED.fullmatch(text)) is not None:
-        whole, top, bottom = int(mixed[2]), int(mixed[3] or mixed[5]), int(mixed[4] or mixed[6])
-        return int(mixed[1] + "1") * (whole + Fraction(top, bottom)) if 0 < top < bottom else None
-    if (repeating := _REPEATING.fullmatch(text)) is not None:
-        sign, whole, once, again = repeating.groups()
-        value = int(whole + once or "0") + Fraction(int(again), 10 ** len(again) - 1)
-        return int(sign + "1") * value / 10 ** len(once)
     try:
-        text = re.sub(r"(?<![0-9.])([0-9]{1,3})!(?!!)", lambda found: f"({math.factorial(int(found[1]))})", text)
-        text = re.sub(r"(?<=[0-9.)])(?=\()|(?<=\))(?=[0-9])", "*", text)  # 2(3), but a mixed number is none of these
-        for _ in range(DEEPEST if "{" in text else 0):
-            text = _BRACED.sub(lambda m: f"^({m[3]})" if m[1] is None else f"(({m[1]})/({m[2]}))", text)
-        text = re.sub(r"\\(?:cdot|times)(?![a-zA-Z])", "*", text).replace("\\div", "/")
-        text = _LITERAL.sub(lambda found: "({}/{})".format(*Fraction(found[0]).as_integer_ratio()), text)
+        text = _rewrite(text, _ARITHMETIC)
         if re.fullmatch(r"(?:[0-9*()^]|[+-](?![+-])|/(?!/))*", text) and "**" not in text:
             return _value(ast.parse(text.replace("^", "**"), mode="eval").body)
-    except (ValueError, KeyError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
+    except (ValueError, AttributeError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
         pass
     return None
 
@@ -258,13 +248,11 @@ _OPERATIONS = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: F
 
 
 def _value(node: ast.expr) -> Fraction:
-    """The value of a syntax tree of whole numbers. ValueError where it would be large, irrational or undefined."""
+    """The value of a syntax tree of whole numbers. An error where it would be large, irrational or undefined."""
     if isinstance(node, ast.Constant):
         return Fraction(node.value)
     if isinstance(node, ast.UnaryOp):
         return -_value(node.operand) if isinstance(node.op, ast.USub) else _value(node.operand)
-    if not isinstance(node, ast.BinOp):
-        raise ValueError
     left, right, power = _value(node.left), _value(node.right), isinstance(node.op, ast.Pow)
     if power and (right.denominator != 1 or (left == 0 and right <= 0) or abs(right) * _bits(left) > MOST_BITS):
         raise ValueError
@@ -310,7 +298,11 @@ _TAIL = re.compile(
     rf"|\\(?:text|operatorname)\{{(?P<text>[a-zA-Z](?:[a-zA-Z0-9 /.^-]|\\cdot|\{{-?[0-9]\}})*)\}}(?P<power>{_POWER})?"
     rf"|(?<=[0-9}}])(?P<plain>[a-zA-Z][a-zA-Z /]*)(?P<plain_power>{_POWER})?"
 )
-_AREAS = {"square": "2", "sq": "2", "cubic": "3"}
+_WORDING = [  # a unit's words, each with its power behind it, and `per` before the one it stands under
+    (r"\\cdot|\^\{?(-?[0-9])\}?", lambda match: f"^{match[1]} " if match[1] else " "), ("/", " per "), (r"\.", ""),
+    (r"(?i)\b(?:square|sq) ([a-z]+)", r"\1^2"), (r"(?i)\bcubic ([a-z]+)", r"\1^3"),
+    (r"([a-zA-Z]+)\^-([0-9])", r"per \1^\2"), (r"\^1\b", ""),
+]  # fmt: skip
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -330,34 +322,21 @@ def split_unit(text: str) -> tuple[str, str]:
             return text, unit
         return rest, unit or _UNIT_OF[tail["symbol"].replace(" ", "")]
     spelled = (tail["text"] or tail["plain"]) + (tail["power"] or tail["plain_power"] or "")
-    spelled = spelled.replace("/", " per ").replace("\\cdot", " ").replace(".", "").replace("}", "} ")
-    words = [re.fullmatch(rf"([a-zA-Z]+)({_POWER})?", word) for word in spelled.split()]
-    as_text = tail["text"] is not None
-    if not all(word and _counts(word[1], as_text or word is not words[0]) for word in words):
+    words, as_text = [word.partition("^") for word in _rewrite(spelled, _WORDING).split()], tail["text"] is not None
+    if not all(_counts(word, as_text or position > 0) for position, (word, _, _) in enumerate(words)):
         return text, unit
     rest, inner = split_unit(rest) if rest.endswith("%") else (rest, "")
-    return rest, unit or inner or _unit_name([(word[1], word[2] or "") for word in words])
-
-
-def _unit_name(words: list[tuple[str, str]]) -> str:
-    """One name for `m/s`, `m s^{-1}` and `meters per second`, for `square feet` and `ft^2`."""
-    names, power = [], ""
-    for word, own in words:
-        if word.lower() in _AREAS:
-            power = _AREAS[word.lower()]
-            continue
-        exponent, power = own.strip("^{}") or power, ""
-        names += ["per"] if exponent.startswith("-") else []
-        name = _UNIT_OF.get(word) or _UNIT_OF.get(word.lower(), word.lower())
-        names.append(name + (f"^{exponent.lstrip('-')}" if exponent not in ("", "1", "-1") else ""))
-    return " ".join(names)
+    names = [
+        (_UNIT_OF.get(word) or _UNIT_OF.get(word.lower(), word.lower())) + sign + power for word, sign, power in words
+    ]
+    return rest, unit or inner or " ".join(names)
 
 
 def _counts(word: str, as_text: bool) -> bool:
     r"""Whether a word behind a number only says what is counted. Outside \text{} a short one may be a product."""
     if word in _UNIT_OF or (len(word) > 1 and word.lower() in _UNIT_OF):
         return len(word) > 1 or as_text
-    if word.lower() in _CHANGING.split() or _FUNCTION.fullmatch(word):
+    if word.lower() in _CHANGING.split() or _FUNCTION.fullmatch(word) or not word.isalpha():
         return False
     return len(word) > 1 if as_text else word == "per" or (len(word) > 3 and bool(re.search("[aeiou]", word)))
 
@@ -417,8 +396,9 @@ _INEQUALITY = re.compile(rf"(?:(.+?){_COMPARED})?([a-zA-Z]|\\[a-zA-Z]+)(?:{_COMP
 def read_answer(answer: str) -> Reading:
     """The reading of an answer in any spelling."""
     text = normalise_answer(answer)
-    if not readable(text) or text.startswith(("\\ne", "\\approx", "~")):
-        return Reading("words", text)
+    paired = partner(f"{{{text}}}", 0, _BRACES) == len(text) + 1
+    if not paired or any(depth > DEEPEST for _, depth in _depths(text)) or text.startswith(("\\ne", "\\approx", "~")):
+        return Reading("words", text)  # no parser sees it
     if re.match(_COMPARED, text):  # > 2, of a name that is not told
         interval = _read_inequality("x" + text)
         return replace(interval, name="") if interval else Reading("words", text)
@@ -587,13 +567,9 @@ def _same(x: Reading, y: Reading, ask: Ask) -> bool:
 
 def _same_ratio(x: Reading, y: Reading, ask: Ask) -> bool:
     """Up to a common factor: p_i q_j = p_j q_i. 2:3 is the fraction too."""
-    if x.form in ("formula", "number"):
-        x, y = y, x
-    xs, ys = x.parts, y.parts
-    if y.form in ("formula", "number"):
-        return (
-            len(xs) == 2 and bool(re.search("frac|/|[.]", y.text)) and same_answer(f"({xs[0]})/({xs[1]})", y.text, ask)
-        )
+    xs, ys = (
+        reading.parts or ((reading.text, "1") if re.search("frac|/|[.]", reading.text) else ()) for reading in (x, y)
+    )
     if len(xs) != len(ys) or not xs or [parse_number(p) == 0 for p in xs] != [parse_number(q) == 0 for q in ys]:
         return False
     pairs = combinations(zip(xs, ys, strict=True), 2)
@@ -638,15 +614,13 @@ def _open(x: Reading, y: Reading) -> bool:
     related = [bool(_RELATION.search(text)) for text in (formula, other)]
     if related[0] != related[1] and not _SOLUTIONS.search(other if related[0] else formula):
         return False
+    if set(_ALIKE.findall(formula)) != set(_ALIKE.findall(other)):
+        return False
     equations = [text for text in (formula, other) if "=" in text]
-    alike = set(_ALIKE.findall(formula)) == set(_ALIKE.findall(other))
-    return alike and (len(equations) != 1 or not _unsolved(equations[0]))
-
-
-def _unsolved(equation: str) -> bool:
-    """Whether it is an equation for one letter, as 2x = 10 is: its right side is no answer."""
-    left = re.sub(r"\\(?:frac|sqrt|cdot)(?![a-zA-Z])", "", equation.partition("=")[0])
-    return len(set(re.findall("[a-zA-Z]", left))) == 1 and "\\" not in left and len(left) > 1
+    if len(equations) != 1:
+        return True
+    left = re.sub(r"\\(?:frac|sqrt|cdot)(?![a-zA-Z])", "", equations[0].partition("=")[0])  # of 2x = 10, no answer
+    return len(set(re.findall("[a-zA-Z]", left))) != 1 or "\\" in left or len(left) == 1
 
 
 _MIXED_FACTOR = re.compile(r"(?<![0-9a-zA-Z}.^_])([0-9]+)(\\frac\{[0-9]+\}\{[0-9]+\})")
@@ -732,11 +706,8 @@ class MathVerifyGrader(ExactGrader):
         if answer is None or gold is None:
             return False
         pair = (min(answer, gold), max(answer, gold))
-        if pair not in self._known:
-            self._known[pair] = self._decide(answer, gold)
-        return self._known[pair]
-
-    def _decide(self, answer: str, gold: str) -> bool:
+        if pair in self._known:
+            return self._known[pair]
         slow, replies = {normalise_answer(answer), normalise_answer(gold)} & self._slow, []
 
         def ask(a: str, b: str) -> bool:
@@ -745,19 +716,24 @@ class MathVerifyGrader(ExactGrader):
             replies.append(self._ask(a, b))
             return replies[-1] == "true"
 
-        verdict = same_answer(answer, gold, ask)
+        self._known[pair] = same_answer(answer, gold, ask)
         self.asked += bool(replies)
         self.refused += "refused" in replies
-        if "" in replies:
-            self.stopped += 1
-            self._slow.add(normalise_answer(answer))
-        return verdict
+        self.stopped += "" in replies
+        self._slow |= {normalise_answer(answer)} if "" in replies else set()
+        return self._known[pair]
 
     def _ask(self, a: str, b: str) -> str:
         """The worker's word for two formulas; "" where it had to be stopped, or is gone."""
         if self._worker is None or self._worker.poll() is not None:
             self.close()
-            self._start()
+            fixed = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+            command = [sys.executable, str(WORKER), *map(str, self.limits)]
+            self._worker = subprocess.Popen(command, env=os.environ | fixed, **pipes)
+            if self._worker.stdout.readline() != "ready\n":
+                why = "`python runtime/grading_worker.py 10 2e9` shows why"
+                raise InputError(f"--grader math-verify: its worker does not start; {why}")
         try:
             self._worker.stdin.write(json.dumps((a, b)) + "\n")
             self._worker.stdin.flush()
@@ -768,15 +744,6 @@ class MathVerifyGrader(ExactGrader):
             self.close()
             return ""
         return reply
-
-    def _start(self) -> None:
-        command = [sys.executable, str(WORKER), *map(str, self.limits)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        fixed = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        self._worker = subprocess.Popen(command, env=os.environ | fixed, **pipes)
-        if self._worker.stdout.readline() != "ready\n":
-            why = f"`python {WORKER.parent.name}/{WORKER.name} 10 2e9` shows why"
-            raise InputError(f"--grader math-verify: its worker does not start; {why}")
 
     def close(self) -> None:
         if self._worker is not None:
