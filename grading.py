@@ -141,7 +141,7 @@ _FUNCTIONS = r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|gcd|lcm|max|mi
 _GROUPS = r"(?<![0-9.,])(?<![0-9.,] )([1-9][0-9]{0,2}(?: [0-9]{3})+)(?![0-9/]| ?[0-9]| ?\\[dt]?frac)"
 
 
-# (pattern, replacement), in this order: delimiters, spaces, one command for its synonyms, braces where they may miss
+# In this order: delimiters, spaces, one command for its synonyms, braces where they may miss
 _SPELLINGS = [
     (r"^\s*(?:\*\*|__|`)\s*(.*?)\s*(?:\*\*|__|`)\s*$", r"\1"),  # Markdown
     (r"(?i)^\s*(?:\\text(?:bf|rm|it)?\{)?\s*(?:the )?(?:final )?ans(?:wer|\.)?\s*(?:is|:|=)\s*:?\s*\}?(?=.)", ""),
@@ -319,14 +319,15 @@ def split_unit(text: str) -> tuple[str, str]:
             return text, unit
         return rest, unit or _UNIT_OF[tail["symbol"].replace(" ", "")]
     spelled = (tail["text"] or tail["plain"]) + (tail["power"] or tail["plain_power"] or "")
-    words, as_text = [word.partition("^") for word in _rewrite(spelled, _WORDING).split()], tail["text"] is not None
-    if not all(_counts(word, as_text or position > 0) for position, (word, _, _) in enumerate(words)):
+    words, as_text = _rewrite(spelled, _WORDING).split(), tail["text"] is not None
+    if not all(_counts(word.partition("^")[0], as_text or position > 0) for position, word in enumerate(words)):
         return text, unit
     rest, inner = split_unit(rest) if rest.endswith("%") else (rest, "")
-    names = [
-        (_UNIT_OF.get(word) or _UNIT_OF.get(word.lower(), word.lower())) + sign + power for word, sign, power in words
-    ]
-    return rest, unit or inner or " ".join(names)
+
+    def name(word: re.Match) -> str:
+        return _UNIT_OF.get(word[0]) or _UNIT_OF.get(word[0].lower(), word[0].lower())
+
+    return rest, unit or inner or re.sub("[a-zA-Z]+", name, " ".join(words))
 
 
 def _counts(word: str, as_text: bool) -> bool:
@@ -558,9 +559,8 @@ def _same(x: Reading, y: Reading, ask: Ask) -> bool:
 
 def _same_ratio(x: Reading, y: Reading, ask: Ask) -> bool:
     """Up to a common factor: p_i q_j = p_j q_i. 2:3 is the fraction too."""
-    xs, ys = (
-        reading.parts or ((reading.text, "1") if re.search("frac|/|[.]", reading.text) else ()) for reading in (x, y)
-    )
+    fraction = "frac|/|[.]"
+    xs, ys = (z.parts or ((z.text, "1") if re.search(fraction, z.text) else ()) for z in (x, y))
     if len(xs) != len(ys) or not xs or [parse_number(p) == 0 for p in xs] != [parse_number(q) == 0 for q in ys]:
         return False
     pairs = combinations(zip(xs, ys, strict=True), 2)
@@ -686,7 +686,7 @@ class MathVerifyGrader(ExactGrader):
     def __init__(self, seconds: float = SECONDS_PER_COMPARISON, memory_bytes: int = MEMORY_BYTES) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise InputError(
-                "--grader math-verify needs `pip install math-verify`; --grader exact undercounts LaTeX answers"
+                "--grader math-verify: `pip install math-verify`; --grader exact undercounts LaTeX answers"
             )
         self.version = importlib.metadata.version("math-verify")
         self.limits = (seconds, memory_bytes)
