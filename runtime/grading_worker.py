@@ -4,7 +4,7 @@
 
 `true`, `false`, or `refused` where false was found after something had been refused. math-verify reads numbers through
 sympy's parser, which compiles them as Python. So this process refuses to compile anything that is not a plain number or
-sympy's own monomial arithmetic, and to start processes, open sockets or write files. It loads neither torch nor any
+arithmetic that sympy generates, and to start processes, open sockets or write files. It loads neither torch nor any
 other file of the project, so that a killed one is replaced in about a second.
 """
 

@@ -174,6 +174,18 @@ def test_the_choice_of_grader(monkeypatch):
         assert "\n" not in str(caught.value)
 
 
+def test_a_grader_of_a_users_own_by_name(monkeypatch):
+    class Rounded(ExactGrader):
+        name = "rounded"
+
+        def match(self, answer, gold):
+            return round(float(answer)) == round(float(gold))
+
+    monkeypatch.setitem(grading.GRADERS, "rounded", Rounded)
+    grader = make_grader("rounded", ["5", "proof"])
+    assert grader.match("4.9", "5") and grader.name == "rounded" and grader.note and ExactGrader.note == ""
+
+
 @needs_math_verify
 def test_auto_is_math_verify_wherever_it_is_installed():
     grader = make_grader("auto", ["5"])
