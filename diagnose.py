@@ -28,15 +28,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from chat import eos_ids
 from errors import InputError
 from grading import Grader, extract_boxed, make_grader
-from model import context_length, eos_ids, load_model, load_tokenizer, response_hidden
+from model import response_hidden
 from problems import Problem, load_problems
 from rollout import Sampling, StreamKey
 from runtime import records
 from runtime.engines import Engine, GenerateEngine, connect
 from runtime.flags import FlagParser, departures, option, run_script
 from runtime.lengths import check_room
+from runtime.loading import context_length, load_model, load_tokenizer
 from runtime.ranks import gather_objects, rank, say, start_ranks, stop_ranks
 from runtime.records import RowFile, do_jobs
 from teacher import PAPER_PROMPTS, Prompts, check_prompts, encode_prompt, load_prompts

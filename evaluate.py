@@ -26,7 +26,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from errors import InputError
 from grading import answers_match, extract_boxed, make_grader
-from model import ADAPTER_CONFIG, load_config, load_model, load_tokenizer
 from problems import Problem, load_problems
 from rollout import Response, Sampling, StreamKey
 from runtime import records
@@ -34,6 +33,7 @@ from runtime.checkpoint import load_adapter
 from runtime.engines import Engine, GenerateEngine, connect
 from runtime.flags import FlagParser, option, run_script
 from runtime.lengths import check_room
+from runtime.loading import ADAPTER_CONFIG, load_config, load_model, load_tokenizer
 from runtime.ranks import hide_bar, rank, say, start_ranks, stop_ranks, world_size
 from teacher import PAPER_PROMPTS, Prompts, check_prompts, encode_prompt, load_prompts
 
@@ -287,7 +287,7 @@ def check_config(config: EvaluationConfig) -> None:
 
 
 def on_device(config: EvaluationConfig, device: torch.device) -> EvaluationConfig:
-    """The options with what the device decides where the user did not (model.load_model); a server decides itself."""
+    """The options with what the device decides where the user did not (loading.load_model); a server decides itself."""
     dtype = config.dtype
     if dtype == "auto" and not config.server:
         dtype = "bfloat16" if device.type == "cuda" else "float32"

@@ -18,11 +18,11 @@ from functools import partial
 from math import inf, log, nan
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from errors import InputError
+from model import head_logits
 from weighting import get_schedule, relative_position
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -385,48 +385,6 @@ def _score_chunk(method, student_MD, teacher_MD, ids_M, head_VD, teacher_head_VD
     with torch.no_grad():
         teacher_logp_MV = log_probabilities(head_logits(teacher_MD, teacher_head_VD), options.distill_temperature)
     return score_tokens(method, student_logp_MV, teacher_logp_MV, ids_M, options)
-
-
-HEAD_ROWS = 512  # of a half-precision head in float32 at a time: they fit into a CPU's cache
-
-
-def head_logits(hidden_MD: Tensor, head_VD: Tensor) -> Tensor:
-    """hidden @ head.T in float32, also of bfloat16 states: a matrix product accumulates in float32 anyway.
-
-    Logits rounded to bfloat16 would move entries across tau_clip, where the gradient turns around.
-    """
-    return F.linear(hidden_MD, head_VD) if hidden_MD.dtype == torch.float32 else _WideProduct.apply(hidden_MD, head_VD)
-
-
-class _WideProduct(torch.autograd.Function):
-    """x W^T in float32 for x and W in half precision, whose gradients have their precision.
-
-    A CPU multiplies in float32, HEAD_ROWS of W at a time, so that their copy stays in its cache.
-    """
-
-    @staticmethod
-    def forward(ctx, x_MD: Tensor, head_VD: Tensor) -> Tensor:
-        ctx.save_for_backward(x_MD, head_VD)
-        try:
-            return torch.mm(x_MD, head_VD.T, out_dtype=torch.float32)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # a CPU, or a kernel that lacks it
-            logits_MV = x_MD.new_empty(len(x_MD), len(head_VD), dtype=torch.float32)
-            for rows, out in zip(head_VD.split(HEAD_ROWS), logits_MV.split(HEAD_ROWS, dim=-1), strict=True):
-                torch.mm(x_MD.float(), rows.float().T, out=out)
-            return logits_MV
-
-    @staticmethod
-    def backward(ctx, grad_MV: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x_MD, head_VD), (to_x, to_head) = ctx.saved_tensors, ctx.needs_input_grad
-        if not to_head and x_MD.device.type == "cpu":  # whose half precision is slow in so long a sum
-            to_x_MD = torch.zeros_like(x_MD, dtype=torch.float32)
-            for rows, part in zip(head_VD.split(HEAD_ROWS), grad_MV.split(HEAD_ROWS, dim=-1), strict=True):
-                to_x_MD.addmm_(part, rows.float())
-            return to_x_MD.to(x_MD.dtype), None
-        grad_MV = grad_MV.to(x_MD.dtype)
-        return grad_MV @ head_VD if to_x else None, grad_MV.T @ x_MD if to_head else None
 
 
 def valid_lengths(mask_BT: Tensor, response_ids_BT: Tensor, values_BTX: Tensor) -> list[int]:

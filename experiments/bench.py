@@ -30,9 +30,9 @@ from torch.profiler import ProfilerActivity, profile
 import train
 from grading import make_grader
 from loss import LossOptions, resolve_method, score_tokens_from_hidden
-from model import pick_device
 from problems import load_problems
 from runtime.flags import run_script
+from runtime.loading import pick_device
 from runtime.records import git_commit, make_folder, versions, write_atomically
 
 V = 151_936  # Qwen3's vocabulary

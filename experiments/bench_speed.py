@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from loss import head_logits
-from model import adapter_disabled, add_lora, cast_adapter, load_model
+from model import adapter_disabled, add_lora, cast_adapter
 from rollout import Sampling, choose_tokens
+from runtime.loading import load_model
 
 V, D = 151_936, 896
 

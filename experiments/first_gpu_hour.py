@@ -38,12 +38,12 @@ import train
 from errors import InputError
 from experiments.bench import GIB, Table, alternate, hardware, loss_functions, peak_bytes, wait, write_table
 from grading import make_grader
-from model import load_tokenizer, pick_device
 from problems import load_problems
 from rollout import Sampling
 from runtime.engines import GenerateEngine
 from runtime.flags import run_script
 from runtime.lengths import fitting_problems
+from runtime.loading import load_tokenizer, pick_device
 from runtime.records import make_folder, versions
 from teacher import student_prompt, teacher_prompt
 

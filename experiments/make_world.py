@@ -35,9 +35,9 @@ from transformers import (
 
 from errors import InputError
 from experiments.study.worlds import WORLDS, World, trace
-from model import load_model, load_tokenizer
 from problems import Problem, tiny_problems
 from runtime.flags import run_script
+from runtime.loading import load_model, load_tokenizer
 from runtime.records import make_folder
 from teacher import DIAGNOSTIC_PROMPT, EVALUATION_PROMPT, FIELD, STUDENT_PROMPT, TEACHER_PROMPT, encode_prompt
 

@@ -18,10 +18,11 @@ import experiments.study.rules  # noqa: F401  (registers its rows: a run of one 
 from errors import InputError
 from grading import answers_match, extract_boxed
 from loss import log_probabilities, resolve_method, score_tokens
-from model import adapter_disabled, load_model, load_tokenizer, response_hidden
+from model import adapter_disabled, response_hidden
 from problems import Problem, load_problems
 from rollout import Sampling, sample
 from runtime.checkpoint import load_adapter, newest_checkpoint
+from runtime.loading import load_model, load_tokenizer
 from teacher import Prompts, student_prompt, teacher_prompt
 from weighting import relative_position
 

@@ -27,7 +27,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
 from errors import InputError, one_line
-from model import ADAPTER_CONFIG, add_lora, find_checkpoint, lora_layers
+from model import add_lora, lora_layers
+from runtime.loading import ADAPTER_CONFIG, find_checkpoint
 from runtime.ranks import say
 from runtime.records import read_record, remove, sha256, sync
 from teacher import Teacher

@@ -8,8 +8,8 @@ from functools import partial
 from tqdm import tqdm
 
 from errors import InputError, some
-from model import context_length
 from problems import Problem
+from runtime.loading import context_length
 from runtime.ranks import gather_objects, hide_bar, rank, say, world_size
 from teacher import encode_prompt, student_prompt, teacher_prompt
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import InputError
-from model import pick_device
+from runtime.loading import pick_device
 
 
 def start_ranks(device_name: str) -> torch.device:

@@ -32,8 +32,8 @@ from tqdm import tqdm
 from transformers.utils import cached_file
 
 from errors import InputError, one_line
-from model import find_checkpoint
 from problems import Problem
+from runtime.loading import find_checkpoint
 from runtime.ranks import gather_objects, hide_bar, rank, say, wait_for_all, world_size
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -23,9 +23,10 @@ from urllib.request import getproxies, proxy_bypass
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from chat import eos_ids
 from errors import InputError, one_line
-from model import eos_ids, find_checkpoint, load_config
 from rollout import OnFinished, Response, Sampling, StreamKey, until_eos
+from runtime.loading import find_checkpoint, load_config
 
 try:
     import openai

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from test_model import PROMPTS, RESPONSES, randomise
 
 from errors import InputError
-from model import add_lora, load_model, lora_parameters, response_hidden
+from model import add_lora, lora_parameters, response_hidden
 from runtime import checkpoint as checkpoint_module
 from runtime.checkpoint import (
     ADAPTER_FREE,
@@ -37,6 +37,7 @@ from runtime.checkpoint import (
     save_adapter,
     save_checkpoint,
 )
+from runtime.loading import load_model
 from runtime.records import sha256
 from teacher import Teacher
 

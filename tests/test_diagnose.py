@@ -28,10 +28,11 @@ from diagnose import (
 )
 from errors import InputError
 from grading import ExactGrader
-from model import load_model, load_tokenizer, response_hidden
+from model import response_hidden
 from problems import Problem, load_problems
 from rollout import Response
 from runtime.engines import GenerateEngine
+from runtime.loading import load_model, load_tokenizer
 from runtime.records import read_rows
 from teacher import student_prompt
 from viability import LabelRule, labels, truncated_entropy, uncertainty

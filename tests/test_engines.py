@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from errors import InputError
-from model import load_model, load_tokenizer
 from problems import tiny_problems
 from rollout import Sampling, sample
 from runtime import engines
 from runtime.engines import GenerateEngine
+from runtime.loading import load_model, load_tokenizer
 from teacher import student_prompt
 
 SETTINGS = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=16)

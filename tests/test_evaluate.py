@@ -26,11 +26,12 @@ from evaluate import (
     summarise,
 )
 from grading import answers_match
-from model import TINY_MODEL, add_lora, load_model, load_tokenizer, lora_parameters
+from model import add_lora, lora_parameters
 from problems import Problem, tiny_problems
 from rollout import Response, Sampling
 from runtime.checkpoint import save_adapter
 from runtime.engines import GenerateEngine
+from runtime.loading import TINY_MODEL, load_model, load_tokenizer
 
 SETTINGS = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=48)
 

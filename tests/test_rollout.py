@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from errors import InputError
-from model import load_model, load_tokenizer
 from problems import Problem
 from rollout import Sampling, choose_tokens, sample, uniforms, until_eos
+from runtime.loading import load_model, load_tokenizer
 from teacher import student_prompt
 
 SETTINGS = Sampling(temperature=1.1, top_p=0.95, top_k=20, max_new_tokens=12)

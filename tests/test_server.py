@@ -24,18 +24,12 @@ import torch
 
 import train
 from errors import InputError
-from model import (
-    TINY_MODEL,
-    add_lora,
-    load_model,
-    load_tokenizer,
-    lora_layers,
-    response_hidden,
-)
+from model import add_lora, lora_layers, response_hidden
 from problems import tiny_problems
 from rollout import Sampling, sample
 from runtime import engines
 from runtime.checkpoint import load_adapter, save_adapter
+from runtime.loading import TINY_MODEL, load_model, load_tokenizer
 from runtime.metrics import GAP_FLOAT32
 from teacher import EVALUATION_PROMPT, encode_prompt
 

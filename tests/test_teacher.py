@@ -12,8 +12,9 @@ import train
 from chat import Chat, render_turn
 from errors import InputError
 from grading import ExactGrader
-from model import adapter_dropout, add_lora, load_model, load_tokenizer, response_hidden
+from model import adapter_dropout, add_lora, response_hidden
 from problems import Problem
+from runtime.loading import load_model, load_tokenizer
 from teacher import (
     DIAGNOSTIC_PROMPT,
     EVALUATION_PROMPT,

@@ -651,7 +651,7 @@ def test_problems_that_are_too_long_are_left_out_and_the_others_keep_their_numbe
 
 def test_a_prompt_that_just_fits_is_kept(qwen3, data, tmp_path, run_main):
     """The longer context with its response may fill --max_length, and may not exceed it."""
-    tokenizer = train.model.load_tokenizer(str(qwen3))
+    tokenizer = train.loading.load_tokenizer(str(qwen3))
     longest = max(len(train.teacher.teacher_prompt(tokenizer, problem)) for problem in load_problems(str(data)))
     for limit, words in ((longest + 10, "15 problems"), (longest + 9, "left out")):
         output = run_main(flags(qwen3, data, tmp_path / str(limit), "--num_steps", 1, "--max_length", limit))

@@ -86,7 +86,7 @@ class Cell:
 
 def model_id(name: str) -> str:
     """A hub model by its name, a local one by a digest of its weights: other weights make other cells."""
-    from model import find_checkpoint
+    from runtime.loading import find_checkpoint
 
     digest = hashlib.sha256()
     files = sorted(Path(find_checkpoint(name)).glob("*.safetensors"))
