@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -345,8 +344,7 @@ def build(
     config: TrainConfig, device: torch.device, grader: grading.Grader, prompts: teacher.Prompts = teacher.PAPER_PROMPTS
 ) -> Training:
     """Model with its adapter, teacher, optimizer and learning-rate schedule, all at their start."""
-    load = partial(loading.load_model, dtype=config.dtype, device=device)
-    student, tokenizer = load(config.model), loading.load_tokenizer(config.model)
+    student, tokenizer = loading.load_model(config.model, config.dtype, device), loading.load_tokenizer(config.model)
     torch.manual_seed(config.seed)
     if config.lora_rank > 0:
         model.add_lora(student, config.lora_rank, config.lora_alpha, config.lora_dropout)
@@ -355,8 +353,8 @@ def build(
     if config.teacher in teacher.KINDS:
         scorer = teacher.Teacher(student, config.teacher, config.ema_decay)
     else:
-        teacher.check_same_tokens(tokenizer, loading.load_tokenizer(config.teacher), prompts, config.teacher)
-        scorer = teacher.Teacher(student, "other", other=load(config.teacher))
+        other = loading.load_other(config.teacher, student, tokenizer, prompts)
+        scorer = teacher.Teacher(student, "other", other=other)
     # Parameter by parameter (foreach False): updating all at once would take as much memory again.
     optimizer = torch.optim.AdamW(
         scorer.trained, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False

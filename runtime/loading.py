@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +21,8 @@ from transformers import (
 
 from errors import InputError, one_line, some
 from model import response_hidden
+from problems import Problem
+from teacher import Prompts, student_prompt, teacher_prompt
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name of it
 ADAPTER_BESIDE = f"{ADAPTER_CONFIG} stands beside the model; put the adapter into a directory of its own"
@@ -186,6 +189,41 @@ def pick_device(name: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name}: not on this machine") from None
     return device
+
+
+def load_other(
+    name: str, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts
+) -> PreTrainedModel:
+    """The model of `--teacher NAME`, in the student's dtype and on its device, to score the student's own token ids.
+
+    Raises InputError where it reads them otherwise.
+    """
+    check_same_tokens(tokenizer, load_tokenizer(name), prompts, name)
+    other = load_model(name, str(student.dtype).removeprefix("torch."), student.device)
+    match_heads(student, other)
+    return other
+
+
+def check_same_tokens(
+    tokenizer: PreTrainedTokenizerBase, others: PreTrainedTokenizerBase, prompts: Prompts, name: str
+) -> None:
+    """Raise InputError unless another model reads the student's token ids as the student does, prompts included."""
+    differing = {token for token, _ in tokenizer.get_vocab().items() ^ others.get_vocab().items()}
+    if differing:
+        raise InputError(f"--teacher {name}: its vocabulary is not the student's ({some(sorted(differing))})")
+    probe = Problem("Let x = 12.\n\nWhat is $\\frac{x}{5} + 345$?", "It is \\boxed{347.4}.", "347.4")
+    for encode in (student_prompt, teacher_prompt):
+        if encode(tokenizer, probe, prompts) != encode(others, probe, prompts):
+            raise InputError(f"--teacher {name}: its tokenizer or chat template encodes a prompt otherwise")
+
+
+def match_heads(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Cut the rows of the other model's head that pad it beyond the student's. Raises InputError where it has fewer."""
+    rows, head = len(model.get_output_embeddings().weight), other.get_output_embeddings()
+    if len(head.weight) < rows:
+        raise InputError(f"--teacher {other.name_or_path}: its head has {len(head.weight)} rows, the student's {rows}")
+    if len(head.weight) > rows:
+        head.weight = nn.Parameter(head.weight[:rows], requires_grad=False)
 
 
 def context_length(model: PreTrainedModel) -> int:

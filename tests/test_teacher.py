@@ -14,7 +14,7 @@ from errors import InputError
 from grading import ExactGrader
 from model import adapter_dropout, add_lora, response_hidden
 from problems import Problem
-from runtime.loading import load_model, load_tokenizer
+from runtime.loading import check_same_tokens, load_model, load_tokenizer, match_heads
 from teacher import (
     DIAGNOSTIC_PROMPT,
     EVALUATION_PROMPT,
@@ -25,7 +25,6 @@ from teacher import (
     Prompts,
     Teacher,
     check_prompts,
-    check_same_tokens,
     choose_reference,
     encode_prompt,
     fill,
@@ -363,12 +362,13 @@ def test_padding_rows_of_another_head_are_cut_and_missing_ones_are_said(student,
     other = load_model(checkpoint, device="cpu")
     own = other.get_output_embeddings().weight.detach().clone()
     other.resize_token_embeddings(rows + 7, mean_resizing=False)
+    match_heads(student, other)
     with Teacher(student, "other", other=other).scoring() as scorer:
         assert torch.equal(scorer.get_output_embeddings().weight, own)
         states(scorer)
     other.resize_token_embeddings(rows - 1, mean_resizing=False)
     with pytest.raises(InputError, match=f"its head has {rows - 1} rows, the student's {rows}"):
-        Teacher(student, "other", other=other)
+        match_heads(student, other)
 
 
 def test_another_vocabulary_or_template_is_said(checkpoint):
