@@ -228,31 +228,20 @@ def reduce_tokens(method: Method, scores: TokenScores, lengths: list[int], step:
 
 
 def method_loss(
-    name: str,
-    student_logits_BTV: Tensor,
-    teacher_logits_BTV: Tensor,
-    response_ids_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    step: int = 0,
-    correct: list[bool | None] | None = None,
-    finished: list[bool] | None = None,
-    **overrides,
-) -> Tensor:
+    name: str, student_logits_BTV: Tensor, teacher_logits_BTV: Tensor, response_ids_BT: Tensor, mask_BT: Tensor, *,
+    step: int = 0, correct: list[bool | None] | None = None, finished: list[bool] | None = None, **overrides,
+) -> Tensor:  # fmt: skip
     """Eq. (8) of a method on whole logits: the plain form, for readers, forks and tests.
 
     `mask_BT` is True on each row's response tokens, a prefix of the row; `correct` and `finished` are the rows'
-    outcomes, for weights that look at them. `overrides` are fields of LossOptions, with
-    `clip` (None for none) and `temperature` short for tau_clip and distill_temperature. Returns a scalar whose gradient
-    flows into the student's logits only. Raises InputError (a ValueError) for unknown names, options out of range, or
-    tensors whose shapes do not fit.
+    outcomes, for weights that look at them. `overrides` are fields of LossOptions, with `clip` (None for none) and
+    `temperature` short for tau_clip and distill_temperature. The gradient flows into the student's logits only. Raises
+    InputError (a ValueError) for unknown names, options out of range, or tensors whose shapes do not fit.
     """
     options = _options(overrides)
     method = resolve_method(name, options)
     if student_logits_BTV.shape != teacher_logits_BTV.shape:
-        raise InputError(
-            f"logits differ in shape: {tuple(student_logits_BTV.shape)}, {tuple(teacher_logits_BTV.shape)}"
-        )
+        raise InputError(f"logits differ in shape: {student_logits_BTV.shape}, {teacher_logits_BTV.shape}")
     lengths = valid_lengths(mask_BT, response_ids_BT, student_logits_BTV)
     student_logp_MV = log_probabilities(student_logits_BTV[mask_BT], options.distill_temperature)
     teacher_logp_MV = log_probabilities(teacher_logits_BTV[mask_BT].detach(), options.distill_temperature)
@@ -339,15 +328,9 @@ CHUNK_BYTES = 30 * 2**20
 
 
 def score_tokens_from_hidden(
-    method: Method,
-    student_MD: Tensor,
-    teacher_MD: Tensor,
-    head_VD: Tensor,
-    teacher_head_VD: Tensor,
-    ids_M: Tensor,
-    options: LossOptions,
-    chunk_tokens: int | None = None,
-) -> TokenScores:
+    method: Method, student_MD: Tensor, teacher_MD: Tensor, head_VD: Tensor, teacher_head_VD: Tensor, ids_M: Tensor,
+    options: LossOptions, chunk_tokens: int | None = None,
+) -> TokenScores:  # fmt: skip
     """`score_tokens` of the valid tokens' hidden states, a chunk of them at a time.
 
     A chunk's logits are not kept for its gradient: with the loss comes dl_t/dh_t, [M, D], at once. Where the head is
