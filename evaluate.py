@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -34,7 +33,7 @@ from runtime.engines import Engine, GenerateEngine, connect
 from runtime.flags import FlagParser, option, run_script
 from runtime.lengths import check_room
 from runtime.loading import ADAPTER_CONFIG, load_config, load_model, load_tokenizer
-from runtime.ranks import hide_bar, rank, say, start_ranks, stop_ranks, world_size
+from runtime.ranks import progress, rank, say, start_ranks, stop_ranks, world_size
 from teacher import PAPER_PROMPTS, Prompts, check_prompts, encode_prompt, load_prompts
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -151,7 +150,7 @@ def sample_missing(
 ) -> None:  # fmt: skip
     """Sample this rank's share of `missing`; each sample is on the disk as soon as it is there."""
     mine, start = missing[rank() :: world_size()], time.perf_counter()
-    bar = tqdm(total=len(mine), desc="sampling", unit="sample", disable=hide_bar())
+    bar = progress(total=len(mine), desc="samples")
 
     def keep(item: Sample) -> None:
         file.add([asdict(item)])

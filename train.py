@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
@@ -57,7 +56,7 @@ def train_step(step: int, run: Training, data: list[problems.Problem], config: T
 
     # Score every token in both contexts, weight it by its position, add up the gradient of the loss's numerator.
     numerator, denominator = torch.zeros((), device=run.model.device), torch.zeros((), device=run.model.device)
-    for rows in micro_batches(rollouts, config.micro_batch_size):
+    for rows in ranks.progress(micro_batches(rollouts, config.micro_batch_size), desc="micro-batches", leave=False):
         with model.adapter_dropout(run.model):
             part, count = loss_fraction(step, rows, run, config, seen)
             part.backward()
@@ -478,9 +477,7 @@ def take_steps(
     try:
         engines.publish(run.engine, run.model, folder, start)
         run.stop.release()
-        for step in tqdm(
-            range(start, config.num_steps), initial=start, total=config.num_steps, disable=ranks.hide_bar()
-        ):
+        for step in ranks.progress(range(start, config.num_steps), desc="step", initial=start, total=config.num_steps):
             if step == 0 or (config.eval_steps and step % config.eval_steps == 0):
                 score_held_out(log, step, run, held_out, config)
             row, samples = train_step(step, run, data, config)  # from its update on, signals wait

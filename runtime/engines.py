@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from errors import InputError
 from rollout import OnFinished, Response, Sampling, StreamKey, sample
 from runtime.checkpoint import save_adapter
-from runtime.ranks import gather_objects, rank
+from runtime.ranks import gather_objects, progress, rank
 
 
 class Engine(Protocol):
@@ -50,7 +50,9 @@ class GenerateEngine:
         while len(responses) < len(prompts):
             start, end = len(responses), min(len(responses) + self.batch_size, len(prompts))
             try:
-                batch = sample(self.model, self.tokenizer, prompts[start:end], keys[start:end], settings)
+                with progress(total=settings.max_new_tokens, desc="tokens of a batch", leave=False) as bar:
+                    rows = (prompts[start:end], keys[start:end])
+                    batch = sample(self.model, self.tokenizer, *rows, settings, on_token=bar.update)
             except torch.OutOfMemoryError:
                 if end - start == 1:
                     raise InputError(

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from tqdm import tqdm
-
 from errors import InputError, some
 from problems import Problem
 from runtime.loading import context_length
-from runtime.ranks import gather_objects, hide_bar, rank, say, world_size
+from runtime.ranks import gather_objects, progress, rank, say, world_size
 from teacher import encode_prompt, student_prompt, teacher_prompt
 
 
 def count_tokens(encode: Callable[[Problem], list[int]], problems: list[Problem]) -> list[int]:
     """Tokens of each problem's prompt; ranks share the work."""
     mine = range(rank(), len(problems), world_size())
-    bar = tqdm(mine, desc="measuring prompts", unit="problem", leave=False, disable=hide_bar())
+    bar = progress(mine, desc="prompts measured", leave=False)
     counted = {index: len(encode(problems[index])) for index in bar}
     counted = {index: tokens for part in gather_objects(counted) for index, tokens in part.items()}
     return [counted[index] for index in range(len(problems))]

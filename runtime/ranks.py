@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -105,6 +106,15 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def hide_bar() -> bool | None:
-    """tqdm's `disable`: True on all ranks but the first; None hides the bar where the output is no terminal."""
-    return None if rank() == 0 else True
+LOG_EVERY = 30.0  # seconds
+
+
+def progress(items: Iterable | None = None, **settings) -> tqdm:
+    """tqdm, on the first rank: a bar on a terminal, and in a log file a line at most every half minute."""
+    settings = {"delay": 1.0, **settings}
+    if not sys.stderr.isatty():
+        words = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, at most {remaining} left\n"
+        settings |= {"bar_format": words, "position": 0} | dict.fromkeys(
+            ("delay", "mininterval", "maxinterval"), LOG_EVERY
+        )
+    return tqdm(items, disable=rank() > 0, **settings)

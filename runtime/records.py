@@ -28,13 +28,12 @@ from pathlib import Path
 import filelock
 import torch
 import transformers
-from tqdm import tqdm
 from transformers.utils import cached_file
 
 from errors import InputError, one_line
 from problems import Problem
 from runtime.loading import find_checkpoint
-from runtime.ranks import gather_objects, hide_bar, rank, say, wait_for_all, world_size
+from runtime.ranks import gather_objects, progress, rank, say, wait_for_all, world_size
 
 # ---------------------------------------------------------------------------------------------------------------
 # Files
@@ -429,7 +428,7 @@ def do_jobs(file: RowFile, jobs: list[tuple], work: Callable[[list[tuple]], list
     started = time.perf_counter()
     left = [job for job in jobs if job not in file.rows]
     mine = left[rank() :: world_size()]
-    for start in tqdm(range(0, len(mine), batch_size), desc=file.path.stem, disable=hide_bar()):
+    for start in progress(range(0, len(mine), batch_size), desc=file.path.stem):
         try:
             file.add(work(mine[start : start + batch_size]))
         except torch.OutOfMemoryError:

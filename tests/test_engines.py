@@ -30,7 +30,7 @@ def rows(tiny):
 def small_memory(monkeypatch):
     """Plain sampling that runs out of memory with more rows than `limit`; `tried` are the sizes of all batches."""
 
-    def limited(model, tokenizer, prompts, keys, settings):
+    def limited(model, tokenizer, prompts, keys, settings, on_token):
         limited.tried.append(len(prompts))
         if len(prompts) > limited.limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
