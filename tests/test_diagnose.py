@@ -475,7 +475,7 @@ def test_mistakes_are_named(flags):
 class BracedGrader:
     """Knows that \\{15\\} is 15, as no other grader does."""
 
-    name, note, stopped = "braced", "", 0
+    name, note, stopped, refused = "braced", "", 0, 0
 
     def __init__(self, version):
         self.version = version
