@@ -54,7 +54,7 @@ class Response:
     tokens: int | None = None  # with `text`: how many they were
 
 
-OnFinished = Callable[[int, Response], None]  # (row, response), called as soon as a row is done
+OnFinished = Callable[[int, Response], None]  # (row, response), called once a row, or its batch, is done
 
 
 @torch.no_grad()

@@ -25,15 +25,13 @@ def check_room(flag: str, problems: list[Problem], tokens: list[int], max_new_to
     """Raise InputError, naming the first row of the data whose prompt and response exceed the model's context."""
     for problem, count in zip(problems, tokens, strict=True):
         if count + max_new_tokens > context:
-            raise InputError(
-                f"{flag}, row {problem.row}: a prompt of {count} tokens and a response of {max_new_tokens} exceed the "
-                f"context of {context}"
-            )
+            room = f"a prompt of {count} tokens and a response of {max_new_tokens} exceed the context of {context}"
+            raise InputError(f"{flag}, row {problem.row}: {room}")
 
 
 def fitting_problems(
     run, data: list[Problem], held_out: list[Problem], config
-) -> tuple[list[Problem], tuple[list[int], list[int]]]:
+) -> tuple[list[Problem], list[list[int]]]:
     """The problems of `run` (train.Training) whose longer prompt leaves room for a response, the others told by row;
     and the longest prompt of each context.
 
@@ -52,9 +50,8 @@ def fitting_problems(
     note = f"; {len(left)} left out, with a response longer than {limit} tokens: row {some(left)}" if left else ""
     say(f"{len(kept)} problems of {config.data}{note}")
     longest = [encode(data[max(kept, key=lambda i: counts[i][n])]) for n, encode in enumerate(contexts)]
-    evaluation = partial(
-        encode_prompt, run.tokenizer, run.prompts.evaluation, enable_thinking=True, chat=run.prompts.chat
-    )
-    tokens = count_tokens(evaluation, held_out)
+    prompts = run.prompts
+    asked = partial(encode_prompt, run.tokenizer, prompts.evaluation, enable_thinking=True, chat=prompts.chat)
+    tokens = count_tokens(asked, held_out)
     check_room(f"--eval_data {config.eval_data}", held_out, tokens, config.max_new_tokens, context)
     return [data[index] for index in kept], longest
