@@ -350,11 +350,10 @@ def begin(
     if context - max(lengths) < config.max_new_tokens:
         say(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {context - max(lengths)}")
         config = replace(config, max_new_tokens=context - max(lengths))
-    digests = {
+    inputs = records.fingerprints({"model": config.model, "adapter": config.adapter}) | {
         "benchmark": benchmark_digest(problems), "prompts": hashlib.sha256(json.dumps(encoded).encode()).hexdigest(),
         "server": "a server" if config.server else "this process",
     }  # fmt: skip
-    inputs = records.fingerprints(config, **digests)
     records.record_run(folder, "evaluate", record, asdict(config), FREE_ON_RESUME, inputs,
                        {"hardware": config.device, "date": prompts.chat.date})  # fmt: skip
     return config
