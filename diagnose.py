@@ -399,8 +399,9 @@ def main() -> None:
     folder = records.new_folder(config.output_dir, f"diagnose-{config.preset or Path(config.model).name}")
     with records.open_run(folder, "diagnose", config.resume) as record:
         run = prepare(config, device, folder, record)
-        inputs = {"data": records.digest(run.problems), "prompts": asdict(run.prompts)}
-        inputs, facts = records.fingerprints(config, **inputs), {"hardware": str(device), "date": run.prompts.chat.date}
+        inputs = records.fingerprints({"model": config.model})
+        inputs |= {"data": records.digest(run.problems), "prompts": asdict(run.prompts)}
+        facts = {"hardware": str(device), "date": run.prompts.chat.date}
         records.record_run(folder, "diagnose", record, asdict(run.config), FREE_ON_RESUME, inputs, facts)
         say(f"{departures(config, PRESETS) or 'the preset as it is'}; all options: {folder}/config.json")
         diagnose(run)

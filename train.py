@@ -447,10 +447,9 @@ def train(
         ranks.say(note)
     kept, longest = lengths.fitting_problems(run, data, held_out, config)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if run.method.over_batch else set())
-    inputs = {"data": records.digest(data), "eval_data": records.digest(held_out), "prompts": asdict(prompts)}
-    if config.teacher not in teacher.KINDS:
-        inputs["teacher"] = records.fingerprint(loading.find_checkpoint(config.teacher))
-    inputs = records.fingerprints(config, **inputs)
+    models = {"model": config.model} | ({} if config.teacher in teacher.KINDS else {"teacher": config.teacher})
+    inputs = records.fingerprints(models)
+    inputs |= {"data": records.digest(data), "eval_data": records.digest(held_out), "prompts": asdict(prompts)}
     facts = {"hardware": str(device), "date": date}
     records.record_run(folder, "train", record, asdict(config), free, inputs, facts)
     ranks.say(f"graded by {grader.name}" + (f"; {grader.note}" if grader.note else ""))
