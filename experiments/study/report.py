@@ -6,94 +6,79 @@ difference counts as settled only after Holm's correction over all comparisons o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import isclose, sqrt
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import TYPE_CHECKING
 
 from errors import InputError
-
-if TYPE_CHECKING:
-    from experiments.study.grids import Grid
+from experiments.study.grids import BEFORE, Grid
 
 LEVEL, POWER = 0.05, 0.80
 DECODINGS = ("sampled", "greedy")
-BEFORE = "before training"  # the row of the untrained model; a contrast may name it
 SEGMENTS = 5  # points of a learning curve in the report
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Statistics
 
 
-def student_t():
-    """scipy.stats.t, Student's distribution."""
+def scipy_stats():
     try:
-        from scipy.stats import t
+        import scipy.stats
     except ImportError:
         raise InputError("the study's statistics need scipy: pip install scipy") from None
-    return t
-
-
-def t_two_sided_p(t: float, df: int) -> float:
-    """Pr(|T| >= t) for Student's T."""
-    return float(2.0 * student_t().sf(abs(t), df))
-
-
-def t_quantile(two_sided_p: float, df: int) -> float:
-    """The t whose two-sided p value is the one given."""
-    return float(student_t().isf(two_sided_p / 2.0, df))
+    return scipy.stats
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference over seeds; `half` is half the width of its 95 % t interval."""
+    """A paired difference with its 95 % t interval and two-sided p; `settled` is up to `holm`."""
 
     pairs: int
     mean: float
     std: float
-    half: float
+    low: float
+    high: float
     p: float
+    settled: bool = False
 
-    @property
-    def low(self) -> float:
-        return self.mean - self.half
-
-    @property
-    def high(self) -> float:
-        return self.mean + self.half
+    def __str__(self) -> str:
+        text = f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+        return f"**{text}**" if self.settled else text
 
 
 def paired_difference(left: dict[int, float], right: dict[int, float]) -> Difference | None:
-    """left - right over the seeds that both have; None for fewer than two."""
-    differences = [left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())]
-    n = len(differences)
-    if n < 2:
+    """left - right over the keys (seeds, problems) that both have; None for fewer than two."""
+    differences = [left[key] - right[key] for key in sorted(left.keys() & right.keys())]
+    if len(differences) < 2:
         return None
-    centre, spread = mean(differences), stdev(differences)
-    if isclose(spread, 0.0, abs_tol=1e-12):
-        return Difference(n, centre, 0.0, 0.0, 1.0)  # scores come in steps: equal differences are no certainty
-    error = spread / sqrt(n)
-    return Difference(n, centre, spread, t_quantile(LEVEL, n - 1) * error, t_two_sided_p(centre / error, n - 1))
+    n, centre, spread = len(differences), mean(differences), stdev(differences)
+    if isclose(spread, 0.0, abs_tol=1e-12):  # scores come in steps: equal differences are no certainty
+        return Difference(n, centre, 0.0, centre, centre, 1.0)
+    test = scipy_stats().ttest_1samp(differences, 0.0)
+    return Difference(n, centre, spread, *map(float, test.confidence_interval(1 - LEVEL)), float(test.pvalue))
 
 
-def holm(differences: dict[str, Difference | None]) -> set[str]:
-    """The differences from 0 that stand at LEVEL after Holm's step-down correction over all that could be measured."""
-    p_values = {name: d.p for name, d in differences.items() if d is not None}
-    rejected: set[str] = set()
-    for name in sorted(p_values, key=p_values.get):
-        if p_values[name] > LEVEL / (len(p_values) - len(rejected)):
+def holm(differences: dict[object, Difference]) -> dict[object, Difference]:
+    """The same, those settled that stand at LEVEL after Holm's step-down correction over all of them."""
+    found, left = dict(differences), len(differences)
+    for key in sorted(found, key=lambda key: found[key].p):
+        if found[key].p > LEVEL / left:
             break
-        rejected.add(name)
-    return rejected
+        found[key], left = replace(found[key], settled=True), left - 1
+    return found
+
+
+def family(pairs: dict[object, tuple[dict, dict]]) -> dict[object, Difference]:
+    """The paired differences of a column or a table, corrected for their number, without those not measured twice."""
+    return holm({key: d for key, pair in pairs.items() if (d := paired_difference(*pair)) is not None})
 
 
 def detectable(std: float, pairs: int) -> float:
     """The true difference that a paired t test at 5 % finds with 80 % chance: (t_.975 + t_.80) std / sqrt(n)."""
-    df = pairs - 1
-    return (t_quantile(LEVEL, df) + t_quantile(2 * (1 - POWER), df)) * std / sqrt(pairs)
+    t = scipy_stats().t
+    return float(t.ppf(1 - LEVEL / 2, pairs - 1) + t.ppf(POWER, pairs - 1)) * std / sqrt(pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -131,13 +116,8 @@ def of_grid(grid: Grid, records: list[dict]) -> list[dict]:
     return found
 
 
-def collect(grid: Grid, records: list[dict]) -> list[Row]:
-    """The grid's rows, in its order; records of other options and seeds are left out."""
-    found = of_grid(grid, records)
-    return [_row(name, [cell for cell in found if cell["options"] == grid.options(name)]) for name in grid.rows]
-
-
-def _row(name: str, cells: list[dict]) -> Row:
+def collect(name: str, cells: list[dict]) -> Row:
+    """A row from its cells."""
     whole = [cell for cell in cells if cell["error"] is None]
 
     def percent(step: str, measure: str) -> dict[int, float]:
@@ -176,28 +156,27 @@ def segments(values: list[float]) -> list[float]:
 def write_report(grid: Grid, records: list[dict], output: Path) -> str:
     """Write OUTPUT/report.md and return its text. Raises InputError as `of_grid` does."""
     records = of_grid(grid, records)
-    rows = [row for row in collect(grid, records) if row.at or row.errors]
-    rows.insert(0, untrained(rows))
-    text = "\n\n".join(part for part in (_header(grid, records, rows), *_answer(grid, rows)) if part) + "\n"
+    rows = [collect(name, [c for c in records if c["options"] == grid.options(name)]) for name in grid.rows]
+    rows = [row for row in rows if row.at or row.errors]
+    parts = [_header(grid, records, rows), *_answer(grid, [untrained(rows), *rows])]
+    text = "\n\n".join(part for part in parts if part) + "\n"
     (output / "report.md").write_text(text, encoding="utf-8")
     return text
 
 
 def _header(grid: Grid, records: list[dict], rows: list[Row]) -> str:
-    cells = sum(len(row.after("sampled")) + len(row.errors) for row in rows[1:])
+    cells = sum(len(row.after("sampled")) + len(row.errors) for row in rows)
     first, seeds = records[0], ", ".join(map(str, grid.seeds))
     commits = ", ".join(sorted({str(record["git_commit"])[:10] for record in records}))
     common = " ".join(f"--{name} {value}" for name, value in grid.common.items())
     machines = "; ".join(sorted({record["machine"] for record in records}))
     seconds = [record["seconds"] for record in records]
-    facts = [
-        f"{cells} of {len(grid.rows) * len(grid.seeds)} cells: {len(grid.rows)} rows, seeds {seeds}.",
-        f"`train.py {common}`.",
-        f"Model {first['model_id']}, commit {commits}, torch {first['versions']['torch']},",
-        f"transformers {first['versions']['transformers']}, on {machines}.",
-        f"{sum(seconds) / 60:.0f} minutes summed over the cells, {median(seconds):.0f} s a cell (median).",
-    ]
-    return "# The controlled study\n\n" + " ".join(facts)
+    return (
+        f"# The controlled study\n\n{cells} of {len(grid.rows) * len(grid.seeds)} cells: {len(grid.rows)} rows, seeds "
+        f"{seeds}. `train.py {common}`. Model {first['model_id']}, commit {commits}, torch "
+        f"{first['versions']['torch']}, transformers {first['versions']['transformers']}, on {machines}. "
+        f"{sum(seconds) / 60:.0f} minutes summed over the cells, {median(seconds):.0f} s a cell (median)."
+    )
 
 
 def _answer(grid: Grid, rows: list[Row]) -> list[str]:
@@ -205,15 +184,10 @@ def _answer(grid: Grid, rows: list[Row]) -> list[str]:
     if baseline is None:
         return ["The baseline has not been measured yet.", _curves(rows)]
     others = [row for row in rows if row is not baseline]
-    sampled, greedy = (
-        {row.name: paired_difference(row.after(decoding), baseline.after(decoding)) for row in others}
-        for decoding in DECODINGS
-    )
-    settled = holm(sampled), holm(greedy)
+    found = {d: family({row.name: (row.after(d), baseline.after(d)) for row in others}) for d in DECODINGS}
     return [
-        _verdict("sampled held-out accuracy after training", sampled, settled[0], grid.baseline),
-        _verdict("greedy held-out accuracy after training", greedy, settled[1], grid.baseline),
-        _table(grid, rows, sampled, greedy, settled),
+        *(_verdict(f"{d.capitalize()} held-out accuracy after training", found[d], grid.baseline) for d in DECODINGS),
+        _table(grid, rows, found),
         _contrasts(grid, rows),
         _along(rows, baseline),
         _curves(rows),
@@ -221,41 +195,39 @@ def _answer(grid: Grid, rows: list[Row]) -> list[str]:
     ]
 
 
-def _verdict(what: str, differences: dict[str, Difference | None], settled: set[str], baseline: str) -> str:
+def _verdict(what: str, found: dict[str, Difference], baseline: str) -> str:
     """What is settled, what only leans, what is noise, and what could have been seen."""
-    known = {name: d for name, d in differences.items() if d is not None}
-    if not known:
-        return f"**{what.capitalize()}**: no row has two seeds in common with {baseline} yet."
-    leaning = {name for name, d in known.items() if name not in settled and d.p < LEVEL}
-    noise = known.keys() - settled - leaning
-    typical = median(d.std for d in known.values())
-    pairs = max(d.pairs for d in known.values())
-
-    def listed(names: set[str] | dict) -> str:
-        ordered = sorted(names, key=lambda name: (known[name].mean, name))
-        return "; ".join(f"{name} {known[name].mean:+.1f}" for name in ordered) or "none"
-
+    if not found:
+        return f"**{what}**: no row has two seeds in common with {baseline} yet."
+    groups = {"settled": [], "leaning": [], "noise": []}
+    for name, d in sorted(found.items(), key=lambda item: (item[1].mean, item[0])):
+        groups["settled" if d.settled else "leaning" if d.p < LEVEL else "noise"].append(f"{name} {d.mean:+.1f}")
+    settled, leaning, noise = ("; ".join(names) or "none" for names in groups.values())
+    typical, pairs = median(d.std for d in found.values()), max(d.pairs for d in found.values())
     return (
-        f"**{what.capitalize()}, difference to {baseline} in points.** Settled (5 %, Holm over {len(known)} rows): "
-        f"{listed(settled)}. Leaning (the row's own interval leaves out 0, the correction does not): "
-        f"{listed(leaning)}. Not separable from noise: {listed(noise)}. With {pairs} seeds and a standard deviation of "
+        f"**{what}, difference to {baseline} in points.** Settled (5 %, Holm over {len(found)} rows): {settled}. "
+        f"Leaning (the row's own interval leaves out 0, the correction does not): {leaning}. "
+        f"Not separable from noise: {noise}. With {pairs} seeds and a standard deviation of "
         f"{typical:.2f} (the median row's, of the paired differences), one comparison finds a true difference of "
         f"{detectable(typical, pairs):.1f} points with 80 % chance; smaller ones stay undecided here."
     )
 
 
-def _markdown(head: list[str], body: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body])
+def markdown(head: list[str], body: list[list[object]]) -> str:
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in [head, ["---"] * len(head), *body])
 
 
-def _table(grid: Grid, rows: list[Row], sampled: dict, greedy: dict, settled: tuple[set[str], set[str]]) -> str:
-    to = f"to {grid.baseline}"
+def _table(grid: Grid, rows: list[Row], found: dict[str, dict[str, Difference]]) -> str:
+    head = ["row"]
+    for decoding in DECODINGS:
+        head += [f"{decoding} %", f"to {grid.baseline}"]
+    head += ["repaired %", "broken %", "leaps %, greedy", "leaps %, sampled", "stray %"]
     body = []
     for row in rows:
-        cells = [row.name]
-        for decoding, differences, sure in zip(DECODINGS, (sampled, greedy), settled, strict=True):
-            cells += [_mean_std(row.after(decoding)), _interval(differences.get(row.name), row.name in sure)]
-        body.append([*cells, *(_mean_std(row.after(measure)) for measure in BEHAVIOUR)])
+        body.append([row.name])
+        for decoding in DECODINGS:
+            body[-1] += [_mean_std(row.after(decoding)), found[decoding].get(row.name, "-")]
+        body[-1] += [_mean_std(row.after(measure)) for measure in BEHAVIOUR]
     note = (
         "Held-out problems. Mean ± standard deviation over training seeds; difference [95 % interval] paired by seed; "
         "** settled after Holm's correction over the column. Intervals are over training seeds, on the same problems "
@@ -264,9 +236,7 @@ def _table(grid: Grid, rows: list[Row], sampled: dict, greedy: dict, settled: tu
         "less than half of the facts of the base's. Leaps: solutions that take all that is left at once; stray: greedy "
         "solutions that add what is not in the sum, or leave some of it out without a leap."
     )
-    columns = ["repaired %", "broken %", "leaps %, greedy", "leaps %, sampled", "stray %"]
-    head = ["row", "sampled %", to, "greedy %", to, *columns]
-    return _markdown(head, body) + "\n\n" + note
+    return markdown(head, body) + "\n\n" + note
 
 
 def _contrasts(grid: Grid, rows: list[Row]) -> str:
@@ -274,13 +244,9 @@ def _contrasts(grid: Grid, rows: list[Row]) -> str:
     pairs = [(by_name[a], by_name[b]) for a, b in grid.contrasts if a in by_name and b in by_name]
     if not pairs:
         return ""
-    columns = []
-    for decoding in DECODINGS:
-        found = {f"{a.name} - {b.name}": paired_difference(a.after(decoding), b.after(decoding)) for a, b in pairs}
-        settled = holm(found)
-        columns.append({name: _interval(difference, name in settled) for name, difference in found.items()})
-    body = [[name, *(column[name] for column in columns)] for name in columns[0]]
-    return "## One thing changed at a time\n\n" + _markdown(["contrast", *DECODINGS], body)
+    columns = [family({(a.name, b.name): (a.after(d), b.after(d)) for a, b in pairs}) for d in DECODINGS]
+    body = [[f"{a.name} - {b.name}", *(found.get((a.name, b.name), "-") for found in columns)] for a, b in pairs]
+    return "## One thing changed at a time\n\n" + markdown(["contrast", *DECODINGS], body)
 
 
 def _along(rows: list[Row], baseline: Row) -> str:
@@ -289,32 +255,24 @@ def _along(rows: list[Row], baseline: Row) -> str:
     if len(steps) < 2:
         return ""
     trained, head = [row for row in rows if max(row.at, default=0)], ["after steps", *map(str, steps)]
-    tables = []
-    for decoding in DECODINGS:
-        found = {
-            (row.name, step): paired_difference(row.after(decoding, step), baseline.after(decoding, step))
-            for row in trained
-            for step in steps
-            if row is not baseline
-        }
-        settled = holm(found)
+    parts = ["## Along training"]
+    for d in DECODINGS:
+        places = [(row, step) for row in trained for step in steps if row is not baseline]
+        found = family({(row.name, step): (row.after(d, step), baseline.after(d, step)) for row, step in places})
+        body = [[row.name] for row in trained]
+        for cells, row in zip(body, trained, strict=True):
+            for step in steps:
+                difference = found.get((row.name, step))
+                cells.append(_mean_std(row.after(d, step)) + (f", {difference}" if difference else ""))
+        note = "** settled after Holm's correction over this table, which is a family of its own."
+        parts += [f"Held out, {d}, %, and the difference to {baseline.name}; {note}", markdown(head, body)]
 
-        def cell(row: Row, step: int, decoding=decoding, found=found, settled=settled) -> str:
-            place = (row.name, step)
-            difference = f", {_interval(found[place], place in settled)}" if found.get(place) else ""
-            return _mean_std(row.after(decoding, step)) + difference
+    def shown(row: Row, step: int) -> str:
+        values = [row.after(name, step).values() for name in ("leaps", "strays", "repaired")]
+        return ", ".join(f"{mean(found):.1f}" if found else "-" for found in values)
 
-        tables.append(
-            f"Held out, {decoding}, %, and the difference to {baseline.name}; ** settled after Holm's correction over "
-            "this table, which is a family of its own."
-        )
-        tables.append(_markdown(head, [[row.name, *(cell(row, step) for step in steps)] for row in trained]))
-    tables.append("Leaps, strays and repaired facts, %, of greedy solutions.")
-    shown = ("leaps", "strays", "repaired")
-    body = [
-        [row.name, *(", ".join(_mean(row.after(name, step)) for name in shown) for step in steps)] for row in trained
-    ]
-    return "\n\n".join(["## Along training", *tables, _markdown(head, body)])
+    body = [[row.name, *(shown(row, step) for step in steps)] for row in trained]
+    return "\n\n".join([*parts, "Leaps, strays and repaired facts, %, of greedy solutions.", markdown(head, body)])
 
 
 def _curves(rows: list[Row]) -> str:
@@ -324,7 +282,7 @@ def _curves(rows: list[Row]) -> str:
     head = ["row", *(f"{100 * i // width}-{100 * (i + 1) // width} %" for i in range(width))]
     body = [[row.name, *(f"{value:.1f}" for value in row.curve)] for row in rows if row.curve]
     note = "Rollout accuracy, %, by part of training, mean over seeds."
-    return "\n\n".join(["## Learning curves", note, _markdown(head, body)])
+    return "\n\n".join(["## Learning curves", note, markdown(head, body)])
 
 
 def _failures(rows: list[Row]) -> str:
@@ -332,19 +290,8 @@ def _failures(rows: list[Row]) -> str:
     return "\n".join(["## Runs that stopped with a loss that was not finite", "", *failed]) if failed else ""
 
 
-def _mean(values: dict[int, float]) -> str:
-    return f"{mean(values.values()):.1f}" if values else "-"
-
-
 def _mean_std(values: dict[int, float]) -> str:
     numbers = list(values.values())
     if len(numbers) < 2:
         return f"{numbers[0]:.1f}" if numbers else "-"
     return f"{mean(numbers):.1f} ± {stdev(numbers):.1f}"
-
-
-def _interval(difference: Difference | None, settled: bool) -> str:
-    if difference is None:
-        return "-"
-    text = f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
-    return f"**{text}**" if settled else text

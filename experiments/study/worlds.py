@@ -170,29 +170,16 @@ def known_facts(texts: list[str]) -> dict[tuple[int, int], bool]:
     return {fact: 2 * sum(right) > len(right) for fact, right in votes.items()}
 
 
-@dataclass(frozen=True)
-class FactChange:
-    """Counts of facts; `before` are all that the base's solutions state, the others those that both lists state."""
+def fact_change(base_texts: list[str], trained_texts: list[str]) -> dict[str, list[bool]]:
+    """What training did to the facts in the solutions' own steps (`known_facts`), an answer a fact of the base's.
 
-    before: int
-    wrong_before: int
-    repaired: int
-    right_before: int
-    broken: int
-
-
-def repaired_and_broken(base_texts: list[str], trained_texts: list[str]) -> FactChange:
-    """Facts that training put right, and facts that it put wrong, by the solutions' own steps.
-
-    Both lists answer the same problems, by greedy decoding. A fact counts where it occurs in both; it is right in a
-    list where more than half of its steps there are (`known_facts`). Repaired: wrong before, right after, out of all
-    wrong before (the beliefs, in a world that has them). Broken: right before, wrong after, out of all right before.
+    Both lists answer the same problems, by greedy decoding. `stated`: whether the trained model states it at all. Of
+    the facts that both state, `repaired`: whether one that was wrong before is right after (the beliefs, in a world
+    that has them); `broken`: whether one that was right before is wrong after.
     """
     before, after = known_facts(base_texts), known_facts(trained_texts)
-    both = before.keys() & after.keys()
-    right = [fact for fact in both if before[fact]]
-    wrong = [fact for fact in both if not before[fact]]
-    return FactChange(
-        before=len(before), wrong_before=len(wrong), repaired=sum(after[fact] for fact in wrong),
-        right_before=len(right), broken=sum(not after[fact] for fact in right),
-    )  # fmt: skip
+    return {
+        "stated": [fact in after for fact in before],
+        "repaired": [after[fact] for fact in before if fact in after and not before[fact]],
+        "broken": [not after[fact] for fact in before if fact in after and before[fact]],
+    }
