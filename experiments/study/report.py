@@ -60,19 +60,16 @@ def paired_difference(left: dict[int, float], right: dict[int, float]) -> Differ
     return Difference(n, centre, spread, *map(float, test.confidence_interval(1 - LEVEL)), float(test.pvalue))
 
 
-def holm(differences: dict[object, Difference]) -> dict[object, Difference]:
-    """The same, those settled that stand at LEVEL after Holm's step-down correction over all of them."""
-    found, left = dict(differences), len(differences)
+def family(pairs: dict[object, tuple[dict, dict]]) -> dict[object, Difference]:
+    """The paired differences of a column or a table, settled where they stand after Holm's step-down correction over
+    all of them; without those that have no two pairs."""
+    found = {key: d for key, pair in pairs.items() if (d := paired_difference(*pair)) is not None}
+    left = len(found)
     for key in sorted(found, key=lambda key: found[key].p):
         if found[key].p > LEVEL / left:
             break
         found[key], left = replace(found[key], settled=True), left - 1
     return found
-
-
-def family(pairs: dict[object, tuple[dict, dict]]) -> dict[object, Difference]:
-    """The paired differences of a column or a table, corrected for their number, without those not measured twice."""
-    return holm({key: d for key, pair in pairs.items() if (d := paired_difference(*pair)) is not None})
 
 
 def detectable(std: float, pairs: int) -> float:
@@ -85,23 +82,10 @@ def detectable(std: float, pairs: int) -> float:
 # From cells to rows
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row's cells, in percent; a run whose loss was not finite has none."""
-
-    name: str
-    at: dict[int, dict[str, dict[int, float]]]  # steps -> measure (MEASURES) -> seed -> value
-    curve: list[float]  # rollout accuracy in SEGMENTS equal parts of training, mean over seeds
-    errors: list[str]
-
-    def after(self, measure: str, steps: int | None = None) -> dict[int, float]:
-        """Held-out values by seed, after so many steps (None: all of them)."""
-        return self.at.get(max(self.at, default=0) if steps is None else steps, {}).get(measure, {})
-
-
 BEHAVIOUR = ("repaired", "broken", "leaps", "leaps_sampled", "strays")
 MEASURES = dict.fromkeys(DECODINGS, "evaluation") | dict.fromkeys(BEHAVIOUR, "behaviour")  # -> its part of a cell
 STATED = 0.5  # below this share of the base's facts, repaired and broken say nothing
+Rows = dict[str, list[dict]]  # a row's finished cells by its name; without those whose loss was not finite
 
 
 def of_grid(grid: Grid, records: list[dict]) -> list[dict]:
@@ -116,30 +100,20 @@ def of_grid(grid: Grid, records: list[dict]) -> list[dict]:
     return found
 
 
-def collect(name: str, cells: list[dict]) -> Row:
-    """A row from its cells."""
-    whole = [cell for cell in cells if cell["error"] is None]
-
-    def percent(step: str, measure: str) -> dict[int, float]:
-        values = {cell["seed"]: cell[MEASURES[measure]][step].get(measure) for cell in whole}
-        if measure in ("repaired", "broken") and any((c["behaviour"][step]["stated"] or 0) < STATED for c in whole):
-            return {}
-        return {seed: 100 * value for seed, value in values.items() if value is not None}
-
-    steps = list(whole[0]["evaluation"]) if whole else []
-    return Row(
-        name,
-        {int(step): {measure: percent(step, measure) for measure in MEASURES} for step in steps},
-        [100 * mean(values) for values in zip(*(segments(cell["accuracy"]) for cell in whole), strict=True)],
-        [f"seed {cell['seed']}: {cell['error']}" for cell in cells if cell["error"] is not None],
-    )
+def last_step(cells: list[dict]) -> int:
+    return max((int(step) for cell in cells for step in cell["evaluation"]), default=0)
 
 
-def untrained(rows: list[Row]) -> Row:
-    """The model before training, as a row of its own: the same problems and random numbers at each seed."""
-    kept = [measure for measure in MEASURES if measure not in ("repaired", "broken")]
-    start = {measure: {s: v for row in rows for s, v in row.after(measure, 0).items()} for measure in kept}
-    return Row(BEFORE, {0: start}, [], [])
+def after(cells: list[dict], measure: str, step: int | None = None) -> dict[int, float]:
+    """A row's held-out values by seed, in percent, after so many steps (None: all of them); none where none was taken.
+
+    Repaired and broken facts are against step 0, and want most of its facts stated again.
+    """
+    step = str(last_step(cells) if step is None else step)
+    scored = [(cell["seed"], cell[MEASURES[measure]][step]) for cell in cells if step in cell["evaluation"]]
+    if measure in ("repaired", "broken") and (step == "0" or any((v["stated"] or 0) < STATED for _, v in scored)):
+        return {}
+    return {seed: 100 * values[measure] for seed, values in scored if values.get(measure) is not None}
 
 
 def segments(values: list[float]) -> list[float]:
@@ -156,16 +130,19 @@ def segments(values: list[float]) -> list[float]:
 def write_report(grid: Grid, records: list[dict], output: Path) -> str:
     """Write OUTPUT/report.md and return its text. Raises InputError as `of_grid` does."""
     records = of_grid(grid, records)
-    rows = [collect(name, [c for c in records if c["options"] == grid.options(name)]) for name in grid.rows]
-    rows = [row for row in rows if row.at or row.errors]
-    parts = [_header(grid, records, rows), *_answer(grid, [untrained(rows), *rows])]
+    cells = {name: [cell for cell in records if cell["options"] == grid.options(name)] for name in grid.rows}
+    rows = {name: [cell for cell in found if cell["error"] is None] for name, found in cells.items() if found}
+    # The model before training, on the same problems and random numbers at each seed.
+    start = [{**cell, "evaluation": {"0": cell["evaluation"]["0"]}} for found in rows.values() for cell in found]
+    parts = [_header(grid, records, sum(map(len, cells.values()))), *_answer(grid, {BEFORE: start, **rows})]
+    failed = [f"- {n}, seed {c['seed']}: {c['error']}" for n, found in cells.items() for c in found if c["error"]]
+    parts += ["\n".join(["## Runs that stopped with a loss that was not finite", "", *failed])] if failed else []
     text = "\n\n".join(part for part in parts if part) + "\n"
     (output / "report.md").write_text(text, encoding="utf-8")
     return text
 
 
-def _header(grid: Grid, records: list[dict], rows: list[Row]) -> str:
-    cells = sum(len(row.after("sampled")) + len(row.errors) for row in rows)
+def _header(grid: Grid, records: list[dict], cells: int) -> str:
     first, seeds = records[0], ", ".join(map(str, grid.seeds))
     commits = ", ".join(sorted({str(record["git_commit"])[:10] for record in records}))
     common = " ".join(f"--{name} {value}" for name, value in grid.common.items())
@@ -179,19 +156,22 @@ def _header(grid: Grid, records: list[dict], rows: list[Row]) -> str:
     )
 
 
-def _answer(grid: Grid, rows: list[Row]) -> list[str]:
-    baseline = next((row for row in rows if row.name == grid.baseline), None)
-    if baseline is None:
+def _answer(grid: Grid, rows: Rows) -> list[str]:
+    if grid.baseline not in rows:
         return ["The baseline has not been measured yet.", _curves(rows)]
-    others = [row for row in rows if row is not baseline]
-    found = {d: family({row.name: (row.after(d), baseline.after(d)) for row in others}) for d in DECODINGS}
+    baseline = rows[grid.baseline]
+    found = {
+        d: family(
+            {name: (after(cells, d), after(baseline, d)) for name, cells in rows.items() if name != grid.baseline}
+        )
+        for d in DECODINGS
+    }
     return [
         *(_verdict(f"{d.capitalize()} held-out accuracy after training", found[d], grid.baseline) for d in DECODINGS),
         _table(grid, rows, found),
         _contrasts(grid, rows),
-        _along(rows, baseline),
+        _along(grid, rows),
         _curves(rows),
-        _failures(rows),
     ]
 
 
@@ -217,17 +197,14 @@ def markdown(head: list[str], body: list[list[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in [head, ["---"] * len(head), *body])
 
 
-def _table(grid: Grid, rows: list[Row], found: dict[str, dict[str, Difference]]) -> str:
-    head = ["row"]
-    for decoding in DECODINGS:
-        head += [f"{decoding} %", f"to {grid.baseline}"]
-    head += ["repaired %", "broken %", "leaps %, greedy", "leaps %, sampled", "stray %"]
+def _table(grid: Grid, rows: Rows, found: dict[str, dict[str, Difference]]) -> str:
+    to, columns = f"to {grid.baseline}", ["repaired %", "broken %", "leaps %, greedy", "leaps %, sampled", "stray %"]
     body = []
-    for row in rows:
-        body.append([row.name])
+    for name, cells in rows.items():
+        body.append([name])
         for decoding in DECODINGS:
-            body[-1] += [_mean_std(row.after(decoding)), found[decoding].get(row.name, "-")]
-        body[-1] += [_mean_std(row.after(measure)) for measure in BEHAVIOUR]
+            body[-1] += [_mean_std(after(cells, decoding)), found[decoding].get(name, "-")]
+        body[-1] += [_mean_std(after(cells, measure)) for measure in BEHAVIOUR]
     note = (
         "Held-out problems. Mean ± standard deviation over training seeds; difference [95 % interval] paired by seed; "
         "** settled after Holm's correction over the column. Intervals are over training seeds, on the same problems "
@@ -236,62 +213,50 @@ def _table(grid: Grid, rows: list[Row], found: dict[str, dict[str, Difference]])
         "less than half of the facts of the base's. Leaps: solutions that take all that is left at once; stray: greedy "
         "solutions that add what is not in the sum, or leave some of it out without a leap."
     )
-    return markdown(head, body) + "\n\n" + note
+    return markdown(["row", "sampled %", to, "greedy %", to, *columns], body) + "\n\n" + note
 
 
-def _contrasts(grid: Grid, rows: list[Row]) -> str:
-    by_name = {row.name: row for row in rows}
-    pairs = [(by_name[a], by_name[b]) for a, b in grid.contrasts if a in by_name and b in by_name]
-    if not pairs:
-        return ""
-    columns = [family({(a.name, b.name): (a.after(d), b.after(d)) for a, b in pairs}) for d in DECODINGS]
-    body = [[f"{a.name} - {b.name}", *(found.get((a.name, b.name), "-") for found in columns)] for a, b in pairs]
-    return "## One thing changed at a time\n\n" + markdown(["contrast", *DECODINGS], body)
+def _contrasts(grid: Grid, rows: Rows) -> str:
+    pairs = [(a, b) for a, b in grid.contrasts if a in rows and b in rows]
+    columns = [family({(a, b): (after(rows[a], d), after(rows[b], d)) for a, b in pairs}) for d in DECODINGS]
+    body = [[f"{a} - {b}", *(found.get((a, b), "-") for found in columns)] for a, b in pairs]
+    return "## One thing changed at a time\n\n" + markdown(["contrast", *DECODINGS], body) if pairs else ""
 
 
-def _along(rows: list[Row], baseline: Row) -> str:
+def _along(grid: Grid, rows: Rows) -> str:
     """Where held-out problems were scored along the way: each row there, and its difference to the baseline."""
-    steps = sorted({step for row in rows for step in row.at if step > 0})
+    steps = sorted({int(step) for cells in rows.values() for cell in cells for step in cell["evaluation"]} - {0})
     if len(steps) < 2:
         return ""
-    trained, head = [row for row in rows if max(row.at, default=0)], ["after steps", *map(str, steps)]
-    parts = ["## Along training"]
+    rows = {name: cells for name, cells in rows.items() if last_step(cells)}
+    parts, head = ["## Along training"], ["after steps", *map(str, steps)]
+    note = "** settled after Holm's correction over this table, which is a family of its own."
     for d in DECODINGS:
-        places = [(row, step) for row in trained for step in steps if row is not baseline]
-        found = family({(row.name, step): (row.after(d, step), baseline.after(d, step)) for row, step in places})
-        body = [[row.name] for row in trained]
-        for cells, row in zip(body, trained, strict=True):
-            for step in steps:
-                difference = found.get((row.name, step))
-                cells.append(_mean_std(row.after(d, step)) + (f", {difference}" if difference else ""))
-        note = "** settled after Holm's correction over this table, which is a family of its own."
-        parts += [f"Held out, {d}, %, and the difference to {baseline.name}; {note}", markdown(head, body)]
-
-    def shown(row: Row, step: int) -> str:
-        values = [row.after(name, step).values() for name in ("leaps", "strays", "repaired")]
-        return ", ".join(f"{mean(found):.1f}" if found else "-" for found in values)
-
-    body = [[row.name, *(shown(row, step) for step in steps)] for row in trained]
+        values = {(name, step): after(cells, d, step) for name, cells in rows.items() for step in steps}
+        found = family({(n, s): (v, values[grid.baseline, s]) for (n, s), v in values.items() if n != grid.baseline})
+        shown = {key: _mean_std(v) + (f", {found[key]}" if key in found else "") for key, v in values.items()}
+        body = [[name, *(shown[name, step] for step in steps)] for name in rows]
+        parts += [f"Held out, {d}, %, and the difference to {grid.baseline}; {note}", markdown(head, body)]
+    body = [[name] for name in rows]
+    for line, cells in zip(body, rows.values(), strict=True):
+        for step in steps:
+            measured = [list(after(cells, measure, step).values()) for measure in ("leaps", "strays", "repaired")]
+            line.append(", ".join(f"{mean(values):.1f}" if values else "-" for values in measured))
     return "\n\n".join([*parts, "Leaps, strays and repaired facts, %, of greedy solutions.", markdown(head, body)])
 
 
-def _curves(rows: list[Row]) -> str:
-    width = max((len(row.curve) for row in rows), default=0)
+def _curves(rows: Rows) -> str:
+    curves = {name: [segments(cell["accuracy"]) for cell in cells] for name, cells in rows.items() if name != BEFORE}
+    body = [[n, *(f"{100 * mean(values):.1f}" for values in zip(*c, strict=True))] for n, c in curves.items() if c]
+    width = max(map(len, body), default=1) - 1
     if not width:
         return ""
     head = ["row", *(f"{100 * i // width}-{100 * (i + 1) // width} %" for i in range(width))]
-    body = [[row.name, *(f"{value:.1f}" for value in row.curve)] for row in rows if row.curve]
     note = "Rollout accuracy, %, by part of training, mean over seeds."
     return "\n\n".join(["## Learning curves", note, markdown(head, body)])
 
 
-def _failures(rows: list[Row]) -> str:
-    failed = [f"- {row.name}, {error}" for row in rows for error in row.errors]
-    return "\n".join(["## Runs that stopped with a loss that was not finite", "", *failed]) if failed else ""
-
-
 def _mean_std(values: dict[int, float]) -> str:
     numbers = list(values.values())
-    if len(numbers) < 2:
-        return f"{numbers[0]:.1f}" if numbers else "-"
-    return f"{mean(numbers):.1f} ± {stdev(numbers):.1f}"
+    spread = f" ± {stdev(numbers):.1f}" if len(numbers) > 1 else ""
+    return f"{mean(numbers):.1f}{spread}" if numbers else "-"
