@@ -31,15 +31,7 @@ class Grid:
         return {**self.common, **self.rows[row]}
 
 
-def schedule(name: str, **more: object) -> dict[str, object]:
-    return {"method": "pwopsd", "schedule": name, **more}
-
-
-def token_clips(kind: str) -> dict[str, dict[str, object]]:
-    taus = {"1.0": 1.0, ".2": 0.2, ".05": 0.05}
-    return {f"{kind} clip {name}": {"method": f"opsd_{kind}_clip", "tau_clip": tau} for name, tau in taus.items()}
-
-
+TAUS = {"1.0": 1.0, ".2": 0.2, ".05": 0.05}
 ROWS = {
     "OPSD": {"method": "opsd"},
     "EOPD": {"method": "eopd"},
@@ -48,36 +40,28 @@ ROWS = {
     # Table 6: weights (uniform, Moderate) x reduction (over tokens, per sequence); the other two cells stand above.
     "uniform, per sequence": {"method": "opsd", "reduction": "sequence_mean"},
     "Moderate, over tokens": {"method": "pwopsd", "reduction": "token_mean"},
-    # Position
-    "Mild": schedule("mild"),
-    "Sharp": schedule("sharp"),
-    "Aggressive": schedule("aggressive"),
-    "reversed Moderate": schedule("reversed"),
+    "Mild": {"method": "pwopsd", "schedule": "mild"},
+    "Sharp": {"method": "pwopsd", "schedule": "sharp"},
+    "Aggressive": {"method": "pwopsd", "schedule": "aggressive"},
+    "reversed Moderate": {"method": "pwopsd", "schedule": "reversed"},
     "Moderate, shuffled": {"method": "shuffled"},  # the same weights, at random places of each sequence
-    "linear up": schedule("linear_up"),
-    "linear down": schedule("linear_down"),
-    "prefix": {"method": "prefix"},
-    "suffix": {"method": "suffix"},
-    # Scores
-    "skip": {"method": "skip"},
-    "IW-OPD": {"method": "iw_opd"},
-    "DASH": {"method": "dash"},
-    "SCGate": {"method": "scgate"},
-    "TIP": {"method": "tip"},
-    # Clips
+    "linear up": {"method": "pwopsd", "schedule": "linear_up"},
+    "linear down": {"method": "pwopsd", "schedule": "linear_down"},
+    "prefix": {"method": "prefix"}, "suffix": {"method": "suffix"},
+    "skip": {"method": "skip"}, "IW-OPD": {"method": "iw_opd"}, "DASH": {"method": "dash"},
+    "SCGate": {"method": "scgate"}, "TIP": {"method": "tip"},
     "no clip": {"method": "opsd", "tau_clip": "inf"},
     "entry clip .2": {"method": "opsd", "tau_clip": 0.2},
     "entry clip .05": {"method": "opsd", "tau_clip": 0.05},
-    **token_clips("token"),
-    **token_clips("scaled"),
+    **{f"token clip {name}": {"method": "opsd_token_clip", "tau_clip": tau} for name, tau in TAUS.items()},
+    **{f"scaled clip {name}": {"method": "opsd_scaled_clip", "tau_clip": tau} for name, tau in TAUS.items()},
     "Moderate, entry clip .05": {"method": "pwopsd", "tau_clip": 0.05},
-    # Teachers
     "EMA teacher": {"method": "opsd", "teacher": "ema", "ema_decay": 0.9},  # .99 would hardly move in so short a run
     "live teacher": {"method": "opsd", "teacher": "live"},
     "another's reference": {"method": "opsd", "reference": "other"},
     "no reference": {"method": "opsd", "reference": "none"},
     "answer alone": {"method": "opsd", "reference": "answer"},
-}
+}  # fmt: skip
 
 
 def named(*names: str) -> dict[str, dict[str, object]]:
@@ -122,7 +106,7 @@ LEAP = Grid(
         **named("entry clip .2", "entry clip .05", "token clip .05", "scaled clip .05"),
         "Moderate, entry clip .2": {"method": "pwopsd", "tau_clip": 0.2},
         **named("Moderate, entry clip .05"),
-        "Aggressive, entry clip .05": schedule("aggressive", tau_clip=0.05),
+        "Aggressive, entry clip .05": {**ROWS["Aggressive"], "tau_clip": 0.05},
     },
     contrasts=(
         ("PW-OPSD Moderate", "reversed Moderate"), ("PW-OPSD Moderate", "Moderate, shuffled"),
@@ -158,8 +142,7 @@ def leap_map() -> Grid:
             for name, row in named("OPSD", "PW-OPSD Moderate", "Aggressive").items():
                 rows[f"{name}, {rate:g}, clip {clip}"] = {**row, "learning_rate": rate, "tau_clip": clip}
         for kind in ("token", "scaled"):
-            row = ROWS[f"{kind} clip .05"]
-            rows[f"OPSD {kind} clip, {rate:g}, clip 0.05"] = {**row, "learning_rate": rate}
+            rows[f"OPSD {kind} clip, {rate:g}, clip 0.05"] = {**ROWS[f"{kind} clip .05"], "learning_rate": rate}
     return Grid({**other_world("leap-0.4"), **LONG}, [0], rows, baseline="OPSD, 0.0003, clip 1.0")
 
 

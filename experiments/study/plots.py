@@ -1,6 +1,6 @@
 """Pictures of runs, with the optional package matplotlib.
 
-    python -m experiments.study.plots RUN...         learning curves, divergence by position, the schedules
+    python -m experiments.study.plots RUN...         learning curves, divergence by position
     python -m experiments.study.plots RUN --html     a page of some solutions, token by token (needs no matplotlib),
                                                      and a picture of the first (where matplotlib is installed)
 
@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 import experiments.study.rules  # noqa: F401  (registers its rows: a run of one can be drawn)
 from errors import InputError
 from experiments.token_page import RolloutView, TokenView, render, shade, view_rollouts
 from runtime.flags import run_script
 from runtime.records import make_folder, read_rows
-from weighting import SCHEDULES, SIGMOIDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,27 +30,19 @@ SMOOTHING = 5  # steps; a step's accuracy is a mean over few rollouts
 CURVES = {"accuracy": "accuracy of the rollouts", "divergence": "token loss before weighting (nats)"}  # by step
 
 
-def figure(width: float, height: float, columns: int = 1):
-    """An empty figure and its axes, drawn without a screen. Raises InputError where matplotlib is missing."""
+def figure(width: float, height: float, layout: list[list[str]]) -> tuple[Figure, dict]:
+    """An empty figure and its axes by name, drawn without a screen. Raises InputError where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("pictures need matplotlib: pip install matplotlib") from None
     drawn = Figure(figsize=(width, height), layout="constrained", dpi=150)
-    axes = drawn.subplots(1, columns, squeeze=False).ravel()
-    for axis in axes:
+    axes = drawn.subplot_mosaic(layout)
+    for axis in axes.values():
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="0.9")
         axis.set_axisbelow(True)
     return drawn, axes
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl. Raises InputError where there are none."""
-    steps = read_rows(run / "metrics.jsonl", ("accuracy", "divergence", "by_decile"))
-    if not steps:
-        raise InputError(f"{run}: no run with a step in its metrics.jsonl")
-    return steps
 
 
 def run_label(run: Path) -> str:
@@ -65,48 +55,28 @@ def run_label(run: Path) -> str:
         raise InputError(f"{run}: no config.json of a run of train.py ({type(error).__name__})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def smooth(values: np.ndarray, width: int = SMOOTHING) -> list[float]:
-    """Running mean over the last `width` values."""
-    return [float(values[max(0, i + 1 - width) : i + 1].mean()) for i in range(len(values))]
-
-
 def learning_curves(runs: dict[str, list[list[dict]]]) -> Figure:
     """The CURVES over the steps, mean over the runs of each label."""
-    drawn, axes = figure(10, 4, columns=len(CURVES))
-    for axis, (name, ylabel) in zip(axes, CURVES.items(), strict=True):
+    drawn, axes = figure(10, 4, [list(CURVES)])
+    for name, axis in axes.items():
         for label, members in runs.items():
             length = min(map(len, members))
             means = np.array([[step[name] for step in run[:length]] for run in members], dtype=float).mean(axis=0)
-            label = f"{label} ({len(members)})" if len(members) > 1 else label
-            axis.plot(range(1, length + 1), smooth(means), label=label)
-        axis.set(xlabel="step", ylabel=ylabel)
-    axes[0].set_ylim(0, 1)
-    axes[0].legend(fontsize=8, frameon=False)
+            smooth = [means[max(0, end - SMOOTHING) : end].mean() for end in range(1, length + 1)]
+            axis.plot(range(1, length + 1), smooth, label=f"{label} ({len(members)})" if len(members) > 1 else label)
+        axis.set(xlabel="step", ylabel=CURVES[name])
+    axes["accuracy"].set_ylim(0, 1)
+    axes["accuracy"].legend(fontsize=8, frameon=False)
     drawn.suptitle(f"Learning curves, running mean over {SMOOTHING} steps", fontsize=11)
-    return drawn
-
-
-def schedule_weights() -> Figure:
-    """Figure 2 of the paper, w(r) of Eq. (5), with all other schedules drawn dashed."""
-    drawn, (axis,) = figure(7, 4)
-    r = torch.linspace(0, 1, 501)
-    for name, schedule in SCHEDULES.items():
-        axis.plot(r, schedule(r), "-" if name in SIGMOIDS else "--", linewidth=2 if name in SIGMOIDS else 1, label=name)
-    axis.set(xlabel="relative position r = (t - 0.5) / L", ylabel="weight w(r)", xlim=(0, 1), ylim=(0, 1.05))
-    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return drawn
 
 
 def divergence_by_position(metrics: list[dict], label: str) -> Figure:
     """Token loss by tenth of the solution (upwards) and step (to the right)."""
-    drawn, (axis,) = figure(7, 3.6)
+    drawn, axes = figure(7, 3.6, [["tenths"]])
     tenths = np.array([step["by_decile"]["divergence"] for step in metrics], dtype=float).T  # None becomes NaN
+    axis, extent = axes["tenths"], (0.5, len(metrics) + 0.5, 0, 1)
     axis.grid(visible=False)
-    extent = (0.5, len(metrics) + 0.5, 0, 1)
     image = axis.imshow(tenths, origin="lower", aspect="auto", cmap="viridis", extent=extent, vmin=0)
     axis.set(xlabel="step", ylabel="relative position")
     axis.set_title(label, fontsize=10)
@@ -116,9 +86,7 @@ def divergence_by_position(metrics: list[dict], label: str) -> Figure:
 
 def repair(before: RolloutView, after: RolloutView) -> Figure:
     """A problem's solution before and after training, and what both contexts say at the token where the two part."""
-    drawn, _ = figure(9, 4.4)
-    drawn.clear()
-    axes = drawn.subplot_mosaic([["tokens", "tokens"], ["before", "after"]], height_ratios=(1, 1.1))
+    drawn, axes = figure(9, 4.4, [["tokens", "tokens"], ["before", "after"]])
     strip, top = axes["tokens"], max(abs(t.divergence * t.weight) for v in (before, after) for t in v.tokens) or 1.0
     strip.set(xlim=(0, max(sum(len(t.text) for t in v.tokens) for v in (before, after))), ylim=(-0.2, 3.9))
     strip.axis("off")
@@ -153,13 +121,13 @@ def bars(axis, token: TokenView, title: str) -> None:
     axis.set_title(title, fontsize=10)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def plot_runs(runs: list[Path], output: Path) -> list[Path]:
-    metrics, labels = {run: read_metrics(run) for run in runs}, {run: run_label(run) for run in runs}
+    labels = {run: run_label(run) for run in runs}
+    metrics = {run: read_rows(run / "metrics.jsonl", (*CURVES, "by_decile")) for run in runs}
+    if empty := [run for run in runs if not metrics[run]]:
+        raise InputError(f"{empty[0]}: no step in its metrics.jsonl")
     groups = {label: [metrics[run] for run in runs if labels[run] == label] for label in labels.values()}
-    pictures = {"learning_curves": learning_curves(groups), "schedules": schedule_weights()}
+    pictures = {"learning_curves": learning_curves(groups)}
     for run in runs:
         pictures[f"divergence-{run.name}"] = divergence_by_position(metrics[run], f"{labels[run]}, {run.name}")
     return save(pictures, output)

@@ -3,15 +3,13 @@
     python -m experiments.study.rules --method scgate ...   train.py, with these rows known to it; also torchrun -m
     import experiments.study.rules                          the rows, and `--schedule suffix`, for your own script
 
-Written as a fork would write it: a schedule of position is a line of weighting.SCHEDULES, a method a row of
-loss.METHODS, and the rest of the file is the function each row needs. A weight that keeps some tokens and drops the
-others (0 or 1) is divided by the number kept (`weighted_mean`), as in the sources; the others are averaged over all
-tokens (`token_mean`), as in Eq. (1). A weight carries no gradient. Rules by score see what loss.TokenScores holds, at
-T_distill.
+Written as a fork would write it: the functions, then the rows that name them, at the end. A weight that keeps some
+tokens and drops the others (0 or 1) is divided by the number kept (`weighted_mean`), as in the sources; the others are
+averaged over all tokens (`token_mean`), as in Eq. (1). Scores are at T_distill.
 
 Axes: M valid tokens of a batch, row after row; L one row's tokens; V vocabulary. Weights have the signature of every
 token weight, (r_M, scores, lengths, step, options) -> [M], the last two unused here; a keyword is a number of the
-source, for functools.partial.
+source.
 """
 
 from __future__ import annotations
@@ -34,8 +32,7 @@ def prefix(r: Tensor, share: float = 0.3) -> Tensor:
     """1[r <= share]: the first tokens only.
 
     On-policy distillation from prefixes (arXiv 2602.15260) and TOPD (arXiv 2605.31490) also stop sampling there, which
-    saves the rollout; here the whole solution is sampled. IW-OPD (arXiv 2606.22600) reports the first 30 % to do about
-    as well as all tokens, and the last 30 % to teach hardly anything.
+    saves the rollout; here the whole solution is sampled.
     """
     return (r <= share).float()
 
@@ -71,10 +68,8 @@ def shuffled(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object) -
 def iw_opd(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, gamma: float = 0.5) -> Tensor:
     """w_t = 1 + gamma (1 - sum_{k<t} |A_k| / sum_k |A_k|), A = log p_T(y) - log p_S(y), never rising.
 
-    IW-OPD (arXiv 2606.22600; its authors' code, `iw_opd_weight_max` = 1 + gamma; TRL's IW-OPD trainer): the more the
-    prefix already disagrees with the teacher, the less its next token counts. There on the policy-gradient loss
-    -w A log p_S(y) (row `iw_opd_pg`), mean over all tokens. A row with A = 0 everywhere has nothing to divide by: its
-    weights are 1 + gamma.
+    IW-OPD (arXiv 2606.22600; its authors' code, `iw_opd_weight_max` = 1 + gamma; TRL's IW-OPD trainer), there on the
+    loss of row `iw_opd_pg`. Where A = 0 in the whole row, there is nothing to divide by: its weights are 1 + gamma.
     """
     gap_M = (scores.teacher_logprob - scores.student_logprob).abs()
     rows = []
@@ -87,10 +82,9 @@ def iw_opd(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, gam
 def dash(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, kappa: float = 5.0) -> Tensor:
     """w_1 = 1, w_t = 1 + lambda_{t-1} w_{t-1}, lambda_t = sigmoid(-kappa (d_t - mean d)), d the row's token losses.
 
-    DASH (arXiv 2608.06243; its published summaries, which agree; the authors' code could not be had): the loss
-    1/T sum_t A_t of the backward recursion A_t = d_t + sg(lambda_t) A_{t+1}, A_T = d_T, in which d_t stands w_t times.
-    d is the clipped divergence there as here (tau_clip 0.05). A token counts more after a run of tokens below the
-    row's mean, and at most t times. There the mean over a rollout's tokens; here over all tokens.
+    DASH (arXiv 2608.06243; its published summaries, which agree): the loss 1/T sum_t A_t of the backward recursion
+    A_t = d_t + sg(lambda_t) A_{t+1}, A_T = d_T, in which d_t stands w_t times, d clipped as here (tau_clip 0.05). There
+    the mean over a rollout's tokens; here over all tokens.
     """
     rows = []
     for loss_L in scores.loss.split(lengths):
@@ -102,8 +96,7 @@ def dash(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, kappa
 def scgate(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, most: float = 0.99) -> Tensor:
     """1[p_S(y_t) <= most]: not where the student is sure of its token.
 
-    Neighborhood OPSD (arXiv 2609.39687), Eq. (13), the online gate, which it also tests on plain OPSD with one teacher;
-    divided by the number of tokens kept, on the entry-clipped forward KL (clip 0.06 there).
+    Neighborhood OPSD (arXiv 2609.39687), Eq. (13), the online gate, on the entry-clipped forward KL (clip 0.06 there).
     """
     return (scores.student_logprob.exp() <= most).float()
 
@@ -114,10 +107,6 @@ def correct_only(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: objec
     OASIS (arXiv 2609.37915) takes the shortest right one of K solutions, which needs K rollouts a prompt; here is one.
     """
     return (scores.correct == 1.0).float()  # NaN, no answer, equals nothing
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Weights that keep a share of each row's tokens, the best by a score
 
 
 def keep_top(score_M: Tensor, lengths: list[int], share: float) -> Tensor:
@@ -132,12 +121,10 @@ def keep_top(score_M: Tensor, lengths: list[int], share: float) -> Tensor:
 def tip(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, share: float = 0.5) -> Tensor:
     """1 for the `share` of a row with the largest s = h + d - h d ("soft or"), else 0.
 
-    TIP (arXiv 2604.14084): h is the student's entropy cut at its 0.98 quantile, d the token's divergence, both scaled
-    to [0, 1] by their minimum and maximum over the tokens given (a micro-batch in training): uncertain tokens, and
-    confident ones that the teacher contradicts. d is the row's own token loss, as in the source, where both are
-    KL(student || teacher) of the full vocabulary (row `tip_reverse`). In row `tip` it is Eq. (1), and tau_clip bounds
-    what one entry adds to d: where the teacher insists on one other token, d saturates unless the clip is inf. What
-    was read of the source, and where re-implementations differ: docs/later-work.md.
+    TIP (arXiv 2604.14084; what was read of it: docs/later-work.md): h is the student's entropy cut at its 0.98
+    quantile, d the row's own token loss, both scaled to [0, 1] by their minimum and maximum over the tokens given (a
+    micro-batch in training). The source's loss is that of row `tip_reverse`. In row `tip` it is Eq. (1), and tau_clip
+    bounds what one entry adds to d: where the teacher insists on one other token, d saturates unless the clip is inf.
     """
     entropy_M = scores.student_entropy
     h_M = _to_unit_range(entropy_M.clamp(max=torch.quantile(entropy_M, 0.98)))
@@ -218,8 +205,8 @@ def sr_opsd(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, opt
 # At beta = 0, with A the entries below the clip and P_A the teacher's mass on them, the clip by entry of Eq. (1) has
 #     T_distill d(loss)/d(student logit i) = P_A p_S(i) - p_T(i) 1[i in A],
 # which pushes a clipped entry down although the teacher wants it up (arXiv 2609.38995, Eq. (5)). The two below do not:
-# a token under the clip has the plain gradient p_S(i) - p_T(i). Users of OPSD asked for the first (its repository,
-# issues 2 and 24; its author reports the clip by entry to work better); the second is this project's own.
+# a token under the clip has the plain gradient p_S(i) - p_T(i). Users of OPSD asked for the first (docs/later-work.md);
+# the second is this project's own.
 
 
 def token_clip(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
@@ -245,8 +232,7 @@ def scaled_clip(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor,
 # The rows
 
 weighting.SCHEDULES |= {"prefix": prefix, "suffix": suffix}
-# A rule that differs from OPSD in the weight alone trains on the clipped divergence of Eq. (1), whatever loss its source
-# uses, so the clip is its own too.
+# Rules that differ from OPSD in the weight alone train on Eq. (1), whatever loss their source uses: the clip is theirs.
 on_eq_1 = partial(Method, loss.clipped_divergence, clips=True)
 loss.METHODS |= {
     "prefix": on_eq_1("prefix", loss.weighted_mean),

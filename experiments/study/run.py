@@ -43,9 +43,6 @@ from problems import Problem, load_problems
 from runtime.flags import run_script
 from runtime.records import append_rows, make_folder, read_rows, write_rows
 
-# ---------------------------------------------------------------------------------------------------------------
-# One cell
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -67,6 +64,10 @@ class Cell:
     @property
     def flags(self) -> list[str]:
         return [f"--{name}={value}" for name, value in {**self.options, "seed": self.seed}.items()]
+
+    def config(self) -> train.TrainConfig:
+        """What train.py makes of its flags. Raises InputError for what it refuses."""
+        return train.parse_config(self.flags)
 
 
 def model_id(name: str) -> str:
@@ -120,15 +121,13 @@ def measured(run: Path, error: str | None) -> dict:
             step: {decoding: "".join(str(int(row["correct"])) for row in rows) for decoding, rows in after.items()}
             for step, after in scored.items()
         },
-        "accuracy": [step["accuracy"] for step in steps],
+        "accuracy": [step["accuracy"] for step in steps], "eos_rate": [step["eos_rate"] for step in steps],
         "mean_length": [round(step["mean_length"], 2) for step in steps],
-        "eos_rate": [step["eos_rate"] for step in steps],
         "divergence": [round(step["divergence"], 6) for step in steps],
         "max_grad_norm": round(max(step["grad_norm"] for step in steps), 6) if steps else None,
-        "git_commit": record.get("git_commit"),
-        "versions": record.get("versions"),
+        "git_commit": record.get("git_commit"), "versions": record.get("versions"),
         "machine": f"{platform.machine()}, {cores()} cores",
-    }
+    }  # fmt: skip
 
 
 def behaviour(problems: list[Problem], before: list[dict], after: dict[str, list[dict]]) -> dict[str, float | None]:
@@ -145,10 +144,6 @@ def behaviour(problems: list[Problem], before: list[dict], after: dict[str, list
     return {name: sum(found) / len(found) if found else None for name, found in facts.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# All cells
-
-
 def read_cells(path: Path) -> list[dict]:
     """The finished cells. A last line that a crash cut short is left out, and its cell runs again."""
     return read_rows(path, ("row", "options", "seed", "model_id", "error", "seconds"))
@@ -156,15 +151,15 @@ def read_cells(path: Path) -> list[dict]:
 
 def missing_cells(grid: Grid, records: list[dict]) -> list[Cell]:
     """Seed by seed, so that a grid stopped early still holds whole pairs. Rows with equal options share their cells."""
-    configs = {row: train.parse_config(Cell(row, grid.options(row), 0, "").flags) for row in grid.rows}  # may refuse
-    names = {row: config.model for row, config in configs.items()}
+    names = {row: Cell(row, grid.options(row), 0, "").config().model for row in grid.rows}
     models = {name: model_id(name) for name in set(names.values())}
-    cells = [Cell(row, grid.options(row), seed, models[names[row]]) for seed in grid.seeds for row in grid.rows]
     done = {Cell("", r["options"], r["seed"], r["model_id"]).key for r in records}
     missing: dict[str, Cell] = {}
-    for cell in cells:
-        if cell.key not in done:
-            missing.setdefault(cell.key, cell)
+    for seed in grid.seeds:
+        for row, name in names.items():
+            cell = Cell(row, grid.options(row), seed, models[name])
+            if cell.key not in done:
+                missing.setdefault(cell.key, cell)
     stale = {r["model_id"] for r in records} - set(models.values())
     if stale and missing:
         raise InputError(f"the results are of another model ({', '.join(stale)}): choose another --output_dir")
@@ -176,11 +171,8 @@ def run_cells(cells: list[Cell], output: Path, workers: int) -> Iterator[dict]:
     if workers == 1:
         yield from (run_cell(cell, output) for cell in cells)
         return
-    context = multiprocessing.get_context("spawn")  # a forked child cannot use the GPU
-    slots, gpus = context.Queue(), visible_gpus() or [""]
-    for slot in range(workers):
-        slots.put(gpus[slot % len(gpus)])
-    with ProcessPoolExecutor(workers, context, initializer=_take_slot, initargs=(slots,)) as pool:
+    spawn = multiprocessing.get_context("spawn")  # a forked child cannot use the GPU
+    with ProcessPoolExecutor(workers, spawn) as pool:
         futures = [pool.submit(run_cell, cell, output) for cell in cells]
         try:
             yield from (future.result() for future in as_completed(futures))
@@ -189,19 +181,9 @@ def run_cells(cells: list[Cell], output: Path, workers: int) -> Iterator[dict]:
             raise
 
 
-def _take_slot(slots: multiprocessing.Queue) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = slots.get()
-
-
 def cores() -> int:
     """Those that this process may use, where the system tells."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def visible_gpus() -> list[str]:
-    """The names that CUDA_VISIBLE_DEVICES takes, of the GPUs that this process may use."""
-    allowed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return allowed.split(",") if allowed else [str(gpu) for gpu in range(torch.cuda.device_count())]
 
 
 def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
@@ -209,7 +191,7 @@ def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
     path = output / "cells.jsonl"
     records = read_cells(path)
     cells = missing_cells(grid, records)
-    if blind := [cell.row for cell in cells if not train.parse_config(cell.flags).eval_data]:
+    if blind := [cell.row for cell in cells if not cell.config().eval_data]:
         raise InputError(f"row {blind[0]}: no --eval_data to score its cells by; --dry_run prints their commands")
     write_rows(make_folder(output) / path.name, records)  # without a line that was cut short
     total = len(cells) + len(records)
@@ -227,24 +209,23 @@ def command(cell: Cell, output: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", default="embedded", help=f"{', '.join(GRIDS)} (grids.py)")
+    parser.add_argument("--grid", default="embedded", choices=GRIDS, help="one of grids.py")
     parser.add_argument("--output_dir", type=Path, help="cells.jsonl and report.md; default runs/study-GRID")
-    parser.add_argument("--workers", type=int, default=0, help="cells at a time; default: one per GPU, else per core")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="cells at a time; default: one on a GPU, else one per core"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the missing cells' commands, run nothing")
     parser.add_argument("--report_only", action="store_true", help="run nothing")
     args = parser.parse_args()
-    if args.grid not in GRIDS:
-        raise InputError(f"--grid {args.grid}: choose one of {', '.join(GRIDS)}")
     if args.workers < 0:
         raise InputError(f"--workers {args.workers}: must be at least 0")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     grid, output = GRIDS[args.grid], args.output_dir or Path(f"runs/study-{args.grid}")
     if args.dry_run:
         return print(*(command(c, output) for c in missing_cells(grid, read_cells(output / "cells.jsonl"))), sep="\n")
-    if args.report_only:
-        records = read_cells(output / "cells.jsonl")
-    else:
-        records = run_grid(grid, output, args.workers or len(visible_gpus()) or cores())
+    if not args.report_only:
+        run_grid(grid, output, args.workers or (1 if torch.cuda.is_available() else cores()))
+    records = read_cells(output / "cells.jsonl")
     if not records:
         raise InputError(f"--output_dir {output}: no cells have been measured there")
     return print(write_report(grid, records, output))

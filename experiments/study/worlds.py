@@ -11,7 +11,7 @@ Leaps      `12+~=43;` adds all that is left in one step and ends the sum. The st
            teacher, which knows the answer, leaps rightly, and only early in a solution.
 The leak   The teacher insists on the order of its reference, which the student cannot know.
 
-Also here: what a trained model's own steps say about the facts it knows.
+A world is an entry of WORLDS. Also here: what a trained model's own steps say about the facts it knows.
 """
 
 from __future__ import annotations
@@ -137,12 +137,11 @@ def leap_chance(addends_left: int, world: World, teacher: bool) -> float:
 
 
 STEP = re.compile(r"(?<![0-9])([0-9]{1,3})\+([1-9])=([0-9]{1,3});")
-LEAP = re.compile(r"[0-9]\+~=[0-9]")
 
 
 def leaps(text: str) -> bool:
     """Whether a solution adds all that is left in one step, `12+~=43;`."""
-    return LEAP.search(text) is not None
+    return re.search(r"[0-9]\+~=[0-9]", text) is not None
 
 
 def strays(problem: str, text: str) -> bool:
