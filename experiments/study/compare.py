@@ -43,7 +43,9 @@ def other_settings(a: dict, b: dict, source: str) -> list[str]:
                         ("num_samples", None)):  # fmt: skip
         left, right = (side[where][name] if where else side[name] for side in (a, b))
         if left != right:
-            raise InputError(f"{source}: not comparable, {where or ''} {name} is {right!r} and not {left!r}")
+            raise InputError(
+                f"{source}: not comparable, {where + ' ' if where else ''}{name} is {right!r} and not {left!r}"
+            )
     ours = ("model", "model_sha256", "adapter", "adapter_sha256", "benchmark")
     different = [name for name, value in a["regime"].items() if name not in ours and b["regime"].get(name) != value]
     return sorted(different) + ["seeds"] * (a["seeds"] != b["seeds"])
