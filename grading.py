@@ -19,7 +19,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -33,22 +33,63 @@ DEEPEST = 20  # brackets inside brackets
 MOST_PARTS = 20  # of a tuple, set or list; one with more is equal only as a string, as is an answer that is too long
 MOST_BITS = 2**14  # of a numerator or denominator
 
+
+def _table(rows: str) -> dict[str, str]:
+    """For each word of a row (a line, or a part of it up to a semicolon) the first word of that row."""
+    return {word: row.split()[0] for row in re.split("[;\n]", rows.strip()) for word in row.split()}
+
+
+def _rewrite(text: str, rules: list[tuple]) -> str:
+    """The text after each rule (pattern, replacement) in turn."""
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Brackets
+
+_TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)  # the backslash of a line break (two of them) escapes nothing
+_BRACES = {"{": 1, "}": -1}
+_BRACKETS = _BRACES | {"\\{": 1, "\\}": -1, "(": 1, ")": -1, "[": 1, "]": -1}  # of any kind, as in [0, 1)
+
+
+def _depths(text: str, begin: int = 0, brackets: dict[str, int] = _BRACKETS) -> Iterator[tuple[int, int]]:
+    """The end of each token from `begin` on, and how many brackets are open there."""
+    depth = 0
+    for token in _TOKEN.finditer(text, begin):
+        depth += brackets.get(token[0], 0)
+        yield token.end(), depth
+
+
+def partner(text: str, begin: int, brackets: dict[str, int] = _BRACKETS) -> int:
+    """Where the bracket at `begin` is closed; -1 for nowhere."""
+    return next((end - 1 for end, depth in _depths(text, begin, brackets) if depth == 0), -1)
+
+
+def split(text: str, separator: str) -> list[str]:
+    """The parts of `text` between separators (a pattern) outside all brackets, empty ones left out."""
+    outside = {0} | {end for end, depth in _depths(text) if depth == 0}
+    cuts = [match.span() for match in re.finditer(separator, text) if match.start() in outside]
+    edges = [0, *(edge for cut in cuts for edge in cut), len(text)]
+    return [part for begin, end in zip(edges[::2], edges[1::2], strict=True) if (part := text[begin:end].strip())]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The last box
 
 _BOXES_TRIED = 20  # so that nested empty boxes cost no more than twenty passes over the text
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash takes the next character with it
 _NOTHING = re.compile(  # an empty box or a placeholder: ?, \_\_, ..., \square, \text{answer}
     r"(?:\s|[~.?_…{}$]|\\[,;:!_ ]|\\[hv]space\*?\{[^{}]*\}|\\phantom\{[^{}]*\}"
     r"|\\(?:text|mathrm|boxed|fbox|underline|[lc]?dots|q?quad|square|Box)(?![a-zA-Z])"
     r"|(?i:\b(?:your |final )?answer\b))*"
 )
 _ARGUMENT = r"(?:\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|[0-9]))"
-_BARE = re.compile(
+_BARE = re.compile(  # a number, a letter, or a command with its arguments
     rf"[+-]?[0-9]*\s?\\[dtc]?frac{_ARGUMENT}{{2}}|[+-]?[0-9]*\\(?:sqrt|text){_ARGUMENT}|[+-]?\\(?:pi|infty|emptyset)"
     r"|[+-]?\\?\$?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?%?(?![\w{^]|\\[a-zA-Z])"  # -1,250.5 and 3/4
-    r"|[a-zA-Z](?![a-zA-Z])"
+    r"|[a-zA-Z](?![a-zA-Z])|"
 )
 
 
@@ -60,9 +101,12 @@ def extract_boxed(text: str) -> str | None:
     was cut inside it.
     """
     for box in reversed(list(_BOX.finditer(text))[-_BOXES_TRIED:]):
-        content = _braced(text, box.end()) if text.startswith("{", box.end()) else _unbraced(text, box.end())
-        if content is None:
+        begin = box.end()
+        braced = text.startswith("{", begin)
+        end = partner(text, begin, _BRACES) if braced else _BARE.match(text, begin).end()
+        if end < 0 or begin == len(text):
             return None
+        content = text[begin + braced : end]
         if not _NOTHING.fullmatch(content):
             content = content.strip()
             odd = (len(content) - len(content.rstrip("\\"))) % 2  # the backslash of a closing `\ `
@@ -70,78 +114,34 @@ def extract_boxed(text: str) -> str | None:
     return None
 
 
-def _braced(text: str, begin: int) -> str | None:
-    """What stands between the brace at `begin` and its partner; None without one.
-
-    A brace behind a backslash is a character; the backslash of a line break (two of them) escapes nothing.
-    """
-    depth = 0
-    for brace in _BRACE.finditer(text, begin):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return text[begin + 1 : brace.start()]
-    return None
-
-
-def _unbraced(text: str, begin: int) -> str | None:
-    """The number, letter or command with its arguments at `begin`; "" for other text, None at the end of the text."""
-    if begin == len(text):
-        return None
-    match = _BARE.match(text, begin)
-    return match[0] if match else ""
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Dress
 
+_SIGNS = r"""
+- − –; \ldots …; \infty ∞; \cup ∪; \text{cents} ¢; \approx ≈; \ne ≠; \div ÷; \times ×; \cdot · ⋅; \pi π; \theta θ
+\le ≤; \ge ≥; / ⁄; \emptyset ∅; \in ∈; ^\circ °; \pm ±; \frac12 ½; \frac14 ¼; \frac34 ¾; \frac13 ⅓; \frac23 ⅔
+\mathbb{R} ℝ; ( ⟨; ) ⟩; | ∣
+"""
 _SYMBOLS = str.maketrans(
     {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms
-    | {"−": "-", "–": "-", "\u2009": "\\,", "\u202f": "\\,", "\u00a0": " ", "\u3000": " ", "…": "\\ldots "}
-    | {"∞": "\\infty ", "∪": "\\cup ", "¢": "\\text{cents}", "≈": "\\approx ", "≠": "\\ne ", "÷": "\\div "}
-    | {"×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "π": "\\pi ", "θ": "\\theta ", "≤": "\\le ", "≥": "\\ge "}
-    | {
-        "⁄": "/",
-        "∅": "\\emptyset ",
-        "∈": "\\in ",
-        "°": "^\\circ ",
-        "½": "\\frac12 ",
-        "¼": "\\frac14 ",
-        "¾": "\\frac34 ",
-    }
-    | {"⅓": "\\frac13 ", "⅔": "\\frac23 ", "±": "\\pm ", "ℝ": "\\mathbb{R}", "⟨": "(", "⟩": ")", "∣": "|"}
+    | {sign: text + " " if "\\" in text else text for sign, text in _table(_SIGNS).items() if len(sign) == 1}
     | {sign: f"^{digit}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+    | dict.fromkeys("\u2009\u202f", "\\,")
+    | dict.fromkeys("\u00a0\u3000", " ")
     | dict.fromkeys("\u200b\u2060\ufeff", "")
 )
-_END = r"(?![a-zA-Z])"
-_FUNCTIONS = r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|gcd|lcm|max|min|det|dim|deg|arg"
-_GROUPS = r"(?<![0-9.,])(?<![0-9.,] )([1-9][0-9]{0,2}(?: [0-9]{3})+)(?![0-9/]| ?[0-9]| ?\\[dt]?frac)"
-
-
-# A command for its synonyms; "" for those that only dress.
 _DRESS_ONLY = """
 left right big bigl bigr Big Bigl Bigr bigg biggl biggr displaystyle textstyle large Large bf rm limits mathbf
 boldsymbol bm mathit mathsf mathnormal underline
 """
-_SYNONYMS = dict.fromkeys(_DRESS_ONLY.split(), "")
-_SYNONYMS |= dict.fromkeys(["mid", "vert", "lvert", "rvert"], "|") | dict.fromkeys(["pounds", "textsterling"], "£")
-_SYNONYMS |= {"dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac", "dbinom": "\\binom", "tbinom": "\\binom"}
-_SYNONYMS |= {"leq": "\\le", "leqslant": "\\le", "leqq": "\\le", "geq": "\\ge", "geqslant": "\\ge", "geqq": "\\ge"}
-_SYNONYMS |= {
-    "neq": "\\ne",
-    "lt": "<",
-    "gt": ">",
-    "simeq": "\\approx",
-    "approxeq": "\\approx",
-    "varnothing": "\\emptyset",
-}
-_SYNONYMS |= {"land": "\\text{and}", "wedge": "\\text{and}", "lor": "\\text{or}", "vee": "\\text{or}"}
-_SYNONYMS |= {"langle": "(", "rangle": ")", "lbrace": "\\{", "rbrace": "\\}", "colon": ":"}
-
-
-def _french(interval: re.Match) -> str:
-    """]0,1[ as (0,1)."""
-    left, low, high, right = interval.groups()
-    return f"{'(' if left == ']' else '['}{low},{high}{')' if right == '[' else ']'}"
+_SYNONYMS = dict.fromkeys(_DRESS_ONLY.split(), "") | _table(r"""
+\frac dfrac tfrac cfrac; \binom dbinom tbinom; \le leq leqslant leqq; \ge geq geqslant geqq; \ne neq; < lt; > gt
+\approx simeq approxeq; \emptyset varnothing; \text{and} land wedge; \text{or} lor vee; | mid vert lvert rvert
+( langle; ) rangle; \{ lbrace; \} rbrace; : colon; £ pounds textsterling
+""")
+_END = r"(?![a-zA-Z])"
+_FUNCTIONS = r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|gcd|lcm|max|min|det|dim|deg|arg"
+_GROUPS = r"(?<![0-9.,])(?<![0-9.,] )([1-9][0-9]{0,2}(?: [0-9]{3})+)(?![0-9/]| ?[0-9]| ?\\[dt]?frac)"
 
 
 # (pattern, replacement), in this order: delimiters, spaces, one command for its synonyms, braces where they may miss
@@ -179,29 +179,24 @@ _SPELLINGS = [
     (rf"(\\(?:{_FUNCTIONS})\^[0-9])\s+([0-9.]+)", r"\1(\2)"),  # \tan^2 60
     (r"(?<=[0-9]),\s+(?=[0-9]{3}(?![0-9]))", ",\0"),  # the one space that tells: `1, 000` may be a list
     (r"(?<![0-9a-zA-Z])\s+|\s+(?![0-9a-zA-Z])|(?<=[0-9])\s+(?=[a-zA-Z])|(?<=[a-zA-Z])\s+(?=[0-9])", ""),
-    (r"\s+", " "),
-    (r"\0", " "),
-    (r"([\[\]])([^\[\](),;]+)[,;]([^\[\](),;]+)([\[\]])", _french),
+    (r"\s+|\0", " "),
+    (r"([\[\]])([^\[\](),;]+)[,;]([^\[\](),;]+)([\[\]])",  # ]0,1[ is (0,1)
+     lambda match: f"{'[('[match[1] == ']']}{match[2]},{match[3]}{'])'[match[4] == '[']}"),
     (r"\\(gcd|lcm|max|min)\(([^()]*)\)", lambda match: f"\\{match[1]}({','.join(sorted(match[2].split(',')))})"),
     (r"(?<![0-9a-zA-Z)}\]])\+(?=\\infty)|^\+|[\\ ]+$", ""),
     (r"(?<!\.)[.,;:]$", ""),
 ]  # fmt: skip
-_DRESS = [(re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS]
 _WRAPPER = re.compile(r"(?:\\(?:text|boxed|fbox))?(?=\{)")
-_PHRASE = re.compile(
-    r"\\text\{(?:[a-zA-Z]{2,}(?:-[a-zA-Z]{2,})*|[a-zA-Z]+(?: [a-zA-Z]+)+)\}"
-)  # keeps its \text: HTT is no product
+_PHRASE = r"\\text\{(?:[a-zA-Z]{2,}(?:-[a-zA-Z]{2,})*|[a-zA-Z]+(?: [a-zA-Z]+)+)\}"  # keeps its \text: HTT is no product
 
 
 @lru_cache(maxsize=4096)
 def normalise_answer(answer: str) -> str:
     r"""The answer in one spelling, without mere dress: `\dfrac 12.` becomes `\frac{1}{2}`, a too long one ""."""
-    text = answer.strip().translate(_SYMBOLS) if len(answer) <= LONGEST else ""
-    for pattern, replacement in _DRESS:
-        text = pattern.sub(replacement, text)
+    text = _rewrite(answer.strip().translate(_SYMBOLS), _SPELLINGS) if len(answer) <= LONGEST else ""
     for _ in range(DEEPEST):
         wrapper = _WRAPPER.match(text)
-        if wrapper is None or partner(text, wrapper.end()) != len(text) - 1 or _PHRASE.fullmatch(text):
+        if wrapper is None or partner(text, wrapper.end()) != len(text) - 1 or re.fullmatch(_PHRASE, text):
             break
         text = re.sub(r"(?<!\.)[.,;:]$", "", text[wrapper.end() + 1 : -1].strip())
     exact, about, _ = text.partition("\\approx")  # 17/6 \approx 2.83 is 17/6, but x \approx 2.83 is no exact answer
@@ -210,47 +205,25 @@ def normalise_answer(answer: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Brackets
-
-_TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
-
-
-def _depths(text: str, begin: int = 0) -> dict[int, int]:
-    """How many brackets are open, by the end of each token; brackets of any kind close each other, as in [0, 1)."""
-    depth, depths = 0, {begin: 0}
-    for token in _TOKEN.finditer(text, begin):
-        bracket = token[0].lstrip("\\")
-        depth += (bracket in ("(", "[", "{")) - (bracket in (")", "]", "}"))
-        depths[token.end()] = depth
-    return depths
-
-
-def partner(text: str, begin: int) -> int:
-    """Where the bracket at `begin` is closed; -1 for nowhere."""
-    return next((end - 1 for end, depth in _depths(text, begin).items() if depth == 0 and end > begin), -1)
-
-
-def split(text: str, separator: re.Pattern) -> list[str]:
-    """The parts of `text` between separators outside all brackets, empty ones left out."""
-    depths = _depths(text)
-    cuts = [match.span() for match in separator.finditer(text) if depths.get(match.start()) == 0]
-    edges = [0, *(edge for cut in cuts for edge in cut), len(text)]
-    return [part for begin, end in zip(edges[::2], edges[1::2], strict=True) if (part := text[begin:end].strip())]
-
-
-def readable(text: str) -> bool:
-    """Whether the braces are paired and no bracket is nested too deeply: what parsers may be given."""
-    return _braced(f"{{{text}}}", 0) == text and max(_depths(text).values()) <= DEEPEST
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Numbers
 
-_SEPARATED = re.compile(r"[1-9][0-9]{0,2}(?:, ?[0-9]{3})+(?:\.[0-9]*)?")
-_MIXED = re.compile(r"(-?)([0-9]+) ?(?:\\frac\{([0-9]+)\}\{([0-9]+)\}|(?<= )([0-9]+)/([0-9]+))")
-_REPEATING = re.compile(r"(-?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
-_LITERAL = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
-_BRACED = re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}|\^\{([^{}]*)\}")
+# What turns a number into signs, brackets and quotients of whole numbers
+_ARITHMETIC = [
+    (r"^\+", ""),
+    (r"^-?[1-9][0-9]{0,2}(?:, ?[0-9]{3})+(?:\.[0-9]*)?$", lambda match: re.sub(", ?", "", match[0])),  # 1,000
+    (r"^(-?)([0-9]+)(?: ?\\frac\{([0-9]+)\}\{([0-9]+)\}| ([0-9]+)/([0-9]+))$",  # 1\frac{4}{5}, but not 2\frac{3}{2}
+     lambda match: match.expand(r"\1(\2+\3\5/\4\6)" if 0 < int(match[3] or match[5]) < int(match[4] or match[6])
+                                else r"\g<0>")),
+    (r"^(-?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}$",  # 0.1\overline{6} = 0.1 + 0.06 / 0.9
+     lambda match: f"{match[1]}({match[2]}.{match[3]}0+.{'0' * len(match[3])}{match[4]}/.{'9' * len(match[4])})"),
+    (r"(?<![0-9.])([0-9]{1,3})!(?!!)", lambda match: f"({math.factorial(int(match[1]))})"),
+    (r"(?<=[0-9.)])(?=\()|(?<=\))(?=[0-9])", "*"),  # 2(3), but a mixed number is none of these
+    *[(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"), (r"\^\{([^{}]*)\}", r"^(\1)")] * DEEPEST,
+    (r"\\(?:cdot|times)(?![a-zA-Z])", "*"),
+    (r"\\div", "/"),
+    (r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?",
+     lambda match: "({}/{})".format(*Fraction(match[0]).as_integer_ratio())),
+]  # fmt: skip
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -261,26 +234,11 @@ def parse_number(text: str) -> Fraction | None:
     """
     if len(text) > LONGEST or not re.search("[0-9]", text):
         return None
-    text = text.removeprefix("+")
-    if _SEPARATED.fullmatch(text.removeprefix("-")):
-        text = re.sub(", ?", "", text)
-    if (mixed := _MIXED.fullmatch(text)) is not None:
-        sign, whole, top, bottom = mixed[1], int(mixed[2]), int(mixed[3] or mixed[5]), int(mixed[4] or mixed[6])
-        return (-1 if sign else 1) * (whole + Fraction(top, bottom)) if 0 < top < bottom else None
-    if (repeating := _REPEATING.fullmatch(text)) is not None:
-        sign, whole, once, again = repeating.groups()
-        value = int(whole + once or "0") + Fraction(int(again), 10 ** len(again) - 1)
-        return (-1 if sign else 1) * value / 10 ** len(once)
     try:
-        text = re.sub(r"(?<![0-9.])([0-9]{1,3})!(?!!)", lambda found: f"({math.factorial(int(found[1]))})", text)
-        text = re.sub(r"(?<=[0-9.)])(?=\()|(?<=\))(?=[0-9])", "*", text)  # 2(3), but a mixed number is none of these
-        for _ in range(DEEPEST if "{" in text else 0):
-            text = _BRACED.sub(lambda m: f"^({m[3]})" if m[1] is None else f"(({m[1]})/({m[2]}))", text)
-        text = re.sub(r"\\(?:cdot|times)(?![a-zA-Z])", "*", text).replace("\\div", "/")
-        text = _LITERAL.sub(lambda found: "({}/{})".format(*Fraction(found[0]).as_integer_ratio()), text)
+        text = _rewrite(text, _ARITHMETIC)
         if re.fullmatch(r"(?:[0-9*()^]|[+-](?![+-])|/(?!/))*", text) and "**" not in text:
             return _value(ast.parse(text.replace("^", "**"), mode="eval").body)
-    except (ValueError, KeyError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
+    except (ValueError, AttributeError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
         pass
     return None
 
@@ -290,17 +248,13 @@ _OPERATIONS = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: F
 
 
 def _value(node: ast.expr) -> Fraction:
-    """The value of a syntax tree of whole numbers. ValueError where it would be large, irrational or undefined."""
+    """The value of a syntax tree of whole numbers. An error where it would be large, irrational or undefined."""
     if isinstance(node, ast.Constant):
         return Fraction(node.value)
     if isinstance(node, ast.UnaryOp):
         return -_value(node.operand) if isinstance(node.op, ast.USub) else _value(node.operand)
-    if not isinstance(node, ast.BinOp):
-        raise ValueError
-    left, right = _value(node.left), _value(node.right)
-    if isinstance(node.op, ast.Pow) and (
-        right.denominator != 1 or (left == 0 and right <= 0) or abs(right) * _bits(left) > MOST_BITS
-    ):
+    left, right, power = _value(node.left), _value(node.right), isinstance(node.op, ast.Pow)
+    if power and (right.denominator != 1 or (left == 0 and right <= 0) or abs(right) * _bits(left) > MOST_BITS):
         raise ValueError
     value = _OPERATIONS[type(node.op)](left, right)
     if _bits(value) > MOST_BITS:
@@ -316,14 +270,13 @@ def _bits(value: Fraction) -> int:
 # Units
 
 # A unit and its spellings, besides a plural s; two different units of this table are different answers.
-_UNITS = r"""
-dollar usd \$ | euro € | yen ¥ | pound £ lb | cent | percent \% | am | pm | degree deg ^\circ | ohm | mol | K | Pa | Hz
-celsius ^\circC ^\circ\text{C} | fahrenheit ^\circF ^\circ\text{F} | mm millimeter millimetre | cm centimeter centimetre
-km kilometer kilometre | m meter metre | in inch inches | ft foot feet | yd yard | mi mile | mg | g gram | kg kilogram
-oz ounce | ml mL milliliter | L liter litre | ms | s sec second | min minute | h hr hour | N newton | J joule | kJ
-W watt | kW | V volt | day | cup | week | month | year
-"""
-_UNIT_OF = {spelling: unit.split()[0] for unit in re.split(r"[|\n]", _UNITS.strip()) for spelling in unit.split()}
+_UNIT_OF = _table(r"""
+dollar usd \$; euro €; yen ¥; pound £ lb; cent; percent \%; am; pm; degree deg ^\circ; ohm; mol; K; Pa; Hz
+celsius ^\circC ^\circ\text{C}; fahrenheit ^\circF ^\circ\text{F}; mm millimeter millimetre; cm centimeter centimetre
+km kilometer kilometre; m meter metre; in inch inches; ft foot feet; yd yard; mi mile; mg; g gram; kg kilogram
+oz ounce; ml mL milliliter; L liter litre; ms; s sec second; min minute; h hr hour; N newton; J joule; kJ
+W watt; kW; V volt; day; cup; week; month; year
+""")
 _UNIT_OF |= {spelling + "s": unit for spelling, unit in _UNIT_OF.items() if spelling.isalpha() and len(spelling) > 1}
 # Words that make the number before them another number, or no number.
 _CHANGING = """
@@ -345,7 +298,11 @@ _TAIL = re.compile(
     rf"|\\(?:text|operatorname)\{{(?P<text>[a-zA-Z](?:[a-zA-Z0-9 /.^-]|\\cdot|\{{-?[0-9]\}})*)\}}(?P<power>{_POWER})?"
     rf"|(?<=[0-9}}])(?P<plain>[a-zA-Z][a-zA-Z /]*)(?P<plain_power>{_POWER})?"
 )
-_AREAS = {"square": "2", "sq": "2", "cubic": "3"}
+_WORDING = [  # a unit's words, each with its power behind it, and `per` before the one it stands under
+    (r"\\cdot|\^\{?(-?[0-9])\}?", lambda match: f"^{match[1]} " if match[1] else " "), ("/", " per "), (r"\.", ""),
+    (r"(?i)\b(?:square|sq) ([a-z]+)", r"\1^2"), (r"(?i)\bcubic ([a-z]+)", r"\1^3"),
+    (r"([a-zA-Z]+)\^-([0-9])", r"per \1^\2"), (r"\^1\b", ""),
+]  # fmt: skip
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -359,43 +316,27 @@ def split_unit(text: str) -> tuple[str, str]:
     tail = next((tail for tail in _TAIL.finditer(joined) if tail.end() == len(joined) and tail.start() > 0), None)
     if tail is None or joined.endswith((r"\text{and}", r"\text{or}"), 0, tail.start()):
         return text, unit
+    rest = joined[: tail.start()]
     if tail["symbol"] is not None:
         if tail["symbol"] == "^\\circ" and _TRIGONOMETRY.search(whole):  # degrees of an angle in the formula
             return text, unit
-        return joined[: tail.start()], unit or _UNIT_OF[tail["symbol"].replace(" ", "")]
+        return rest, unit or _UNIT_OF[tail["symbol"].replace(" ", "")]
     spelled = (tail["text"] or tail["plain"]) + (tail["power"] or tail["plain_power"] or "")
-    spelled = spelled.replace("/", " per ").replace("\\cdot", " ").replace(".", "").replace("}", "} ")
-    words = [re.fullmatch(rf"([a-zA-Z]+)({_POWER})?", word) for word in spelled.split()]
-    as_text = tail["text"] is not None
-    if not all(word and _counts(word[1], as_text or word is not words[0]) for word in words):
+    words, as_text = [word.partition("^") for word in _rewrite(spelled, _WORDING).split()], tail["text"] is not None
+    if not all(_counts(word, as_text or position > 0) for position, (word, _, _) in enumerate(words)):
         return text, unit
-    rest, inner = (
-        split_unit(joined[: tail.start()]) if joined.endswith("%", 0, tail.start()) else (joined[: tail.start()], "")
-    )
-    return rest, unit or inner or _unit_name([(word[1], word[2] or "") for word in words])
-
-
-def _unit_name(words: list[tuple[str, str]]) -> str:
-    """One name for `m/s`, `m s^{-1}` and `meters per second`, for `square feet` and `ft^2`."""
-    names, power = [], ""
-    for word, own in words:
-        exponent = own.strip("^{}") or power
-        if word.lower() in _AREAS:
-            power = _AREAS[word.lower()]
-            continue
-        if exponent.startswith("-"):
-            names.append("per")
-        name = _UNIT_OF.get(word) or _UNIT_OF.get(word.lower(), word.lower())
-        names.append(name + (f"^{exponent.lstrip('-')}" if exponent not in ("", "1", "-1") else ""))
-        power = ""
-    return " ".join(names)
+    rest, inner = split_unit(rest) if rest.endswith("%") else (rest, "")
+    names = [
+        (_UNIT_OF.get(word) or _UNIT_OF.get(word.lower(), word.lower())) + sign + power for word, sign, power in words
+    ]
+    return rest, unit or inner or " ".join(names)
 
 
 def _counts(word: str, as_text: bool) -> bool:
     r"""Whether a word behind a number only says what is counted. Outside \text{} a short one may be a product."""
-    if (word in _UNIT_OF or word.lower() in _UNIT_OF) if len(word) > 1 else (word in _UNIT_OF and as_text):
-        return True
-    if word.lower() in _CHANGING.split() or _FUNCTION.fullmatch(word):
+    if word in _UNIT_OF or (len(word) > 1 and word.lower() in _UNIT_OF):
+        return len(word) > 1 or as_text
+    if word.lower() in _CHANGING.split() or _FUNCTION.fullmatch(word) or not word.isalpha():
         return False
     return len(word) > 1 if as_text else word == "per" or (len(word) > 3 and bool(re.search("[aeiou]", word)))
 
@@ -429,11 +370,8 @@ class Reading:
     ends: str = ""
 
 
-_COMMA = re.compile(r",|;|\\text\{(?:and|or)\}")
-_OR = re.compile(r"\\text\{or\}")
-_COLON = re.compile(":")
+_COMMA = r",|;|\\text\{(?:and|or)\}"
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix)\}(.*)\\end\{\1\}")
-_CUP = re.compile(r"\\cup(?![a-zA-Z])")
 # x, x_1, x_{\max}, \theta, AB, \angle AB, |S|, f(2), (x,y), area or \text{area}, before the only "=", or before \in
 _INDEX = r"_(?:[0-9a-zA-Z]|\{[^{}=]*(?:\{[^{}=]*\})?\})"
 _NAMED = re.compile(
@@ -458,8 +396,9 @@ _INEQUALITY = re.compile(rf"(?:(.+?){_COMPARED})?([a-zA-Z]|\\[a-zA-Z]+)(?:{_COMP
 def read_answer(answer: str) -> Reading:
     """The reading of an answer in any spelling."""
     text = normalise_answer(answer)
-    if not readable(text) or text.startswith(("\\ne", "\\approx", "~")):
-        return Reading("words", text)
+    paired = partner(f"{{{text}}}", 0, _BRACES) == len(text) + 1
+    if not paired or any(depth > DEEPEST for _, depth in _depths(text)) or text.startswith(("\\ne", "\\approx", "~")):
+        return Reading("words", text)  # no parser sees it
     if re.match(_COMPARED, text):  # > 2, of a name that is not told
         interval = _read_inequality("x" + text)
         return replace(interval, name="") if interval else Reading("words", text)
@@ -474,9 +413,9 @@ def read_answer(answer: str) -> Reading:
     if reading.form in ("words", "formula"):
         return _read_body(text)
     if reading.form == "tuple" and named[1].startswith("("):  # (x,y)=(2,4)
-        letters = named[1].strip("()").split(",")
-        named_parts = [f"{letter}={part}" for letter, part in zip(letters, reading.parts, strict=False)]
-        return replace(reading, parts=_by_name(named_parts) or tuple(named_parts))
+        names = named[1].strip("()").split(",")
+        parts = tuple(f"{name}={part}" for name, part in zip(names, reading.parts, strict=False))
+        return replace(reading, parts=_by_name(parts) or parts)
     return replace(reading, name=named[1])
 
 
@@ -486,14 +425,11 @@ def _read_inequality(text: str) -> Reading | None:
     if match is None or not (match[2] or match[4]):
         return None
     low, first, name, second, high = match.groups()
-    if any(
-        re.search("[a-zA-Z=<>,]|\\\\[lg]e", re.sub(r"\\(?![lg]e)[a-zA-Z]+", "", bound or "")) for bound in (low, high)
-    ):
+    bounds = re.sub(r"\\(?![lg]e)[a-zA-Z]+", "", f"{low or ''} {high or ''}")
+    rising = {sign in ("<", "\\le") for sign in (first, second) if sign}
+    if re.search(r"[a-zA-Z=<>,]|\\[lg]e", bounds) or len(rising) != 1:
         return None
-    rising = [sign in ("<", "\\le") for sign in (first, second) if sign]
-    if len(set(rising)) != 1:
-        return None
-    if not rising[0]:
+    if rising == {False}:
         low, first, second, high = high, second, first, low
     ends = ("[" if first in ("\\le", "\\ge") else "(") + ("]" if second in ("\\le", "\\ge") else ")")
     return Reading("tuple", text, name, parts=(low or "-\\infty", high or "\\infty"), ends=ends)
@@ -505,14 +441,11 @@ def _read_body(text: str) -> Reading:
         maybe = () if time[3] or minute % 5 == 0 or minute < 10 else (str(hour), str(minute))
         return Reading("time", f"{hour}:{minute}", unit=(time[3] or "").lower(), parts=maybe)
     bare, unit = split_unit(text)
-    value, based = parse_number(bare), _BASED.fullmatch(bare)
-    if value is not None:
-        parts = tuple(bare.split(", ")) if ", " in bare else ()
-        return Reading("number", bare, unit=unit, value=value, parts=parts)
-    if based is not None:
+    if (value := parse_number(bare)) is not None:
+        return Reading("number", bare, unit=unit, value=value, parts=tuple(bare.split(", ")) if ", " in bare else ())
+    if (based := _BASED.fullmatch(bare)) is not None:
         return Reading("based", f"{based[1]}{based[2]}_{based[3] or based[4]}")
-    reading = _read_parts(bare)
-    if reading is not None:
+    if (reading := _read_parts(bare)) is not None:
         return reading if len(reading.parts) <= MOST_PARTS else Reading("words", text)
     bare = re.sub(r"\\text\{([a-zA-Z])\}", r" \1 ", bare).strip()
     if any(not _FUNCTION.fullmatch(word) for word in _WORD.findall(_NO_WORDS.sub(" ", bare))):
@@ -523,21 +456,20 @@ def _read_body(text: str) -> Reading:
 def _read_parts(text: str) -> Reading | None:
     """The reading of a matrix, of what stands in brackets, of a union, ratio or list; None for others."""
     if (matrix := _MATRIX.fullmatch(text)) is not None:
-        rows = [row.split("&") for row in matrix[2].removesuffix("\\\\").split("\\\\")]
-        return Reading(
-            "tuple", text, parts=tuple(entry for row in rows for entry in row), ends=f"matrix {[*map(len, rows)]}"
-        )
+        rows = matrix[2].removesuffix("\\\\").split("\\\\")
+        ends = f"matrix {[row.count('&') for row in rows]}"
+        return Reading("tuple", text, parts=tuple("&".join(rows).split("&")), ends=ends)
     opening = re.match(r"[(\[]|\\\{", text)
     if opening is not None and partner(text, 0) == len(text) - 1:
         return _read_brackets(text, opening[0], text[opening.end() : -1].removesuffix("\\"))
-    if len(parts := split(text, _CUP)) > 1:
+    if len(parts := split(text, r"\\cup(?![a-zA-Z])")) > 1:
         return Reading("union", text, parts=tuple(parts))
-    if len(parts := split(text, _OR)) > 1 and all(map(_read_inequality, parts)):
+    if len(parts := split(text, r"\\text\{or\}")) > 1 and all(map(_read_inequality, parts)):
         return Reading("union", text, parts=tuple(parts))
     if len(parts := _plus_and_minus(split(text, _COMMA))) > 1:
         named = _by_name(parts)
         return Reading("tuple" if named else "list", text, parts=named or parts)
-    if len(parts := split(re.sub(r"^[a-zA-Z]+(?::[a-zA-Z]+)+=", "", text), _COLON)) > 1:
+    if len(parts := split(re.sub(r"^[a-zA-Z]+(?::[a-zA-Z]+)+=", "", text), ":")) > 1:
         return Reading("ratio", text, parts=tuple(parts))
     return None
 
@@ -545,11 +477,9 @@ def _read_parts(text: str) -> Reading | None:
 def _read_brackets(text: str, opening: str, inside: str) -> Reading | None:
     parts = split(inside, _COMMA)
     if opening == "\\{":
-        parts = [part.replace(":", "|") for part in parts]
-        condition = _SET_BUILDER.match(inside)
-        return (
-            read_answer(inside[condition.end() :]) if condition else Reading("set", text, parts=_plus_and_minus(parts))
-        )
+        if (condition := _SET_BUILDER.match(inside)) is not None:
+            return read_answer(inside[condition.end() :])
+        return Reading("set", text, parts=_plus_and_minus([part.replace(":", "|") for part in parts]))
     if len(parts) > 1:
         return Reading("tuple", text, parts=_by_name(parts) or tuple(parts), ends=opening + text[-1])
     return read_answer(inside) if opening + text[-1] == "()" and parts else None
@@ -557,13 +487,12 @@ def _read_brackets(text: str, opening: str, inside: str) -> Reading | None:
 
 def _plus_and_minus(parts: list[str]) -> tuple[str, ...]:
     r"""`1 \pm 2` as the two parts `1 + 2` and `1 - 2`."""
-    both = [
-        [re.sub(r"^\+", "", part.replace("\\pm", sign).replace("\\mp", other)) for sign, other in ("+-", "-+")]
-        if len(re.findall(r"\\(?:pm|mp)", part)) == 1 or part.count("\\pm") == part.count("\\mp") == 1
-        else [part]
-        for part in parts
-    ]
-    return tuple(part for pair in both for part in pair)
+    found = []
+    for part in parts:
+        plus, minus = part.count("\\pm"), part.count("\\mp")
+        signs = ("+-", "-+") if plus + minus == 1 or plus == minus == 1 else ()
+        found += [re.sub(r"^\+", "", part.replace("\\pm", pm).replace("\\mp", mp)) for pm, mp in signs] or [part]
+    return tuple(found)
 
 
 def _by_name(parts: list[str] | tuple[str, ...]) -> tuple[str, ...]:
@@ -596,11 +525,13 @@ def same_answer(a: str, b: str, ask: Ask = lambda a, b: False) -> bool:
         return left != "" or (len(a) > LONGEST and a.strip() == b.strip() != "")
     if "" in (left, right):
         return False
-    choices = [[part for part in match.groups() if part] if (match := _CHOICE.fullmatch(text)) else [text]
-               for text in (left, right)]  # fmt: skip
-    if len(choices[0]) == len(choices[1]) == 2:  # (C) 12
-        return choices[0][0] == choices[1][0] and same_answer(choices[0][1], choices[1][1], ask)
-    return any(_same(read_answer(x), read_answer(y), ask) for x in choices[0] for y in choices[1])
+    xs, ys = (
+        [part for part in match.groups() if part] if (match := _CHOICE.fullmatch(text)) else [text]
+        for text in (left, right)
+    )
+    if len(xs) == len(ys) == 2:  # (C) 12
+        return xs[0] == ys[0] and same_answer(xs[1], ys[1], ask)
+    return any(_same(read_answer(x), read_answer(y), ask) for x in xs for y in ys)
 
 
 def _same(x: Reading, y: Reading, ask: Ask) -> bool:
@@ -611,15 +542,10 @@ def _same(x: Reading, y: Reading, ask: Ask) -> bool:
         return letters and x.text.lower() == y.text.lower() != ""
     if (x.name and y.name and x.name != y.name) or units_clash(x.unit, y.unit):
         return False
-    if x.form == y.form == "number" and x.value == y.value:
+    if x.form == y.form and (x.text == y.text if x.form == "formula" else x.value == y.value is not None):
         return True
-    if x.form == y.form == "formula" and x.text == y.text:
-        return True
-    if forms & {"list", "set", "tuple"} or (x.form == "number" and x.parts and y.parts):
-        x, y = (
-            replace(reading, form="list") if reading.form == "number" and reading.parts else reading
-            for reading in (x, y)
-        )
+    if x.parts and y.parts and not forms & {"time", "ratio", "union"}:  # `1, 000` is a list beside a list
+        x, y = (replace(reading, form="list") if reading.form == "number" else reading for reading in (x, y))
         forms = {x.form, y.form}
     if forms == {"based"}:
         return x.text == y.text
@@ -627,8 +553,9 @@ def _same(x: Reading, y: Reading, ask: Ask) -> bool:
         return x.unit == y.unit or "" in (x.unit, y.unit)
     if forms & {"time", "ratio"}:
         return _same_ratio(x, y, ask)
-    if "tuple" in forms and forms <= {"tuple", "list"}:
-        return _same_tuple(x, y, ask)
+    if "tuple" in forms and forms <= {"tuple", "list"}:  # a list without brackets is a tuple with round ones
+        same_ends = (x.ends or "()") == (y.ends or "()") and len(x.parts) == len(y.parts)
+        return same_ends and all(same_answer(p, q, ask) for p, q in zip(x.parts, y.parts, strict=True))
     if forms <= {"list", "set"}:
         return _same_collection(x.parts, y.parts, ask, as_set="set" in forms)
     if forms == {"union"} and _same_collection(x.parts, y.parts, ask, as_set=False):
@@ -640,23 +567,13 @@ def _same(x: Reading, y: Reading, ask: Ask) -> bool:
 
 def _same_ratio(x: Reading, y: Reading, ask: Ask) -> bool:
     """Up to a common factor: p_i q_j = p_j q_i. 2:3 is the fraction too."""
-    xs, ys = (reading.parts for reading in (x, y))
-    if x.form in ("formula", "number"):
-        x, y, xs, ys = y, x, ys, xs
-    if y.form in ("formula", "number"):
-        return (
-            len(xs) == 2 and bool(re.search("frac|/|[.]", y.text)) and same_answer(f"({xs[0]})/({xs[1]})", y.text, ask)
-        )
+    xs, ys = (
+        reading.parts or ((reading.text, "1") if re.search("frac|/|[.]", reading.text) else ()) for reading in (x, y)
+    )
     if len(xs) != len(ys) or not xs or [parse_number(p) == 0 for p in xs] != [parse_number(q) == 0 for q in ys]:
         return False
     pairs = combinations(zip(xs, ys, strict=True), 2)
     return all(same_answer(f"({p})\\cdot({s})", f"({r})\\cdot({q})", ask) for (p, q), (r, s) in pairs)
-
-
-def _same_tuple(x: Reading, y: Reading, ask: Ask) -> bool:
-    """In order, with the same brackets; a list without brackets is a tuple with round ones."""
-    same_ends = (x.ends or "()") == (y.ends or "()") and len(x.parts) == len(y.parts)
-    return same_ends and all(same_answer(p, q, ask) for p, q in zip(x.parts, y.parts, strict=True))
 
 
 def _same_collection(xs: tuple[str, ...], ys: tuple[str, ...], ask: Ask, as_set: bool) -> bool:
@@ -687,51 +604,51 @@ _ALIKE = re.compile(r"[a-zA-Z}]'+|\^\{?(?:T|\\top)\}?(?![a-zA-Z])|\\(?:gcd|lcm)\
 def _open(x: Reading, y: Reading) -> bool:
     """Whether algebra may still find two readings equal."""
     forms = {x.form, y.form}
-    if "formula" not in forms and forms != {"union"} and forms != {"tuple", "union"}:
+    if "formula" not in forms and forms not in ({"union"}, {"tuple", "union"}):
         return False
     formula, other = (x.text, y.text) if x.form == "formula" else (y.text, x.text)
-    if _VAGUE.search(x.text + "|" + y.text) or ("number" in forms and _COUNTED.fullmatch(formula)):
+    if _VAGUE.search(f"{formula}|{other}") or ("number" in forms and _COUNTED.fullmatch(formula)):
         return False
-    if forms & {"list", "based"} or ("tuple" in forms and ("," in formula or "=" in formula)):
+    if forms & {"list", "based"} or ("tuple" in forms and re.search("[,=]", formula)):
         return False
     related = [bool(_RELATION.search(text)) for text in (formula, other)]
     if related[0] != related[1] and not _SOLUTIONS.search(other if related[0] else formula):
         return False
     if set(_ALIKE.findall(formula)) != set(_ALIKE.findall(other)):
         return False
-    equations = [text for text in (x.text, y.text) if "=" in text]
-    return len(equations) != 1 or not _unsolved(equations[0])
-
-
-def _unsolved(equation: str) -> bool:
-    """Whether it is an equation for one letter, as 2x = 10 is: its right side is no answer."""
-    left = re.sub(r"\\(?:frac|sqrt|cdot)(?![a-zA-Z])", "", equation.partition("=")[0])
-    return len(set(re.findall("[a-zA-Z]", left))) == 1 and "\\" not in left and len(left) > 1
+    equations = [text for text in (formula, other) if "=" in text]
+    if len(equations) != 1:
+        return True
+    left = re.sub(r"\\(?:frac|sqrt|cdot)(?![a-zA-Z])", "", equations[0].partition("=")[0])  # of 2x = 10, no answer
+    return len(set(re.findall("[a-zA-Z]", left))) != 1 or "\\" in left or len(left) == 1
 
 
 _MIXED_FACTOR = re.compile(r"(?<![0-9a-zA-Z}.^_])([0-9]+)(\\frac\{[0-9]+\}\{[0-9]+\})")
 _FACTOR = re.compile(r"(?<![_^0-9a-zA-Z.}])[0-9.]+(?=\()|\)(?=[(0-9]|\\frac)")
+_CAPITAL = r"(?<![\\a-zA-Z])[A-Z](?![a-zA-Z])"
 _DEGREES = re.compile(r"(\\frac\{[^{}]*\}\{[^{}]*\}|\([^()]*\)|[0-9.]+|[a-zA-Z]|\\[a-z]+)\^\\circ")
 
 
-def _for_algebra(*texts: str) -> tuple[str, ...]:
+def _for_algebra(*texts: str) -> list[str]:
     """Two formulas as math-verify reads them rightly: factors with their sign, degrees as radians, I and R no i and r.
 
     It turns capitals into small letters, so that pi(R^2 - r^2) would be 0, and I into the imaginary unit.
     """
-    capitals = {letter for text in texts for letter in re.findall(r"(?<![\\a-zA-Z])[A-Z](?![a-zA-Z])", text)
-                if letter == "I" or letter.lower() in re.sub(r"\\[a-zA-Z]+", "", text)}  # fmt: skip
-    for letter in capitals:
-        other = ("\\Xi" if letter == "I" else letter) + "_{9}"
-        texts = [re.sub(rf"(?<![\\a-zA-Z]){letter}(?![a-zA-Z_])", lambda _, other=other: other, text) for text in texts]
-    texts = [
-        _DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text) if _TRIGONOMETRY.search(text) else text for text in texts
-    ]
-    texts = [
-        _MIXED_FACTOR.sub(lambda mixed: f"({mixed[1]}+{mixed[2]})" if parse_number(mixed[0]) else mixed[0], text)
+    renamed = {
+        letter: ("\\Xi" if letter == "I" else letter) + "_{9}"
         for text in texts
-    ]
-    return tuple(_FACTOR.sub(r"\g<0>\\cdot ", text) for text in texts)
+        for letter in re.findall(_CAPITAL, text)
+        if letter == "I" or letter.lower() in re.sub(r"\\[a-zA-Z]+", "", text)
+    }
+
+    def ready(text: str) -> str:
+        text = re.sub(_CAPITAL + "(?!_)", lambda letter: renamed.get(letter[0], letter[0]), text)
+        if _TRIGONOMETRY.search(text):
+            text = _DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
+        text = _MIXED_FACTOR.sub(lambda mixed: f"({mixed[1]}+{mixed[2]})" if parse_number(mixed[0]) else mixed[0], text)
+        return _FACTOR.sub(r"\g<0>\\cdot ", text)
+
+    return [ready(text) for text in texts]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -740,7 +657,7 @@ def _for_algebra(*texts: str) -> tuple[str, ...]:
 SECONDS_PER_COMPARISON = 10.0  # of processor time, so that no verdict depends on what else the machine does
 MEMORY_BYTES = 2 * 2**30
 WORKER = Path(__file__).resolve().parent / "runtime" / "grading_worker.py"
-GRADERS = ("auto", "exact", "math-verify")
+_NO_GOLD = re.compile(r"(?i)(?:\\text\{)?(?:proof|not ?found|n/?a|unknown|null|nan|see (?:the )?solution)\.?\}?")
 
 
 def answers_match(given: str | None, gold: str | None) -> bool:
@@ -752,19 +669,17 @@ class ExactGrader:
     """Arithmetic and form only. Of two formulas, only equal spellings are equal: it undercounts LaTeX answers."""
 
     name, version = "exact", "3"
+    note = ""  # what a script prints before it grades
     asked = stopped = refused = 0  # as MathVerifyGrader's
-
-    def __init__(self, note: str = "") -> None:
-        self.note = note  # what a script prints before it grades
 
     def match(self, answer: str | None, gold: str | None) -> bool:
         return answers_match(answer, gold)
 
     def close(self) -> None:
-        pass
+        """End what the grader has started."""
 
 
-class MathVerifyGrader:
+class MathVerifyGrader(ExactGrader):
     """Exact grader first, then math-verify in both directions in the worker. Symmetric; None matches nothing.
 
     asked    distinct comparisons that arithmetic and form left open, so that math-verify was asked
@@ -773,7 +688,7 @@ class MathVerifyGrader:
     refused  comparisons in which the worker refused what a library wanted to do: not equal, if that decided
     """
 
-    name, note = "math-verify", ""
+    name = "math-verify"
 
     def __init__(self, seconds: float = SECONDS_PER_COMPARISON, memory_bytes: int = MEMORY_BYTES) -> None:
         if importlib.util.find_spec("math_verify") is None:
@@ -783,7 +698,6 @@ class MathVerifyGrader:
             )
         self.version = importlib.metadata.version("math-verify")
         self.limits = (seconds, memory_bytes)
-        self.asked = self.stopped = self.refused = 0
         self._known: dict[tuple[str, str], bool] = {}
         self._slow: set[str] = set()
         self._worker: subprocess.Popen | None = None
@@ -792,59 +706,44 @@ class MathVerifyGrader:
         if answer is None or gold is None:
             return False
         pair = (min(answer, gold), max(answer, gold))
-        if pair not in self._known:
-            self._known[pair] = self._decide(answer, gold)
-        return self._known[pair]
-
-    def _decide(self, answer: str, gold: str) -> bool:
-        before, questions, slow = (self.stopped, self.refused), 0, {normalise_answer(answer), normalise_answer(gold)}
+        if pair in self._known:
+            return self._known[pair]
+        slow, replies = {normalise_answer(answer), normalise_answer(gold)} & self._slow, []
 
         def ask(a: str, b: str) -> bool:
-            nonlocal questions
-            if slow & self._slow:
+            if slow or "" in replies:  # one stop ends the comparison
                 return False
-            questions += 1
-            reply = self._ask(a, b)
-            if self.stopped > before[0]:  # one stop ends the comparison
-                self._slow.add(normalise_answer(answer))
-            return reply
+            replies.append(self._ask(a, b))
+            return replies[-1] == "true"
 
-        verdict = same_answer(answer, gold, ask)
-        self.refused = before[1] + (self.refused > before[1])
-        self.asked += questions > 0
-        return verdict
+        self._known[pair] = same_answer(answer, gold, ask)
+        self.asked += bool(replies)
+        self.refused += "refused" in replies
+        self.stopped += "" in replies
+        self._slow |= {normalise_answer(answer)} if "" in replies else set()
+        return self._known[pair]
 
-    def _ask(self, a: str, b: str) -> bool:
+    def _ask(self, a: str, b: str) -> str:
+        """The worker's word for two formulas; "" where it had to be stopped, or is gone."""
         if self._worker is None or self._worker.poll() is not None:
             self.close()
-            self._start()
+            fixed = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+            command = [sys.executable, str(WORKER), *map(str, self.limits)]
+            self._worker = subprocess.Popen(command, env=os.environ | fixed, **pipes)
+            if self._worker.stdout.readline() != "ready\n":
+                why = "`python runtime/grading_worker.py 10 2e9` shows why"
+                raise InputError(f"--grader math-verify: its worker does not start; {why}")
         try:
             self._worker.stdin.write(json.dumps((a, b)) + "\n")
             self._worker.stdin.flush()
             reply = self._worker.stdout.readline().strip()
-        except OSError:  # it is gone, or refuses
+        except OSError:  # it refuses
             reply = ""
         if reply not in ("true", "false", "refused"):
-            self.stopped += 1
             self.close()
-        self.refused += reply == "refused"
-        return reply == "true"
-
-    def _start(self) -> None:
-        command = [sys.executable, str(WORKER), *map(str, self.limits)]
-        fixed = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        self._worker = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | fixed,
-        )
-        if self._worker.stdout.readline() != "ready\n":
-            raise InputError(
-                "--grader math-verify: its worker does not start; `python runtime/grading_worker.py 10 2e9` shows why"
-            )
+            return ""
+        return reply
 
     def close(self) -> None:
         if self._worker is not None:
@@ -854,31 +753,29 @@ class MathVerifyGrader:
             self._worker = None
 
 
-Grader = ExactGrader | MathVerifyGrader
+GRADERS = {"exact": ExactGrader, "math-verify": MathVerifyGrader}  # a name for what makes a grader
 
 
-def make_grader(name: str, golds: list[str]) -> Grader:
+def make_grader(name: str, golds: list[str]) -> ExactGrader:
     """The grader of `--grader name`. `auto` is math-verify wherever it is installed.
 
     Without it, `auto` is an InputError where a gold answer is a formula, else the exact grader with a note. Golds that
     no answer can match are told in the note too.
     """
+    notes = []
+    if name == "auto":
+        name = "math-verify"
+        if importlib.util.find_spec("math_verify") is None and not any(map(needs_algebra, golds)):
+            name = "exact"
+            notes.append(
+                "math-verify is not installed: a right answer that is boxed as a formula may be missed "
+                "(`pip install math-verify` to grade these too)"
+            )
     if name not in GRADERS:
-        raise InputError(f"--grader {name}: choose one of {', '.join(GRADERS)}")
-    if name == "exact":
-        grader = ExactGrader()
-    elif name == "math-verify" or importlib.util.find_spec("math_verify") or any(map(needs_algebra, golds)):
-        grader = MathVerifyGrader()
-    else:
-        grader = ExactGrader(
-            "math-verify is not installed: a right answer that is boxed as a formula may be missed "
-            "(`pip install math-verify` to grade these too)"
-        )
+        raise InputError(f"--grader {name}: choose one of auto, {', '.join(GRADERS)}")
     odd = [gold for gold in golds if "####" in gold or _NO_GOLD.fullmatch(gold.strip()) or _NOTHING.fullmatch(gold)]
     if odd:
-        told = f"{len(odd)} of {len(golds)} gold answers are none that can be graded, such as {odd[0][-40:]!r}"
-        grader.note = "; ".join(filter(None, (grader.note, told)))
+        notes.append(f"{len(odd)} of {len(golds)} gold answers are none that can be graded, such as {odd[0][-40:]!r}")
+    grader = GRADERS[name]()
+    grader.note = "; ".join(notes)
     return grader
-
-
-_NO_GOLD = re.compile(r"(?i)(?:\\text\{)?(?:proof|not ?found|n/?a|unknown|null|nan|see (?:the )?solution)\.?\}?")

@@ -122,8 +122,8 @@ IDENTITIES = [
 def test_the_sandbox_changes_no_verdict(grader):
     free = grading_worker.make_comparison()
     for a, b in IDENTITIES:
-        assert grader._ask(a, b) == free(a, b) == ((a, b) not in IDENTITIES[11:15:3]), (a, b)
-    assert grader.refused == 0
+        right = (a, b) not in IDENTITIES[11:15:3]
+        assert (grader._ask(a, b), free(a, b)) == (str(right).lower(), right), (a, b)
 
 
 @needs_math_verify
