@@ -66,10 +66,12 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, run):
     (run / "config.json").write_text('{"config": {}}')
     with pytest.raises(InputError, match=r"no config.json of a run of train.py \(KeyError\)"):
         plots.run_label(run)
-    with pytest.raises(InputError, match="not a run folder"):
+    with pytest.raises(InputError, match="no run"):
+        plots.read_metrics(tmp_path)
+    with pytest.raises(InputError, match="no run folder"):
         view_rollouts(tmp_path)
     (run / "config.json").write_text('{"config": {"method": "opsd", "gone": 1}}')
-    with pytest.raises(InputError, match=r"of another version of train.py .*'gone'"):
+    with pytest.raises(InputError, match=r"of this version of train.py .*'gone'"):
         view_rollouts(run)
 
 
@@ -109,9 +111,11 @@ def test_page_is_whole_and_escapes_what_the_model_wrote():
     reader.feed(page)
     assert reader.open == []
     assert "".join(reader.texts["button"]) == "".join(texts)
-    data, code = reader.texts["script"]
-    assert [token["text"] for token in json.loads(data)[0]] == list(texts)
-    assert "alert" not in code
+    assert "alert" not in "".join(reader.texts["script"])
+    shown = [value.splitlines() for _, name, value in reader.attributes if name == "data-shown"]
+    assert shown[1][0] == f"token 2 of 5: {texts[1]} \u00b7 divergence 0.1000 \u00d7 weight 0.500 = 0.0500"
+    assert [lines[4].split() for lines in shown[1:3]] == [["</script>", "20.0%"] * 2, ["*", "</script>", "20.0%"] * 2]
+    assert [len(lines) for lines in shown] == [7] * 5  # a line break is shown by a sign
     assert reader.texts["title"] == ["a <title>"]
     assert not [item for item in reader.attributes if item[1] in ("src", "href", "onclick")]
     assert not re.search(r"https?://|@import|url\(", page)
