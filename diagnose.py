@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from chat import eos_ids
 from errors import InputError
-from grading import Grader, extract_boxed, make_grader
+from grading import ExactGrader, extract_boxed, make_grader
 from model import response_hidden
 from problems import Problem, load_problems
 from rollout import Sampling
@@ -117,7 +117,7 @@ class Diagnosis:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
-    grader: Grader
+    grader: ExactGrader
     problems: list[Problem]
     config: DiagnoseConfig
     folder: Path

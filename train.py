@@ -317,7 +317,7 @@ class Training:
     engine: engines.Engine
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    grader: grading.Grader
+    grader: grading.ExactGrader
     prompts: teacher.Prompts
     stop: Stop = field(default_factory=Stop)
 
@@ -340,7 +340,10 @@ def choose_prompts(
 
 
 def build(
-    config: TrainConfig, device: torch.device, grader: grading.Grader, prompts: teacher.Prompts = teacher.PAPER_PROMPTS
+    config: TrainConfig,
+    device: torch.device,
+    grader: grading.ExactGrader,
+    prompts: teacher.Prompts = teacher.PAPER_PROMPTS,
 ) -> Training:
     """Model with its adapter, teacher, optimizer and learning-rate schedule, all at their start."""
     student, tokenizer = loading.load_model(config.model, config.dtype, device), loading.load_tokenizer(config.model)
