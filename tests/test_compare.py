@@ -82,9 +82,9 @@ def test_what_cannot_be_compared_is_one_line(evaluation, tmp_path):
         ([a, b], [c, a], f"{a} is named twice"),
         ([a, b], [c, runs["cool"]], "cool: evaluated otherwise .*temperature"),
         ([a, b], [c, runs["once"]], "once: evaluated otherwise .*seeds"),
-        ([a], [runs["other"]], "other: not comparable, regime benchmark_sha256 is 'x'"),
-        ([a], [runs["verified"]], "verified: not comparable, grader name is 'math-verify' and not 'exact'"),
-        ([a], [runs["more"]], "more: not comparable, num_samples is 4 and not 2"),
+        ([a], [runs["other"]], "other: not comparable with the first .benchmark .*, now x"),
+        ([a], [runs["verified"]], "grader exact, now math-verify"),
+        ([a], [runs["more"]], "num_samples 2, now 4"),
         ([a], [str(tmp_path)], "no summary"),
         ([a], [str(tmp_path / "list.json")], "not a summary"),
     ):

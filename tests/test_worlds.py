@@ -18,7 +18,7 @@ from experiments.study.worlds import (
     trace,
 )
 from grading import answers_match, extract_boxed
-from problems import tiny_problems, tiny_split
+from problems import tiny_problems
 
 FACTS = [(total, addend) for total in range(1, 55) for addend in range(1, 10)]
 TRY = re.compile(r"(\d+)\+(\d)=(\d+)([;!])")
@@ -139,18 +139,6 @@ def test_only_the_leaking_teacher_learns_the_order_of_its_reference():
         for _, pieces in solutions(name, teacher, 100):
             choices = [pieces[0], *(after for piece, after in pairwise(pieces) if piece == ("+", True))]
             assert all(learned for _, learned in choices)
-
-
-@pytest.mark.parametrize("num_addends", [5, 7])
-def test_splits_share_no_sum(num_addends):
-    """tiny_split goes by the sorted addends, and what the makers train on is `train` alone."""
-    train, held_out = (
-        {tuple(sorted(map(int, p.problem.split("+")))) for p in tiny_problems(split, 400, num_addends=num_addends)}
-        for split in ("train", "heldout")
-    )
-    assert not train & held_out
-    assert {len(addends) for addends in train | held_out} == {num_addends}
-    assert {tiny_split(list(addends)) for addends in held_out} == {"heldout"}
 
 
 # ---------------------------------------------------------------------------------------------------------------

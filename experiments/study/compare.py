@@ -17,6 +17,7 @@ import numpy as np
 from errors import InputError
 from experiments.study.report import detectable, markdown, paired_difference
 from runtime.flags import run_script
+from runtime.records import difference
 
 
 def load_summary(source: str) -> dict:
@@ -39,16 +40,15 @@ def other_settings(a: dict, b: dict, source: str) -> list[str]:
 
     Raises InputError, naming B's source, where the two are not answers to the same question.
     """
-    for name, where in (("benchmark_sha256", "regime"), ("answers_sha256", None), ("name", "grader"),
-                        ("num_samples", None)):  # fmt: skip
-        left, right = (side[where][name] if where else side[name] for side in (a, b))
-        if left != right:
-            raise InputError(
-                f"{source}: not comparable, {where + ' ' if where else ''}{name} is {right!r} and not {left!r}"
-            )
+    asked, here = (
+        {"benchmark": s["regime"]["benchmark_sha256"], "answers": s["answers_sha256"], "grader": s["grader"]["name"],
+         "num_samples": s["num_samples"]} for s in (a, b)
+    )  # fmt: skip
+    if change := difference(asked, here):
+        raise InputError(f"{source}: not comparable with the first ({change})")
     ours = ("model", "model_sha256", "adapter", "adapter_sha256", "benchmark")
     different = [name for name, value in a["regime"].items() if name not in ours and b["regime"].get(name) != value]
-    return sorted(different) + ["seeds"] * (a["seeds"] != b["seeds"])
+    return sorted(different + ["seeds"] * (a["seeds"] != b["seeds"]))
 
 
 def compare(left: list[str], right: list[str]) -> str:
@@ -63,11 +63,10 @@ def compare(left: list[str], right: list[str]) -> str:
     if twice := sorted({source for source in sources if sources.count(source) > 1}):
         raise InputError(f"--left and --right: {', '.join(twice)} is named twice")
     summaries = [load_summary(source) for source in sources]
-    different: set[str] = set()
     for source, summary in zip(sources[1:], summaries[1:], strict=True):
-        different |= set(found := other_settings(summaries[0], summary, source))
-        if found and len(left) > 1:
-            raise InputError(f"{source}: evaluated otherwise than {left[0]}: {', '.join(found)}")
+        different = other_settings(summaries[0], summary, source)
+        if different and len(left) > 1:
+            raise InputError(f"{source}: evaluated otherwise than {left[0]}: {', '.join(different)}")
     sides, body = (summaries[: len(left)], summaries[len(left) :]), []
     for metric in ("avg", "pass", "maj"):
         a_SP, b_SP = (100 * np.array([np.mean(s["per_problem"][metric], axis=0) for s in side]) for side in sides)
@@ -85,7 +84,7 @@ def compare(left: list[str], right: list[str]) -> str:
         "other samples, would\ndo to their mean."
     )
     if different:
-        note += f"\nNot evaluated alike: {', '.join(sorted(different))}."
+        note += f"\nNot evaluated alike: {', '.join(different)}."
     return "\n".join([markdown(["metric", "left %", "right %", "right - left", *over], body), note])
 
 

@@ -42,7 +42,7 @@ def suffix(r: Tensor, share: float = 0.3) -> Tensor:
     return (r >= 1.0 - share).float()
 
 
-def skip(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, first: int = 3) -> Tensor:
+def skip(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, first: int = 3) -> Tensor:
     """1[t > first], t = 1..L: all but a row's first tokens, where the teacher's own prompt shows most.
 
     TRL's SDFT trainer, `num_loss_tokens_to_skip` (default 0; 3 in the scripts of SDFT), on a top-k JSD, mean over the
@@ -52,7 +52,7 @@ def skip(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, first
     return (r_M * L_M > first).float()  # r L = t - 1/2
 
 
-def shuffled(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object) -> Tensor:
+def shuffled(r_M: Tensor, scores: TokenScores, lengths: list[int], *_) -> Tensor:
     """Moderate's weights in a random order within each row: a control with Eq. (5)'s weights and without its positions.
 
     Drawn from torch's generator, which train.py seeds at each step.
@@ -65,7 +65,7 @@ def shuffled(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object) -
 # Weights by score, within each row, or by its outcome
 
 
-def iw_opd(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, gamma: float = 0.5) -> Tensor:
+def iw_opd(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, gamma: float = 0.5) -> Tensor:
     """w_t = 1 + gamma (1 - sum_{k<t} |A_k| / sum_k |A_k|), A = log p_T(y) - log p_S(y), never rising.
 
     IW-OPD (arXiv 2606.22600; its authors' code, `iw_opd_weight_max` = 1 + gamma; TRL's IW-OPD trainer), there on the
@@ -79,7 +79,7 @@ def iw_opd(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, gam
     return torch.cat(rows)
 
 
-def dash(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, kappa: float = 5.0) -> Tensor:
+def dash(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, kappa: float = 5.0) -> Tensor:
     """w_1 = 1, w_t = 1 + lambda_{t-1} w_{t-1}, lambda_t = sigmoid(-kappa (d_t - mean d)), d the row's token losses.
 
     DASH (arXiv 2608.06243; its published summaries, which agree): the loss 1/T sum_t A_t of the backward recursion
@@ -93,7 +93,7 @@ def dash(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, kappa
     return torch.cat(rows).to(scores.loss)
 
 
-def scgate(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, most: float = 0.99) -> Tensor:
+def scgate(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, most: float = 0.99) -> Tensor:
     """1[p_S(y_t) <= most]: not where the student is sure of its token.
 
     Neighborhood OPSD (arXiv 2609.39687), Eq. (13), the online gate, on the entry-clipped forward KL (clip 0.06 there).
@@ -101,7 +101,7 @@ def scgate(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, mos
     return (scores.student_logprob.exp() <= most).float()
 
 
-def correct_only(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object) -> Tensor:
+def correct_only(r_M: Tensor, scores: TokenScores, lengths: list[int], *_) -> Tensor:
     """1[the row's answer is right]: wrong rows, and rows with no answer to compare, teach nothing.
 
     OASIS (arXiv 2609.37915) takes the shortest right one of K solutions, which needs K rollouts a prompt; here is one.
@@ -118,7 +118,7 @@ def keep_top(score_M: Tensor, lengths: list[int], share: float) -> Tensor:
     return torch.cat(rows)
 
 
-def tip(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, share: float = 0.5) -> Tensor:
+def tip(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, share: float = 0.5) -> Tensor:
     """1 for the `share` of a row with the largest s = h + d - h d ("soft or"), else 0.
 
     TIP (arXiv 2604.14084; what was read of it: docs/later-work.md): h is the student's entropy cut at its 0.98
@@ -132,9 +132,7 @@ def tip(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, share:
     return keep_top(h_M + d_M - h_M * d_M, lengths, share)
 
 
-def dial(
-    r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, share: float = 0.4, b: float = 1.0
-) -> Tensor:
+def dial(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, share: float = 0.4, b: float = 1.0) -> Tensor:
     """1 for the `share` of a row with the largest |log p_T(y) - log p_S(y)|^(1-b) |p_T(y) - p_S(y)|^b, else 0.
 
     DIAL (arXiv 2610.11659; b from 1 to 1.2), on the sampled token's loss.
@@ -144,7 +142,7 @@ def dial(
     return keep_top(gap_M ** (1.0 - b) * apart_M**b, lengths, share)
 
 
-def opsa(r_M: Tensor, scores: TokenScores, lengths: list[int], *_: object, share: float = 0.2) -> Tensor:
+def opsa(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, share: float = 0.2) -> Tensor:
     """1/2 + (H - H_min) / (2 (H_max - H_min)) on the `share` of a row with the lowest log p_S(y), else 0.
 
     OPSA (arXiv 2608.31046; summaries only): the negative of its advantage, on the loss log p_S(y), so that unlikely
