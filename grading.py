@@ -47,7 +47,7 @@ def _rewrite(text: str, rules: list[tuple]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Brackets
+# Brackets, and the last box
 
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)  # the backslash of a line break (two of them) escapes nothing
 _BRACES = {"{": 1, "}": -1}
@@ -75,12 +75,9 @@ def split(text: str, separator: str) -> list[str]:
     return [part for begin, end in zip(edges[::2], edges[1::2], strict=True) if (part := text[begin:end].strip())]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The last box
-
 _BOXES_TRIED = 20  # so that nested empty boxes cost no more than twenty passes over the text
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-_NOTHING = re.compile(  # an empty box or a placeholder: ?, \_\_, ..., \square, \text{answer}
+_BOX = r"\\(?:boxed|fbox)(?![a-zA-Z])\s*"
+_NOTHING = (  # an empty box or a placeholder: ?, \_\_, ..., \square, \text{answer}
     r"(?:\s|[~.?_…{}$]|\\[,;:!_ ]|\\[hv]space\*?\{[^{}]*\}|\\phantom\{[^{}]*\}"
     r"|\\(?:text|mathrm|boxed|fbox|underline|[lc]?dots|q?quad|square|Box)(?![a-zA-Z])"
     r"|(?i:\b(?:your |final )?answer\b))*"
@@ -100,14 +97,14 @@ def extract_boxed(text: str) -> str | None:
     placeholder, does not hide the one before it (of the last 20). None where the last box is never closed: the solution
     was cut inside it.
     """
-    for box in reversed(list(_BOX.finditer(text))[-_BOXES_TRIED:]):
+    for box in reversed(list(re.finditer(_BOX, text))[-_BOXES_TRIED:]):
         begin = box.end()
         braced = text.startswith("{", begin)
         end = partner(text, begin, _BRACES) if braced else _BARE.match(text, begin).end()
         if end < 0 or begin == len(text):
             return None
         content = text[begin + braced : end]
-        if not _NOTHING.fullmatch(content):
+        if not re.fullmatch(_NOTHING, content):
             content = content.strip()
             odd = (len(content) - len(content.rstrip("\\"))) % 2  # the backslash of a closing `\ `
             return content[:-1].rstrip() if odd else content
@@ -186,7 +183,7 @@ _SPELLINGS = [
     (r"(?<![0-9a-zA-Z)}\]])\+(?=\\infty)|^\+|[\\ ]+$", ""),
     (r"(?<!\.)[.,;:]$", ""),
 ]  # fmt: skip
-_WRAPPER = re.compile(r"(?:\\(?:text|boxed|fbox))?(?=\{)")
+_WRAPPER = r"(?:\\(?:text|boxed|fbox))?(?=\{)"
 _PHRASE = r"\\text\{(?:[a-zA-Z]{2,}(?:-[a-zA-Z]{2,})*|[a-zA-Z]+(?: [a-zA-Z]+)+)\}"  # keeps its \text: HTT is no product
 
 
@@ -195,17 +192,17 @@ def normalise_answer(answer: str) -> str:
     r"""The answer in one spelling, without mere dress: `\dfrac 12.` becomes `\frac{1}{2}`, a too long one ""."""
     text = _rewrite(answer.strip().translate(_SYMBOLS), _SPELLINGS) if len(answer) <= LONGEST else ""
     for _ in range(DEEPEST):
-        wrapper = _WRAPPER.match(text)
+        wrapper = re.match(_WRAPPER, text)
         if wrapper is None or partner(text, wrapper.end()) != len(text) - 1 or re.fullmatch(_PHRASE, text):
             break
         text = re.sub(r"(?<!\.)[.,;:]$", "", text[wrapper.end() + 1 : -1].strip())
     exact, about, _ = text.partition("\\approx")  # 17/6 \approx 2.83 is 17/6, but x \approx 2.83 is no exact answer
     exact = exact.removesuffix("(")
-    return exact if about and exact and (exact in ("e", "\\pi") or not _NAMED.fullmatch(exact + "=")) else text
+    return exact if about and exact and (exact in ("e", "\\pi") or not re.fullmatch(_NAMED, exact + "=")) else text
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Numbers
+# Numbers and units
 
 # What turns a number into signs, brackets and quotients of whole numbers
 _ARITHMETIC = [
@@ -266,9 +263,6 @@ def _bits(value: Fraction) -> int:
     return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Units
-
 # A unit and its spellings, besides a plural s; two different units of this table are different answers.
 _UNIT_OF = _table(r"""
 dollar usd \$; euro €; yen ¥; pound £ lb; cent; percent \%; am; pm; degree deg ^\circ; ohm; mol; K; Pa; Hz
@@ -286,14 +280,14 @@ trillion trillions half halves third thirds fourths fifth fifths sixths eighths 
 thousandth thousandths squared cubed factorial mod modulo base one two three four five six seven eight nine ten
 eleven twelve twenty thirty forty fifty sixty seventy eighty ninety
 """
-_FUNCTION = re.compile(rf"(?:{_FUNCTIONS}|sqrt|frac|binom)[a-z]?")
-_TRIGONOMETRY = re.compile(r"\\(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)")
-_CURRENCY = re.compile(r"([+-]?)(\\\$|[€£¥])([+-]?)")
+_FUNCTION = rf"(?:{_FUNCTIONS}|sqrt|frac|binom)[a-z]?"
+_TRIGONOMETRY = r"\\(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)"
+_CURRENCY = r"([+-]?)(\\\$|[€£¥])([+-]?)"
 _POWER = r"\^(?:[0-9]|\{-?[0-9]\})"
-_TWO_UNITS = re.compile(  # \text{N}\cdot\text{m}
+_TWO_UNITS = (  # \text{N}\cdot\text{m}
     rf"(\\text\{{[a-zA-Z /.]*(?:{_POWER})?)\}}({_POWER})?(\\cdot|/|)\\text\{{(?!(?:and|or)\}})"
 )
-_TAIL = re.compile(
+_TAIL = (
     r"(?P<symbol>\\%|\\\$|[€£¥]|\^\\circ(?: ?[CF]|\\text\{[CF]\})?)"
     rf"|\\(?:text|operatorname)\{{(?P<text>[a-zA-Z](?:[a-zA-Z0-9 /.^-]|\\cdot|\{{-?[0-9]\}})*)\}}(?P<power>{_POWER})?"
     rf"|(?<=[0-9}}])(?P<plain>[a-zA-Z][a-zA-Z /]*)(?P<plain_power>{_POWER})?"
@@ -308,17 +302,17 @@ _WORDING = [  # a unit's words, each with its power behind it, and `per` before 
 def split_unit(text: str) -> tuple[str, str]:
     """The answer and its unit, "" without one: a currency in front, or a sign or words behind."""
     unit, whole = "", text
-    if (money := _CURRENCY.match(text)) is not None:
+    if (money := re.match(_CURRENCY, text)) is not None:
         unit, text = _UNIT_OF[money[2]], (money[1] or money[3]) + text[money.end() :]
     joined = text
     for _ in range(3):
-        joined = _TWO_UNITS.sub(lambda two: two[1] + (two[2] or "") + (two[3] if two[3] == "/" else " "), joined)
-    tail = next((tail for tail in _TAIL.finditer(joined) if tail.end() == len(joined) and tail.start() > 0), None)
+        joined = re.sub(_TWO_UNITS, lambda two: two[1] + (two[2] or "") + (two[3] if two[3] == "/" else " "), joined)
+    tail = next((tail for tail in re.finditer(_TAIL, joined) if tail.end() == len(joined) and tail.start() > 0), None)
     if tail is None or joined.endswith((r"\text{and}", r"\text{or}"), 0, tail.start()):
         return text, unit
     rest = joined[: tail.start()]
     if tail["symbol"] is not None:
-        if tail["symbol"] == "^\\circ" and _TRIGONOMETRY.search(whole):  # degrees of an angle in the formula
+        if tail["symbol"] == "^\\circ" and re.search(_TRIGONOMETRY, whole):  # degrees of an angle in the formula
             return text, unit
         return rest, unit or _UNIT_OF[tail["symbol"].replace(" ", "")]
     spelled = (tail["text"] or tail["plain"]) + (tail["power"] or tail["plain_power"] or "")
@@ -336,7 +330,7 @@ def _counts(word: str, as_text: bool) -> bool:
     r"""Whether a word behind a number only says what is counted. Outside \text{} a short one may be a product."""
     if word in _UNIT_OF or (len(word) > 1 and word.lower() in _UNIT_OF):
         return len(word) > 1 or as_text
-    if word.lower() in _CHANGING.split() or _FUNCTION.fullmatch(word) or not word.isalpha():
+    if word.lower() in _CHANGING.split() or re.fullmatch(_FUNCTION, word) or not word.isalpha():
         return False
     return len(word) > 1 if as_text else word == "per" or (len(word) > 3 and bool(re.search("[aeiou]", word)))
 
@@ -371,25 +365,23 @@ class Reading:
 
 
 _COMMA = r",|;|\\text\{(?:and|or)\}"
-_MATRIX = re.compile(r"\\begin\{([pbB]?matrix)\}(.*)\\end\{\1\}")
+_MATRIX = r"\\begin\{([pbB]?matrix)\}(.*)\\end\{\1\}"
 # x, x_1, x_{\max}, \theta, AB, \angle AB, |S|, f(2), (x,y), area or \text{area}, before the only "=", or before \in
 _INDEX = r"_(?:[0-9a-zA-Z]|\{[^{}=]*(?:\{[^{}=]*\})?\})"
-_NAMED = re.compile(
+_NAMED = (
     rf"((?:[a-zA-Z]|\\(?!text|in\b)[a-zA-Z]+)(?:{_INDEX})?'?(?:(?:\^\{{-1\}})?\((?:[0-9a-zA-Z]+|-?[0-9]+[./]?[0-9]*)\))?"
     r"|(?:m?\\angle ?)?[A-Z]{1,4}|[a-zA-Z]{4,20}|\|[A-Z]{1,2}(?:\\c[ua]p ?[A-Z])*\||\\#[A-Z]"
     r"|\\(?:overline|vec|hat|bar)\{[a-zA-Z]+\}"
     r"|\((?:[a-zA-Z],)+[a-zA-Z]\)|\\text\{[a-zA-Z ]+\})(?:=|\\in(?![a-zA-Z]))(?!.*=)"
 )
-_BASED = re.compile(r"(-?)\(?0*([0-9][0-9A-Z]*)\)?_(?:([2-9])|\{([0-9]{2})\})")
-_TIME = re.compile(r"([01]?[0-9]|2[0-4]):([0-5][0-9])(?: ?(?:\\text\{)?([ap])\.?m\.?\}?)?", re.IGNORECASE)
-_CHOICE = re.compile(r"(?:\\text)?\{\(?([A-J])[).:]+\}(.+)|\(([A-J])\)(-?[0-9].*)")
-_SET_BUILDER = re.compile(r"[a-zA-Z](?:\\in\\mathbb\{R\})?(?:\||:)")
-_NO_WORDS = re.compile(r"\\(?:begin|end|operatorname)\*?\{[^{}]*\}|\\(?!text)[a-zA-Z]+")
-_WORD = re.compile(
-    r"\\text|[a-zA-Z]{4,}|(?<![A-Za-z])[A-Z]{3,}|(?<![a-zA-Z])(?:no|on|yes|odd|one|two|six|ten)(?![a-z])"
-)
+_BASED = r"(-?)\(?0*([0-9][0-9A-Z]*)\)?_(?:([2-9])|\{([0-9]{2})\})"
+_TIME = r"(?i)([01]?[0-9]|2[0-4]):([0-5][0-9])(?: ?(?:\\text\{)?([ap])\.?m\.?\}?)?"
+_CHOICE = r"(?:\\text)?\{\(?([A-J])[).:]+\}(.+)|\(([A-J])\)(-?[0-9].*)"
+_SET_BUILDER = r"[a-zA-Z](?:\\in\\mathbb\{R\})?(?:\||:)"
+_NO_WORDS = r"\\(?:begin|end|operatorname)\*?\{[^{}]*\}|\\(?!text)[a-zA-Z]+"
+_WORD = r"\\text|[a-zA-Z]{4,}|(?<![A-Za-z])[A-Z]{3,}|(?<![a-zA-Z])(?:no|on|yes|odd|one|two|six|ten)(?![a-z])"
 _COMPARED = r"\s?(<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z]))\s?"
-_INEQUALITY = re.compile(rf"(?:(.+?){_COMPARED})?([a-zA-Z]|\\[a-zA-Z]+)(?:{_COMPARED}(.+))?")
+_INEQUALITY = rf"(?:(.+?){_COMPARED})?([a-zA-Z]|\\[a-zA-Z]+)(?:{_COMPARED}(.+))?"
 
 
 @lru_cache(maxsize=4096)
@@ -406,7 +398,7 @@ def read_answer(answer: str) -> Reading:
         return interval
     if (turned := re.fullmatch(r"([^=]+)=([a-zA-Z])", text)) is not None and parse_number(turned[1]) is not None:
         text = f"{turned[2]}={turned[1]}"
-    named = _NAMED.match(text)
+    named = re.match(_NAMED, text)
     reading = _read_body(text[named.end() :].strip() if named else text)
     if named is None:
         return reading
@@ -421,7 +413,7 @@ def read_answer(answer: str) -> Reading:
 
 def _read_inequality(text: str) -> Reading | None:
     r"""`x > 2`, `2 < x`, `1 \le x < 2` as the interval of x; None for others, also where a bound holds a letter."""
-    match = _INEQUALITY.fullmatch(text)
+    match = re.fullmatch(_INEQUALITY, text)
     if match is None or not (match[2] or match[4]):
         return None
     low, first, name, second, high = match.groups()
@@ -436,32 +428,40 @@ def _read_inequality(text: str) -> Reading | None:
 
 
 def _read_body(text: str) -> Reading:
-    if (time := _TIME.fullmatch(text)) is not None:  # one that no clock problem asks for, as 9:21, may be a ratio
+    if (time := re.fullmatch(_TIME, text)) is not None:  # one that no clock problem asks for, as 9:21, may be a ratio
         hour, minute = int(time[1]), int(time[2])
         maybe = () if time[3] or minute % 5 == 0 or minute < 10 else (str(hour), str(minute))
         return Reading("time", f"{hour}:{minute}", unit=(time[3] or "").lower(), parts=maybe)
     bare, unit = split_unit(text)
     if (value := parse_number(bare)) is not None:
         return Reading("number", bare, unit=unit, value=value, parts=tuple(bare.split(", ")) if ", " in bare else ())
-    if (based := _BASED.fullmatch(bare)) is not None:
+    if (based := re.fullmatch(_BASED, bare)) is not None:
         return Reading("based", f"{based[1]}{based[2]}_{based[3] or based[4]}")
     if (reading := _read_parts(bare)) is not None:
         return reading if len(reading.parts) <= MOST_PARTS else Reading("words", text)
     bare = re.sub(r"\\text\{([a-zA-Z])\}", r" \1 ", bare).strip()
-    if any(not _FUNCTION.fullmatch(word) for word in _WORD.findall(_NO_WORDS.sub(" ", bare))):
+    if any(not re.fullmatch(_FUNCTION, word) for word in re.findall(_WORD, re.sub(_NO_WORDS, " ", bare))):
         return Reading("words", re.sub(r"\\text|[{}\s-]", "", text).lower())
     return Reading("formula", bare, unit=unit)
 
 
 def _read_parts(text: str) -> Reading | None:
     """The reading of a matrix, of what stands in brackets, of a union, ratio or list; None for others."""
-    if (matrix := _MATRIX.fullmatch(text)) is not None:
+    if (matrix := re.fullmatch(_MATRIX, text)) is not None:
         rows = matrix[2].removesuffix("\\\\").split("\\\\")
         ends = f"matrix {[row.count('&') for row in rows]}"
         return Reading("tuple", text, parts=tuple("&".join(rows).split("&")), ends=ends)
     opening = re.match(r"[(\[]|\\\{", text)
     if opening is not None and partner(text, 0) == len(text) - 1:
-        return _read_brackets(text, opening[0], text[opening.end() : -1].removesuffix("\\"))
+        inside, ends = text[opening.end() : -1].removesuffix("\\"), opening[0] + text[-1]
+        parts = split(inside, _COMMA)
+        if opening[0] == "\\{":
+            if (condition := re.match(_SET_BUILDER, inside)) is not None:
+                return read_answer(inside[condition.end() :])
+            return Reading("set", text, parts=_plus_and_minus([part.replace(":", "|") for part in parts]))
+        if len(parts) > 1:
+            return Reading("tuple", text, parts=_by_name(parts) or tuple(parts), ends=ends)
+        return read_answer(inside) if ends == "()" and parts else None
     if len(parts := split(text, r"\\cup(?![a-zA-Z])")) > 1:
         return Reading("union", text, parts=tuple(parts))
     if len(parts := split(text, r"\\text\{or\}")) > 1 and all(map(_read_inequality, parts)):
@@ -472,17 +472,6 @@ def _read_parts(text: str) -> Reading | None:
     if len(parts := split(re.sub(r"^[a-zA-Z]+(?::[a-zA-Z]+)+=", "", text), ":")) > 1:
         return Reading("ratio", text, parts=tuple(parts))
     return None
-
-
-def _read_brackets(text: str, opening: str, inside: str) -> Reading | None:
-    parts = split(inside, _COMMA)
-    if opening == "\\{":
-        if (condition := _SET_BUILDER.match(inside)) is not None:
-            return read_answer(inside[condition.end() :])
-        return Reading("set", text, parts=_plus_and_minus([part.replace(":", "|") for part in parts]))
-    if len(parts) > 1:
-        return Reading("tuple", text, parts=_by_name(parts) or tuple(parts), ends=opening + text[-1])
-    return read_answer(inside) if opening + text[-1] == "()" and parts else None
 
 
 def _plus_and_minus(parts: list[str]) -> tuple[str, ...]:
@@ -497,7 +486,7 @@ def _plus_and_minus(parts: list[str]) -> tuple[str, ...]:
 
 def _by_name(parts: list[str] | tuple[str, ...]) -> tuple[str, ...]:
     """`y=4, x=2` in the order of the names, if all parts carry one and no two the same; else ()."""
-    names = {named[1]: part for part in parts if (named := _NAMED.match(part)) and part[named.end() - 1] == "="}
+    names = {named[1]: part for part in parts if (named := re.match(_NAMED, part)) and part[named.end() - 1] == "="}
     return tuple(names[name] for name in sorted(names)) if len(names) == len(parts) else ()
 
 
@@ -526,7 +515,7 @@ def same_answer(a: str, b: str, ask: Ask = lambda a, b: False) -> bool:
     if "" in (left, right):
         return False
     xs, ys = (
-        [part for part in match.groups() if part] if (match := _CHOICE.fullmatch(text)) else [text]
+        [part for part in match.groups() if part] if (match := re.fullmatch(_CHOICE, text)) else [text]
         for text in (left, right)
     )
     if len(xs) == len(ys) == 2:  # (C) 12
@@ -591,14 +580,14 @@ def _same_collection(xs: tuple[str, ...], ys: tuple[str, ...], ask: Ask, as_set:
 
 
 # What algebra would drop: `about`, `and so on`, numbers side by side, and the base of a number in a formula.
-_VAGUE = re.compile(
+_VAGUE = (
     r"\\(?:approx|sim|cong)(?![a-zA-Z])|\.\.\.|\\[lc]?dots(?![a-zA-Z])|(?<=[0-9)])_|(?<![_0-9.])[0-9.]+ +[0-9.]|[?]"
 )
-_COUNTED = re.compile(r"-?[0-9.,]+[a-zA-Z]+")  # 5m: a product, which math-verify may read as a length
-_RELATION = re.compile(r"[<>]|\\(?:[lg]e|ne)(?![a-zA-Z])")
-_SOLUTIONS = re.compile(r"[\[(].*,|\\(?:cup|setminus|mathbb|emptyset)")
+_COUNTED = r"-?[0-9.,]+[a-zA-Z]+"  # 5m: a product, which math-verify may read as a length
+_RELATION = r"[<>]|\\(?:[lg]e|ne)(?![a-zA-Z])"
+_SOLUTIONS = r"[\[(].*,|\\(?:cup|setminus|mathbb|emptyset)"
 # What math-verify drops (f', the transpose) or cannot know (it takes the gcd of letters to be 1): alike in both
-_ALIKE = re.compile(r"[a-zA-Z}]'+|\^\{?(?:T|\\top)\}?(?![a-zA-Z])|\\(?:gcd|lcm)\([^()]*[a-zA-Z][^()]*\)")
+_ALIKE = r"[a-zA-Z}]'+|\^\{?(?:T|\\top)\}?(?![a-zA-Z])|\\(?:gcd|lcm)\([^()]*[a-zA-Z][^()]*\)"
 
 
 def _open(x: Reading, y: Reading) -> bool:
@@ -607,14 +596,14 @@ def _open(x: Reading, y: Reading) -> bool:
     if "formula" not in forms and forms not in ({"union"}, {"tuple", "union"}):
         return False
     formula, other = (x.text, y.text) if x.form == "formula" else (y.text, x.text)
-    if _VAGUE.search(f"{formula}|{other}") or ("number" in forms and _COUNTED.fullmatch(formula)):
+    if re.search(_VAGUE, f"{formula}|{other}") or ("number" in forms and re.fullmatch(_COUNTED, formula)):
         return False
     if forms & {"list", "based"} or ("tuple" in forms and re.search("[,=]", formula)):
         return False
-    related = [bool(_RELATION.search(text)) for text in (formula, other)]
-    if related[0] != related[1] and not _SOLUTIONS.search(other if related[0] else formula):
+    related = [bool(re.search(_RELATION, text)) for text in (formula, other)]
+    if related[0] != related[1] and not re.search(_SOLUTIONS, other if related[0] else formula):
         return False
-    if set(_ALIKE.findall(formula)) != set(_ALIKE.findall(other)):
+    if set(re.findall(_ALIKE, formula)) != set(re.findall(_ALIKE, other)):
         return False
     equations = [text for text in (formula, other) if "=" in text]
     if len(equations) != 1:
@@ -623,10 +612,14 @@ def _open(x: Reading, y: Reading) -> bool:
     return len(set(re.findall("[a-zA-Z]", left))) != 1 or "\\" in left or len(left) == 1
 
 
-_MIXED_FACTOR = re.compile(r"(?<![0-9a-zA-Z}.^_])([0-9]+)(\\frac\{[0-9]+\}\{[0-9]+\})")
-_FACTOR = re.compile(r"(?<![_^0-9a-zA-Z.}])[0-9.]+(?=\()|\)(?=[(0-9]|\\frac)")
+# What math-verify would read as a sum, 1\frac12x, or leave out, 2(3)
+_FACTORS = [
+    (r"(?<![0-9a-zA-Z}.^_])([0-9]+)(\\frac\{[0-9]+\}\{[0-9]+\})",
+     lambda match: f"({match[1]}+{match[2]})" if parse_number(match[0]) else match[0]),
+    (r"(?<![_^0-9a-zA-Z.}])[0-9.]+(?=\()|\)(?=[(0-9]|\\frac)", r"\g<0>\\cdot "),
+]  # fmt: skip
 _CAPITAL = r"(?<![\\a-zA-Z])[A-Z](?![a-zA-Z])"
-_DEGREES = re.compile(r"(\\frac\{[^{}]*\}\{[^{}]*\}|\([^()]*\)|[0-9.]+|[a-zA-Z]|\\[a-z]+)\^\\circ")
+_DEGREES = r"(\\frac\{[^{}]*\}\{[^{}]*\}|\([^()]*\)|[0-9.]+|[a-zA-Z]|\\[a-z]+)\^\\circ"
 
 
 def _for_algebra(*texts: str) -> list[str]:
@@ -643,10 +636,9 @@ def _for_algebra(*texts: str) -> list[str]:
 
     def ready(text: str) -> str:
         text = re.sub(_CAPITAL + "(?!_)", lambda letter: renamed.get(letter[0], letter[0]), text)
-        if _TRIGONOMETRY.search(text):
-            text = _DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
-        text = _MIXED_FACTOR.sub(lambda mixed: f"({mixed[1]}+{mixed[2]})" if parse_number(mixed[0]) else mixed[0], text)
-        return _FACTOR.sub(r"\g<0>\\cdot ", text)
+        if re.search(_TRIGONOMETRY, text):
+            text = re.sub(_DEGREES, r"(\1\\cdot\\frac{\\pi}{180})", text)
+        return _rewrite(text, _FACTORS)
 
     return [ready(text) for text in texts]
 
@@ -657,7 +649,7 @@ def _for_algebra(*texts: str) -> list[str]:
 SECONDS_PER_COMPARISON = 10.0  # of processor time, so that no verdict depends on what else the machine does
 MEMORY_BYTES = 2 * 2**30
 WORKER = Path(__file__).resolve().parent / "runtime" / "grading_worker.py"
-_NO_GOLD = re.compile(r"(?i)(?:\\text\{)?(?:proof|not ?found|n/?a|unknown|null|nan|see (?:the )?solution)\.?\}?")
+_NO_GOLD = r"(?i:(?:\\text\{)?(?:proof|not ?found|n/?a|unknown|null|nan|see (?:the )?solution)\.?\}?)"
 
 
 def answers_match(given: str | None, gold: str | None) -> bool:
@@ -773,7 +765,7 @@ def make_grader(name: str, golds: list[str]) -> ExactGrader:
             )
     if name not in GRADERS:
         raise InputError(f"--grader {name}: choose one of auto, {', '.join(GRADERS)}")
-    odd = [gold for gold in golds if "####" in gold or _NO_GOLD.fullmatch(gold.strip()) or _NOTHING.fullmatch(gold)]
+    odd = [gold for gold in golds if "####" in gold or re.fullmatch(f"{_NO_GOLD}|{_NOTHING}", gold.strip())]
     if odd:
         notes.append(f"{len(odd)} of {len(golds)} gold answers are none that can be graded, such as {odd[0][-40:]!r}")
     grader = GRADERS[name]()
