@@ -200,17 +200,20 @@ def interval(values_R: np.ndarray) -> list[float] | None:
     return np.nanpercentile(values_R, [2.5, 97.5]).tolist() if np.isfinite(values_R).any() else None
 
 
-def auroc_of(data: Candidates, score_C: np.ndarray, arm: str = "teacher") -> tuple[dict, np.ndarray] | None:
+def auroc_of(
+    data: Candidates, score_C: np.ndarray, arm: str = "teacher", over_all: bool = False
+) -> tuple[dict, np.ndarray] | None:
     """A row of Table 1 and its AUROC per resample, from the labels of an arm; None where a class has no candidate.
 
-    Paper: lower ends at .50, as if each resample were oriented anew. Here: the orientation is fixed; the interval of
-    max(a, 1 - a) stands beside it, for comparison.
+    A score loses its problem's mean, over the labelled candidates or `over_all`; the paper does not say. Its lower ends
+    are .50, as if each resample were oriented anew. Here: the orientation is fixed; the interval of max(a, 1 - a)
+    stands beside it, for comparison.
     """
     used = data.label[arm] != GRAY
     label, problem_C = data.label[arm][used], data.problem[used]
     if not ((label == UNCERTAIN).any() and (label == DIVERSITY).any()):
         return None
-    score = centre(score_C[used], problem_C)
+    score = centre(score_C, data.problem)[used] if over_all else centre(score_C[used], problem_C)
     point, values_R = auroc(score, label), bootstrap_auroc(score, label, problem_C, data.counts)
     either_way = interval(np.maximum(values_R, 1.0 - values_R))
     row = {"auroc": point, "interval": interval(values_R), "interval_reoriented": either_way}

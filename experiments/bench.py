@@ -8,7 +8,6 @@
 | loss | a chunk of tokens at a time | whole float32 logits |
 | head | `model.py::head_logits` in bfloat16, and its gradient | a linear map in bfloat16 |
 | choose | a nucleus among the likeliest tokens | among all of them, sorted |
-| decode | one token of 8 rows with an adapter, in bfloat16 | without one |
 | step | micro-batches of 4 rows | one row at a time |
 
 On a CPU seconds are CPU seconds of this process, which others on the machine disturb least; on a GPU those that pass.
@@ -34,11 +33,11 @@ from torch.profiler import ProfilerActivity, profile
 import train
 from grading import make_grader
 from loss import LossOptions, resolve_method, score_tokens_from_hidden
-from model import adapter_disabled, add_lora, cast_adapter, head_logits
+from model import head_logits
 from problems import load_problems
 from rollout import Sampling, choose_tokens
 from runtime.flags import run_script
-from runtime.loading import load_model, pick_device
+from runtime.loading import pick_device
 from runtime.records import git_commit, versions
 
 V = 151_936  # Qwen3's vocabulary
@@ -163,18 +162,6 @@ def bench_choose(device: torch.device, quick: bool) -> None:
     add_row("choosing a token", *alternate(both, device), "s", f"V {V}, 32 rows, top_p 0.95")
 
 
-@torch.no_grad()
-def bench_decode(device: torch.device, quick: bool) -> None:
-    model = load_model("tiny", "bfloat16", device)
-    add_lora(model, 64, 128.0)
-    ids = torch.ones(8, 1, dtype=torch.long, device=device)
-    with cast_adapter(model), adapter_disabled(model):
-        plain = alternate([lambda: model(input_ids=ids)], device)[0]
-    with cast_adapter(model):
-        ours = alternate([lambda: model(input_ids=ids)], device)[0]
-    add_row("decoding with an adapter", ours, plain, "s", "embedded model, 8 rows, rank 64")
-
-
 def bench_step(device: torch.device, quick: bool) -> None:
     """Steps of one run of the embedded model, the next one at each turn."""
     config = train.on_device(train.parse_config(["--batch_size", "8" if quick else "32"]), device)
@@ -187,7 +174,7 @@ def bench_step(device: torch.device, quick: bool) -> None:
     add_row("step", *both, "s", f"embedded model, {config.batch_size} prompts, sampling included")
 
 
-PARTS = {"loss": bench_loss, "head": bench_head, "choose": bench_choose, "decode": bench_decode, "step": bench_step}
+PARTS = {"loss": bench_loss, "head": bench_head, "choose": bench_choose, "step": bench_step}
 
 
 def main() -> None:
