@@ -23,6 +23,9 @@ from model import cast_adapter
 StreamKey = tuple[int, ...]  # (seed, purpose, step or problem, slot or sample): what a row's random numbers depend on
 
 
+LEAST_TEMPERATURE = 0.01  # vLLM raises what lies between 0 and this; logits over a far lower one overflow
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 are off. Raises InputError out of range."""
@@ -33,8 +36,8 @@ class Sampling:
     max_new_tokens: int
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise InputError(f"--temperature {self.temperature}: must be at least 0")
+        if self.temperature != 0.0 and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise InputError(f"--temperature {self.temperature}: must be 0 (greedy) or at least {LEAST_TEMPERATURE}")
         if not 0.0 < self.top_p <= 1.0:
             raise InputError(f"--top_p {self.top_p}: must lie in (0, 1]")
         if self.top_k < 0:

@@ -80,8 +80,8 @@ def load_prompts(path: str | None, chat_template_kwargs: str | None = None, date
         kwargs = json.loads(chat_template_kwargs or "{}")
     except ValueError as error:
         raise InputError(f"--chat_template_kwargs {chat_template_kwargs}: cannot be read as JSON ({error})") from None
-    if not isinstance(kwargs, dict):
-        raise InputError(f"--chat_template_kwargs {chat_template_kwargs}: must be an object")
+    if not isinstance(kwargs, dict) or "chat_template" in kwargs:
+        raise InputError(f"--chat_template_kwargs {chat_template_kwargs}: must be an object, without a chat_template")
     prompts = replace(PAPER_PROMPTS, chat=Chat(kwargs, date))
     if path is None:
         return prompts

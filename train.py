@@ -441,6 +441,7 @@ def train(
 ) -> int:  # fmt: skip
     """A run in a folder that is ours, from its start or from its newest checkpoint; the signal that ended it, or 0."""
     grader = grading.make_grader(config.grader, [problem.answer for problem in [*data, *held_out] if problem.answer])
+    config = replace(config, grader=grader.name)  # a resumed run may not turn to another
     date = records.first_day(record)
     data, prompts = choose_prompts(config, data, date)
     run = build(config, device, grader, prompts)
@@ -453,13 +454,15 @@ def train(
     models = {"model": config.model} | ({} if config.teacher in teacher.KINDS else {"teacher": config.teacher})
     inputs = records.fingerprints(models)
     inputs |= {"data": records.digest(data), "eval_data": records.digest(held_out), "prompts": asdict(prompts)}
+    if any(theirs != inputs for theirs in ranks.gather_objects(inputs)):
+        raise InputError("the ranks have read other data or prompts: all need the same files")
     facts = {"hardware": str(device), "date": date}
     records.record_run(folder, "train", record, asdict(config), free, inputs, facts)
     ranks.say(f"graded by {grader.name}" + (f"; {grader.note}" if grader.note else ""))
     if device.type != "cpu":
         rehearse(run, longest, config)
     start = checkpoint.resume(folder, run.model, run.teacher, run.optimizer, run.scheduler) if config.resume else 0
-    ranks.check_same_start([(name, p) for name, p in run.model.named_parameters() if p.requires_grad])
+    ranks.check_same_start(list(run.model.named_parameters()))
     ranks.wait_for_all()  # every rank has read before rank 0 writes
     with closing(run.engine), closing(run.grader):
         take_steps(start, run, kept, held_out, folder, config)

@@ -188,7 +188,8 @@ def save_whole(model: PreTrainedModel, base: str, directory: Path) -> None:
 
 def model_card(run: Path, step: int, base: str, is_adapter: bool) -> str:
     """README.md of a checkpoint: what it is, how it was made, how it is loaded, without paths of this machine."""
-    record, name = read_record(run) or {"config": {}}, _without_folders(base)
+    record = read_record(run) or {"config": {}}
+    name = Path(base).name if Path(base).is_dir() else base
     versions = ", ".join(f"{library} {number}" for library, number in record.get("versions", {}).items())
     load = f'transformers.AutoModelForCausalLM.from_pretrained("{name if is_adapter else "THIS_DIRECTORY"}")'
     if is_adapter:

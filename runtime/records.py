@@ -90,8 +90,7 @@ def make_folder(folder: Path, flag: str = "output_dir") -> Path:
 
 
 RECORD, LOCK, ERROR_LOG, TRIAL = "config.json", ".lock", "error.log", ".trial"
-# What may stand in a folder in which no run has begun: a failed start's, and held-out scores shared by experiments/.
-LEFTOVERS = {RECORD, f".{RECORD}.partial", LOCK, ERROR_LOG, TRIAL, "evaluation.json", "heldout.jsonl"}
+LEFTOVERS = {RECORD, f".{RECORD}.partial", LOCK, ERROR_LOG, TRIAL}  # of a start that failed
 
 
 def new_folder(output_dir: str | None, name: str) -> Path:

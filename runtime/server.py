@@ -39,7 +39,6 @@ START_SECONDS = 30  # for a try at what comes before sampling: the models' names
 LOAD_SECONDS = 300  # an adapter, perhaps of gigabytes over a network
 RETRIES = 10  # the client waits 0.5 s, then twice as long each time, 8 s at most: a minute in all
 QUICK_RETRIES = 2  # before anything is sampled, and for adapters, whose errors come as a 500
-LEAST_TEMPERATURE = 0.01  # vLLM raises what is between 0 and this to this
 ENDS = {"stop": True, "length": False}  # finish_reason: was there an EOS?
 ROUNDING = 1e-2  # by which a log-probability may be above 0
 timeout = partial(openai.Timeout, connect=10)
@@ -109,8 +108,6 @@ class ServerEngine:
         The first row that fails for good, or comes back as what was not asked for, ends the call with InputError. Then,
         and on Ctrl-C, requests in flight are cancelled, here and on the server.
         """
-        if 0.0 < (T := settings.temperature) < LEAST_TEMPERATURE:
-            raise InputError(f"--temperature {T}: vLLM raises it to {LEAST_TEMPERATURE}; take 0 (greedy), or more")
         longest = max(map(len, prompts), default=0)
         if self.context is not None and longest + settings.max_new_tokens > self.context:
             what = f"a prompt of {longest} and --max_new_tokens {settings.max_new_tokens} (vLLM: --max-model-len)"
@@ -244,8 +241,10 @@ class ServerEngine:
         try:
             self._runner.run(work)
             return
-        except (openai.OpenAIError, ExceptionGroup) as caught:
-            error = caught.exceptions[0] if isinstance(caught, ExceptionGroup) else caught
+        except openai.OpenAIError as caught:
+            error = caught
+        except BaseExceptionGroup as group:  # a signal's StoppedError among them goes before the errors of the rest
+            error = min(group.exceptions, key=lambda error: isinstance(error, Exception))
         reason = one_line(error)
         if isinstance(error, openai.APIConnectionError):
             reason = f"no answer ({one_line(error.__cause__ or error)})"

@@ -225,7 +225,7 @@ def test_figure_and_its_absence(tmp_path, monkeypatch):
 
 
 def test_resamples_weight_candidates_not_problems():
-    """Resamples of two problems, two candidates in the first: means 2, 1 and 14 / 5; one that holds neither has none."""
+    """Resamples of two problems, two candidates in the first: means 2, 1 and 14 / 5; one with neither has none."""
     data = SimpleNamespace(problem=np.array([0, 0, 1, 1]), counts=np.array([[1, 1], [2, 0], [1, 3], [0, 0]]))
     found = mean_with_interval(np.array([1.0, 1.0, 4.0, 99.0]), data, np.array([True, True, True, False]))
     assert found == {"mean": 2.0, "interval": pytest.approx(np.percentile([2.0, 1.0, 2.8], [2.5, 97.5])), "n": 3}

@@ -531,7 +531,7 @@ def test_each_context_thinks_as_asked(checkpoint):
     assert teacher_prompt(tokenizer, PROBLEM, swapped) == encode_prompt(tokenizer, TEACHER_PROMPT, PROBLEM, False)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+@pytest.mark.parametrize("text", ["{", "[1]", "3", '{"chat_template": "x"}'])
 def test_arguments_of_the_template_that_are_no_object_are_said(text):
     with pytest.raises(InputError, match="--chat_template_kwargs"):
         load_prompts(None, text)
