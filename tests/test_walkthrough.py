@@ -58,12 +58,12 @@ def test_writing_keeps_the_prose_and_every_table():
 
 
 def test_the_rollout_states_the_belief_and_the_teacher_knows_better():
-    walk = walkthrough.walk()
+    walk = walkthrough.Walk()
     total, addend = walkthrough.FACT
     belief, right = believed_result(total, addend, WORLDS["embedded"].believed), total + addend
-    assert f"{total}+{addend}={belief};" in walk.run.tokenizer.decode(walk.y.ids)
-    assert walk.token(walkthrough.DIGIT) == f"`{str(belief)[-1]}`"
-    assert walk.token(walkthrough.MARK) == "`;`"
+    assert f"{total}+{addend}={belief};" in walk.text
+    assert walk.y_t(walkthrough.DIGIT) == f"`{str(belief)[-1]}`"
+    assert walk.y_t(walkthrough.MARK) == "`;`"
     best = [
         [walk.run.tokenizer.decode([logp_MV[t - 1].argmax().item()]) for t in (walkthrough.DIGIT, walkthrough.MARK)]
         for logp_MV in (walk.student_logp_MV, walk.teacher_logp_MV)
