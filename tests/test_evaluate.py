@@ -214,7 +214,7 @@ def test_grade_only_needs_no_model_and_misses_nothing(run, monkeypatch):
     run.benchmark.write_text(run.benchmark.read_text().splitlines(True)[0])
     with pytest.raises(InputError, match="samples of another --benchmark"):
         run("graded", "--grade_only")
-    (run.folder / "graded" / "samples.jsonl").write_bytes(lines[0] + lines[1].replace(b"{", b'{"note": 1, ') + lines[2])
+    (run.folder / "graded" / "samples.jsonl").write_bytes(lines[0] + b'{"note": 1, ' + lines[1][1:])
     with pytest.raises(InputError, match=r"samples\.jsonl, line 2: not a row of this program's .unknown note"):
         run("graded", "--grade_only")
 

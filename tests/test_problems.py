@@ -331,7 +331,7 @@ BOXES = {
            "", "\\boxed{4} and \\boxed{\\frac{1}{2}", "\\boxed{4} and \\fbox{\\{1, 2\\}", "\\boxed{4} and \\boxed"],
 }  # fmt: skip
 HOLLOW = (" by \\boxedA", " goes inside \\boxed{}.", " goes inside \\boxed{ } or \\boxed{...}.",
-          ", with \\boxed around it", "\\boxed{\\text{ }}", ", which is \\boxed{?}", " \\boxed{\\_\\_}",
+          ", with \\boxed around it", "\\boxed{\\text{ }}", ", which is \\boxed{?}", " \\boxed{\\_\\_}", 
           " \\boxed{\\underline{\\hspace{1cm}}}", " \\boxed{\\text{your answer}}")  # fmt: skip
 
 

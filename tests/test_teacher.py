@@ -249,6 +249,7 @@ def test_a_problem_that_spells_a_field_keeps_its_spelling(checkpoint):
     assert problem.solution in tokenizer.decode(teacher_prompt(tokenizer, problem))
     assert "Say" not in tokenizer.decode(student_prompt(tokenizer, problem))
     assert "answer: {solution} Use" in fill(DIAGNOSTIC_PROMPT, problem)
+    assert fill("{answer} {x} {answer}", problem) == "{solution} {x} {solution}"  # each place is filled
 
 
 @pytest.fixture
