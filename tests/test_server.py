@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_ranks, script
 
-import train
 from errors import InputError
 from model import add_lora, lora_layers, response_hidden
 from problems import tiny_problems
@@ -216,28 +216,25 @@ def test_every_field_that_vllm_knows_is_sent_or_draws_nothing():
     assert known - DRAWS_NOTHING == {*OWN, *server.VLLM_FIELDS}
 
 
+WITHHELD = {1, 3}
+
+
+def train_with_updates_withheld(arguments: list[str]) -> None:
+    publish = engines.publish
+    engines.publish = lambda engine, model, folder, step: step in WITHHELD or publish(engine, model, folder, step)
+    script("train.py", arguments)
+
+
 @needs_vllm
-def test_an_update_that_is_withheld_from_the_server_is_seen(monkeypatch, capsys, tmp_path):
-    withheld, publish = {1, 3}, train.engines.publish
-
-    def publish_late(engine, model, folder, step):
-        if step not in withheld:
-            publish(engine, model, folder, step)
-
-    flags = {"num_steps": 5, "batch_size": 8, "max_new_tokens": 48, "eval_data": "", "device": "cpu"}
-    words = [f"--{name}={value}" for name, value in flags.items()]
-    monkeypatch.setattr(train.engines, "publish", publish_late)
-    monkeypatch.setattr(sys, "argv", ["train.py", *words, "--server", VLLM, "--output_dir", str(tmp_path / "run")])
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    assert train.main() == 0
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def test_an_update_that_is_withheld_from_the_server_is_seen(tmp_path):
+    flags = f"--num_steps 5 --batch_size 8 --max_new_tokens 48 --eval_data= --device cpu --server {VLLM} --output_dir"
+    arguments = [*flags.split(), str(tmp_path / "run")]
+    (printed,) = run_ranks(tmp_path, train_with_updates_withheld, arguments, ranks=1)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    stale = [row["sampler_gap"] for row in rows if row["step"] in withheld]
-    right = [row["sampler_gap"] for row in rows if row["step"] not in withheld]
+    stale = [row["sampler_gap"] for row in rows if row["step"] in WITHHELD]
+    right = [row["sampler_gap"] for row in rows if row["step"] not in WITHHELD]
     assert max(right) < GAP_FLOAT32 / 10 < 10 * GAP_FLOAT32 < min(stale)
-    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    warnings = [line for line in printed.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1 and warnings[0].startswith("warning: after step 2: sampler_gap")
 
 
