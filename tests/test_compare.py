@@ -18,7 +18,7 @@ def evaluation(tmp_path):
     benchmark.write_text("".join(json.dumps({"problem": f"p{i}", "answer": str(i)}) + "\n" for i in range(4)))
     problems = load_problems(str(benchmark), need_solution=False)
 
-    def make(name, right, seeds=(0, 1), grader="exact", num_samples=2, **changes):
+    def make(name, right, seeds=(0, 1), grader="exact", num_samples=2, answers="x", **changes):
         folder = tmp_path / name
         digest = benchmark_digest(problems)
         regime = {"model": "m", "adapter": name, "benchmark_sha256": digest, "temperature": 1.0, **changes}
@@ -27,7 +27,7 @@ def evaluation(tmp_path):
             for seed in seeds for i, count in enumerate(right) for n in range(2)
         ]  # fmt: skip
         folder.mkdir()
-        answers, grader = benchmark_digest(problems, "answer"), {"name": grader, "version": "1", "stopped": 0}
+        grader = {"name": grader, "version": "1", "stopped": 0}
         summary = {"num_samples": num_samples, "regime": regime, "answers_sha256": answers, "grader": grader}
         (folder / "summary.json").write_text(json.dumps({**summarise(samples, problems), **summary}))
         return str(folder)
@@ -75,7 +75,7 @@ def test_what_cannot_be_compared_is_one_line(evaluation, tmp_path):
     a, b, c = (evaluation(name, [1, 2, 0, 0]) for name in "abc")
     (tmp_path / "list.json").write_text("[]")
     changed = {"cool": {"temperature": 0.7}, "once": {"seeds": (0,)}, "other": {"benchmark_sha256": "x"},
-               "verified": {"grader": "math-verify"}, "more": {"num_samples": 4}}  # fmt: skip
+               "verified": {"grader": "math-verify"}, "more": {"num_samples": 4}, "mended": {"answers": "y"}}  # fmt: skip
     runs = {name: evaluation(name, [1, 2, 0, 0], **changes) for name, changes in changed.items()}
     for left, right, said in (
         ([a, b], [c], "2 and 1 evaluations"),
@@ -84,6 +84,7 @@ def test_what_cannot_be_compared_is_one_line(evaluation, tmp_path):
         ([a, b], [c, runs["once"]], "once: evaluated otherwise .*seeds"),
         ([a], [runs["other"]], "other: not comparable with the first .benchmark .*, now x"),
         ([a], [runs["verified"]], "grader exact, now math-verify"),
+        ([a], [runs["mended"]], "mended: .*answers x, now y"),
         ([a], [runs["more"]], "num_samples 2, now 4"),
         ([a], [str(tmp_path)], "no summary"),
         ([a], [str(tmp_path / "list.json")], "not a summary"),

@@ -80,6 +80,7 @@ def test_shuffled():
         ]  # fmt: skip
     torch.manual_seed(5)
     assert torch.equal(weigh("shuffled", scores, lengths), first)
+    assert loss.METHODS["shuffled"].reduction is loss.METHODS["pwopsd"].reduction  # so that the places alone differ
 
 
 def test_iw_opd():
