@@ -169,7 +169,9 @@ _SPELLINGS = [
     (r"(?<=\.)([0-9]*)\\(?:bar|dot)\s*\{([0-9])\}", r"\1\\overline{\2}"),  # 0.\dot{3}
     (r"\\(frac|sqrt)\s*(\\(?:pi|theta|alpha|beta)(?![a-zA-Z])|[0-9a-zA-Z](?![a-zA-Z]))", r"\\\1{\2}"),
     (r"(\\frac\{[^{}]*\})\s*(\\(?:pi|theta)(?![a-zA-Z])|[0-9a-zA-Z])", r"\1{\2}"),
-    (r"([_^])\s*\{\s*([0-9a-zA-Z])\s*\}", r"\1\2"),
+    (r"([_^])\s*\{\s*([0-9a-zA-Z])\s*\}(?!\s*[0-9])", r"\1\2"),  # but not 3^{2}5
+    (r"\{([:=])\}", r"\1"),
+    (r"\\text\{([^{}]*[a-z][^{}]*?),?\s(and|or)\s*\}", r"\\text{\1}\\text{\2}"),  # 3\text{ cm and }4\text{ cm}
     (r"\\text\{,?\s*(and|or)\s*\}|(?<![\\a-zA-Z])(and|or)(?![a-zA-Z])", r"\\text{\1\2}"),
     (r"(?<=[0-9])(?:\^?\{?\\text\{(?:st|nd|rd|th)\}\}?|\^?\{?(?:st|nd|rd|th)\}?)$", ""),  # 12^{\text{th}}
     (r"\\begin\{cases\}([^&]*)\\end\{cases\}", lambda match: match[1].replace("\\\\", ",")),
@@ -294,6 +296,7 @@ _TAIL = (
 )
 _WORDING = [  # a unit's words, each with its power behind it, and `per` before the one it stands under
     (r"\\cdot|\^\{?(-?[0-9])\}?", lambda match: f"^{match[1]} " if match[1] else " "), ("/", " per "), (r"\.", ""),
+    (r"\bmph\b", "mi per h"), (r"\b(?:kph|kmh)\b", "km per h"),
     (r"(?i)\b(?:square|sq) ([a-z]+)", r"\1^2"), (r"(?i)\bcubic ([a-z]+)", r"\1^3"),
     (r"([a-zA-Z]+)\^-([0-9])", r"per \1^\2"), (r"\^1\b", ""),
 ]  # fmt: skip
@@ -546,6 +549,8 @@ def _same(x: Reading, y: Reading, ask: Ask) -> bool:
         same_ends = (x.ends or "()") == (y.ends or "()") and len(x.parts) == len(y.parts)
         return same_ends and all(same_answer(p, q, ask) for p, q in zip(x.parts, y.parts, strict=True))
     if forms <= {"list", "set"}:
+        if len({*re.findall(r"\\text\{(and|or)\}", x.text + y.text)}) > 1 and not re.search("[0-9]", x.text + y.text):
+            return False  # both and either; of numbers both list the solutions
         return _same_collection(x.parts, y.parts, ask, as_set="set" in forms)
     if forms == {"union"} and _same_collection(x.parts, y.parts, ask, as_set=False):
         return True
@@ -612,8 +617,9 @@ def _open(x: Reading, y: Reading) -> bool:
     return len(set(re.findall("[a-zA-Z]", left))) != 1 or "\\" in left or len(left) == 1
 
 
-# What math-verify would read as a sum, 1\frac12x, or leave out, 2(3)
+# What math-verify would read as a sum, 1\frac12x, or leave out, 2(3), and a root that it takes for a complex one
 _FACTORS = [
+    (r"\\sqrt\[([0-9]?[13579])\]\{-([0-9a-zA-Z]+)\}", r"(-1)\\sqrt[\1]{\2}"),
     (r"(?<![0-9a-zA-Z}.^_])([0-9]+)(\\frac\{[0-9]+\}\{[0-9]+\})",
      lambda match: f"({match[1]}+{match[2]})" if parse_number(match[0]) else match[0]),
     (r"(?<![_^0-9a-zA-Z.}])[0-9.]+(?=\()|\)(?=[(0-9]|\\frac)", r"\g<0>\\cdot "),
