@@ -11,6 +11,7 @@ finished of each problem, no text. docs/real-model.md says what came out.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import resource
 import subprocess
@@ -26,7 +27,7 @@ from experiments.study.report import paired_difference
 from grading import extract_boxed
 from problems import load_problems
 from runtime.flags import run_script
-from runtime.records import write_atomically
+from runtime.records import make_folder, write_atomically
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = (
@@ -84,7 +85,7 @@ def measure(row: str, seed: int, decoding: str, model: str, folder: Path) -> dic
     run, cell = folder / "runs" / f"{row.replace(' ', '-')}-{seed}", {"row": row, "seed": seed, "decoding": decoding}
     common = {"model": model, "prompts": folder / "prompts.json"}
     scoring = {
-        "benchmark": folder / "test.jsonl", "temperature": DECODINGS[decoding], "num_samples": 1, "batch_size": 100,
+        "benchmark": folder / "test.jsonl", "temperature": DECODINGS[decoding], "num_samples": 1, "batch_size": 50,
         "max_new_tokens": NEW_TOKENS, "output_dir": run.with_name(f"{run.name}-{decoding}"), **common,
     }  # fmt: skip
     if row != UNTRAINED:
@@ -98,8 +99,9 @@ def measure(row: str, seed: int, decoding: str, model: str, folder: Path) -> dic
     summary = json.loads((scoring["output_dir"] / "summary.json").read_text())
     samples = [json.loads(line) for line in (scoring["output_dir"] / "samples.jsonl").read_text().splitlines()]
     samples.sort(key=lambda sample: sample["problem"])
+    ground = [sorted((name, value) for name, value in summary["inputs"].items() if name != "adapter"), NEW_TOKENS]
     return cell | {
-        "benchmark_sha256": summary["regime"]["benchmark_sha256"],
+        "ground": hashlib.sha256(json.dumps(ground).encode()).hexdigest()[:12],
         "correct": summary["per_problem"]["avg"][0],
         "boxed": [float(extract_boxed(sample["text"]) is not None) for sample in samples],
         "finished": [float(sample["finish_reason"] != "length") for sample in samples],
@@ -114,7 +116,12 @@ def read_cells(path: Path) -> list[dict]:
 
 
 def report(cells: list[dict]) -> str:
-    """Markdown: each row's shares, then the paired differences with 95 % intervals over problems and over seeds."""
+    """Markdown: each row's shares, then the paired differences with 95 % intervals over problems and over seeds.
+
+    Raises InputError for cells of more than one ground (model, problems, prompts, limit).
+    """
+    if len({cell["ground"] for cell in cells}) > 1:
+        raise InputError("the cells differ in model, problems, prompts or limit: they are not comparable")
     lines = ["| row | decoding | seeds | right % | boxed % | finished % | tokens |", "|---|---|---|---|---|---|---|"]
     rows = {(cell["row"], cell["decoding"]): {} for cell in cells}
     for cell in cells:
@@ -154,7 +161,7 @@ def main() -> None:
     if not (args.model and args.train and args.test):
         raise InputError("--model, --train and --test: name all three, or --report CELLS")
     folder, path = args.output_dir, args.output_dir / "cells.jsonl"
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for source, name in ((args.train, "train.jsonl"), (args.test, "test.jsonl")):
         shortest(source, args.count, folder / name)
     write_atomically(folder / "prompts.json", json.dumps(PROMPTS))

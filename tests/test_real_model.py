@@ -43,7 +43,7 @@ def test_a_killed_run_goes_on_and_says_the_same(run, capsys):
     untrained, trained = map(json.loads, whole.splitlines())
     assert (untrained["row"], trained["row"], len(trained["steps"])) == ("untrained", "OPSD", 1)
     assert all(len(cell[name]) == 8 for cell in (untrained, trained) for name in ("correct", "boxed", "finished"))
-    assert trained["train"]["method"] == "opsd" and trained["benchmark_sha256"] == untrained["benchmark_sha256"]
+    assert trained["train"]["method"] == "opsd" and trained["ground"] == untrained["ground"]
     assert "| OPSD - untrained | greedy | 1 |" in capsys.readouterr().out
     path.write_text(whole[:-50])  # the second line is torn
     run()
@@ -54,7 +54,7 @@ def test_the_table_pairs_problems_and_seeds():
     """OPSD is right on one problem more than the untrained model in seed 1, on two more in seed 2, of four."""
 
     def cell(row, seed, correct):
-        return {"row": row, "seed": seed, "decoding": "greedy", "correct": correct, "boxed": [1.0] * 4,
+        return {"row": row, "seed": seed, "decoding": "greedy", "ground": "a", "correct": correct, "boxed": [1.0] * 4,
                 "finished": [1.0, 1.0, 0.0, 0.0], "tokens": [1, 2, 3, 4]}  # fmt: skip
 
     table = real_model.report([
@@ -63,6 +63,8 @@ def test_the_table_pairs_problems_and_seeds():
     assert "| OPSD | greedy | 1, 2 | 62.5 | 100.0 | 50.0 | 2.5 |" in table
     # over seeds: mean 37.5, t(.975, 1) = 12.706 times 12.5
     assert "| OPSD - untrained | greedy | 1, 2 | +37.5 [+0.0, +75.0] | [-121.3, +196.3] |" in table
+    with pytest.raises(InputError, match="not comparable"):
+        real_model.report([cell("untrained", 0, [1, 0, 0, 0]), cell("OPSD", 1, [1, 1, 0, 0]) | {"ground": "b"}])
 
 
 def test_what_cannot_run_says_so(run):
