@@ -3,7 +3,7 @@
     python -m experiments.real_model --model DIR --train gsm8k_train.jsonl --test gsm8k_test.jsonl
     python -m experiments.real_model --report experiments/results/real-model/cells.jsonl
 
-Both prompts show one short example, and the problems are the shortest of their files, so that answers end within the
+Both prompts ask for few lines, and the problems are the shortest of their files, so that answers can end within the
 limit. The first command can be killed and goes on; a finished cell is a line of cells.jsonl: what is right, boxed and
 finished of each problem, no text. docs/real-model.md says what came out.
 """
@@ -30,18 +30,15 @@ from runtime.flags import run_script
 from runtime.records import make_folder, write_atomically
 
 ROOT = Path(__file__).parent.parent
-EXAMPLE = (
-    "Question: 3 trays of 12 rolls are baked and 20 rolls are sold. How many are left?\n"
-    "Short answer: 3*12 = 36, 36-20 = 16. \\boxed{16}\n\nQuestion: {problem}\n"
-)
+TASK = " in at most four short lines of arithmetic, then write the final answer as \\boxed{number}."
 PROMPTS = {
-    "student": EXAMPLE + "Short answer:",
-    "teacher": EXAMPLE + "Correct solution: {solution}\nShort answer:",
-    "evaluation": EXAMPLE + "Short answer:",
+    "student": "Problem: {problem}\n\nSolve it" + TASK,
+    "teacher": "Problem: {problem}\n\nThe correct solution is: {solution}\n\nWrite this solution down" + TASK,
+    "evaluation": "Problem: {problem}\n\nSolve it" + TASK,
 }
-NEW_TOKENS = 64
+NEW_TOKENS = 128
 TRAINING = {
-    "max_new_tokens": NEW_TOKENS, "num_steps": 6, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 3e-4,
+    "max_new_tokens": NEW_TOKENS, "num_steps": 8, "batch_size": 12, "micro_batch_size": 4, "learning_rate": 2e-4,
     "tau_clip": "inf", "temperature": 1.0, "distill_temperature": 1.0, "top_k": 0, "save_steps": 2,
 }  # fmt: skip
 UNTRAINED = "untrained"
