@@ -73,8 +73,8 @@ FORBIDDEN = {"student": {"solution", "answer"}, "evaluation": {"solution", "answ
 def load_prompts(path: str | None, chat_template_kwargs: str | None = None, date: str | None = None) -> Prompts:
     """The paper's templates, or those that a JSON file puts in their place: {"student": "... {problem} ...", ...}.
 
-    Fields are {problem}, {solution} and {answer}, each filled wherever it stands; any other brace is text. The other two
-    are for the chat template (chat.py::Chat). Raises InputError, naming file and template.
+    Fields are {problem}, {solution} and {answer}, each filled wherever it stands; any other brace is text. The other
+    two are for the chat template (chat.py::Chat). Raises InputError, naming file and template.
     """
     try:
         kwargs = json.loads(chat_template_kwargs or "{}")
