@@ -75,7 +75,8 @@ def test_what_cannot_be_compared_is_one_line(evaluation, tmp_path):
     a, b, c = (evaluation(name, [1, 2, 0, 0]) for name in "abc")
     (tmp_path / "list.json").write_text("[]")
     changed = {"cool": {"temperature": 0.7}, "once": {"seeds": (0,)}, "other": {"benchmark_sha256": "x"},
-               "verified": {"grader": "math-verify"}, "more": {"num_samples": 4}, "mended": {"answers": "y"}}  # fmt: skip
+               "verified": {"grader": "math-verify"}, "more": {"num_samples": 4},
+               "mended": {"answers": "y"}}  # fmt: skip
     runs = {name: evaluation(name, [1, 2, 0, 0], **changes) for name, changes in changed.items()}
     for left, right, said in (
         ([a, b], [c], "2 and 1 evaluations"),
