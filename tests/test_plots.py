@@ -37,7 +37,7 @@ def test_pictures_of_runs(run, tmp_path):
 
 def test_curves_are_running_means_over_the_runs_of_a_label():
     pytest.importorskip("matplotlib")
-    members = [[{"accuracy": a + 0.1 * i, "divergence": None} for i in range(length)] for a, length in ((0, 6), (1, 9))]
+    members = [[{"accuracy": a + 0.1 * i, "divergence": None} for i in range(length)] for a, length in ((1, 9), (0, 6))]
     axis = plots.learning_curves({"opsd": members}).axes[0]
     (line,) = axis.lines
     assert list(line.get_ydata()) == pytest.approx([0.5, 0.55, 0.6, 0.65, 0.7, 0.8])  # over five steps at most

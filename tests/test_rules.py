@@ -214,6 +214,16 @@ def test_a_row_of_the_table_differs_from_opsd_in_the_weight_alone(name):
     )
 
 
+def test_what_each_row_is_divided_by():
+    """A rule that drops tokens by those kept, TIP's rows look beyond their own, and the clip is Eq. (1)'s rows'."""
+    drop = {"prefix", "suffix", "skip", "scgate", "correct_only", "tip", "tip_reverse", "dial"}
+    for name in [*ROWS, "correct_only"]:
+        row = loss.METHODS[name]
+        assert row.reduction is (loss.weighted_mean if name in drop else loss.token_mean), name
+        assert row.over_batch is name.startswith("tip"), name
+        assert row.clips is (name in [*ON_OPSD, "correct_only", "tip"]), name
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_trains_from_hidden_states(name):
     """Registered: known by name, and in chunks of hidden states what it is on whole logits, value and gradient."""
