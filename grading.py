@@ -286,8 +286,10 @@ _FUNCTION = rf"(?:{_FUNCTIONS}|sqrt|frac|binom)[a-z]?"
 _TRIGONOMETRY = r"\\(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)"
 _CURRENCY = r"([+-]?)(\\\$|[€£¥])([+-]?)"
 _POWER = r"\^(?:[0-9]|\{-?[0-9]\})"
-_TWO_UNITS = (  # \text{N}\cdot\text{m}
-    rf"(\\text\{{[a-zA-Z /.]*(?:{_POWER})?)\}}({_POWER})?(\\cdot|/|)\\text\{{(?!(?:and|or)\}})"
+# \text{N}\cdot\text{m} as \text{N m}
+_TWO_UNITS = (
+    rf"(\\text\{{[a-zA-Z /.]*(?:{_POWER})?)\}}({_POWER})?(?:\\cdot|(/)|)\\text\{{(?!(?:and|or)\}})",
+    r"\1\2 \3",
 )
 _TAIL = (
     r"(?P<symbol>\\%|\\\$|[€£¥]|\^\\circ(?: ?[CF]|\\text\{[CF]\})?)"
@@ -307,9 +309,7 @@ def split_unit(text: str) -> tuple[str, str]:
     unit, whole = "", text
     if (money := re.match(_CURRENCY, text)) is not None:
         unit, text = _UNIT_OF[money[2]], (money[1] or money[3]) + text[money.end() :]
-    joined = text
-    for _ in range(3):
-        joined = re.sub(_TWO_UNITS, lambda two: two[1] + (two[2] or "") + (two[3] if two[3] == "/" else " "), joined)
+    joined = _rewrite(text, [_TWO_UNITS] * 3)
     tail = next((tail for tail in re.finditer(_TAIL, joined) if tail.end() == len(joined) and tail.start() > 0), None)
     if tail is None or joined.endswith((r"\text{and}", r"\text{or}"), 0, tail.start()):
         return text, unit
@@ -336,12 +336,6 @@ def _counts(word: str, as_text: bool) -> bool:
     if word.lower() in _CHANGING.split() or re.fullmatch(_FUNCTION, word) or not word.isalpha():
         return False
     return len(word) > 1 if as_text else word == "per" or (len(word) > 3 and bool(re.search("[aeiou]", word)))
-
-
-def units_clash(a: str, b: str) -> bool:
-    """Whether both are made of known units, and of different ones."""
-    known = {*_UNIT_OF.values(), "per"}
-    return a != b and all(unit and all(word.partition("^")[0] in known for word in unit.split()) for unit in (a, b))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -532,8 +526,11 @@ def _same(x: Reading, y: Reading, ask: Ask) -> bool:
     if "words" in forms:  # \text{AB} is AB
         letters = x.form == y.form or (x.form == "formula" and x.text.isalpha())
         return letters and x.text.lower() == y.text.lower() != ""
-    if (x.name and y.name and x.name != y.name) or units_clash(x.unit, y.unit):
+    if x.name and y.name and x.name != y.name:
         return False
+    units = [{word.partition("^")[0] for word in reading.unit.split()} for reading in (x, y)]
+    if x.unit != y.unit and all(unit and unit <= {*_UNIT_OF.values(), "per"} for unit in units):
+        return False  # two units, both of the table
     if x.form == y.form and (x.text == y.text if x.form == "formula" else x.value == y.value is not None):
         return True
     if x.parts and y.parts and not forms & {"time", "ratio", "union"}:  # `1, 000` is a list beside a list
@@ -585,9 +582,7 @@ def _same_collection(xs: tuple[str, ...], ys: tuple[str, ...], ask: Ask, as_set:
 
 
 # What algebra would drop: `about`, `and so on`, numbers side by side, and the base of a number in a formula.
-_VAGUE = (
-    r"\\(?:approx|sim|cong)(?![a-zA-Z])|\.\.\.|\\[lc]?dots(?![a-zA-Z])|(?<=[0-9)])_|(?<![_0-9.])[0-9.]+ +[0-9.]|[?]"
-)
+_VAGUE = r"\\(?:approx|sim|cong|[lc]?dots)(?![a-zA-Z])|\.\.\.|(?<=[0-9)])_|(?<![_0-9.])[0-9.]+ +[0-9.]|[?]"
 _COUNTED = r"-?[0-9.,]+[a-zA-Z]+"  # 5m: a product, which math-verify may read as a length
 _RELATION = r"[<>]|\\(?:[lg]e|ne)(?![a-zA-Z])"
 _SOLUTIONS = r"[\[(].*,|\\(?:cup|setminus|mathbb|emptyset)"
@@ -691,8 +686,7 @@ class MathVerifyGrader(ExactGrader):
     def __init__(self, seconds: float = SECONDS_PER_COMPARISON, memory_bytes: int = MEMORY_BYTES) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise InputError(
-                "--grader math-verify: grading LaTeX needs `pip install math-verify`; "
-                "--grader exact does without it and undercounts LaTeX answers"
+                "--grader math-verify needs `pip install math-verify`; --grader exact undercounts LaTeX answers"
             )
         self.version = importlib.metadata.version("math-verify")
         self.limits = (seconds, memory_bytes)
@@ -765,10 +759,7 @@ def make_grader(name: str, golds: list[str]) -> ExactGrader:
         name = "math-verify"
         if importlib.util.find_spec("math_verify") is None and not any(map(needs_algebra, golds)):
             name = "exact"
-            notes.append(
-                "math-verify is not installed: a right answer that is boxed as a formula may be missed "
-                "(`pip install math-verify` to grade these too)"
-            )
+            notes.append("no math-verify (`pip install math-verify`): a right answer that is a formula may be missed")
     if name not in GRADERS:
         raise InputError(f"--grader {name}: choose one of auto, {', '.join(GRADERS)}")
     odd = [gold for gold in golds if "####" in gold or re.fullmatch(f"{_NO_GOLD}|{_NOTHING}", gold.strip())]

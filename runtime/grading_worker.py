@@ -21,7 +21,7 @@ import sys
 # are loaded already, and arithmetic on one letter. Everything else would be the model's text as code.
 NUMBER = r"(?:Integer|Float|Rational) ?\( ?'?[\d.eE+-]{0,5000}'? ?\)"
 ALLOWED_SOURCE = re.compile(
-    rf"\s*(?:from (?:math|mpmath|sympy[a-z.]*) import [\w*, ]+|{NUMBER}(?:/{NUMBER})?)\s*"
+    rf"\s*(?:from (?:math|mpmath|sympy(?:\.[a-z]+)*) import [\w*, ]+|{NUMBER}(?:/{NUMBER})?)\s*"
     r"|def monomial_[a-z]+\((?:[ABk]|, )+\):\n(?:return|if|else|None|[ABabkr\d +*<>=(),:\n-])*"
     r"|def _lambdifygenerated\(([a-zA-Z])\):\n *return (?:\1|[\d ()+*/-])*\n"
 )

@@ -17,8 +17,7 @@ import grading
 from errors import InputError
 from grading import ExactGrader, MathVerifyGrader, answers_match, make_grader
 from runtime import grading_worker
-from tests.test_answers import DIFFERENT, DRESSES_OF_TEN, NOT_TEN
-from tests.test_answers import EQUAL as EQUAL_BY_FORM
+from tests.test_answers import DIFFERENT, DRESSES_OF_TEN, EQUAL, NOT_TEN
 
 needs_math_verify = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="the optional package math-verify is not installed"
@@ -30,66 +29,6 @@ def grader():
     grader = MathVerifyGrader(seconds=5.0)
     yield grader
     grader.close()
-
-
-EQUAL = [
-    ("\\frac{1}{\\sqrt{3}}", "\\frac{\\sqrt{3}}{3}"),
-    ("\\left(1, 2\\right)", "(1,2)"),
-    ("\\{1,2\\}", "\\{2,1\\}"),
-    ("2x+2", "2(x+1)"),
-    ("x=5", "5"),
-    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{bmatrix}1\\\\2\\end{bmatrix}"),
-    ("0.5", "\\frac12"),
-    ("(\\sqrt{4},1)", "(2,1)"),
-    ("1 \\pm \\sqrt{19}", "1+\\sqrt{19}, 1-\\sqrt{19}"),
-    ("[\\frac{2}{\\sqrt{2}},\\infty)", "x\\ge\\sqrt{2}"),
-    ("\\{\\sqrt{4}\\}", "2"),
-    ("y=2x+3", "2x+3"),
-    ("\\sin\\theta=\\frac12", "\\frac12"),
-    ("\\mathbb{R}", "(-\\infty,\\infty)"),
-    ("0.577350", "\\frac{1}{\\sqrt{3}}"),
-    ("\\frac12\\pm\\frac{\\sqrt5}{2}", "\\frac{1\\pm\\sqrt{5}}{2}"),
-    ("|AB|=\\sqrt{50}", "5\\sqrt{2}"),
-    ("\\left(\\begin{array}{c}1\\\\2\\end{array}\\right)", "\\begin{pmatrix}1\\\\\\sqrt{4}\\end{pmatrix}"),
-    ("(-\\infty,-1)\\cup(1,+\\infty)", "|x|>1"),
-]
-UNEQUAL = [
-    ("\\sqrt{2}", "\\sqrt{3}"),
-    ("x+1", "x-1"),
-    ("(\\sqrt2,1)", "(1,\\sqrt2)"),
-    ("10^{-20}\\pi", "10^{-21}\\pi"),
-    ("2^{-99}\\sqrt2", "0"),
-    ("e^{-50}", "e^{-60}"),
-    ("\\emptyset", "0"),
-    ("\\{0\\}", "\\emptyset"),
-    ("2x=10", "\\sqrt{100}"),
-    ("|x|=\\sqrt{2}", "\\sqrt{2}"),
-    ("\\sqrt{2}", "1.414"),
-    ("x\\approx\\sqrt{2}", "\\sqrt{2}"),
-    ("1\\ 00", "100"),
-    ("1 000 1", "10001"),
-    ("\\pm\\sqrt{3}", "\\sqrt{3}"),
-    ("\\frac{1\\pm\\sqrt{5}}{2}", "\\frac{1+\\sqrt{5}}{2}"),
-    ("1.2\\times10^{3}\\pi", "1.2\\times10^{4}\\pi"),
-    ("-2<x<\\sqrt{9}", "(-\\sqrt{9},2)"),
-    ("\\begin{pmatrix}\\sqrt2\\\\1\\end{pmatrix}", "\\begin{pmatrix}1\\\\\\sqrt2\\end{pmatrix}"),
-    ("\\left(\\begin{array}{c}2\\\\1\\end{array}\\right)", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
-]
-
-
-@needs_math_verify
-@pytest.mark.parametrize(("a", "b"), EQUAL)
-def test_equal_answers_match_both_ways(grader, a, b):
-    grader._known.clear()
-    assert grader.match(a, b)
-    grader._known.clear()
-    assert grader.match(b, a)
-
-
-@needs_math_verify
-@pytest.mark.parametrize(("a", "b"), UNEQUAL)
-def test_different_answers_do_not(grader, a, b):
-    assert not grader.match(a, b) and not grader.match(b, a)
 
 
 PAIRS = [line.split("\t") for line in Path(__file__).with_name("answer_pairs.tsv").read_text().splitlines()[1:]]
@@ -108,21 +47,30 @@ def test_form_and_arithmetic_alone_pass_no_wrong_pair():
     assert [pair for pair in PAIRS if pair[0] == "!" and answers_match(*pair[1:])] == []
 
 
+# Ordinary identities, for which sympy compiles code that it generates, and four pairs that are none
 IDENTITIES = [
     (r"\binom{n}{3}", r"\frac{n(n-1)(n-2)}{6}"), (r"\binom{n+1}{2}", r"\frac{n^2+n}{2}"), (r"1-\cos 2x", r"2\sin^2 x"),
     (r"\tan^2 x", r"\sec^2 x-1"), (r"\frac{a^2-b^2}{a-b}", "a+b"), (r"\frac{1}{x}+\frac{1}{y}", r"\frac{x+y}{xy}"),
     (r"\frac{x^3+y^3}{x+y}", "x^2-xy+y^2"), (r"\sin 3x", r"3\sin x-4\sin^3 x"), (r"\frac{n!}{(n-2)!}", "n^2-n"),
-    (r"\sum_{k=1}^{n} k^2", r"\frac{n(n+1)(2n+1)}{6}"), (r"\int_0^1 x^2 dx", r"\frac{1}{3}"), ("(x+y)^2", "x^2+y^2"),
-    (r"\cosh^2 x-\sinh^2 x", "1"), (r"\frac{1}{1+\sqrt{x}}", r"\frac{1-\sqrt{x}}{1-x}"), ("(a+b+c)^2", "a^2+b^2+c^2"),
+    (r"\sum_{k=1}^{n} k^2", r"\frac{n(n+1)(2n+1)}{6}"), (r"\int_0^1 x^2 dx", r"\frac{1}{3}"), (r"\gcd(12,18)", "6"),
+    (r"\cosh^2 x-\sinh^2 x", "1"), (r"\frac{1}{1+\sqrt{x}}", r"\frac{1-\sqrt{x}}{1-x}"), (r"\cot x\tan x", "1"),
     (r"\cos 4x", r"8\cos^4 x-8\cos^2 x+1"), (r"\frac{xy+yz}{y}", "x+z"), (r"\sin x\cos y+\cos x\sin y", r"\sin(x+y)"),
+    (r"\binom{n}{2}+\binom{n}{1}", r"\frac{n(n+1)}{2}"), (r"\frac{x^4-1}{x^2+1}", "x^2-1"), (r"\max(2,5)", "5"),
+    (r"\frac{(n+1)!}{n!}", "n+1"), (r"\cos^4 x-\sin^4 x", r"\cos 2x"), (r"\frac{\sin 2x}{2\cos x}", r"\sin x"),
+    (r"\frac{2}{x^2-1}+\frac{1}{x+1}", r"\frac{1}{x-1}"), (r"\frac{1}{n}-\frac{1}{n+1}", r"\frac{1}{n(n+1)}"),
+    (r"\sum_{k=0}^{n} 2^k", "2^{n+1}-1"), (r"\frac{a^3-b^3}{a-b}", "a^2+ab+b^2"), (r"(x+y)^3-x^3-y^3", "3xy(x+y)"),
+    (r"\sum_{n=1}^{\infty}\frac{1}{n^2}", r"\frac{\pi^2}{6}"),
+]  # fmt: skip
+NO_IDENTITIES = [
+    ("(x+y)^2", "x^2+y^2"), ("(a+b+c)^2", "a^2+b^2+c^2"), (r"\binom{n}{2}", r"\binom{n}{3}"), (r"\cos 2x", r"2\cos x"),
 ]  # fmt: skip
 
 
 @needs_math_verify
 def test_the_sandbox_changes_no_verdict(grader):
     free = grading_worker.make_comparison()
-    for a, b in IDENTITIES:
-        right = (a, b) not in IDENTITIES[11:15:3]
+    for a, b in IDENTITIES + NO_IDENTITIES:
+        right = (a, b) in IDENTITIES
         assert (grader._ask(a, b), free(a, b)) == (str(right).lower(), right), (a, b)
 
 
@@ -181,7 +129,7 @@ def test_golds_that_no_answer_matches_are_told(gold):
 
 @needs_math_verify
 def test_math_verify_changes_no_verdict_of_the_tables(grader):
-    equal = [*EQUAL_BY_FORM, *[(answer, "10") for answer in DRESSES_OF_TEN]]
+    equal = [*EQUAL, *[(answer, "10") for answer in DRESSES_OF_TEN]]
     different = [*DIFFERENT, *[(answer, "10") for answer in NOT_TEN]]
     assert [pair for pair in equal if not grader.match(*pair)] == []
     assert [pair for pair in different if grader.match(*pair)] == []
@@ -190,7 +138,7 @@ def test_math_verify_changes_no_verdict_of_the_tables(grader):
 @needs_math_verify
 def test_math_verify_is_asked_only_about_formulas():
     grader = MathVerifyGrader(seconds=5.0)
-    for a, b in [
+    for pair in [
         ("5", "6"),
         ("5", "5.0"),
         ("(1,2)", "(2,1)"),
@@ -198,12 +146,10 @@ def test_math_verify_is_asked_only_about_formulas():
         ("\\sqrt{2}", "$\\sqrt2$"),
         ("a b", None),
     ]:
-        grader.match(a, b)
+        grader.match(*pair)
     assert grader.asked == 0 and grader._worker is None
     assert grader.match("(\\sqrt{4},\\sqrt{9})", "(2,3)") and grader.asked == 1
-    assert (
-        grader.match("(2,3)", "(\\sqrt{4},\\sqrt{9})") and grader.asked == 1
-    )  # known already, also the other way round
+    assert grader.match("(2,3)", "(\\sqrt{4},\\sqrt{9})") and grader.asked == 1  # known, also the other way round
     grader.close()
 
 
@@ -213,22 +159,6 @@ def test_exact_undercounts_latex_and_none_matches_nothing():
     assert not exact.match(None, "1") and not exact.match("1", None) and not exact.match(None, None)
     assert not answers_match(None, "None") and exact.asked == exact.stopped == 0
     exact.close()
-
-
-def test_ten_replies_of_which_nine_are_right():
-    replies = [
-        "\\$10",
-        "10\\text{ dollars}",
-        "x=10",
-        "\\mathbf{10}",
-        "10 apples",
-        "\\frac{20}{2}",
-        "10^\\circ",
-        "10.0",
-        "１０",
-        "11",
-    ]
-    assert sum(answers_match(reply, "10") for reply in replies) == 9
 
 
 def test_the_choice_of_grader(monkeypatch):
@@ -295,35 +225,36 @@ def test_a_worker_that_died_is_replaced():
 MONOMIAL = "def monomial_div(A, B):\n    (a0,) = A\n    (b0,) = B\n    r0 = a0 - b0\n    if r0 < 0: return None\n"
 
 
+NUMBERS = ["Integer (35 )", "Float ('3.5' )", "Integer (1 )", "Integer (3 )/Integer (2 )"]
+LAMBDA = "def _lambdifygenerated(n):\n    return (n + 1)**2\n"
+
+
+@pytest.mark.parametrize("source", [MONOMIAL, LAMBDA, "from sympy import *", "from mpmath import *", *NUMBERS])
+def test_numbers_may_be_compiled(source):
+    grading_worker.refuse("compile", (source, "<string>"))
+    grading_worker.refuse("compile", (source.encode(), "<string>"))
+
+
 @pytest.mark.parametrize(
     "source",
     [
-        MONOMIAL,
-        b"from sympy import *",
-        b"Integer (35 )",
-        b"Float ('3.5' )",
-        "Integer (1 )",
-        b"Integer (3 )/Integer (2 )",
+        "__import__('os').system('id')", "Integer (3 ).__class__", "from os import *", "import scipy; import numpy",
+        MONOMIAL + "    exec(A)\n", MONOMIAL.replace("a0 - b0", "a0.b0"), LAMBDA.replace("n + 1", "n.n"),
+        LAMBDA + "    exec(n)\n", LAMBDA.replace("n + 1", "id"),
     ],
-)
-def test_numbers_may_be_compiled(source):
-    grading_worker.refuse("compile", (source, "<string>"))
+)  # fmt: skip
+def test_no_other_code_is_compiled(source):
+    with pytest.raises((PermissionError, ImportError)):
+        grading_worker.refuse("compile", (source.encode(), "<string>"))
 
 
 @pytest.mark.parametrize(
     ("event", "arguments"),
     [
-        ("compile", (b"__import__('os').system('id')", "<string>")),
-        ("compile", ("Integer (3 ).__class__", "<string>")),
-        ("compile", (MONOMIAL + "    exec(A)\n", "<string>")),
-        ("compile", (MONOMIAL.replace("a0 - b0", "a0.b0"), "<string>")),
-        ("os.system", ("id",)),
-        ("subprocess.Popen", ("id", (), None, None)),
-        ("socket.connect", (None, ("127.0.0.1", 80))),
-        ("open", ("/tmp/x", "w", os.O_WRONLY | os.O_CREAT)),
-        ("os.remove", ("/tmp/x", -1)),
+        ("os.system", ("id",)), ("subprocess.Popen", ("id", (), None, None)), ("os.remove", ("/tmp/x", -1)),
+        ("socket.connect", (None, ("127.0.0.1", 80))), ("open", ("/tmp/x", "w", os.O_WRONLY | os.O_CREAT)),
     ],
-)
+)  # fmt: skip
 def test_everything_else_is_refused(event, arguments):
     with pytest.raises(PermissionError):
         grading_worker.refuse(event, arguments)
@@ -335,17 +266,11 @@ def hostile_answers(count: int, seed: int, canary: str):
     pieces = ["\\frac{", "\\sqrt{", "\\left(", "\\right)", "\\text{", "\\begin{pmatrix}", "\\boxed{", "\\infty"]
     pieces += ["\\int", "\\sum", "\\cup", "\\pi", "\\\\", *"{}^_x1+&=,%$ei!/."]
     code = [
-        "__import__('os').system('touch CANARY')",
-        "open('CANARY','w').write('1')",
-        "\\text{exec(\"open('CANARY','w')\")}",
-        "().__class__.__base__.__subclasses__()[0]('CANARY')",
-        "\\write18{touch CANARY}",
-        "$(touch CANARY)",
-        "Integer(__import__('os').system('touch CANARY'))",
-        "lambda: open('CANARY','w')",
-        "';open('CANARY','w');'",
-        "1__import__('os').system('touch CANARY')",
-    ]
+        "__import__('os').system('touch CANARY')", "open('CANARY','w').write('1')", "';open('CANARY','w');'",
+        "\\text{exec(\"open('CANARY','w')\")}", "().__class__.__base__.__subclasses__()[0]('CANARY')",
+        "\\write18{touch CANARY}", "$(touch CANARY)", "Integer(__import__('os').system('touch CANARY'))",
+        "lambda: open('CANARY','w')", "1__import__('os').system('touch CANARY')",
+    ]  # fmt: skip
     control = [chr(number) for number in (0, 1, 7, 8, 10, 13, 27, 127, 0x2028, 0x202E, 0xD800)]
 
     def deep() -> str:
