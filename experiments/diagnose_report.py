@@ -102,8 +102,8 @@ def analyse_children(rows: list[dict], data: Candidates, rule: LabelRule) -> dic
         same = sum({*row["teacher"]} == {*row["student"]} for row in here)
         result[part] = {"candidates": len(here), "same_tokens_in_both_arms": same}
         for arm in ("teacher", "student"):
-            value = np.array([row["viability"][arm] for row in here]).reshape(len(here), -1)
-            token = np.array([row[arm] for row in here]).reshape(value.shape)
+            value = np.array([row["viability"][arm] for row in here])
+            token = np.array([row[arm] for row in here])
             common = [t for t, _ in Counter(token.ravel().tolist()).most_common(COMMON)]
             result[part][arm] = {
                 "by_rank": value.mean(axis=0).tolist() if here else [],

@@ -204,9 +204,8 @@ def sequence_table(w: Walk) -> str:
     return table("what | tau_clip | numerator | denominator | loss | gradient norm", rows)
 
 
-def blocks() -> dict[str, str]:
+def blocks(w: Walk) -> dict[str, str]:
     """The page's tables by the name of their mark."""
-    w = Walk()
     tables = {
         "problem": problem_table, "student prompt": lambda w: prompt_text(w, w.x_stu, "x_stu"),
         "teacher prompt": lambda w: prompt_text(w, w.x_tch, "x_tch"), "rollout": rollout_table,
@@ -254,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the tables into docs/walkthrough.md")
     args = parser.parse_args()
-    tables = blocks()
+    tables = blocks(Walk())
     if args.write:
         write_atomically(PAGE, fill_in(PAGE.read_text(encoding="utf-8"), tables))
     print("\n\n".join(f"{name}\n\n{text}" for name, text in tables.items()))
