@@ -330,8 +330,9 @@ def test_wrong_spines_stay_out_unless_asked_for(fresh, tmp_path):
 
 
 def test_continuations_have_streams_of_their_own_and_end_at_the_context(small_run, fresh):
-    """Each row is cut at its own last position of the context, not at its batch's."""
-    A, _, C, _, E = small_run[1]
+    """Each row is cut at its own last position of the context, not at its batch's; token 0 is not "none forced"."""
+    A, _, C, _, _ = small_run[1]
+    C = [{**row, "candidates": [{**c, "teacher": [0, *c["teacher"][1:]]} for c in row["candidates"]]} for row in C]
     run, keys = fresh(), []
     seven = run.tokenizer.convert_tokens_to_ids("7")
 
@@ -341,7 +342,7 @@ def test_continuations_have_streams_of_their_own_and_end_at_the_context(small_ru
         return [[seven] * settings.max_new_tokens for _ in prompts]
 
     rows = diagnose.continuations(replace(run, engine=FixedEngine(answer)), A, C)
-    assert len(set(keys)) == len(keys) == len(E)
+    assert len(set(keys)) == len(keys) == len(rows)
     for row in rows:
         prefix = len(run.student_prompt(row["problem"])) + row["position"] + (row["token"] is not None)
         assert prefix + row["tokens"] == run.config.context

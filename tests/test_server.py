@@ -446,8 +446,11 @@ def test_a_request_says_everything(fake):
     assert (body["seed"], body["top_k"], body["stop_token_ids"]) == (1982462498, -1, [1, 3])
 
 
-def test_a_request_as_text_says_everything(fake):
+def test_a_request_as_text_says_everything_and_is_not_trained_on(fake, monkeypatch):
     fake.text_only = True
+    monkeypatch.setattr(server, "ends_and_vocabulary", lambda *_: ([1], 9))
+    with one_line("returns no token ids, which training and diagnosis need"):
+        engines.connect(fake.url, "m", None, Tokens(), 1, needs_ids=True)
     (response,) = ask(fake.url, 1)
     assert (response.ids, response.finished, response.tokens) == ([], True, 2)
     body = fake.seen[-1][1]
