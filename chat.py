@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from errors import InputError, one_line
 
@@ -123,3 +123,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     behind = tokenizer.encode(text.rpartition(said)[2].lstrip(), add_special_tokens=False) if said in text else []
     token = tokenizer.added_tokens_decoder.get(behind[0]) if behind else None
     return behind[0] if token is not None and token.special else None
+
+
+def eos_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a response: those of the checkpoint's generation config, the tokenizer's own, and the chat
+    template's end of turn, which is none of these where a base model brings a template."""
+    own, turn = generation.eos_token_id, end_of_turn(tokenizer)
+    listed = own if isinstance(own, list) else [own]
+    return sorted({*listed, tokenizer.eos_token_id, turn} - {None})

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,15 +28,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from chat import eos_ids
 from errors import InputError
-from grading import Grader, extract_boxed, make_grader
-from model import context_length, eos_ids, load_model, load_tokenizer, response_hidden
+from grading import ExactGrader, extract_boxed, make_grader
+from model import response_hidden
 from problems import Problem, load_problems
-from rollout import Sampling, StreamKey
+from rollout import Sampling
 from runtime import records
 from runtime.engines import Engine, GenerateEngine, connect
 from runtime.flags import FlagParser, departures, option, run_script
 from runtime.lengths import check_room
+from runtime.loading import context_length, load_model, load_tokenizer
 from runtime.ranks import gather_objects, rank, say, start_ranks, stop_ranks
 from runtime.records import RowFile, do_jobs
 from teacher import PAPER_PROMPTS, Prompts, check_prompts, encode_prompt, load_prompts
@@ -50,6 +52,7 @@ TOP_P, TEMPERATURE = 0.95, 1.0  # of the continuations
 FALLBACK_TEMPERATURE = 0.7  # A: where the greedy spine has no box
 TOP_VALID = 16  # B: the teacher's most likely valid tokens, of which h_trunc is the entropy
 MIN_P2, MIN_RATIO = 0.02, 0.10  # C: least teacher probability of the second token, and least p2 / p1
+POSITIONS_AT_ONCE = 256  # B: bounds the memory of [T, V] probabilities
 PASSES, DROPOUT, DROPPED_LAYERS = 5, 0.1, 4  # D: M, p, and the last layers, whose outputs are dropped out
 
 
@@ -60,9 +63,7 @@ class DiagnoseConfig:
     preset: str | None = option(None, "tiny (the default without --model) or qwen3-4b", "data")
     model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
     data: list[str] = option(["tiny:heldout"], "one or more sources: file, folder, hub name, tiny:heldout", "data")
-    columns: str | None = option(
-        None, "which column is which where names are unusual: problem=...,solution=...,answer=...", "data"
-    )
+    columns: str | None = option(None, "unusual columns: problem=...,solution=...,answer=...", "data")
     num_problems: list[int] = option([84], "problems drawn from each source, without replacement", "data")
     prompts: str | None = option(None, "JSON file of templates: student, diagnostic", "data")
     context: int = option(32768, "tokens of prompt, prefix and continuation together", "data", least=2)
@@ -90,17 +91,14 @@ PRESETS: dict[str, dict] = {
         "num_problems": [300], "children": 2, "min_spacing": 2, "context": 96, "spine_tokens": 72, "batch_size": 500,
         "student_thinking": False,
     },
-    # Continuous batching holds as many rows as fit at a time: the larger the batch, the rarer its thin end.
+    # A batch ends with its longest row: the larger it is, the rarer its thin end.
     "qwen3-4b": {
         "model": "Qwen/Qwen3-4B", "num_problems": [24, 30, 30], "batch_size": 512,
         "data": ["HuggingFaceH4/MATH-500:test", "HuggingFaceH4/aime_2024:train", "yentinglin/aime_2025:train"],
     },
 }  # fmt: skip
 # What may differ when a run is taken up again: how it is computed.
-FREE_ON_RESUME = {
-    "resume", "output_dir", "device", "server", "served_model", "batch_size",
-}  # fmt: skip
-
+FREE_ON_RESUME = {"resume", "output_dir", "device", "server", "served_model", "batch_size"}
 
 # The file of each phase: what a row is known by, and what else it holds. A problem is known by its place in the draw.
 FILES = {
@@ -119,7 +117,7 @@ class Diagnosis:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
-    grader: Grader
+    grader: ExactGrader
     problems: list[Problem]
     config: DiagnoseConfig
     folder: Path
@@ -134,11 +132,13 @@ class Diagnosis:
         """The privileged context: in phases B and D."""
         return encode_prompt(self.tokenizer, self.prompts.diagnostic, self.problems[problem], True, self.prompts.chat)
 
-    def rows(self, phase: str) -> RowFile:
-        return RowFile(self.folder / f"{phase}.jsonl", *FILES[phase])
+    def rows(self, phase: str, jobs: list[tuple], work: Callable, at_once: int) -> list[dict]:
+        """The phase's rows of all jobs, those from before and those that `work` finds now (records.do_jobs)."""
+        return do_jobs(RowFile(self.folder / f"{phase}.jsonl", *FILES[phase]), jobs, work, at_once)
 
-    def sample(self, prompts: list[list[int]], keys: list[StreamKey], settings: Sampling) -> list[list[int]]:
-        return [response.ids for response in self.engine.sample(prompts, keys, settings)]
+    def rows_by_problem(self, phase: str, problems: Iterable[int], work: Callable[[int], dict]) -> list[dict]:
+        """The same where each problem has one row, {"problem": i} and what `work(i)` finds."""
+        return self.rows(phase, [(i,) for i in problems], lambda jobs: [{"problem": i, **work(i)} for (i,) in jobs], 1)
 
     def graded(self, problem: int, ids: list[int]) -> dict:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -146,37 +146,25 @@ class Diagnosis:
         return {"answer": answer, "correct": self.grader.match(answer, self.problems[problem].answer), "text": text}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Phase A
-
-
 def spines(run: Diagnosis) -> list[dict]:
-    """Greedy solutions in the student's context; where one boxes no answer, another at the fallback temperature."""
+    """Phase A: greedy solutions in the student's context; where one boxes no answer, one more at T 0.7."""
     config = run.config
 
     def solve(indices: list[int], temperature: float) -> dict[int, dict]:
         keys = [(config.seed, SPINE_STREAM, i) for i in indices]
         settings = Sampling(temperature, TOP_P, 0, config.spine_tokens)
-        responses = run.sample([run.student_prompt(i) for i in indices], keys, settings)
-        return {
-            i: {"problem": i, "temperature": temperature, **run.graded(i, ids), "ids": ids}
-            for i, ids in zip(indices, responses, strict=True)
-        }
+        responses = run.engine.sample([run.student_prompt(i) for i in indices], keys, settings)
+        return {i: {"problem": i, "temperature": temperature, **run.graded(i, y.ids), "ids": y.ids}
+                for i, y in zip(indices, responses, strict=True)}  # fmt: skip
 
     def work(jobs: list[tuple]) -> list[dict]:
         indices = [i for (i,) in jobs]
         rows = solve(indices, 0.0)
-        unboxed = [i for i in indices if rows[i]["answer"] is None]
-        if unboxed:
+        if unboxed := [i for i in indices if rows[i]["answer"] is None]:
             rows |= solve(unboxed, FALLBACK_TEMPERATURE)
         return [rows[i] for i in indices]
 
-    jobs = [(i,) for i in range(len(run.problems))]
-    return do_jobs(run.rows("A_spines"), jobs, work, config.batch_size)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Phase B
+    return run.rows("A_spines", [(i,) for i in range(len(run.problems))], work, config.batch_size)
 
 
 def valid_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -198,41 +186,32 @@ def valid_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     return valid_V
 
 
-POSITIONS_AT_ONCE = 256  # bounds the memory of [T, V] probabilities
-
-
 @torch.no_grad()
 def teacher_pass(run: Diagnosis, spine_rows: list[dict]) -> list[dict]:
-    """Score each kept spine in both contexts: h_trunc and the teacher's top valid tokens, and the student's own.
+    """Phase B: each kept spine in both contexts: h_trunc and the teacher's top valid tokens, and the student's own.
 
     The plausibility test of phase C uses the first two probabilities. Paper: silent on whether they are renormalised;
     here they are those of the full vocabulary.
     """
-    model, config = run.model.eval(), run.config
+    model, K = run.model.eval(), run.config.children
     valid_V = valid_tokens(model, run.tokenizer).to(model.device)
-    spine_of = {row["problem"]: row["ids"] for row in spine_rows if row["correct"] or config.incorrect_spines}
+    spine_of = {row["problem"]: row["ids"] for row in spine_rows if row["correct"] or run.config.incorrect_spines}
 
     def score(prompt: list[int], ids: list[int]) -> tuple[list[float], list[list[float]], list[list[int]]]:
-        hidden_TD = response_hidden(model, [prompt], [ids])[0]
         columns: tuple[list, list, list] = ([], [], [])
-        for part_TD in hidden_TD.split(POSITIONS_AT_ONCE):
+        for part_TD in response_hidden(model, [prompt], [ids])[0].split(POSITIONS_AT_ONCE):
             probability_TV = model.get_output_embeddings()(part_TD).float().softmax(dim=-1)
             h_T, p_TK, ids_TK = truncated_entropy(probability_TV, valid_V, TOP_VALID)
-            for column, tensor in zip(columns, (h_T, p_TK, ids_TK), strict=True):
-                column.extend((tensor[:, : config.children] if tensor.dim() == 2 else tensor).tolist())
+            for column, tensor in zip(columns, (h_T, p_TK[:, :K], ids_TK[:, :K]), strict=True):
+                column += tensor.tolist()
         return columns
 
-    def work(jobs: list[tuple]) -> list[dict]:
-        ((i,),) = jobs
+    def work(i: int) -> dict:
         h, p, teacher_ids = score(run.teacher_prompt(i), spine_of[i])
         _, _, student_ids = score(run.student_prompt(i), spine_of[i])
-        return [{"problem": i, "h_trunc": h, "teacher_p": p, "teacher_ids": teacher_ids, "student_ids": student_ids}]
+        return {"h_trunc": h, "teacher_p": p, "teacher_ids": teacher_ids, "student_ids": student_ids}
 
-    return do_jobs(run.rows("B_teacher"), [(i,) for i in spine_of], work, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Phase C
+    return run.rows_by_problem("B_teacher", spine_of, work)
 
 
 def first_boxed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
@@ -254,12 +233,11 @@ def pick_positions(h: list[float], p: list[list[float]], end: int, config: Diagn
 
 
 def candidates(run: Diagnosis, spine_rows: list[dict], teacher_rows: list[dict]) -> list[dict]:
-    """The most uncertain positions of each spine, none behind a `\\boxed`, with the tokens to force there."""
+    """Phase C: the most uncertain positions of each spine, none behind a `\\boxed`, with the tokens to force there."""
     spine_of = {row["problem"]: row for row in spine_rows}
     teacher_of = {row["problem"]: row for row in teacher_rows}
 
-    def work(jobs: list[tuple]) -> list[dict]:
-        ((i,),) = jobs
+    def work(i: int) -> dict:
         row, spine = teacher_of[i], spine_of[i]
         end = first_boxed(run.tokenizer, spine["ids"])
         found = [
@@ -267,43 +245,33 @@ def candidates(run: Diagnosis, spine_rows: list[dict], teacher_rows: list[dict])
              "teacher": row["teacher_ids"][t], "student": row["student_ids"][t], "spine_correct": spine["correct"]}
             for t in pick_positions(row["h_trunc"], row["teacher_p"], end, run.config)
         ]  # fmt: skip
-        return [{"problem": i, "candidates": found}]
+        return {"candidates": found}
 
-    return do_jobs(run.rows("C_candidates"), [(i,) for i in teacher_of], work, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Phase D
+    return run.rows_by_problem("C_candidates", teacher_of, work)
 
 
 @contextmanager
 def dropout_hooks(model: PreTrainedModel, layers: int, p: float, generator: torch.Generator) -> Iterator[None]:
     """Inside, the outputs of the last `layers` blocks pass through dropout; the hooks are removed in every case."""
 
-    def drop(module: torch.nn.Module, inputs: tuple, output):
-        hidden = output[0] if isinstance(output, tuple) else output
+    def drop(block: torch.nn.Module, inputs: tuple, hidden: Tensor) -> Tensor:
         kept = torch.rand(hidden.shape, generator=generator, device=hidden.device) >= p
-        dropped = hidden * kept / (1.0 - p)
-        return (dropped.to(hidden.dtype), *output[1:]) if isinstance(output, tuple) else dropped.to(hidden.dtype)
+        return (hidden * kept / (1.0 - p)).to(hidden.dtype)
 
-    handles = []
-    try:
-        handles += [layer.register_forward_hook(drop) for layer in model.get_decoder().layers[-layers:]]
+    with ExitStack() as hooks:
+        for layer in model.get_decoder().layers[-layers:]:
+            hooks.enter_context(layer.register_forward_hook(drop))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
 def dropout_scores(run: Diagnosis, spine_rows: list[dict], candidate_rows: list[dict]) -> list[dict]:
-    """MC-dropout scores of the teacher at each candidate: M passes of a problem in one batch and stream."""
+    """Phase D: MC-dropout scores of the teacher at each candidate: M passes of a problem in one batch and stream."""
     model, config = run.model.eval(), run.config
     spine_of = {row["problem"]: row["ids"] for row in spine_rows}
     positions_of = {row["problem"]: [c["position"] for c in row["candidates"]] for row in candidate_rows}
 
-    def work(jobs: list[tuple]) -> list[dict]:
-        ((i,),) = jobs
+    def work(i: int) -> dict:
         positions = positions_of[i]
         prompt, ids = run.teacher_prompt(i), spine_of[i][: max(positions) + 1]
         M, key = PASSES, np.random.SeedSequence((config.seed, DROPOUT_STREAM, i))
@@ -312,18 +280,13 @@ def dropout_scores(run: Diagnosis, spine_rows: list[dict], candidate_rows: list[
             hidden_MCD = response_hidden(model, [prompt] * M, [ids] * M)[:, positions]
         probability_MCV = model.get_output_embeddings()(hidden_MCD).float().softmax(dim=-1)
         scores = {name: score_C.tolist() for name, score_C in uncertainty(probability_MCV).items()}
-        return [{"problem": i, "positions": positions, **scores}]
+        return {"positions": positions, **scores}
 
-    jobs = [(i,) for i, positions in positions_of.items() if positions]
-    return do_jobs(run.rows("D_dropout"), jobs, work, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Phase E
+    return run.rows_by_problem("D_dropout", [i for i, positions in positions_of.items() if positions], work)
 
 
 def continuations(run: Diagnosis, spine_rows: list[dict], candidate_rows: list[dict]) -> list[dict]:
-    """Student continuations behind each forced token, and as many with none forced (`token` null), for all arms.
+    """Phase E: the student goes on behind each forced token and, as often, with none forced (`token` null).
 
     A token that both teacher and student propose is sampled once and counts in both arms: the same experiment. A row
     may use the context up to its last token, whatever it is batched with.
@@ -347,35 +310,26 @@ def continuations(run: Diagnosis, spine_rows: list[dict], candidate_rows: list[d
         prompts = [prompt_of[job[0]] + start(job) for job in jobs]
         keys = [(config.seed, CONTINUATION_STREAM, i, t, 0 if v is None else v + 1, n) for i, t, v, n in jobs]
         rooms = [config.context - len(prompt) for prompt in prompts]
-        responses = run.sample(prompts, keys, Sampling(TEMPERATURE, TOP_P, 0, max(rooms)))
+        responses = run.engine.sample(prompts, keys, Sampling(TEMPERATURE, TOP_P, 0, max(rooms)))
         rows = []
         for job, response, room in zip(jobs, responses, rooms, strict=True):
-            ids, (i, t, v, n) = response[:room], job
+            ids, (i, t, v, n) = response.ids[:room], job
             row = {"problem": i, "position": t, "token": v, "sample": n, "tokens": len(ids)}
             rows.append(row | run.graded(i, start(job) + ids))
         return rows
 
     jobs.sort(key=lambda job: len(prompt_of[job[0]]) + len(start(job)))  # so that little is padded
-    return do_jobs(run.rows("E_continuations"), jobs, work, config.batch_size)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The run
+    return run.rows("E_continuations", jobs, work, config.batch_size)
 
 
 def parse_config(arguments: list[str] | None = None) -> DiagnoseConfig:
     """Flags over the preset over the paper's defaults; without --model and --preset the preset is `tiny`."""
     config = FlagParser(DiagnoseConfig, __doc__).parse(PRESETS, arguments)
-    check_config(config)
-    return config
-
-
-def check_config(config: DiagnoseConfig) -> None:
-    """Raise InputError, naming the flag, for values that cannot work."""
     if len(config.data) != len(config.num_problems):
         raise InputError("--num_problems needs one number for each source of --data")
     if config.resume and config.output_dir is None:
         raise InputError("--resume needs --output_dir, the run to go on with")
+    return config
 
 
 def draw_problems(config: DiagnoseConfig) -> list[Problem]:
@@ -395,9 +349,8 @@ def prepare(config: DiagnoseConfig, device: torch.device, folder: Path, record: 
     problems, prompts = draw_problems(config), load_prompts(config.prompts, date=records.first_day(record))
     grader = make_grader(config.grader, [problem.answer for problem in problems])
     model, tokenizer = load_model(config.model, config.dtype, device=device), load_tokenizer(config.model)
-    for note in [grader.note, *check_prompts(tokenizer, prompts, ("student", "diagnostic"))]:
-        if note:
-            say(note)
+    for note in filter(None, [grader.note, *check_prompts(tokenizer, prompts, ("student", "diagnostic"))]):
+        say(note)
     config = replace(config, dtype=str(model.dtype).removeprefix("torch."), grader=f"{grader.name} {grader.version}")
     if config.server:  # samples in phases A and E; B and D pass through the model here
         engine = connect(config.server, config.model, config.served_model, tokenizer, config.batch_size, needs_ids=True)
@@ -406,14 +359,10 @@ def prepare(config: DiagnoseConfig, device: torch.device, folder: Path, record: 
     run = Diagnosis(model, tokenizer, engine, grader, problems, config, folder, prompts)
     if config.context > context_length(model):
         raise InputError(f"--context {config.context}: the model's is {context_length(model)}")
-    start = 0
-    for source, count in zip(config.data, config.num_problems, strict=True):
-        part = range(start, start := start + count)
-        for prompt in (run.student_prompt, run.teacher_prompt):
-            tokens = [len(prompt(i)) for i in part]
-            check_room(
-                f"--data {source}", problems[part.start : part.stop], tokens, config.spine_tokens + 1, config.context
-            )
+    sources = np.repeat(config.data, config.num_problems)
+    for i, problem in enumerate(problems):
+        tokens = max(len(run.student_prompt(i)), len(run.teacher_prompt(i)))
+        check_room(f"--data {sources[i]}", [problem], [tokens], config.spine_tokens + 1, config.context)
     return run
 
 
@@ -426,7 +375,7 @@ def diagnose(run: Diagnosis) -> None:
     continuation_rows = continuations(run, spine_rows, candidate_rows)
     run.engine.close()
     run.grader.close()
-    stopped = sum(gather_objects(run.grader.stopped))
+    stopped, refused = np.sum(gather_objects((run.grader.stopped, run.grader.refused)), axis=0)
     if rank() > 0:
         return
     rule = LabelRule(run.config.children, run.config.rollouts)
@@ -434,7 +383,7 @@ def diagnose(run: Diagnosis) -> None:
     records.write_rows(run.folder / "F_labels.jsonl", rows)
     right = sum(row["correct"] for row in spine_rows)
     print(f"{len(spine_rows)} problems, {right} spines right, {len(continuation_rows)} continuations, "
-          f"grader {run.config.grader}, {stopped} comparisons stopped at a limit")  # fmt: skip
+          f"grader {run.config.grader}, {stopped} comparisons stopped at a limit, {refused} refused")  # fmt: skip
     results = {"rule": asdict(rule)}
     for name, members in by_spine(rows).items():
         results[name] = table1(to_columns(members, rule))
@@ -450,8 +399,9 @@ def main() -> None:
     folder = records.new_folder(config.output_dir, f"diagnose-{config.preset or Path(config.model).name}")
     with records.open_run(folder, "diagnose", config.resume) as record:
         run = prepare(config, device, folder, record)
-        inputs = {"data": records.digest(run.problems), "prompts": asdict(run.prompts)}
-        inputs, facts = records.fingerprints(config, **inputs), {"hardware": str(device), "date": run.prompts.chat.date}
+        inputs = records.fingerprints({"model": config.model})
+        inputs |= {"data": records.digest(run.problems), "prompts": asdict(run.prompts)}
+        facts = {"hardware": str(device), "date": run.prompts.chat.date}
         records.record_run(folder, "diagnose", record, asdict(run.config), FREE_ON_RESUME, inputs, facts)
         say(f"{departures(config, PRESETS) or 'the preset as it is'}; all options: {folder}/config.json")
         diagnose(run)

@@ -20,13 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from errors import InputError
 from grading import answers_match, extract_boxed, make_grader
-from model import ADAPTER_CONFIG, load_config, load_model, load_tokenizer
 from problems import Problem, load_problems
 from rollout import Response, Sampling, StreamKey
 from runtime import records
@@ -34,7 +32,8 @@ from runtime.checkpoint import load_adapter
 from runtime.engines import Engine, GenerateEngine, connect
 from runtime.flags import FlagParser, option, run_script
 from runtime.lengths import check_room
-from runtime.ranks import hide_bar, rank, say, start_ranks, stop_ranks, world_size
+from runtime.loading import ADAPTER_CONFIG, load_config, load_model, load_tokenizer
+from runtime.ranks import progress, rank, say, start_ranks, stop_ranks, world_size
 from teacher import PAPER_PROMPTS, Prompts, check_prompts, encode_prompt, load_prompts
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -63,19 +62,17 @@ def maj_at_n(answers: Sequence[str | None], correct: Sequence[bool], match: Call
     Answers that cannot be parsed (None) form one cluster that takes part in the vote and is wrong if it wins. Ties go
     to the cluster seen first.
     """
-    firsts: list[int] = []
-    sizes: list[int] = []
+    clusters: list[list[int]] = []  # members by their place
     for index, answer in enumerate(answers):
-        for cluster, first in enumerate(firsts):
-            other = answers[first]
+        for members in clusters:
+            other = answers[members[0]]
             alike = answer is other if None in (answer, other) else match(answer, other)
             if alike:
-                sizes[cluster] += 1
+                members.append(index)
                 break
         else:
-            firsts.append(index)
-            sizes.append(1)
-    winner = firsts[sizes.index(max(sizes))]
+            clusters.append([index])
+    winner = max(clusters, key=len)[0]  # of equal ones the first
     return float(answers[winner] is not None and correct[winner])
 
 
@@ -99,36 +96,33 @@ Job = tuple[int, int, int]  # (seed, problem index, sample index)
 
 
 def solve(
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: list[Problem],
-    jobs: list[Job],
-    settings: Sampling,
-    enable_thinking: bool = True,
-    on_sample: Callable[[Sample], None] | None = None,
-    prompts: Prompts = PAPER_PROMPTS,
-) -> list[Sample]:
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], jobs: list[Job], settings: Sampling,
+    enable_thinking: bool = True, on_sample: Callable[[Sample], None] | None = None, prompts: Prompts = PAPER_PROMPTS,
+) -> list[Sample]:  # fmt: skip
     """Sample the jobs, each with its own random stream; `on_sample` sees each sample as soon as the engine is done."""
     if not jobs:
         return []
-    encoded = [
-        encode_prompt(tokenizer, prompts.evaluation, problems[index], enable_thinking, prompts.chat)
-        for _, index, _ in jobs
-    ]
+    encoded = encode(tokenizer, [problems[index] for _, index, _ in jobs], enable_thinking, prompts)
     samples: dict[int, Sample] = {}
 
     def keep(row: int, response: Response) -> None:
         text = response.text
         if text is None:
             text = tokenizer.decode(response.ids, skip_special_tokens=True)
-        seed, index, number = jobs[row]
-        end = "eos" if response.finished else "length"
+        (seed, index, number), end = jobs[row], "eos" if response.finished else "length"
         samples[row] = Sample(index, number, seed, text, response.tokens or len(response.ids), end)
         if on_sample is not None:
             on_sample(samples[row])
 
     engine.sample(encoded, stream_keys(problems, jobs), settings, keep)
     return [samples[row] for row in range(len(jobs))]
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, problems: list[Problem], enable_thinking: bool, prompts: Prompts
+) -> list[list[int]]:
+    """Token ids of the problems' evaluation prompts."""
+    return [encode_prompt(tokenizer, prompts.evaluation, each, enable_thinking, prompts.chat) for each in problems]
 
 
 def stream_keys(problems: list[Problem], jobs: list[Job]) -> list[StreamKey]:
@@ -151,7 +145,7 @@ def sample_missing(
 ) -> None:  # fmt: skip
     """Sample this rank's share of `missing`; each sample is on the disk as soon as it is there."""
     mine, start = missing[rank() :: world_size()], time.perf_counter()
-    bar = tqdm(total=len(mine), desc="sampling", unit="sample", disable=hide_bar())
+    bar = progress(total=len(mine), desc="samples")
 
     def keep(item: Sample) -> None:
         file.add([asdict(item)])
@@ -202,25 +196,22 @@ def summarise(samples: list[Sample], problems: list[Problem], match: Callable = 
         groups.setdefault((item.seed, item.problem), []).append(item)
     seeds, indices = sorted({seed for seed, _ in groups}), sorted({index for _, index in groups})
     scores = {key: score(items, problems[key[1]], match) for key, items in groups.items()}
-    metrics, per_problem = {}, {}
-    for name in scores[seeds[0], indices[0]]:
-        values_SP = np.array([[scores[seed, index][name] for index in indices] for seed in seeds])
+    names = list(scores[seeds[0], indices[0]])
+    values = {name: np.array([[scores[s, i][name] for i in indices] for s in seeds]) for name in names}
+    metrics = {}
+    for name, values_SP in values.items():
         by_seed, interval = values_SP.mean(axis=1), bootstrap_interval if name == "tokens" else share_interval
         metrics[name] = {
-            "mean": float(values_SP.mean()),
-            "interval": interval(values_SP.mean(axis=0)),
-            "by_seed": by_seed.tolist(),
+            "mean": float(values_SP.mean()), "interval": interval(values_SP.mean(axis=0)), "by_seed": by_seed.tolist(),
             "std_over_seeds": float(by_seed.std(ddof=1)) if len(seeds) > 1 else None,
-        }
-        if name in ("avg", "pass", "maj"):
-            per_problem[name] = values_SP.tolist()
+        }  # fmt: skip
+    per_problem = {name: values[name].tolist() for name in ("avg", "pass", "maj")}
     return {"metrics": metrics, "seeds": seeds, "problems": indices, "per_problem": per_problem}
 
 
 def share_interval(shares_P: np.ndarray) -> list[float]:
-    """`bootstrap_interval` of shares. Where all are 0 or all 1 every resample is alike; there stands the exact binomial
-    (Clopper-Pearson) interval of 0 of P or P of P, whose closed end is 0 or 1 and whose open end .025 ** (1 / P) from
-    the other."""
+    """`bootstrap_interval` of shares; where all are 0 or all 1, and every resample is alike, the exact binomial
+    (Clopper-Pearson) interval of 0 of P or P of P: [0, 1 - b] or [b, 1], b = .025 ** (1 / P)."""
     bound = 0.025 ** (1 / len(shares_P))
     if np.all(shares_P == 1.0):
         return [bound, 1.0]
@@ -243,9 +234,7 @@ def bootstrap_interval(values_P: np.ndarray, resamples: int = 10_000, seed: int 
 class EvaluationConfig:
     """Options of evaluate.py; sampling defaults are the paper's, for one of its three seeds."""
 
-    benchmark: str = option(
-        "tiny", "math500, aime24, aime25, hmmt25, tiny, a file, folder or hub name owner/name[:config]:split", "data"
-    )
+    benchmark: str = option("tiny", "math500, aime24, aime25, hmmt25, tiny, or a file, folder or hub name", "data")
     columns: str | None = option(None, "unusual columns: problem=...,solution=...,answer=...", "data")
     limit: int | None = option(None, "only the first problems, so many", "data", least=1)
     model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
@@ -255,9 +244,7 @@ class EvaluationConfig:
     temperature: float = option(1.0, "0 is greedy", "sampling")
     top_p: float = option(0.95, "1 is off", "sampling")
     top_k: int = option(0, "0 is off", "sampling")
-    max_new_tokens: int = option(
-        38912, "lowered to what the model's context leaves behind the longest prompt", "sampling"
-    )
+    max_new_tokens: int = option(38912, "at most what the model's context leaves for the longest prompt", "sampling")
     enable_thinking: bool = option(True, "of the chat template", "sampling")
     prompts: str | None = option(None, "JSON file with a template of your own: evaluation", "sampling")
     chat_template_kwargs: str | None = option(None, "JSON of further arguments for the chat template", "sampling")
@@ -272,9 +259,7 @@ class EvaluationConfig:
 
 
 # What may differ when an evaluation is taken up again: how many samples are asked for, how they are computed, graded.
-FREE_ON_RESUME = {
-    "num_samples", "seeds", "served_model", "batch_size", "grader", "grade_only", "output_dir", "device",
-}  # fmt: skip
+FREE_ON_RESUME = {"num_samples", "seeds", "served_model", "batch_size", "grader", "grade_only", "output_dir", "device"}
 
 
 def check_config(config: EvaluationConfig) -> None:
@@ -287,11 +272,9 @@ def check_config(config: EvaluationConfig) -> None:
 
 
 def on_device(config: EvaluationConfig, device: torch.device) -> EvaluationConfig:
-    """The options with what the device decides where the user did not (model.load_model); a server decides itself."""
-    dtype = config.dtype
-    if dtype == "auto" and not config.server:
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    return replace(config, device=str(device), dtype=dtype)
+    """The options with what the device decides where the user did not (loading.load_model); a server decides itself."""
+    auto = "auto" if config.server else "bfloat16" if device.type == "cuda" else "float32"
+    return replace(config, device=str(device), dtype=auto if config.dtype == "auto" else config.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -318,7 +301,7 @@ def main() -> None:
         file = records.RowFile(folder / "samples.jsonl", key, ("text", "tokens", "finish_reason"))
         missing = [job for job in jobs if job not in file.rows]
         if config.grade_only:
-            check_complete(record, problems, missing, jobs, folder)
+            check_complete(folder, record, problems, missing, len(jobs))
         else:
             tokenizer = load_tokenizer(config.model)
             prompts = load_prompts(config.prompts, config.chat_template_kwargs, records.first_day(record))
@@ -340,73 +323,58 @@ def begin(
 
     Returns the options with one limit for all problems, min(--max_new_tokens, context - longest prompt).
     """
-    encoded = [
-        encode_prompt(tokenizer, prompts.evaluation, problem, config.enable_thinking, prompts.chat)
-        for problem in problems
-    ]
+    encoded = encode(tokenizer, problems, config.enable_thinking, prompts)
     lengths, settings = [len(ids) for ids in encoded], load_config(config.model).get_text_config()
     context = getattr(settings, "max_position_embeddings", None) or sys.maxsize
     check_room(f"--benchmark {config.benchmark}", problems, lengths, 1, context)
-    if context - max(lengths) < config.max_new_tokens:
-        say(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {context - max(lengths)}")
-        config = replace(config, max_new_tokens=context - max(lengths))
-    digests = {
+    if (room := context - max(lengths)) < config.max_new_tokens:
+        say(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {room}")
+        config = replace(config, max_new_tokens=room)
+    inputs = records.fingerprints({"model": config.model, "adapter": config.adapter}) | {
         "benchmark": benchmark_digest(problems), "prompts": hashlib.sha256(json.dumps(encoded).encode()).hexdigest(),
         "server": "a server" if config.server else "this process",
     }  # fmt: skip
-    inputs = records.fingerprints(config, **digests)
     records.record_run(folder, "evaluate", record, asdict(config), FREE_ON_RESUME, inputs,
                        {"hardware": config.device, "date": prompts.chat.date})  # fmt: skip
     return config
 
 
-def check_complete(
-    record: dict | None, problems: list[Problem], missing: list[Job], jobs: list[Job], folder: Path
-) -> None:
+def check_complete(folder: Path, record: dict | None, problems: list[Problem], missing: list[Job], total: int) -> None:
     """Raise InputError where --grade_only would grade other problems, or lacks samples."""
     if changed := records.difference(record and record["inputs"].get("benchmark"), benchmark_digest(problems)):
         raise InputError(f"--grade_only: {folder} holds samples of another --benchmark ({changed})")
     if missing:
-        raise InputError(
-            f"--grade_only: {folder} lacks {len(missing)} of {len(jobs)} samples; sample them without --grade_only, "
-            "or ask for fewer with --num_samples and --seeds"
-        )
+        few = f"lacks {len(missing)} of {total} samples; sample them without --grade_only, or ask for fewer"
+        raise InputError(f"--grade_only: {folder} {few}")
 
 
 def report(config: EvaluationConfig, problems: list[Problem], samples: list[Sample], folder: Path, grader) -> None:
     """Grade, count, write summary.json and print it."""
     record = records.read_record(folder)
     regime = {name: value for name, value in record["config"].items() if name not in FREE_ON_RESUME}
+    results = summarise(samples, problems, grader.match)
     summary = {
         "benchmark": config.benchmark, "num_samples": config.num_samples,
         "regime": regime | {"benchmark_sha256": benchmark_digest(problems)}, "inputs": record["inputs"],
-        "answers_sha256": benchmark_digest(problems, "answer"), "versions": records.versions(),
-        **summarise(samples, problems, grader.match),
-        "grader": {
-            "name": grader.name, "version": grader.version, "asked": grader.asked, "stopped": grader.stopped,
-            "refused": grader.refused,
-        },
+        "answers_sha256": benchmark_digest(problems, "answer"), "versions": records.versions(), **results,
+        "grader": {part: getattr(grader, part) for part in ("name", "version", "asked", "stopped", "refused")},
     }  # fmt: skip
     records.write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    print_table(summary)
-
-
-def print_table(summary: dict) -> None:
-    grader = summary["grader"]
-    print(f"{summary['benchmark']}: {len(summary['problems'])} problems, N {summary['num_samples']}, "
-          f"seeds {summary['seeds']}, grader {grader['name']} {grader['version']}")  # fmt: skip
-    for name, value in summary["metrics"].items():
+    print(f"{config.benchmark}: {len(results['problems'])} problems, N {config.num_samples}, seeds {results['seeds']}, "
+          f"grader {grader.name} {grader.version}")  # fmt: skip
+    for name, value in results["metrics"].items():
         scale, digits = (1, 1) if name == "tokens" else (100, 2)
         low, high = (f"{scale * end:.{digits}f}" for end in value["interval"])
         spread = value["std_over_seeds"]
         over_seeds = "" if spread is None else f"   +- {scale * spread:.{digits}f} over seeds"
         print(f"{name:13s} {scale * value['mean']:8.{digits}f}   95 % [{low}, {high}]{over_seeds}")
-    if grader["asked"]:
-        print(f"{grader['asked']} comparisons needed {grader['name']}")
-    if grader["stopped"]:
-        print(f"{grader['stopped']} comparisons were stopped at a limit and count as not equal")
-    if grader["refused"]:
-        print(f"{grader['refused']} comparisons were refused what a library wanted to do and count as not equal")
+    for count, happened in (
+        (grader.asked, f"needed {grader.name}"),
+        (grader.stopped, "were stopped at a limit and count as not equal"),
+        (grader.refused, "were refused what a library wanted to do and count as not equal"),
+    ):
+        if count:
+            print(f"{count} comparisons {happened}")
 
 
 if __name__ == "__main__":

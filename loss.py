@@ -18,11 +18,11 @@ from functools import partial
 from math import inf, log, nan
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from errors import InputError
+from model import head_logits
 from weighting import get_schedule, relative_position
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -228,31 +228,20 @@ def reduce_tokens(method: Method, scores: TokenScores, lengths: list[int], step:
 
 
 def method_loss(
-    name: str,
-    student_logits_BTV: Tensor,
-    teacher_logits_BTV: Tensor,
-    response_ids_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    step: int = 0,
-    correct: list[bool | None] | None = None,
-    finished: list[bool] | None = None,
-    **overrides,
-) -> Tensor:
+    name: str, student_logits_BTV: Tensor, teacher_logits_BTV: Tensor, response_ids_BT: Tensor, mask_BT: Tensor, *,
+    step: int = 0, correct: list[bool | None] | None = None, finished: list[bool] | None = None, **overrides,
+) -> Tensor:  # fmt: skip
     """Eq. (8) of a method on whole logits: the plain form, for readers, forks and tests.
 
     `mask_BT` is True on each row's response tokens, a prefix of the row; `correct` and `finished` are the rows'
-    outcomes, for weights that look at them. `overrides` are fields of LossOptions, with
-    `clip` (None for none) and `temperature` short for tau_clip and distill_temperature. Returns a scalar whose gradient
-    flows into the student's logits only. Raises InputError (a ValueError) for unknown names, options out of range, or
-    tensors whose shapes do not fit.
+    outcomes, for weights that look at them. `overrides` are fields of LossOptions, with `clip` (None for none) and
+    `temperature` short for tau_clip and distill_temperature. The gradient flows into the student's logits only. Raises
+    InputError (a ValueError) for unknown names, options out of range, or tensors whose shapes do not fit.
     """
     options = _options(overrides)
     method = resolve_method(name, options)
     if student_logits_BTV.shape != teacher_logits_BTV.shape:
-        raise InputError(
-            f"logits differ in shape: {tuple(student_logits_BTV.shape)}, {tuple(teacher_logits_BTV.shape)}"
-        )
+        raise InputError(f"logits differ in shape: {student_logits_BTV.shape}, {teacher_logits_BTV.shape}")
     lengths = valid_lengths(mask_BT, response_ids_BT, student_logits_BTV)
     student_logp_MV = log_probabilities(student_logits_BTV[mask_BT], options.distill_temperature)
     teacher_logp_MV = log_probabilities(teacher_logits_BTV[mask_BT].detach(), options.distill_temperature)
@@ -339,15 +328,9 @@ CHUNK_BYTES = 30 * 2**20
 
 
 def score_tokens_from_hidden(
-    method: Method,
-    student_MD: Tensor,
-    teacher_MD: Tensor,
-    head_VD: Tensor,
-    teacher_head_VD: Tensor,
-    ids_M: Tensor,
-    options: LossOptions,
-    chunk_tokens: int | None = None,
-) -> TokenScores:
+    method: Method, student_MD: Tensor, teacher_MD: Tensor, head_VD: Tensor, teacher_head_VD: Tensor, ids_M: Tensor,
+    options: LossOptions, chunk_tokens: int | None = None,
+) -> TokenScores:  # fmt: skip
     """`score_tokens` of the valid tokens' hidden states, a chunk of them at a time.
 
     A chunk's logits are not kept for its gradient: with the loss comes dl_t/dh_t, [M, D], at once. Where the head is
@@ -385,48 +368,6 @@ def _score_chunk(method, student_MD, teacher_MD, ids_M, head_VD, teacher_head_VD
     with torch.no_grad():
         teacher_logp_MV = log_probabilities(head_logits(teacher_MD, teacher_head_VD), options.distill_temperature)
     return score_tokens(method, student_logp_MV, teacher_logp_MV, ids_M, options)
-
-
-HEAD_ROWS = 512  # of a half-precision head in float32 at a time: they fit into a CPU's cache
-
-
-def head_logits(hidden_MD: Tensor, head_VD: Tensor) -> Tensor:
-    """hidden @ head.T in float32, also of bfloat16 states: a matrix product accumulates in float32 anyway.
-
-    Logits rounded to bfloat16 would move entries across tau_clip, where the gradient turns around.
-    """
-    return F.linear(hidden_MD, head_VD) if hidden_MD.dtype == torch.float32 else _WideProduct.apply(hidden_MD, head_VD)
-
-
-class _WideProduct(torch.autograd.Function):
-    """x W^T in float32 for x and W in half precision, whose gradients have their precision.
-
-    A CPU multiplies in float32, HEAD_ROWS of W at a time, so that their copy stays in its cache.
-    """
-
-    @staticmethod
-    def forward(ctx, x_MD: Tensor, head_VD: Tensor) -> Tensor:
-        ctx.save_for_backward(x_MD, head_VD)
-        try:
-            return torch.mm(x_MD, head_VD.T, out_dtype=torch.float32)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # a CPU, or a kernel that lacks it
-            logits_MV = x_MD.new_empty(len(x_MD), len(head_VD), dtype=torch.float32)
-            for rows, out in zip(head_VD.split(HEAD_ROWS), logits_MV.split(HEAD_ROWS, dim=-1), strict=True):
-                torch.mm(x_MD.float(), rows.float().T, out=out)
-            return logits_MV
-
-    @staticmethod
-    def backward(ctx, grad_MV: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x_MD, head_VD), (to_x, to_head) = ctx.saved_tensors, ctx.needs_input_grad
-        if not to_head and x_MD.device.type == "cpu":  # whose half precision is slow in so long a sum
-            to_x_MD = torch.zeros_like(x_MD, dtype=torch.float32)
-            for rows, part in zip(head_VD.split(HEAD_ROWS), grad_MV.split(HEAD_ROWS, dim=-1), strict=True):
-                to_x_MD.addmm_(part, rows.float())
-            return to_x_MD.to(x_MD.dtype), None
-        grad_MV = grad_MV.to(x_MD.dtype)
-        return grad_MV @ head_VD if to_x else None, grad_MV.T @ x_MD if to_head else None
 
 
 def valid_lengths(mask_BT: Tensor, response_ids_BT: Tensor, values_BTX: Tensor) -> list[int]:

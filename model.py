@@ -1,4 +1,4 @@
-"""The language model: the forward pass, the same function for both contexts; LoRA; loading.
+"""The language model: the forward pass, the same function for both contexts; the head; LoRA.
 
 LoRA (Hu et al. 2021) is written out here: W x + (alpha / r) B A x on every linear map of the blocks, which are seven in
 a Llama, Qwen or Olmo. The adapter is never merged in place: the fixed teacher is the same model with it switched off.
@@ -9,37 +9,19 @@ Axes: B sequences, T response tokens, D hidden.
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from chat import end_of_turn
-from errors import InputError, one_line, some
-
-ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name of it
-ADAPTER_BESIDE = f"{ADAPTER_CONFIG} stands beside the model; put the adapter into a directory of its own"
-DTYPES = ("float32", "bfloat16", "float16")
-TINY_MODEL = Path(__file__).resolve().parent / "tiny-model"  # the embedded model, known to every script as `tiny`
-
+from errors import InputError, some
 
 # ---------------------------------------------------------------------------------------------------------------
 # The forward pass of both contexts
@@ -69,6 +51,61 @@ def response_hidden(model: PreTrainedModel, prompts: list[list[int]], responses:
 def response_mask(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
     """[B, T] True where a response has a token. From lengths, never from ids: a pad id may be the EOS id."""
     return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Gradient checkpointing of each block. The library's own works in training mode only, where its dropout draws."""
+    for block in model.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            block.forward = partial(_recomputed, block.forward)
+
+
+def _recomputed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+HEAD_ROWS = 512  # of a half-precision head in float32 at a time: they fit into a CPU's cache
+
+
+def head_logits(hidden_MD: Tensor, head_VD: Tensor) -> Tensor:
+    """hidden @ head.T in float32, also of bfloat16 states: a matrix product accumulates in float32 anyway.
+
+    Logits rounded to bfloat16 would move entries across tau_clip, where the gradient turns around.
+    """
+    return F.linear(hidden_MD, head_VD) if hidden_MD.dtype == torch.float32 else _WideProduct.apply(hidden_MD, head_VD)
+
+
+class _WideProduct(torch.autograd.Function):
+    """x W^T in float32 for x and W in half precision, whose gradients have their precision.
+
+    A CPU multiplies in float32, HEAD_ROWS of W at a time, so that their copy stays in its cache.
+    """
+
+    @staticmethod
+    def forward(ctx, x_MD: Tensor, head_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(x_MD, head_VD)
+        try:
+            return torch.mm(x_MD, head_VD.T, out_dtype=torch.float32)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # a CPU, or a kernel that lacks it
+            logits_MV = x_MD.new_empty(len(x_MD), len(head_VD), dtype=torch.float32)
+            for rows, out in zip(head_VD.split(HEAD_ROWS), logits_MV.split(HEAD_ROWS, dim=-1), strict=True):
+                torch.mm(x_MD.float(), rows.float().T, out=out)
+            return logits_MV
+
+    @staticmethod
+    def backward(ctx, grad_MV: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (x_MD, head_VD), (to_x, to_head) = ctx.saved_tensors, ctx.needs_input_grad
+        if not to_head and x_MD.device.type == "cpu":  # whose half precision is slow in so long a sum
+            to_x_MD = torch.zeros_like(x_MD, dtype=torch.float32)
+            for rows, part in zip(head_VD.split(HEAD_ROWS), grad_MV.split(HEAD_ROWS, dim=-1), strict=True):
+                to_x_MD.addmm_(part, rows.float())
+            return to_x_MD.to(x_MD.dtype), None
+        grad_MV = grad_MV.to(x_MD.dtype)
+        return grad_MV @ head_VD if to_x else None, grad_MV.T @ x_MD if to_head else None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -184,194 +221,3 @@ def cast_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.cast = None
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Loading
-
-
-def load_model(name: str, dtype: str = "auto", device: str | torch.device = "auto") -> PreTrainedModel:
-    """Load a causal LM, in evaluation mode. `dtype`: auto (bfloat16 on a GPU, else float32) or its name.
-
-    Sampling defaults that the checkpoint brings are dropped, so that only our own flags decide; its EOS ids are kept.
-    Raises InputError where there is no checkpoint, it is more than a language model, its weights are not exactly the
-    architecture's, or its head is not a plain linear map of the last hidden state.
-    """
-    device = pick_device(device)
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype}: choose one of auto, {', '.join(DTYPES)}")
-    name, config = find_checkpoint(name), load_config(name)
-    try:
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError("its weights are quantised, and only plain ones can be trained and scored")
-        check_text_only(config, name)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False,
-            output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    except (torch.OutOfMemoryError, InputError):
-        raise
-    except Exception as error:  # each library that may be asked has errors of its own
-        raise InputError(f"--model {name}: cannot be loaded ({one_line(error)})") from error
-    check_weights(model, name, found)
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
-        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
-    )
-    model = model.to(device)
-    check_head(model, name)
-    return model
-
-
-def load_config(name: str) -> PreTrainedConfig:
-    """A checkpoint's config. Raises InputError where it, or the generation config beside it, cannot be read."""
-    name = find_checkpoint(name)
-    defaults = Path(name) / "generation_config.json"
-    try:
-        if defaults.is_file():  # where it is damaged, transformers would do without its EOS ids in silence
-            json.loads(defaults.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"--model {name}: {defaults.name} is not valid JSON ({error})") from None
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # each library that may be asked has errors of its own
-        raise InputError(f"--model {name}: cannot be loaded ({one_line(error)})") from error
-
-
-def check_text_only(config: PreTrainedConfig, name: str) -> None:
-    """Raise InputError for a model with a vision tower or the like: no tool would read an adapter of its text part."""
-    if config.get_text_config() is not config:
-        raise InputError(
-            f"--model {name}: {config.model_type} is more than a language model; save its text part, and the tokenizer "
-            f"beside it: whole = transformers.AutoModelForCausalLM.from_pretrained({name!r}); "
-            "getattr(whole.model, 'language_model', whole).save_pretrained('DIRECTORY')"
-        )
-
-
-def check_weights(model: PreTrainedModel, name: str, found: dict) -> None:
-    """Raise InputError where the checkpoint and the architecture do not have exactly the same weights."""
-    mismatched = [key for key, *_ in found["mismatched_keys"]]  # (name, shape in the file, shape in the model)
-    for what, keys in (
-        ("lacks", set(found["missing_keys"]) - set(mismatched)),
-        ("has other shapes of", mismatched),
-        ("has, beyond the architecture,", found["unexpected_keys"]),
-    ):
-        if keys:
-            raise InputError(f"--model {name}: the checkpoint {what} {some(sorted(keys))}")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise InputError(f"--model {name}: {ADAPTER_BESIDE}")
-
-
-@torch.no_grad()
-def check_head(model: PreTrainedModel, name: str) -> None:
-    """Raise InputError unless logits are head x hidden, as the losses compute them, compared with the model's own."""
-    head, ids = model.get_output_embeddings(), list(range(1, 1 + HEAD_TOKENS))
-    try:
-        hidden_TD = response_hidden(model, [ids[:1]], [ids[1:]])[0]
-        ours_TV = F.linear(hidden_TD, head.weight).float()
-        theirs_TV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1].float()
-    except (AttributeError, TypeError, NotImplementedError, ValueError, IndexError) as error:
-        raise InputError(f"--model {name}: its forward pass is of another kind ({one_line(error)})") from error
-    limit = 4 * torch.finfo(model.dtype).eps * theirs_TV.abs().max()  # the same operation, give or take its last bits
-    off = (ours_TV - theirs_TV).abs().max()
-    if getattr(head, "bias", None) is not None or not off <= limit:
-        raise InputError(
-            f"--model {name}: its logits are not head x hidden (a bias, a multiplier or a cap; {off:.2g} off), "
-            "which the losses rely on"
-        )
-
-
-HEAD_TOKENS = 8  # of the one forward pass that compares
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint. Without a pad token EOS is used: masks come from lengths, not from ids."""
-    name = find_checkpoint(name)
-    rows = load_config(name).get_text_config().vocab_size  # where this fails, its words are the clearer ones
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # each library that may be asked has errors of its own
-        raise InputError(f"--model {name}: no tokenizer can be loaded ({one_line(error)})") from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"--model {name}: the tokenizer has no EOS token")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
-        tokenizer.pad_token = tokenizer.eos_token
-    beyond = [token for token, index in tokenizer.get_vocab().items() if index >= rows and can_occur(tokenizer, index)]
-    if beyond:
-        raise InputError(f"--model {name}: its embedding of {rows} rows has none for the token {some(sorted(beyond))}")
-    back = tokenizer.decode(tokenizer.encode(MATHEMATICS, add_special_tokens=False))
-    if back.strip() != MATHEMATICS:
-        raise InputError(f"--model {name}: the tokenizer loses text: {MATHEMATICS!r} comes back as {back!r}")
-    return tokenizer
-
-
-def can_occur(tokenizer: PreTrainedTokenizerBase, index: int) -> bool:
-    """Whether a prompt may hold the token: special ones only where the chat template spells or names them."""
-    token = tokenizer.added_tokens_decoder.get(index)
-    named = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return token is None or not token.special or index in named or token.content in str(tokenizer.chat_template)
-
-
-# Spaces, line breaks, digits and LaTeX: what solutions are made of. Libraries have dropped the spaces of some
-# tokenizers in silence.
-MATHEMATICS = "Let x = 12 and y = 3.\n\nThen $x + 2y = 18$, so  \\boxed{\\frac{18}{5}}"
-
-
-def find_checkpoint(name: str, said: str = "") -> str:
-    """The directory or hub name behind `--model`: `tiny`, a directory with a config.json, or `owner/name`.
-
-    Raises InputError where there is none, in words that begin with `said` instead of the flag.
-    """
-    said = said or f"--model {name}:"
-    path = TINY_MODEL if name == "tiny" else Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"{said} no checkpoint there (config.json is missing)")
-        if (path / ADAPTER_CONFIG).is_file():  # where peft is installed, transformers would apply it in silence
-            raise InputError(f"{said} {ADAPTER_BESIDE}")
-        return str(path)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(f"{said} neither a directory nor a hub name like 'owner/name'")
-    return name
-
-
-def pick_device(name: str | torch.device) -> torch.device:
-    """`auto` is the GPU where there is one. Raises InputError for a device that this machine lacks."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name}: not on this machine") from None
-    return device
-
-
-def eos_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a response: those of the checkpoint's generation config, the tokenizer's own, and the chat
-    template's end of turn, which is none of these where a base model brings a template."""
-    own, turn = generation.eos_token_id, end_of_turn(tokenizer)
-    listed = own if isinstance(own, list) else [own]
-    return sorted({*listed, tokenizer.eos_token_id, turn} - {None})
-
-
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Gradient checkpointing of each block. The library's own works in training mode only, where its dropout draws."""
-    for block in model.modules():
-        if isinstance(block, GradientCheckpointingLayer):
-            block.forward = partial(_recomputed, block.forward)
-
-
-def _recomputed(forward, *args, **kwargs):
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-
-def context_length(model: PreTrainedModel) -> int:
-    """Tokens that fit into the model's context."""
-    return int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)

@@ -15,6 +15,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 from errors import InputError, one_line
@@ -126,12 +127,8 @@ def _read_csv(path: Path) -> Rows:
 
 
 def _read_parquet(path: Path) -> Rows:
-    def load(datasets):
-        from pyarrow.parquet import read_table  # comes with datasets, whose own reader may serve an older cached copy
-
-        return datasets.Dataset(read_table(path))
-
-    return _read_datasets(path, load)
+    """By pyarrow, which comes with datasets: the reader of datasets may serve an older cached copy."""
+    return _read_datasets(path, lambda datasets: datasets.Dataset(import_module("pyarrow.parquet").read_table(path)))
 
 
 READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -151,10 +148,8 @@ def _read_folder(folder: Path, split: str) -> Rows:
 def _read_hub(source: str) -> Rows:
     name, *config, split = source.split(":") if ":" in source else (source, "train")
     if name.count("/") != 1 or len(config) > 1:
-        raise InputError(
-            f"{source}: neither a data file or folder, nor one of {', '.join(BENCHMARKS)}, nor "
-            "'owner/name[:config]:split' on the hub"
-        )
+        others = f"nor one of {', '.join(BENCHMARKS)}, nor 'owner/name[:config]:split' on the hub"
+        raise InputError(f"{source}: neither a data file or folder, {others}")
     return _read_datasets(source, lambda datasets: datasets.load_dataset(name, *config, split=split))
 
 
@@ -202,7 +197,7 @@ def _fields(row: dict, where: str, columns: dict, need_solution: bool) -> tuple[
     if mark and final and "\n" not in final:  # a heading has lines below it
         solution = solution if solution and answer else CALCULATOR.sub("", rationale).rstrip()
         answer = final.strip()
-    for name, text in {"problem": problem, **({"solution": solution} if need_solution else {"answer": answer})}.items():
+    for name, text in (("problem", problem), ("solution", solution) if need_solution else ("answer", answer)):
         if not text.strip():
             there = f"the columns are {', '.join(row)}; --columns {name}=... names another"
             raise InputError(f"{where}: the {name} is empty or missing ({there})")
@@ -244,8 +239,7 @@ def tiny_problems(split: str, count: int, seed: int = 0, num_addends: int = TINY
         addends = [draw.randint(1, 9) for _ in range(num_addends)]
         if tiny_split(addends) == split:
             text = "+".join(map(str, addends))
-            problem = Problem(text, tiny_solution(addends, draw), str(sum(addends)), len(problems))
-            problems.setdefault(text, problem)
+            problems.setdefault(text, Problem(text, tiny_solution(addends, draw), str(sum(addends)), len(problems)))
     return list(problems.values())
 
 
@@ -256,9 +250,9 @@ def tiny_split(addends: list[int]) -> str:
 
 def tiny_solution(addends: list[int], draw: random.Random) -> str:
     """A clean solution that adds in a random order: `3+8=11;11+5=16;...\\boxed{26}`."""
-    left = draw.sample(addends, len(addends))
-    total, steps = left[0], []
-    for addend in left[1:]:
-        steps.append(f"{total}+{addend}={total + addend};")
+    total, *left = draw.sample(addends, len(addends))
+    steps = ""
+    for addend in left:
+        steps += f"{total}+{addend}={total + addend};"
         total += addend
-    return "".join(steps) + f"\\boxed{{{total}}}"
+    return steps + f"\\boxed{{{total}}}"

@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from chat import eos_ids
 from errors import InputError
-from model import cast_adapter, eos_ids
+from model import cast_adapter
 
 StreamKey = tuple[int, ...]  # (seed, purpose, step or problem, slot or sample): what a row's random numbers depend on
+
+
+LEAST_TEMPERATURE = 0.01  # vLLM raises what lies between 0 and this; logits over a far lower one overflow
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,8 @@ class Sampling:
     max_new_tokens: int
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise InputError(f"--temperature {self.temperature}: must be at least 0")
+        if self.temperature != 0.0 and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise InputError(f"--temperature {self.temperature}: must be 0 (greedy) or at least {LEAST_TEMPERATURE}")
         if not 0.0 < self.top_p <= 1.0:
             raise InputError(f"--top_p {self.top_p}: must lie in (0, 1]")
         if self.top_k < 0:
@@ -53,24 +57,25 @@ class Response:
     tokens: int | None = None  # with `text`: how many they were
 
 
-OnFinished = Callable[[int, Response], None]  # (row, response), called as soon as a row is done
+OnFinished = Callable[[int, Response], None]  # (row, response), called once a row, or its batch, is done
 
 
 @torch.no_grad()
 def sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], keys: Sequence[StreamKey],
-    settings: Sampling,
+    settings: Sampling, on_token: Callable[[], object] = lambda: None,
 ) -> list[Response]:  # fmt: skip
     """Sample one response per prompt from the model as it stands (adapter on), all prompts in one batch.
 
-    Leaves the model in the mode it was in. Raises FloatingPointError where the model's logits are not numbers.
+    Leaves the model in the mode it was in. `on_token` is called before each token of the batch. Raises
+    FloatingPointError where the model's logits are not numbers.
     """
     device, pad = model.get_input_embeddings().weight.device, tokenizer.pad_token_id
     ends = eos_ids(model.generation_config, tokenizer)
     width, was_training = max(map(len, prompts)), model.training
     ids_BP = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask_BP = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    sampler = StreamSampler(uniforms(keys, settings.max_new_tokens).to(device), width, settings)
+    sampler = StreamSampler(uniforms(keys, settings.max_new_tokens).to(device), width, settings, on_token)
     model.eval()
     try:
         with cast_adapter(model):
@@ -141,11 +146,12 @@ def uniforms(keys: Sequence[StreamKey], count: int) -> Tensor:
 class StreamSampler(LogitsProcessor):
     """Puts our choice in front of generate's argmax: all scores -inf but the chosen token's."""
 
-    def __init__(self, uniform_BT: Tensor, prompt_width: int, settings: Sampling) -> None:
-        self.uniform_BT, self.prompt_width, self.settings = uniform_BT, prompt_width, settings
+    def __init__(self, uniform_BT: Tensor, prompt_width: int, settings: Sampling, on_token: Callable) -> None:
+        self.uniform_BT, self.prompt_width, self.settings, self.on_token = uniform_BT, prompt_width, settings, on_token
         self.finite = torch.ones((), dtype=torch.bool, device=uniform_BT.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.on_token()
         self.finite &= scores.amax(dim=-1).isfinite().all()  # also False where one is NaN
         chosen_B = choose_tokens(scores, self.uniform_BT[:, input_ids.shape[1] - self.prompt_width], self.settings)
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen_B[:, None], 0.0)

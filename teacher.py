@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chat import Chat, encode_turn, render_turn, template_notes
-from errors import InputError, some
+from errors import InputError
 from model import adapter_disabled, adapter_dropout, lora_layers, lora_parameters, trained_parameters
 from problems import SURROGATE, Problem
 
@@ -73,15 +73,15 @@ FORBIDDEN = {"student": {"solution", "answer"}, "evaluation": {"solution", "answ
 def load_prompts(path: str | None, chat_template_kwargs: str | None = None, date: str | None = None) -> Prompts:
     """The paper's templates, or those that a JSON file puts in their place: {"student": "... {problem} ...", ...}.
 
-    Fields are {problem}, {solution} and {answer}; any other brace is text. The other two are for the chat template
-    (chat.py::Chat). Raises InputError, naming file and template.
+    Fields are {problem}, {solution} and {answer}, each filled wherever it stands; any other brace is text. The other
+    two are for the chat template (chat.py::Chat). Raises InputError, naming file and template.
     """
     try:
         kwargs = json.loads(chat_template_kwargs or "{}")
     except ValueError as error:
         raise InputError(f"--chat_template_kwargs {chat_template_kwargs}: cannot be read as JSON ({error})") from None
-    if not isinstance(kwargs, dict):
-        raise InputError(f"--chat_template_kwargs {chat_template_kwargs}: must be an object")
+    if not isinstance(kwargs, dict) or "chat_template" in kwargs:
+        raise InputError(f"--chat_template_kwargs {chat_template_kwargs}: must be an object, without a chat_template")
     prompts = replace(PAPER_PROMPTS, chat=Chat(kwargs, date))
     if path is None:
         return prompts
@@ -191,11 +191,9 @@ class Teacher:
     def __init__(
         self, model: PreTrainedModel, kind: str = "fixed", ema_decay: float = 0.99, other: PreTrainedModel | None = None
     ) -> None:
-        """`other`: the model that scores where the kind is `other`; its head is cut to the student's rows."""
+        """`other`: the model that scores where the kind is `other`, made fit by runtime/loading.py::load_other."""
         self.model, self.kind, self.ema_decay = model, kind, ema_decay
         self.trained, lora = trained_parameters(model), bool(lora_parameters(model))
-        if kind == "other":
-            match_heads(model, other)
         copied = kind in ("fixed", "ema") and not lora
         self.copy = copy.deepcopy(model).requires_grad_(False) if copied else None
         self.average: list[Tensor] = []  # for `ema`, one for each of `trained`; where there is a copy, its own weights
@@ -236,25 +234,3 @@ class Teacher:
         finally:
             for layer in layers:
                 layer.cast = None
-
-
-def match_heads(model: PreTrainedModel, other: PreTrainedModel) -> None:
-    """Cut the rows of the other model's head that pad it beyond the student's. Raises InputError where it has fewer."""
-    rows, head = len(model.get_output_embeddings().weight), other.get_output_embeddings()
-    if len(head.weight) < rows:
-        raise InputError(f"--teacher {other.name_or_path}: its head has {len(head.weight)} rows, the student's {rows}")
-    if len(head.weight) > rows:
-        head.weight = nn.Parameter(head.weight[:rows], requires_grad=False)
-
-
-def check_same_tokens(
-    tokenizer: PreTrainedTokenizerBase, others: PreTrainedTokenizerBase, prompts: Prompts, name: str
-) -> None:
-    """Raise InputError unless another model reads the student's token ids as the student does, prompts included."""
-    differing = {token for token, _ in tokenizer.get_vocab().items() ^ others.get_vocab().items()}
-    if differing:
-        raise InputError(f"--teacher {name}: its vocabulary is not the student's ({some(sorted(differing))})")
-    probe = Problem("Let x = 12.\n\nWhat is $\\frac{x}{5} + 345$?", "It is \\boxed{347.4}.", "347.4")
-    for encode in (student_prompt, teacher_prompt):
-        if encode(tokenizer, probe, prompts) != encode(others, probe, prompts):
-            raise InputError(f"--teacher {name}: its tokenizer or chat template encodes a prompt otherwise")

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
@@ -31,7 +30,7 @@ import rollout
 import teacher
 import weighting
 from errors import InputError
-from runtime import checkpoint, engines, lengths, metrics, ranks, records
+from runtime import checkpoint, engines, lengths, loading, metrics, ranks, records
 from runtime.flags import FlagParser, departures, option, run_script
 from runtime.stopping import Stop, StoppedError
 
@@ -57,7 +56,7 @@ def train_step(step: int, run: Training, data: list[problems.Problem], config: T
 
     # Score every token in both contexts, weight it by its position, add up the gradient of the loss's numerator.
     numerator, denominator = torch.zeros((), device=run.model.device), torch.zeros((), device=run.model.device)
-    for rows in micro_batches(rollouts, config.micro_batch_size):
+    for rows in ranks.progress(micro_batches(rollouts, config.micro_batch_size), desc="micro-batches", leave=False):
         with model.adapter_dropout(run.model):
             part, count = loss_fraction(step, rows, run, config, seen)
             part.backward()
@@ -207,10 +206,7 @@ class TrainConfig(loss.LossOptions):
     preset: str | None = option(None, "tiny (the default without --model), qwen3-4b, dsr1-llama-8b, olmo3-7b", "method")
     method: str = option("pwopsd", "opsd, pwopsd, eopd or reopold", "method")
     reference: str = option(
-        "own",
-        "what the teacher is shown: own, other (another problem's), answer or none",
-        "method",
-        choices=teacher.REFERENCES,
+        "own", "own, other, answer or none: what the teacher sees", "method", choices=teacher.REFERENCES
     )
     teacher: str = option("fixed", "whose weights score: fixed, ema, live, or those of another model", "method")
     ema_decay: float = option(0.99, "decay per step of --teacher ema", "method", within=(0, 1))
@@ -220,9 +216,7 @@ class TrainConfig(loss.LossOptions):
     chat_template_kwargs: str | None = option(None, "JSON of further arguments for the chat template", "method")
     model: str = option("tiny", "directory or hub name; `tiny` is the embedded model", "data")
     data: str = option("siyanzhao/Openthoughts_math_30k_opsd", "file, folder, hub name or tiny:train", "data")
-    columns: str | None = option(
-        None, "which column is which where names are unusual: problem=...,solution=...,answer=...", "data"
-    )
+    columns: str | None = option(None, "columns with unusual names: problem=...,solution=...,answer=...", "data")
     max_length: int = option(20000, "limit in tokens of the longer context with its response", "data", least=1)
     eval_data: str | None = option(None, "held-out problems, scored before and after training", "data")
     eval_steps: int = option(0, "also score them every so many steps; 0 is off", "data", least=0)
@@ -232,23 +226,14 @@ class TrainConfig(loss.LossOptions):
     temperature: float = option(1.1, "of the rollouts; --distill_temperature is the loss's", "sampling")
     top_p: float = option(0.95, "nucleus of the rollouts; 1 is off", "sampling")
     top_k: int = option(20, "most likely tokens of the rollouts; 0 is off", "sampling")
-    num_steps: int = option(
-        150, "optimizer steps; the learning rate falls linearly to 0 over them", "optimisation", least=1
-    )
+    num_steps: int = option(150, "steps, over which the learning rate falls linearly to 0", "optimisation", least=1)
     batch_size: int = option(32, "prompts per step over all ranks, one rollout each", "optimisation", within=(1, 1e6))
-    micro_batch_size: int = option(
-        4,
-        "sequences per forward pass on each rank",
-        "optimisation",
-        least=1,
-    )
+    micro_batch_size: int = option(4, "sequences per forward pass on each rank", "optimisation", least=1)
     learning_rate: float = option(5e-6, "at the first step", "optimisation", positive=True)
     max_grad_norm: float = option(0.1, "gradients are clipped to this norm", "optimisation", positive=True)
     lora_rank: int = option(64, "r; 0 trains all weights", "optimisation", least=0)
     lora_alpha: float = option(128.0, "the update is scaled by alpha / r", "optimisation", positive=True)
-    lora_dropout: float = option(
-        0.0, "the paper's text says 0.05, the authors' code runs with 0", "optimisation", within=(0, 0.99)
-    )
+    lora_dropout: float = option(0.0, "paper's text: 0.05, authors' code: 0", "optimisation", within=(0, 0.99))
     output_dir: str | None = option(None, "run folder; default runs/MODEL-METHOD-seedSEED, numbered if taken")
     resume: bool = option(False, "go on from the newest checkpoint in --output_dir, if there is one")
     seed: int = option(42, "of every random draw: adapter, data order, rollouts, evaluation", within=(0, 2**63))
@@ -271,9 +256,7 @@ PRESETS: dict[str, dict] = {
         "lora_rank": 16, "lora_alpha": 32.0, "top_k": 0,
     },
     "qwen3-4b": {"model": "Qwen/Qwen3-4B"},
-    "dsr1-llama-8b": {
-        "model": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "micro_batch_size": 2,
-    },
+    "dsr1-llama-8b": {"model": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "micro_batch_size": 2},
     "olmo3-7b": {"model": "allenai/Olmo-3-7B-Think", "micro_batch_size": 2},
 }  # fmt: skip
 # What may differ when a run is taken up again. It changes rounding only, with two exceptions: a server draws other
@@ -299,7 +282,7 @@ def check_config(config: TrainConfig) -> None:
     _ = config.sampling  # checks itself
     teacher.load_prompts(config.prompts, config.chat_template_kwargs)
     if config.teacher not in teacher.KINDS:
-        model.find_checkpoint(config.teacher, f"--teacher {config.teacher}: none of {', '.join(teacher.KINDS)}, and")
+        loading.find_checkpoint(config.teacher, f"--teacher {config.teacher}: none of {', '.join(teacher.KINDS)}, and")
     if config.dtype in ("bfloat16", "float16") and config.lora_rank == 0:
         raise InputError(
             f"--dtype {config.dtype} with --lora_rank 0: updates of --learning_rate's size vanish in its few digits; "
@@ -334,7 +317,7 @@ class Training:
     engine: engines.Engine
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    grader: grading.Grader
+    grader: grading.ExactGrader
     prompts: teacher.Prompts
     stop: Stop = field(default_factory=Stop)
 
@@ -357,10 +340,13 @@ def choose_prompts(
 
 
 def build(
-    config: TrainConfig, device: torch.device, grader: grading.Grader, prompts: teacher.Prompts = teacher.PAPER_PROMPTS
+    config: TrainConfig,
+    device: torch.device,
+    grader: grading.ExactGrader,
+    prompts: teacher.Prompts = teacher.PAPER_PROMPTS,
 ) -> Training:
     """Model with its adapter, teacher, optimizer and learning-rate schedule, all at their start."""
-    student, tokenizer = model.load_model(config.model, config.dtype, device=device), model.load_tokenizer(config.model)
+    student, tokenizer = loading.load_model(config.model, config.dtype, device), loading.load_tokenizer(config.model)
     torch.manual_seed(config.seed)
     if config.lora_rank > 0:
         model.add_lora(student, config.lora_rank, config.lora_alpha, config.lora_dropout)
@@ -369,8 +355,8 @@ def build(
     if config.teacher in teacher.KINDS:
         scorer = teacher.Teacher(student, config.teacher, config.ema_decay)
     else:
-        teacher.check_same_tokens(tokenizer, model.load_tokenizer(config.teacher), prompts, config.teacher)
-        scorer = teacher.Teacher(student, "other", other=model.load_model(config.teacher, config.dtype, device=device))
+        other = loading.load_other(config.teacher, student, tokenizer, prompts)
+        scorer = teacher.Teacher(student, "other", other=other)
     # Parameter by parameter (foreach False): updating all at once would take as much memory again.
     optimizer = torch.optim.AdamW(
         scorer.trained, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False
@@ -414,22 +400,17 @@ def score_held_out(
     log: records.RunLog, step: int, run: Training, data: list[problems.Problem], config: TrainConfig
 ) -> None:
     """Avg@1 on held-out problems, by the evaluation protocol and greedy; nothing is kept where a signal comes."""
-    if data and str(step) not in log.evaluation:
-        rows = held_out_rows(step, run, data, config)
-        run.stop.hold()
-        ranks.say(log.evaluate(step, [row for part in ranks.gather_objects(rows) for row in part]))
-        run.stop.release()
-
-
-def held_out_rows(step: int, run: Training, data: list[problems.Problem], config: TrainConfig) -> list[dict]:
-    """This rank's part of the held-out samples, graded, as rows for heldout.jsonl."""
+    if not data or str(step) in log.evaluation:
+        return
     rows, mine = [], [(config.seed, index, 0) for index in range(len(data))][ranks.rank() :: ranks.world_size()]
     for decoding, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         settings = rollout.Sampling(temperature, 0.95, 0, config.max_new_tokens)
         for item in evaluate.solve(run.engine, run.tokenizer, data, mine, settings, prompts=run.prompts):
             correct = run.grader.match(grading.extract_boxed(item.text), data[item.problem].answer)
             rows.append({"step": step, "decoding": decoding, "correct": correct, **asdict(item)})
-    return rows
+    run.stop.hold()
+    ranks.say(log.evaluate(step, [row for part in ranks.gather_objects(rows) for row in part]))
+    run.stop.release()
 
 
 def main() -> int:
@@ -439,7 +420,7 @@ def main() -> int:
     device = ranks.start_ranks(config.device)
     if config.batch_size < ranks.world_size():
         raise InputError(f"--batch_size {config.batch_size}: fewer prompts than the {ranks.world_size()} ranks")
-    model.find_checkpoint(config.model)  # a wrong --model is told before the data are looked for
+    loading.find_checkpoint(config.model)  # a wrong --model is told before the data are looked for
     data = problems.load_problems(config.data, columns=config.columns)
     held_out = problems.load_problems(config.eval_data, False, config.columns) if config.eval_data else []
     folder = records.new_folder(
@@ -460,6 +441,7 @@ def train(
 ) -> int:  # fmt: skip
     """A run in a folder that is ours, from its start or from its newest checkpoint; the signal that ended it, or 0."""
     grader = grading.make_grader(config.grader, [problem.answer for problem in [*data, *held_out] if problem.answer])
+    config = replace(config, grader=grader.name)  # a resumed run may not turn to another
     date = records.first_day(record)
     data, prompts = choose_prompts(config, data, date)
     run = build(config, device, grader, prompts)
@@ -469,17 +451,18 @@ def train(
         ranks.say(note)
     kept, longest = lengths.fitting_problems(run, data, held_out, config)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if run.method.over_batch else set())
-    inputs = {"data": records.digest(data), "eval_data": records.digest(held_out), "prompts": asdict(prompts)}
-    if config.teacher not in teacher.KINDS:
-        inputs["teacher"] = records.fingerprint(model.find_checkpoint(config.teacher))
-    inputs = records.fingerprints(config, **inputs)
+    models = {"model": config.model} | ({} if config.teacher in teacher.KINDS else {"teacher": config.teacher})
+    inputs = records.fingerprints(models)
+    inputs |= {"data": records.digest(data), "eval_data": records.digest(held_out), "prompts": asdict(prompts)}
+    if any(theirs != inputs for theirs in ranks.gather_objects(inputs)):
+        raise InputError("the ranks have read other data or prompts: all need the same files")
     facts = {"hardware": str(device), "date": date}
     records.record_run(folder, "train", record, asdict(config), free, inputs, facts)
     ranks.say(f"graded by {grader.name}" + (f"; {grader.note}" if grader.note else ""))
     if device.type != "cpu":
         rehearse(run, longest, config)
     start = checkpoint.resume(folder, run.model, run.teacher, run.optimizer, run.scheduler) if config.resume else 0
-    ranks.check_same_start([(name, p) for name, p in run.model.named_parameters() if p.requires_grad])
+    ranks.check_same_start(list(run.model.named_parameters()))
     ranks.wait_for_all()  # every rank has read before rank 0 writes
     with closing(run.engine), closing(run.grader):
         take_steps(start, run, kept, held_out, folder, config)
@@ -499,9 +482,7 @@ def take_steps(
     try:
         engines.publish(run.engine, run.model, folder, start)
         run.stop.release()
-        for step in tqdm(
-            range(start, config.num_steps), initial=start, total=config.num_steps, disable=ranks.hide_bar()
-        ):
+        for step in ranks.progress(range(start, config.num_steps), desc="step", initial=start, total=config.num_steps):
             if step == 0 or (config.eval_steps and step % config.eval_steps == 0):
                 score_held_out(log, step, run, held_out, config)
             row, samples = train_step(step, run, data, config)  # from its update on, signals wait
@@ -528,7 +509,7 @@ def take_steps(
 def save(folder: Path, step: int, run: Training, config: TrainConfig) -> None:
     """Write the checkpoint after `step` steps, unless it is there, whole; no rank runs ahead of one that may fail."""
     if ranks.rank() == 0 and checkpoint.damage(folder / f"checkpoint-{step}") is not None:
-        base = model.find_checkpoint(config.model)
+        base = loading.find_checkpoint(config.model)
         checkpoint.save_checkpoint(folder, step, run.model, base, run.teacher, run.optimizer, run.scheduler)
     ranks.wait_for_all()
 

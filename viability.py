@@ -5,7 +5,7 @@ candidate's children, and Table 1 (G): how well each score tells the labels apar
 real-uncertain and 0 diversity; gray candidates take no part. A score is oriented beforehand: higher is more suspect.
 
 Axes: T response tokens, V vocabulary, M dropout passes, C candidates, K children of a candidate, N rollouts of a child,
-P problems, R bootstrap resamples.
+P problems, R bootstrap resamples, U candidates of label 1, D of label 0.
 """
 
 from __future__ import annotations
@@ -19,10 +19,6 @@ from torch import Tensor
 ARMS = ("teacher", "student", "unforced")  # whose tokens are forced; the paper has the first alone
 LABELS = ("diversity", "real-uncertain", "gray")  # by the integers of label_children
 DIVERSITY, UNCERTAIN, GRAY = range(3)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Phases B and D: scores of uncertainty
 
 
 def truncated_entropy(probability_TV: Tensor, valid_V: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,10 +45,6 @@ def uncertainty(probability_MCV: Tensor) -> dict[str, Tensor]:
     variance = probability_MCV.var(dim=0).sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     kappa = (mean_CV * (1.0 - mean_CV)).sum(dim=-1) / variance - 1.0
     return {"entropy": H_full, "mutual_information": H_full - H_each, "log_kappa": kappa.clamp(min=1e-6).log()}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Phase F: labels
 
 
 @dataclass(frozen=True)
@@ -101,10 +93,6 @@ def labels(
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Phase G: candidates in columns
-
-
 @dataclass(frozen=True)
 class Candidates:
     """Columns over C candidates, and the resamples that all intervals share."""
@@ -131,8 +119,8 @@ PAPER = {"H(p)": "0.51 [.50,.84]", "MI": "0.51 [.50,.62]", "log kappa": "0.54 [.
 
 def by_spine(rows: list[dict]) -> dict[str, list[dict]]:
     """Rows of phase F on right spines, the paper's, and on wrong ones, reported apart; only kinds that have rows."""
-    parts = {name: [row for row in rows if row["spine_correct"] == right]
-             for name, right in (("right spines", True), ("wrong spines", False))}  # fmt: skip
+    parts = {"right spines": [row for row in rows if row["spine_correct"]],
+             "wrong spines": [row for row in rows if not row["spine_correct"]]}  # fmt: skip
     return {name: members for name, members in parts.items() if members}
 
 
@@ -145,22 +133,14 @@ def to_columns(rows: list[dict], rule: LabelRule) -> Candidates:
     _, problem_C = np.unique(column("problem"), return_inverse=True)
     position_C, length_C = column("position"), column("length")
     score = {
-        "H(p)": column("entropy"),
-        "MI": column("mutual_information"),
+        "H(p)": column("entropy"), "MI": column("mutual_information"),
         "log kappa": -column("log_kappa"),  # a low precision is suspect
-        "h_trunc": column("h_trunc"),
-        POSITION: 1.0 - (position_C + 0.5) / length_C,
-    }
-    return Candidates(
-        problem_C, position_C, length_C, score,
-        {arm: np.array([row["viability"][arm] for row in rows]) for arm in ARMS},
-        {arm: np.array([LABELS.index(row["label"][arm]) for row in rows]) for arm in ARMS},
-        resamples(problem_C.max() + 1, rule.bootstraps, rule.bootstrap_seed),
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Phase G: statistics
+        "h_trunc": column("h_trunc"), POSITION: 1.0 - (position_C + 0.5) / length_C,
+    }  # fmt: skip
+    viability = {arm: np.array([row["viability"][arm] for row in rows]) for arm in ARMS}
+    label = {arm: np.array([LABELS.index(row["label"][arm]) for row in rows]) for arm in ARMS}
+    counts = resamples(problem_C.max() + 1, rule.bootstraps, rule.bootstrap_seed)
+    return Candidates(problem_C, position_C, length_C, score, viability, label, counts)
 
 
 def centre(score_C: np.ndarray, problem_C: np.ndarray) -> np.ndarray:
@@ -175,11 +155,15 @@ def midranks(x: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2.0)[inverse]
 
 
+def wins(score: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """[U, D] 1 where a candidate of label 1 scores above one of label 0, 1/2 where they tie."""
+    one_U1, zero_D = score[label == 1, None], score[label == 0]
+    return (one_U1 > zero_D) + 0.5 * (one_U1 == zero_D)
+
+
 def auroc(score: np.ndarray, label: np.ndarray) -> float:
-    """Mann-Whitney: AUROC = (R_1 - n_1 (n_1 + 1) / 2) / (n_1 n_0), R_1 the mid-rank sum of label 1."""
-    n1, n0 = int((label == 1).sum()), int((label == 0).sum())
-    R1 = midranks(score)[label == 1].sum()
-    return float((R1 - n1 * (n1 + 1) / 2.0) / (n1 * n0))
+    """Mann-Whitney: AUROC = mean_{u, d} wins[u, d]."""
+    return float(wins(score, label).mean())
 
 
 def auprc(score: np.ndarray, label: np.ndarray) -> float:
@@ -202,47 +186,38 @@ def bootstrap_auroc(score: np.ndarray, label: np.ndarray, problem_C: np.ndarray,
     Whole problems are drawn, so a problem's mean is the same in every resample that holds it: centring anew changes
     nothing. Pairs won are summed once for each pair of problems, and a resample weights them by its counts.
     """
-    P = counts_RP.shape[1]
-    one, zero = np.flatnonzero(label == 1), np.flatnonzero(label == 0)
-    wins = (score[one, None] > score[zero]) + 0.5 * (score[one, None] == score[zero])
-    by_one_P = np.zeros((P, len(zero)))
-    np.add.at(by_one_P, problem_C[one], wins)
-    wins_PP = np.zeros((P, P))
-    np.add.at(wins_PP.T, problem_C[zero], by_one_P.T)
-    n1_R = counts_RP @ np.bincount(problem_C[one], minlength=P)
-    n0_R = counts_RP @ np.bincount(problem_C[zero], minlength=P)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return ((counts_RP @ wins_PP) * counts_RP).sum(axis=1) / (n1_R * n0_R)
+    belongs_CP = problem_C[:, None] == np.arange(counts_RP.shape[1])
+    one_UP, zero_DP = belongs_CP[label == 1], belongs_CP[label == 0]
+    wins_PP = one_UP.T @ wins(score, label) @ zero_DP
+    pairs_PP = np.outer(one_UP.sum(axis=0), zero_DP.sum(axis=0))
+    won_R, of_R = (((counts_RP @ per_PP) * counts_RP).sum(axis=1) for per_PP in (wins_PP, pairs_PP))
+    with np.errstate(invalid="ignore"):
+        return won_R / of_R
 
 
 def interval(values_R: np.ndarray) -> list[float] | None:
     """95 % percentile interval over the resamples that have a value; None where none has."""
-    values = values_R[np.isfinite(values_R)]
-    return [float(x) for x in np.percentile(values, [2.5, 97.5])] if len(values) else None
+    return np.nanpercentile(values_R, [2.5, 97.5]).tolist() if np.isfinite(values_R).any() else None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Table 1
-
-
-def auroc_of(data: Candidates, score_C: np.ndarray, arm: str = "teacher") -> tuple[dict, np.ndarray] | None:
+def auroc_of(
+    data: Candidates, score_C: np.ndarray, arm: str = "teacher", over_all: bool = False
+) -> tuple[dict, np.ndarray] | None:
     """A row of Table 1 and its AUROC per resample, from the labels of an arm; None where a class has no candidate.
 
-    Paper: lower ends at .50, as if each resample were oriented anew. Here: the orientation is fixed; the interval of
-    max(a, 1 - a) stands beside it, for comparison.
+    A score loses its problem's mean, over the labelled candidates or `over_all`; the paper does not say. Its lower ends
+    are .50, as if each resample were oriented anew. Here: the orientation is fixed; the interval of max(a, 1 - a)
+    stands beside it, for comparison.
     """
     used = data.label[arm] != GRAY
     label, problem_C = data.label[arm][used], data.problem[used]
     if not ((label == UNCERTAIN).any() and (label == DIVERSITY).any()):
         return None
-    score = centre(score_C[used], problem_C)
+    score = centre(score_C, data.problem)[used] if over_all else centre(score_C[used], problem_C)
     point, values_R = auroc(score, label), bootstrap_auroc(score, label, problem_C, data.counts)
-    return {
-        "auroc": point,
-        "interval": interval(values_R),
-        "interval_reoriented": interval(np.maximum(values_R, 1.0 - values_R)),
-        "auprc": auprc(score, label),
-    }, values_R
+    either_way = interval(np.maximum(values_R, 1.0 - values_R))
+    row = {"auroc": point, "interval": interval(values_R), "interval_reoriented": either_way}
+    return row | {"auprc": auprc(score, label)}, values_R
 
 
 def table1(data: Candidates) -> dict:
@@ -267,7 +242,6 @@ def table1_lines(result: dict) -> list[str]:
         if row is None:
             lines.append(f"{name:18s} no candidate of one class: no number")
             continue
-        (low, high), (again_low, again_high) = row["interval"], row["interval_reoriented"]
-        cells = f"{row['auroc']:.3f} [{low:.2f}, {high:.2f}]", f"[{again_low:.2f}, {again_high:.2f}]"
-        lines.append(f"{name:18s} {cells[0]:22s} {cells[1]:15s} {row['auprc']:.3f}   {PAPER.get(name, '')}")
+        fixed, again = ("[{:.2f}, {:.2f}]".format(*row[part]) for part in ("interval", "interval_reoriented"))
+        lines.append(f"{name:18s} {row['auroc']:.3f} {fixed:16s} {again:15s} {row['auprc']:.3f}   {PAPER[name]}")
     return lines

@@ -1,15 +1,17 @@
-"""What our ways of computing cost beside the plain ones, taken in turns in one process.
+"""What our ways of computing cost beside the plain ones, taken in turns in one process: a table in Markdown, printed.
 
-    python -m experiments.bench              a table; with a GPU at a preset's shapes
+    python -m experiments.bench              with a GPU at a preset's shapes
     python -m experiments.bench --quick      smaller sizes, under a minute
 
 | part | ours | the plain way |
 |---|---|---|
 | loss | a chunk of tokens at a time | whole float32 logits |
+| head | `model.py::head_logits` in bfloat16, and its gradient | a linear map in bfloat16 |
+| choose | a nucleus among the likeliest tokens | among all of them, sorted |
 | step | micro-batches of 4 rows | one row at a time |
 
 On a CPU seconds are CPU seconds of this process, which others on the machine disturb least; on a GPU those that pass.
-Axes: M tokens, V vocabulary, D hidden.
+Axes: B rows, M tokens, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
@@ -24,54 +26,61 @@ from itertools import count
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import train
 from grading import make_grader
 from loss import LossOptions, resolve_method, score_tokens_from_hidden
-from model import pick_device
+from model import head_logits
 from problems import load_problems
+from rollout import Sampling, choose_tokens
 from runtime.flags import run_script
-from runtime.records import git_commit, make_folder, versions, write_atomically
+from runtime.loading import pick_device
+from runtime.records import git_commit, versions
 
 V = 151_936  # Qwen3's vocabulary
 GIB = 2**30
 MICRO_BATCH = 4
+HEAD = "| what | ours | plain | plain / ours | unit | note |\n" + "|---" * 6 + "|"
 
 
-class Table:
-    """Rows of (what, ours, plain, unit, note); printed as they come."""
+def add_row(what: str, ours: float | None, plain: float | None = None, unit: str = "", note: str = "") -> None:
+    """Print a row of the table, at once."""
+    ratio = plain / ours if ours and plain is not None else None
+    numbers = ("-" if value is None else f"{value:.4g}" for value in (ours, plain, ratio))
+    print(f"| {' | '.join([what, *numbers, unit, note])} |", flush=True)
 
-    def __init__(self) -> None:
-        self.lines = ["| what | ours | plain | plain / ours | unit | note |", "|---" * 6 + "|"]
 
-    def add(self, what: str, ours: float | None, plain: float | None, unit: str, note: str = "") -> None:
-        ratio = plain / ours if ours and plain is not None else None
-        numbers = ("-" if value is None else f"{value:.4g}" for value in (ours, plain, ratio))
-        self.lines.append(f"| {' | '.join([what, *numbers, unit, note])} |")
-        print(self.lines[-1], flush=True)
+def facts(title: str, device: torch.device) -> str:
+    """A heading, and what the numbers under it were measured on."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
+        hardware = f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
+    found = {"hardware": hardware, **versions(), "commit": git_commit(), "load": f"{os.getloadavg()[0]:.1f}"}
+    return "\n".join([f"# {title}", "", *(f"- {name}: {value}" for name, value in found.items()), ""])
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Measuring
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    wait(device)
-    start = clock()
-    function()
-    wait(device)
-    return clock() - start
-
-
 def alternate(functions: list[Callable[[], object]], device: torch.device, turns: int = 3) -> list[float]:
     """The smallest of `turns` times of each function, in s, taken in alternation after one unmeasured call each."""
-    for function in functions:
-        function()
-    times = [[seconds(function, device) for function in functions] for _ in range(turns)]
-    return [min(column) for column in zip(*times, strict=True)]
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    times = []
+    for _ in range(turns + 1):
+        for function in functions:
+            wait(device)
+            start = clock()
+            function()
+            wait(device)
+            times.append(clock() - start)
+    return [min(times[i + len(functions) :: len(functions)]) for i in range(len(functions))]
 
 
 def wait(device: torch.device) -> None:
@@ -131,15 +140,29 @@ def loss_functions(M: int, D: int, V: int, device: torch.device) -> tuple[Callab
     return ours, lambda: backward(plain_opsd(student, teacher, head))
 
 
-def bench_loss(table: Table, device: torch.device, quick: bool) -> None:
+def bench_loss(device: torch.device, quick: bool) -> None:
     D, M = (2560, 4096) if device.type == "cuda" else (256, 128) if quick else (2560, 256)
     ours, plain = loss_functions(M, D, V, device)
     note = f"V {V}, D {D}, {M} tokens, values differ by {abs(ours()[0] - plain()[0]):.0e}"
-    table.add("loss, peak memory", peak_bytes(ours, device) / GIB, peak_bytes(plain, device) / GIB, "GiB", note)
-    table.add("loss, time", *alternate([ours, plain], device), "s", note)
+    add_row("loss, peak memory", peak_bytes(ours, device) / GIB, peak_bytes(plain, device) / GIB, "GiB", note)
+    add_row("loss, time", *alternate([ours, plain], device), "s", note)
 
 
-def bench_step(table: Table, device: torch.device, quick: bool) -> None:
+def bench_head(device: torch.device, quick: bool) -> None:
+    x_MD = torch.randn(69, 896, device=device).bfloat16().requires_grad_()
+    head_VD = torch.randn(V // 8, 896, device=device).bfloat16()
+    both = [lambda to=to: to(x_MD, head_VD).square().mean().backward() for to in (head_logits, F.linear)]
+    add_row("head in bfloat16 and its gradient", *alternate(both, device), "s", f"V {V // 8}, D 896, 69 tokens")
+
+
+def bench_choose(device: torch.device, quick: bool) -> None:
+    logits_BV, u_B = torch.randn(32, V, device=device) * 5.0, torch.rand(32, device=device)
+    few = {}, {"candidates": V}
+    both = [lambda few=few: choose_tokens(logits_BV, u_B, Sampling(1.0, 0.95, 0, 1), **few) for few in few]
+    add_row("choosing a token", *alternate(both, device), "s", f"V {V}, 32 rows, top_p 0.95")
+
+
+def bench_step(device: torch.device, quick: bool) -> None:
     """Steps of one run of the embedded model, the next one at each turn."""
     config = train.on_device(train.parse_config(["--batch_size", "8" if quick else "32"]), device)
     run, problems, steps = train.build(config, device, make_grader("exact", [])), load_problems(config.data), count()
@@ -148,30 +171,10 @@ def bench_step(table: Table, device: torch.device, quick: bool) -> None:
         train.train_step(next(steps), run, problems, replace(config, micro_batch_size=rows))
 
     both = alternate([lambda: step(MICRO_BATCH), lambda: step(1)], device)
-    table.add("step", *both, "s", f"embedded model, {config.batch_size} prompts, sampling included")
+    add_row("step", *both, "s", f"embedded model, {config.batch_size} prompts, sampling included")
 
 
-PARTS = {"loss": bench_loss, "step": bench_step}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The script
-
-
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-    return f"{models[0] if models else 'CPU'}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
-
-
-def write_table(path: Path, table: Table, device: torch.device) -> None:
-    """The table as Markdown, with what it was measured on."""
-    facts = {"hardware": hardware(device), **versions(), "commit": git_commit(), "load": f"{os.getloadavg()[0]:.1f}"}
-    lines = [f"# {path.stem}", "", *(f"- {name}: {value}" for name, value in facts.items()), "", *table.lines]
-    write_atomically(path, "\n".join(lines) + "\n")
-    print(f"wrote {path}")
+PARTS = {"loss": bench_loss, "head": bench_head, "choose": bench_choose, "step": bench_step}
 
 
 def main() -> None:
@@ -179,13 +182,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--quick", action="store_true", help="smaller sizes")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/bench"), help="where bench.md goes")
     args = parser.parse_args()
-    device, table = pick_device(args.device), Table()
-    folder = make_folder(args.output_dir)
+    device = pick_device(args.device)
+    print(facts("bench", device) + "\n" + HEAD)
     for part in args.parts:
-        PARTS[part](table, device, args.quick)
-    write_table(folder / "bench.md", table, device)
+        PARTS[part](device, args.quick)
 
 
 if __name__ == "__main__":

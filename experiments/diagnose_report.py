@@ -1,4 +1,4 @@
-"""What a run of diagnose.py says: Table 1 beside its controls, in words, Figure 1, and a fitted schedule.
+"""What a run of diagnose.py says: Table 1 beside its controls, Figure 1, and a fitted schedule.
 
     python -m experiments.diagnose_report runs/diagnose-tiny
     python -m experiments.diagnose_report RUN RUN --output_dir runs/diagnose-report       runs side by side
@@ -28,34 +28,19 @@ from pathlib import Path
 
 import numpy as np
 
+import viability
 from errors import InputError
 from runtime.flags import run_script
 from runtime.records import make_folder, write_atomically
-from viability import (
-    ARMS,
-    DIVERSITY,
-    GRAY,
-    LABELS,
-    POSITION,
-    UNCERTAIN,
-    Candidates,
-    LabelRule,
-    auroc,
-    auroc_of,
-    bootstrap_auroc,
-    by_spine,
-    centre,
-    interval,
-    label_children,
-    midranks,
-    table1,
-    to_columns,
-)
+from viability import ARMS, DIVERSITY, GRAY, LABELS, POSITION, UNCERTAIN, Candidates, LabelRule, auroc_of, interval
 from weighting import SIGMOIDS
 
 REMAINING = "remaining length"
 SIMULATIONS = 1000  # worlds drawn for the null
 COMMON = 5  # tokens whose children are counted apart
+TAU_GRID, S_GRID = np.linspace(-0.5, 1.0, 76), np.geomspace(0.01, 1.0, 41)  # of Eq. (5), searched
+CENTRINGS = {"labelled": False, "all": True}  # over which candidates a problem's mean is taken
+Measured = tuple[dict, np.ndarray] | None  # a row of `viability.auroc_of`
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -67,11 +52,11 @@ def analyse(rows: list[dict], rule: LabelRule) -> tuple[Candidates, dict]:
 
     Remaining length competes with position; a token's index does not: within a problem the two differ by a constant.
     """
-    data = to_columns(rows, rule)
+    data = viability.to_columns(rows, rule)
     rival_C = (data.length - data.position).astype(float)
     data = replace(data, score=data.score | {REMAINING: rival_C})
     return data, {
-        **table1(data),
+        **viability.table1(data),
         "position_minus_remaining": difference(auroc_of(data, data.score[POSITION]), auroc_of(data, rival_C)),
         "arms": {arm: analyse_arm(data, arm) for arm in ARMS},
         "children": analyse_children(rows, data, rule),
@@ -86,31 +71,19 @@ def analyse_arm(data: Candidates, arm: str) -> dict:
     paired_C = data.viability["teacher"].mean(axis=1) - mean_C
     parts = {"all": data.r < 1.0, "early": data.r < 0.5, "late": data.r >= 0.5}
     teacher, position = (auroc_of(data, data.score[POSITION], which) for which in ("teacher", arm))
-    auroc_by = {"labelled": auroc_of, "all": auroc_centred_over_all}
-    classes = [set(data.problem[data.label[arm] == label]) for label in (UNCERTAIN, DIVERSITY)]
+    uncertain, diverse = (set(data.problem[data.label[arm] == label]) for label in (UNCERTAIN, DIVERSITY))
     return {
         "viability": {part: mean_with_interval(mean_C, data, where_C) for part, where_C in parts.items()},
         "teacher_minus_arm": {part: mean_with_interval(paired_C, data, where_C) for part, where_C in parts.items()},
         "labels": {name: int((data.label[arm] == code).sum()) for code, name in enumerate(LABELS)},
-        "problems_labelled": len(classes[0] | classes[1]),
-        "problems_with_both_classes": len(classes[0] & classes[1]),
+        "problems_labelled": len(uncertain | diverse),
+        "problems_with_both_classes": len(uncertain & diverse),
         "auroc": {
-            centring: {name: (row := by(data, score_C, arm)) and row[0] for name, score_C in data.score.items()}
-            for centring, by in auroc_by.items()
+            name: {s: (row := auroc_of(data, score_C, arm, over_all)) and row[0] for s, score_C in data.score.items()}
+            for name, over_all in CENTRINGS.items()
         },
         "position_teacher_minus_arm": difference(teacher, position),
     }
-
-
-def auroc_centred_over_all(data: Candidates, score_C: np.ndarray, arm: str) -> tuple[dict, np.ndarray] | None:
-    """`viability.auroc_of` with each problem's mean over all of its candidates, gray ones too."""
-    used = data.label[arm] != GRAY
-    label, problem_C = data.label[arm][used], data.problem[used]
-    if not ((label == UNCERTAIN).any() and (label == DIVERSITY).any()):
-        return None
-    score = centre(score_C, data.problem)[used]
-    values_R = bootstrap_auroc(score, label, problem_C, data.counts)
-    return {"auroc": auroc(score, label), "interval": interval(values_R)}, values_R
 
 
 def analyse_children(rows: list[dict], data: Candidates, rule: LabelRule) -> dict:
@@ -118,11 +91,10 @@ def analyse_children(rows: list[dict], data: Candidates, rule: LabelRule) -> dic
 
     By token: the COMMON most frequent of an arm's children there, each beside the mean of all its other children.
     """
-    first = {row["problem"]: row["length"] for row in rows}
     forced = sum(len({*row["teacher"], *row["student"]}) for row in rows)
     result = {
         "continuations": (forced + rule.children * len(rows)) * rule.rollouts,
-        "mean_spine_tokens": sum(first.values()) / len(first),
+        "mean_spine_tokens": float(np.mean(list({row["problem"]: row["length"] for row in rows}.values()))),
         "candidates_behind_0.6": int((data.r > 0.6).sum()),
     }
     for part, where_C in (("early", data.r < 0.5), ("late", data.r >= 0.5)):
@@ -130,34 +102,26 @@ def analyse_children(rows: list[dict], data: Candidates, rule: LabelRule) -> dic
         same = sum({*row["teacher"]} == {*row["student"]} for row in here)
         result[part] = {"candidates": len(here), "same_tokens_in_both_arms": same}
         for arm in ("teacher", "student"):
-            by_rank = [row["viability"][arm] for row in here]
-            children = [child for row in here for child in zip(row[arm], row["viability"][arm], strict=True)]
-            tokens = [token for token, _ in Counter(token for token, _ in children).most_common(COMMON)]
+            value = np.array([row["viability"][arm] for row in here])
+            token = np.array([row[arm] for row in here])
+            common = [t for t, _ in Counter(token.ravel().tolist()).most_common(COMMON)]
             result[part][arm] = {
-                "by_rank": [float(mean) for mean in np.mean(by_rank, axis=0)] if here else [],
-                "by_token": {
-                    str(token): {
-                        "n": sum(child == token for child, _ in children),
-                        "mean": _mean([value for child, value in children if child == token]),
-                        "others": _mean([value for child, value in children if child != token]),
-                    }
-                    for token in tokens
-                },
+                "by_rank": value.mean(axis=0).tolist() if here else [],
+                "by_token": {str(t): beside_others(value[token == t], value[token != t]) for t in common},
             }
     return result
 
 
-def _mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+def beside_others(value: np.ndarray, others: np.ndarray) -> dict:
+    return {"n": len(value), "mean": float(value.mean()), "others": float(others.mean()) if len(others) else None}
 
 
 def analyse_null(data: Candidates, rule: LabelRule) -> dict:
     """Survival per remaining token fitted to the unforced arm, and position's AUROC in the null world that it makes."""
-    remaining_C = data.score[REMAINING]
+    remaining_C, position_C = data.score[REMAINING], data.score[POSITION]
     survival = fit_survival(remaining_C, data.viability["unforced"].mean(axis=1))
-    values = simulate_null(
-        survival**remaining_C, data.score[POSITION], data.problem, rule, SIMULATIONS, rule.bootstrap_seed
-    )
+    seed = rule.bootstrap_seed
+    values = simulate_null(survival**remaining_C, position_C, data.problem, rule, SIMULATIONS, seed)
     has_both = np.isfinite(values)
     return {
         "survival_per_token": survival,
@@ -180,7 +144,7 @@ def analyse_fit(data: Candidates, arm: str) -> dict:
     }
 
 
-def difference(one: tuple[dict, np.ndarray] | None, other: tuple[dict, np.ndarray] | None) -> dict | None:
+def difference(one: Measured, other: Measured) -> dict | None:
     """AUROC of one minus AUROC of the other, paired by resample."""
     if one is None or other is None:
         return None
@@ -188,23 +152,18 @@ def difference(one: tuple[dict, np.ndarray] | None, other: tuple[dict, np.ndarra
 
 
 def mean_with_interval(value_C: np.ndarray, data: Candidates, where_C: np.ndarray) -> dict | None:
-    """The mean over some candidates; None over none."""
+    """The mean over some candidates, each of the same weight in every resample; None over none."""
     if not where_C.any():
         return None
-    values_R = bootstrap_mean(value_C[where_C], data.problem[where_C], data.counts)
-    return {"mean": float(value_C[where_C].mean()), "interval": interval(values_R), "n": int(where_C.sum())}
-
-
-def bootstrap_mean(value_C: np.ndarray, problem_C: np.ndarray, counts_RP: np.ndarray) -> np.ndarray:
-    """Mean over candidates in each resample, [R]; nan where none is left."""
-    P = counts_RP.shape[1]
+    P, value_C, problem_C = data.counts.shape[1], value_C[where_C], data.problem[where_C]
     sums, sizes = np.bincount(problem_C, value_C, minlength=P), np.bincount(problem_C, minlength=P)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (counts_RP @ sums) / (counts_RP @ sizes)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold none
+        values_R = (data.counts @ sums) / (data.counts @ sizes)
+    return {"mean": float(value_C.mean()), "interval": interval(values_R), "n": len(value_C)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The null: a teacher as good as the student, in a world where only what remains to be done matters
+# The null: a teacher as good as the student, and only what remains to be done matters; the schedule that fits
 
 
 def null_probabilities(viability_C: np.ndarray, rule: LabelRule) -> tuple[np.ndarray, np.ndarray]:
@@ -214,10 +173,9 @@ def null_probabilities(viability_C: np.ndarray, rule: LabelRule) -> tuple[np.nda
     """
     K, N = rule.children, rule.rollouts
     pmf_NC = np.array([comb(N, k) * viability_C**k * (1.0 - viability_C) ** (N - k) for k in range(N + 1)])
-    totals = {UNCERTAIN: np.zeros_like(viability_C), DIVERSITY: np.zeros_like(viability_C), GRAY: 0.0}
+    totals = np.zeros((len(LABELS), len(viability_C)))
     for outcome in product(range(N + 1), repeat=K):
-        label = int(label_children(np.array(outcome) / N, rule))
-        totals[label] = totals[label] + pmf_NC[list(outcome)].prod(axis=0)
+        totals[viability.label_children(np.array(outcome) / N, rule)] += pmf_NC[list(outcome)].prod(axis=0)
     return totals[UNCERTAIN], totals[DIVERSITY]
 
 
@@ -234,27 +192,14 @@ def simulate_null(
 ) -> np.ndarray:
     """AUROC of a score in `count` null worlds on the given candidates; nan where a world lacks a class."""
     uncertain_C, diversity_C = null_probabilities(viability_C, rule)
-    draw, values = np.random.default_rng(seed), []
-    for _ in range(count):
+    draw, values = np.random.default_rng(seed), np.full(count, np.nan)
+    for i in range(count):
         u_C = draw.random(len(viability_C))
         label_C = np.where(u_C < uncertain_C, UNCERTAIN, np.where(u_C >= 1.0 - diversity_C, DIVERSITY, GRAY))
-        values.append(centred_auroc(score_C, label_C, problem_C))
-    return np.array(values)
-
-
-def centred_auroc(score_C: np.ndarray, label_C: np.ndarray, problem_C: np.ndarray) -> float:
-    used = label_C != GRAY
-    label = label_C[used]
-    if not ((label == UNCERTAIN).any() and (label == DIVERSITY).any()):
-        return float("nan")
-    return auroc(centre(score_C[used], problem_C[used]), label)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# From the diagnostic to a schedule
-
-
-TAU_GRID, S_GRID = np.linspace(-0.5, 1.0, 76), np.geomspace(0.01, 1.0, 41)
+        used = label_C != GRAY
+        if {UNCERTAIN, DIVERSITY} <= {*label_C}:
+            values[i] = viability.auroc(viability.centre(score_C[used], problem_C[used]), label_C[used])
+    return values
 
 
 def fit_schedule(
@@ -277,117 +222,63 @@ def fit_schedule(
     return np.stack([w_min_GR[best_R, np.arange(len(best_R))], tau_G[best_R], s_G[best_R]], axis=1)
 
 
-def schedule_flags(result: dict) -> str:
-    """The flags of train.py that weight by the schedule fitted to the teacher's children."""
-    fit = result["schedule"]["teacher"]
-    return " ".join(["--schedule moderate", *(f"--{name} {fit[name]:.4g}" for name in ("w_min", "tau", "s"))])
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # In tables
 
 
-def number(value: float | None, bounds: list[float] | None = None, signed: bool = False) -> str:
-    if value is None:
-        return "-"
-    text = f"{value:+.3f}" if signed else f"{value:.3f}"
-    return text + (f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else "")
+def number(value: float | None, bounds: list[float] | None, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.3f} [{bounds[0]:.2f}, {bounds[1]:.2f}]"
 
 
-def cell(entry: dict | None, key: str = "mean", signed: bool = False) -> str:
-    return number(entry[key], entry["interval"], signed) if entry else "-"
+def cell(entry: dict | None, key: str = "mean", sign: str = "") -> str:
+    return number(entry[key], entry["interval"], sign) if entry else "-"
 
 
 def counts(labels: dict[str, int]) -> str:
     return " / ".join(str(labels[name]) for name in ("real-uncertain", "diversity", "gray"))
 
 
+def table(rows: list[list[str]]) -> list[str]:
+    """Markdown; the first row is the head, and may begin with an empty cell."""
+    return [f"| {' | '.join(cells).lstrip()} |" for cells in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+
+
 def table1_beside_control(result: dict) -> list[str]:
     """Table 1 of a run by both centrings, on the teacher's labels and where no token was forced."""
-    head = ["AUROC", "teacher's tokens forced", "- centred over all", "no token forced", "- centred over all"]
-    columns = [result["arms"][arm]["auroc"][by] for arm in ("teacher", "unforced") for by in ("labelled", "all")]
-    body = [[name, *(cell(column[name], "auroc") for column in columns)] for name in columns[0]]
+    rows = [["AUROC", "teacher's tokens forced", "- centred over all", "no token forced", "- centred over all"]]
+    arms = [result["arms"][arm] for arm in ("teacher", "unforced")]
+    columns = [arm["auroc"][centring] for arm in arms for centring in CENTRINGS]
+    rows += [[name, *(cell(column[name], "auroc") for column in columns)] for name in columns[0]]
     for name, key in (("problems with a label", "problems_labelled"), ("- with both", "problems_with_both_classes")):
-        body.append([name, *(str(result["arms"][arm][key]) for arm in ("teacher", "unforced") for _ in range(2))])
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+        rows.append([name, *(str(arm[key]) for arm in arms for _ in CENTRINGS)])
+    return table(rows)
 
 
 def column(result: dict) -> dict[str, str]:
     """One run's other numbers with their 95 % intervals, by the name of their row."""
+    arms = result["arms"]
     rows = {
         "problems, candidates": f"{result['problems']}, {result['candidates']}",
         "real-uncertain / diversity / gray": counts(result["labels"]),
-        f"AUROC of {POSITION}, re-oriented": "-",
+        f"AUROC of {POSITION} if teacher = student (null)": number(result["null"]["auroc"], result["null"]["range"]),
+        f"AUROC of {POSITION} minus {REMAINING}": cell(result["position_minus_remaining"], "difference", "+"),
+        **{f"viability, {arm}": cell(arms[arm]["viability"]["all"]) for arm in ARMS},
     }
-    if position := result["table1"][POSITION]:
-        low, high = position["interval_reoriented"]
-        rows[f"AUROC of {POSITION}, re-oriented"] = f"[{low:.2f}, {high:.2f}]"
-    rows[f"- of {POSITION} if teacher = student (null)"] = number(result["null"]["auroc"], result["null"]["range"])
-    rows[f"- of {POSITION} minus {REMAINING}"] = cell(result["position_minus_remaining"], "difference", signed=True)
-    rows |= {f"viability, {arm}": cell(result["arms"][arm]["viability"]["all"]) for arm in ARMS}
     for arm in ARMS[1:]:
         for part, what in (("all", ""), ("early", ", early (r < 0.5)"), ("late", ", late")):
-            rows[f"- teacher minus {arm}{what}"] = cell(result["arms"][arm]["teacher_minus_arm"][part], signed=True)
+            rows[f"- teacher minus {arm}{what}"] = cell(arms[arm]["teacher_minus_arm"][part], sign="+")
     for arm in ARMS[1:]:
-        rows[f"labels of the {arm} arm"] = counts(result["arms"][arm]["labels"])
-        own = result["arms"][arm]["auroc"]["labelled"][POSITION]
+        own = arms[arm]["auroc"]["labelled"][POSITION]
+        rows[f"labels of the {arm} arm"] = counts(arms[arm]["labels"])
         rows[f"- AUROC of {POSITION} on the {arm} arm's labels"] = cell(own, "auroc")
+        rows[f"- the teacher's minus the {arm} arm's"] = cell(
+            arms[arm]["position_teacher_minus_arm"], "difference", "+"
+        )
     for arm, fit in result["schedule"].items():
-        for name in ("w_min", "tau", "s"):
+        for name, bounds in fit["intervals"].items():
             edge = ", at the edge of the grid" if name in fit["at_the_edge"] else ""
-            rows[f"Eq. (5) fitted to {arm}, {name}"] = number(fit[name], fit["intervals"][name]) + edge
+            rows[f"Eq. (5) fitted to {arm}, {name}"] = number(fit[name], bounds) + edge
     return rows
-
-
-def table(results: dict[str, dict]) -> list[str]:
-    """Markdown, a column for each run."""
-    columns = [column(result) for result in results.values()]
-    head = ["| | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
-    return head + [f"| {name} | " + " | ".join(entry[name] for entry in columns) + " |" for name in columns[0]]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# In words
-
-
-def verdict(result: dict) -> str:
-    """What the evidence supports, in sentences that follow from the intervals alone."""
-    position, null = result["table1"][POSITION], result["null"]["range"]
-    if position is None:
-        return "One class has no candidate: this run says nothing about any score."
-    found = by_sign(
-        position["interval"], 0.5,
-        "Late candidates are real-uncertain more often than early ones",
-        "Position does not separate the classes",
-        "Early candidates are real-uncertain more often than late ones",
-    )  # fmt: skip
-    sentences = [f"{found} (AUROC {cell(position, 'auroc')})."]
-    if null is not None:
-        side = "inside" if null[0] <= position["auroc"] <= null[1] else "outside"
-        sentences.append(f"That lies {side} the range of a teacher that is just the student.")
-    for arm, what in (("unforced", "no token was forced"), ("student", "the student's own tokens were forced")):
-        parts, gap = result["arms"][arm]["teacher_minus_arm"], result["arms"][arm]["position_teacher_minus_arm"]
-        if gap is None:
-            sentences.append(f"Where {what}, one class has no candidate, so position cannot be compared.")
-        else:
-            how = by_sign(gap["interval"], 0.0, "better", "as well, as far as can be told", "worse")
-            shown = cell(gap, "difference", signed=True)
-            sentences.append(f"Where {what}, position separates {how} (AUROC difference {shown}).")
-        effects = [f"{part} {_effect(parts[part])}" for part in ("early", "late")]
-        sentences.append(f"Beside that, the teacher's tokens {_effect(parts['all'])}; {', '.join(effects)}.")
-    return " ".join(sentences)
-
-
-def by_sign(bounds: list[float], zero: float, below: str, around: str, above: str) -> str:
-    """The word for an interval that lies below, around or above `zero`."""
-    return below if bounds[1] < zero else above if bounds[0] > zero else around
-
-
-def _effect(paired: dict | None) -> str:
-    if paired is None:
-        return "no candidate"
-    word = by_sign(paired["interval"], 0.0, "hurt", "have no effect that can be shown", "help")
-    return f"{word} ({cell(paired, signed=True)})"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -402,36 +293,31 @@ def figure(runs: dict[str, tuple[Candidates, dict]], path: Path) -> None:
     except ImportError:
         raise InputError(f"{path}.png needs `pip install matplotlib`; the numbers are written") from None
     drawing = Figure(figsize=(11, 4.2 * len(runs)), layout="constrained")
-    for row, (title, (data, result)) in enumerate(runs.items()):
-        panels = drawing.add_subplot(len(runs), 2, 2 * row + 1), drawing.add_subplot(len(runs), 2, 2 * row + 2)
-        draw_ranks(panels[0], data)
-        draw_reliability(panels[1], data, result)
-        if len(runs) > 1:
-            for panel in panels:
-                panel.set_title(f"{panel.get_title(loc='left')}: {title}", loc="left", fontsize=10)
+    panels = drawing.subplots(len(runs), 2, squeeze=False)
+    for (left, right), (title, (data, result)) in zip(panels, runs.items(), strict=True):
+        draw_ranks(left, data)
+        draw_reliability(right, data, result)
+        behind = f": {title}" if len(runs) > 1 else ""
+        left.set_title(f"A  Forced teacher tokens, ranked by each score{behind}", loc="left", fontsize=10)
+        right.set_title(f"B  Reliability against position (95 %){behind}", loc="left", fontsize=10)
     with matplotlib.rc_context({"svg.hashsalt": "figure1"}):
-        for kind in ("png", "svg"):
-            drawing.savefig(f"{path}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        drawing.savefig(f"{path}.png", dpi=150)
+        drawing.savefig(f"{path}.svg", dpi=150, metadata={"Date": None})
 
 
 def draw_ranks(axes, data: Candidates) -> None:
     """(A) Wrong-answer rate of the teacher's children against the rank by each score, in fifths."""
     wrong_C = 1.0 - data.viability["teacher"].mean(axis=1)
     for name, score_C in data.score.items():
-        rank_C = midranks(centre(score_C, data.problem)) / len(score_C)
+        rank_C = viability.midranks(viability.centre(score_C, data.problem)) / len(score_C)
         fifth_C = np.minimum((rank_C * 5).astype(int), 4)
-        held = [i for i in range(5) if (fifth_C == i).any()]
+        held = np.unique(fifth_C)
         rates = [wrong_C[fifth_C == i].mean() for i in held]
         dashes = "--" if name == REMAINING else "-"  # on top: the two may coincide
         width = 3.0 if name == POSITION else 1.4
-        axes.plot([20 * i + 10 for i in held], rates, dashes, marker="o", markersize=4, label=name, linewidth=width)
-    axes.set(
-        xlabel="percentile of the score (right: more suspect)",
-        ylabel="wrong-answer rate",
-        xlim=(0, 100),
-        ylim=(0, None),
-    )
-    axes.set_title("A  Forced teacher tokens, ranked by each score", loc="left", fontsize=10)
+        axes.plot(20 * held + 10, rates, dashes, marker="o", markersize=4, label=name, linewidth=width)
+    axes.set(xlabel="percentile of the score (right: more suspect)", ylabel="wrong-answer rate")
+    axes.set(xlim=(0, 100), ylim=(0, None))
     axes.legend(fontsize=8, frameon=False, ncols=2)
 
 
@@ -446,14 +332,12 @@ def draw_reliability(axes, data: Candidates, result: dict) -> None:
             size = 12.0 + 60.0 * where_C.mean()
             axes.plot([r, r], entry["interval"], color=colour, linewidth=1.2)
             axes.scatter(r, entry["mean"], s=size, color=colour, label=arm if i == tenth_C.min() else None, zorder=3)
-    r = np.linspace(0.0, 1.0, 201)
-    fit = result["schedule"]["teacher"]
-    curves = {"Eq. (5), fitted": (fit["w_min"], fit["tau"], fit["s"]), "Eq. (5), Moderate": SIGMOIDS["moderate"]}
-    for (name, (w_min, tau, s)), dashes in zip(curves.items(), ("-", ":"), strict=True):
+    fit, r = result["schedule"]["teacher"], np.linspace(0.0, 1.0, 201)
+    fitted = (fit["w_min"], fit["tau"], fit["s"])
+    for name, (w_min, tau, s), dashes in (("fitted", fitted, "-"), ("Moderate", SIGMOIDS["moderate"], ":")):
         w = w_min + (1.0 - w_min) / (1.0 + np.exp(-(r - tau) / s))
-        axes.plot(r, w, dashes, color="0.3", label=name)
+        axes.plot(r, w, dashes, color="0.3", label=f"Eq. (5), {name}")
     axes.set(xlabel="relative position r", ylabel="viability; weight", xlim=(0, 1), ylim=(0, 1.03))
-    axes.set_title("B  Reliability against position (95 %)", loc="left", fontsize=10)
     axes.legend(fontsize=8, frameon=False, loc="lower right")
 
 
@@ -470,8 +354,8 @@ def analyse_run(run: Path) -> dict[str, tuple[Candidates, dict]]:
         raise InputError(f"{run}: no finished run of diagnose.py ({type(error).__name__}: {error})") from None
     if not rows:
         raise InputError(f"{run}: its run found no candidate")
-    analyses = {name: analyse(members, rule) for name, members in by_spine(rows).items()}
-    results = {name: {**result, "verdict": verdict(result)} for name, (_, result) in analyses.items()}
+    analyses = {name: analyse(members, rule) for name, members in viability.by_spine(rows).items()}
+    results = {name: result for name, (_, result) in analyses.items()}
     write_atomically(run / "controls.json", json.dumps(results, indent=2) + "\n")
     return analyses
 
@@ -487,9 +371,12 @@ def write_report(runs: list[Path], output_dir: Path) -> str:
             raise InputError(f"{run}: another of the runs is in a folder named {name}, too; give it a name of its own")
         for kind, analysis in analyse_run(run).items():
             titled[name if kind == "right spines" else f"{name}, {kind}"] = analysis
-    lines = table({title: result for title, (_, result) in titled.items()})
+    columns = [column(result) for _, result in titled.values()]
+    lines = table([["", *titled], *([name, *(entry[name] for entry in columns)] for name in columns[0])])
     for title, (_, result) in titled.items():
-        lines += ["", f"**{title}**: {verdict(result)} To train with the fit: `{schedule_flags(result)}`.", ""]
+        fit = result["schedule"]["teacher"]
+        flags = " ".join(["--schedule moderate", *(f"--{name} {fit[name]:.4g}" for name in ("w_min", "tau", "s"))])
+        lines += ["", f"**{title}**, to train with the fit: `{flags}`.", ""]
         lines += table1_beside_control(result)
     text = "\n".join(lines) + "\n"
     write_atomically(output_dir / "report.md", text)

@@ -24,20 +24,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    get_cosine_schedule_with_warmup,
-)
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import get_cosine_schedule_with_warmup as cosine_schedule
 
 from errors import InputError
 from experiments.study.worlds import WORLDS, World, trace
-from model import load_model, load_tokenizer
 from problems import Problem, tiny_problems
 from runtime.flags import run_script
+from runtime.loading import load_model, load_tokenizer
 from runtime.records import make_folder
 from teacher import DIAGNOSTIC_PROMPT, EVALUATION_PROMPT, FIELD, STUDENT_PROMPT, TEACHER_PROMPT, encode_prompt
 
@@ -50,28 +45,22 @@ CHAT_TEMPLATE = (
 IGNORED = -100
 MICRO_BATCH = 16
 # (prompt, thinking, knows the reference or the answer), drawn in equal shares
-CONTEXTS = [
-    (STUDENT_PROMPT, False, False),
-    (EVALUATION_PROMPT, True, False),
-    (TEACHER_PROMPT, True, True),
-    (DIAGNOSTIC_PROMPT, True, True),
-]
+CONTEXTS = [(STUDENT_PROMPT, False, False), (EVALUATION_PROMPT, True, False)]
+CONTEXTS += [(TEACHER_PROMPT, True, True), (DIAGNOSTIC_PROMPT, True, True)]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per printable character and one per phrase of the prompt templates, so that prompts stay short."""
     characters = ["<unk>", *(chr(code) for code in range(32, 127)), "\n"]
-    model = models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[], unk_token="<unk>")
-    tokenizer = Tokenizer(model)
+    vocabulary = {character: i for i, character in enumerate(characters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.decoder = decoders.Fuse()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|pad|>"
-    )
+    special = {"unk_token": "<unk>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     templates = (STUDENT_PROMPT, TEACHER_PROMPT, EVALUATION_PROMPT, DIAGNOSTIC_PROMPT)
-    phrases = [part for template in templates for part in FIELD.split(template)[::2] if part]
-    wrapped.add_tokens(
-        ["<|im_start|>", "user\n", "assistant\n", "<think>\n\n</think>\n\n", "\\boxed{", *dict.fromkeys(phrases)]
-    )
+    phrases = dict.fromkeys(part for template in templates for part in FIELD.split(template)[::2] if part)
+    marks = ["<|im_start|>", "user\n", "assistant\n", "<think>\n\n</think>\n\n", "\\boxed{"]
+    wrapped.add_tokens([*marks, *phrases])
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
 
@@ -85,9 +74,10 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
     ))  # fmt: skip
 
 
-def example(
-    tokenizer: PreTrainedTokenizerBase, problem: Problem, draw: random.Random, world: World
-) -> tuple[list[int], list[int]]:
+Example = tuple[list[int], list[int]]
+
+
+def example(tokenizer: PreTrainedTokenizerBase, problem: Problem, draw: random.Random, world: World) -> Example:
     """Token ids and labels of one training sequence, in a context drawn at random."""
     template, thinking, teacher = draw.choice(CONTEXTS)
     ids = encode_prompt(tokenizer, template, problem, enable_thinking=thinking)
@@ -99,21 +89,19 @@ def example(
     return ids, labels
 
 
-def padded(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: list[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and labels, each [B, T]."""
-    width = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in rows])
-    labels = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
-    return ids, labels
+    ids, labels = ([torch.tensor(row) for row in column] for column in zip(*rows, strict=True))
+    return pad_sequence(ids, True, pad), pad_sequence(labels, True, IGNORED)
 
 
-def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, stage: int) -> None:
+def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, world: World, stage: int) -> None:
     """One stage of supervised steps on solutions of the world, in place."""
     num_steps, learning_rate = world.stages[stage]
     draw = random.Random(stage)
     problems = tiny_problems("train", 20_000, seed=1, num_addends=world.num_addends)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 50, num_steps)
+    schedule = cosine_schedule(optimizer, 50, num_steps)
     model.train()
     begin = time.time()
     for step in range(num_steps):
@@ -138,8 +126,7 @@ def write_problems(world: World, folder: Path) -> None:
     """train.jsonl and heldout.jsonl; no held-out sum occurs in training in any order."""
     for split, count in (("train", 2000), ("heldout", 400)):
         problems = tiny_problems(split, count, num_addends=world.num_addends)
-        fields = ("problem", "solution", "answer")
-        rows = [{name: getattr(problem, name) for name in fields} for problem in problems]
+        rows = [{name: getattr(problem, name) for name in ("problem", "solution", "answer")} for problem in problems]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

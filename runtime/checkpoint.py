@@ -21,13 +21,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
 from errors import InputError, one_line
-from model import ADAPTER_CONFIG, add_lora, find_checkpoint, lora_layers
+from model import add_lora, lora_layers
+from runtime.loading import ADAPTER_CONFIG, find_checkpoint, load_model
 from runtime.ranks import say
 from runtime.records import read_record, remove, sha256, sync
 from teacher import Teacher
@@ -37,12 +39,10 @@ from teacher import Teacher
 
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."
 # Fields of PEFT's adapter_config.json whose value changes nothing in what is computed here ...
-ADAPTER_FREE = {
-    "r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "revision", "inference_mode",
-    "auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config",
-}  # fmt: skip
+ADAPTER_FREE = {"r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "revision",
+                "inference_mode", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size",
+                "runtime_config"}  # fmt: skip
 # ... and the values that are understood of others; of any that is not listed, only an empty or false one.
 ADAPTER_UNDERSTOOD = {
     "peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": ("none",),
@@ -50,13 +50,15 @@ ADAPTER_UNDERSTOOD = {
 }  # fmt: skip
 
 
+def adapter_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The adapter's parameters under their names in PEFT's files."""
+    parts = [(name, layer, part) for name, layer in lora_layers(model).items() for part in ("lora_A", "lora_B")]
+    return {f"base_model.model.{name}.{part}.weight": getattr(layer, part) for name, layer, part in parts}
+
+
 def save_adapter(model: PreTrainedModel, directory: Path, base: str) -> None:
     """Write the adapter; `peft.PeftModel.from_pretrained(base_model, directory)` reads it."""
     layers = lora_layers(model)
-    weights = {}
-    for name, layer in layers.items():
-        weights[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        weights[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
     any_layer = next(iter(layers.values()))
     base = str(Path(base).resolve()) if Path(base).is_dir() else base  # found from any folder of this machine
     config = {
@@ -66,6 +68,7 @@ def save_adapter(model: PreTrainedModel, directory: Path, base: str) -> None:
         "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
     }  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
     save_file(weights, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -75,28 +78,30 @@ def load_adapter(model: PreTrainedModel, directory: Path | str) -> None:
     directory = Path(directory)
     try:
         config = json.loads((directory / ADAPTER_CONFIG).read_text())
-        weights = load_file(directory / ADAPTER_WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"--adapter {directory}: not an adapter ({one_line(error)})") from None
     check_adapter_fields(config, directory)
     if not lora_layers(model):
         add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
-    parameters = {}
-    for name, layer in lora_layers(model).items():
+    for layer in lora_layers(model).values():
         if (layer.rank, layer.alpha) != (config["r"], config["lora_alpha"]):
-            raise InputError(
-                f"--adapter {directory}: has r {config['r']} and lora_alpha {config['lora_alpha']}, "
-                f"not {layer.rank} and {layer.alpha}"
-            )
-        parameters[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        parameters[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.lora_B
-    if odd := sorted(parameters.keys() ^ weights.keys()):
-        raise InputError(f"--adapter {directory}: does not fit the model (first difference: {odd[0]})")
-    for name, parameter in parameters.items():
-        if weights[name].shape != parameter.shape:
-            shapes = f"{tuple(weights[name].shape)}, not {tuple(parameter.shape)}"
-            raise InputError(f"--adapter {directory}: {name.removeprefix(PEFT_PREFIX)} is {shapes}")
-        parameter.data.copy_(weights[name])
+            theirs = f"r {config['r']} and lora_alpha {config['lora_alpha']}"
+            raise InputError(f"--adapter {directory}: has {theirs}, not {layer.rank} and {layer.alpha}")
+    load_tensors(adapter_tensors(model), directory / ADAPTER_WEIGHTS)
+
+
+def load_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy a file's tensors into those of the same names. Raises InputError, naming file and tensor, for a misfit."""
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error)})") from None
+    for name in sorted(stored.keys() | tensors.keys()):
+        there, here = (tuple(group[name].shape) if name in group else "nothing" for group in (stored, tensors))
+        if there != here:
+            raise InputError(f"{path}: does not fit the model: {name} is {there} there and {here} here")
+    for name, tensor in tensors.items():
+        tensor.data.copy_(stored[name])
 
 
 def check_adapter_fields(config: object, directory: Path) -> None:
@@ -134,24 +139,27 @@ def save_checkpoint(
     Raises InputError where it cannot be written (a full disk, say); any other error, of the GPU say, passes as it is.
     In each case the partial directory is removed and earlier checkpoints are untouched.
     """
-    final, partial = run / f"checkpoint-{step}", run / f".partial-{step}"
+    final, partial, is_adapter = run / f"checkpoint-{step}", run / f".partial-{step}", bool(lora_layers(model))
     try:
         remove(partial)
         partial.mkdir(parents=True)
-        if lora_layers(model):
+        if is_adapter:
             save_adapter(model, partial, base)
         else:
             save_whole(model, base, partial)
         if teacher.average:
             save_file({str(i): tensor.contiguous() for i, tensor in enumerate(teacher.average)}, partial / EMA_WEIGHTS)
-        state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        torch.save(state, partial / TRAINER_STATE)
+        torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, partial / TRAINER_STATE)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         digests = {path.relative_to(partial).as_posix(): sha256(path) for path in files}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=2) + "\n")
-        (partial / CARD).write_text(model_card(run, step, base, is_adapter=bool(lora_layers(model))))
-        open_to_readers(partial)
+        (partial / CARD).write_text(model_card(run, step, base, is_adapter))
+        mask = os.umask(0)
+        os.umask(mask)
         for path in [*partial.rglob("*"), partial]:
+            if path.is_file():  # weights are written readable to one user
+                with suppress(OSError):  # some file systems have no modes
+                    path.chmod(0o666 & ~mask)
             sync(path)
         remove(final)
         partial.rename(final)
@@ -159,10 +167,13 @@ def save_checkpoint(
     except Exception as error:
         with suppress(OSError):
             remove(partial)
-        if not cannot_be_written(error):
+        if not isinstance(error, (OSError, SafetensorError)) and not FULL_DISK_IN_TORCH.search(str(error)):
             raise
         raise InputError(f"{final}: cannot be written ({one_line(error)}); earlier checkpoints are whole") from error
     return final
+
+
+FULL_DISK_IN_TORCH = re.compile("PytorchStreamWriter|inline_container")  # a RuntimeError like many others
 
 
 def save_whole(model: PreTrainedModel, base: str, directory: Path) -> None:
@@ -178,7 +189,7 @@ def save_whole(model: PreTrainedModel, base: str, directory: Path) -> None:
 def model_card(run: Path, step: int, base: str, is_adapter: bool) -> str:
     """README.md of a checkpoint: what it is, how it was made, how it is loaded, without paths of this machine."""
     record = read_record(run) or {"config": {}}
-    config, name = record["config"], _without_folders(base)
+    name = Path(base).name if Path(base).is_dir() else base
     versions = ", ".join(f"{library} {number}" for library, number in record.get("versions", {}).items())
     load = f'transformers.AutoModelForCausalLM.from_pretrained("{name if is_adapter else "THIS_DIRECTORY"}")'
     if is_adapter:
@@ -187,12 +198,12 @@ def model_card(run: Path, step: int, base: str, is_adapter: bool) -> str:
 library_name: {"peft" if is_adapter else "transformers"}
 {f"base_model: {name}" if "/" in name else "tags: [math]"}
 ---
-# {name}, {config.get("method")}, step {step}
+# {name}, {record["config"].get("method")}, step {step}
 
-Trained by on-policy self-distillation (PW-OPSD, arXiv 2605.21606): {"a LoRA adapter" if is_adapter else "all weights"}.
+{"A LoRA adapter" if is_adapter else "All weights"}, trained by PW-OPSD (arXiv 2605.21606).
 
 - base: {name}
-- data: {_without_folders(config.get("data", ""))}
+- data: {_without_folders(record["config"].get("data", ""))}
 - command: `{_without_folders(record.get("command", ""))}`
 - code: commit {record.get("git_commit")}; {versions}
 
@@ -205,23 +216,6 @@ Trained by on-policy self-distillation (PW-OPSD, arXiv 2605.21606): {"a LoRA ada
 def _without_folders(text: str) -> str:
     """Absolute paths as their last part: no other machine has the folders."""
     return re.sub(r"(?<![\w.~-])/(?:[^/\s'\"]*/)*", "", text)
-
-
-def open_to_readers(directory: Path) -> None:
-    """Give each file the mode that the umask asks for, where the file system has modes: weights are written readable
-    to one user."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with suppress(OSError):
-                path.chmod(0o666 & ~mask)
-
-
-def cannot_be_written(error: Exception) -> bool:
-    """Whether an error is the disk's: a full one has a name of its own in each library."""
-    in_torch = isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter|inline_container", str(error))
-    return isinstance(error, (OSError, SafetensorError)) or bool(in_torch)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -243,12 +237,12 @@ def resume(run: Path, model: PreTrainedModel, teacher: Teacher, optimizer: Optim
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and one line for each newer one that had to be passed over."""
     damaged = []
-    numbered = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    for path in sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        problem = damage(path)
-        if problem is None:
+    steps = [path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*")]
+    for step in sorted(map(int, filter(str.isdecimal, steps)), reverse=True):
+        path = run / f"checkpoint-{step}"
+        if (wrong := damage(path)) is None:
             return path, damaged
-        damaged.append(f"{path}: {problem}; using the checkpoint before it")
+        damaged.append(f"{path}: {wrong}; using the checkpoint before it")
     return None, damaged
 
 
@@ -276,13 +270,10 @@ def load_checkpoint(
     if (checkpoint / ADAPTER_WEIGHTS).is_file():
         load_adapter(model, checkpoint)
     else:
-        saved = type(model).from_pretrained(checkpoint, dtype=model.dtype, trust_remote_code=False)
+        saved = load_model(str(checkpoint), str(model.dtype).removeprefix("torch."), "cpu")
         model.load_state_dict(saved.state_dict())
     if teacher.average:
-        if not (checkpoint / EMA_WEIGHTS).is_file():
-            raise InputError(f"{checkpoint}: holds no EMA teacher")
-        for i, stored in load_file(checkpoint / EMA_WEIGHTS).items():
-            teacher.average[int(i)].data.copy_(stored)
+        load_tensors({str(i): tensor for i, tensor in enumerate(teacher.average)}, checkpoint / EMA_WEIGHTS)
     try:
         state = torch.load(checkpoint / TRAINER_STATE, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])

@@ -1,8 +1,4 @@
-"""Engines: one way to sample for training, evaluation and diagnosis: in this process, or by a server.
-
-An engine has `sample(prompts, keys, settings, on_finished)`, which returns the responses in the order of the prompts,
-and `close()`.
-"""
+"""Engines: one way to sample for training, evaluation and diagnosis: in this process, or by a server."""
 
 from __future__ import annotations
 
@@ -17,40 +13,40 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from errors import InputError
 from rollout import OnFinished, Response, Sampling, StreamKey, sample
 from runtime.checkpoint import save_adapter
-from runtime.ranks import gather_objects, rank
+from runtime.ranks import gather_objects, progress, rank
+
+SERVED = "served"  # below a run folder: the adapter that a server samples from
 
 
 class Engine(Protocol):
     def sample(
-        self,
-        prompts: list[list[int]],
-        keys: Sequence[StreamKey],
-        settings: Sampling,
+        self, prompts: list[list[int]], keys: Sequence[StreamKey], settings: Sampling,
         on_finished: OnFinished | None = None,
-    ) -> list[Response]:
-        """One response per prompt; `on_finished(row, response)` as soon as a row is done."""
+    ) -> list[Response]:  # fmt: skip
+        """One response per prompt, in their order; `on_finished(row, response)` once each, when its row is done (in
+        this process, when its batch is)."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give back what is held outside of this process: nothing by default."""
 
 
-class GenerateEngine:
+class GenerateEngine(Engine):
     """`rollout.sample` in batches of at most `batch_size` rows, halved where the memory does not hold one."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 200) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
     def sample(
-        self,
-        prompts: list[list[int]],
-        keys: Sequence[StreamKey],
-        settings: Sampling,
+        self, prompts: list[list[int]], keys: Sequence[StreamKey], settings: Sampling,
         on_finished: OnFinished | None = None,
-    ) -> list[Response]:
+    ) -> list[Response]:  # fmt: skip
         responses: list[Response] = []
         while len(responses) < len(prompts):
             start, end = len(responses), min(len(responses) + self.batch_size, len(prompts))
             try:
-                batch = sample(self.model, self.tokenizer, prompts[start:end], keys[start:end], settings)
+                with progress(total=settings.max_new_tokens, desc="tokens of a batch", leave=False) as bar:
+                    rows = (prompts[start:end], keys[start:end])
+                    batch = sample(self.model, self.tokenizer, *rows, settings, on_token=bar.update)
             except torch.OutOfMemoryError:
                 if end - start == 1:
                     raise InputError(
@@ -65,9 +61,6 @@ class GenerateEngine:
                     on_finished(row, response)
             responses += batch
         return responses
-
-    def close(self) -> None:
-        pass
 
 
 def connect(
@@ -120,6 +113,3 @@ def withdraw(folder: Path) -> None:
     """Remove what `publish` has written; the weights themselves are in the run's checkpoints."""
     if rank() == 0:
         shutil.rmtree(folder / SERVED, ignore_errors=True)
-
-
-SERVED = "served"

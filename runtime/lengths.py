@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from tqdm import tqdm
-
 from errors import InputError, some
-from model import context_length
 from problems import Problem
-from runtime.ranks import gather_objects, hide_bar, rank, say, world_size
+from runtime.loading import context_length
+from runtime.ranks import gather_objects, progress, rank, say, world_size
 from teacher import encode_prompt, student_prompt, teacher_prompt
 
 
 def count_tokens(encode: Callable[[Problem], list[int]], problems: list[Problem]) -> list[int]:
     """Tokens of each problem's prompt; ranks share the work."""
     mine = range(rank(), len(problems), world_size())
-    bar = tqdm(mine, desc="measuring prompts", unit="problem", leave=False, disable=hide_bar())
+    bar = progress(mine, desc="prompts measured", leave=False)
     counted = {index: len(encode(problems[index])) for index in bar}
     counted = {index: tokens for part in gather_objects(counted) for index, tokens in part.items()}
     return [counted[index] for index in range(len(problems))]
@@ -27,22 +25,20 @@ def check_room(flag: str, problems: list[Problem], tokens: list[int], max_new_to
     """Raise InputError, naming the first row of the data whose prompt and response exceed the model's context."""
     for problem, count in zip(problems, tokens, strict=True):
         if count + max_new_tokens > context:
-            raise InputError(
-                f"{flag}, row {problem.row}: a prompt of {count} tokens and a response of {max_new_tokens} exceed the "
-                f"context of {context}"
-            )
+            room = f"a prompt of {count} tokens and a response of {max_new_tokens} exceed the context of {context}"
+            raise InputError(f"{flag}, row {problem.row}: {room}")
 
 
 def fitting_problems(
     run, data: list[Problem], held_out: list[Problem], config
-) -> tuple[list[Problem], tuple[list[int], list[int]]]:
+) -> tuple[list[Problem], list[list[int]]]:
     """The problems of `run` (train.Training) whose longer prompt leaves room for a response, the others told by row;
     and the longest prompt of each context.
 
     Raises InputError where no problem fits, or one of `held_out` does not.
     """
     contexts = [partial(prompt, run.tokenizer, prompts=run.prompts) for prompt in (student_prompt, teacher_prompt)]
-    context = context_length(run.model)
+    context = min(map(context_length, (run.model, run.teacher.scorer)))
     limit = min(config.max_length, context)
     counts = list(zip(*(count_tokens(encode, data) for encode in contexts), strict=True))
     kept = [index for index, tokens in enumerate(counts) if max(tokens) + config.max_new_tokens <= limit]
@@ -54,9 +50,8 @@ def fitting_problems(
     note = f"; {len(left)} left out, with a response longer than {limit} tokens: row {some(left)}" if left else ""
     say(f"{len(kept)} problems of {config.data}{note}")
     longest = [encode(data[max(kept, key=lambda i: counts[i][n])]) for n, encode in enumerate(contexts)]
-    evaluation = partial(
-        encode_prompt, run.tokenizer, run.prompts.evaluation, enable_thinking=True, chat=run.prompts.chat
-    )
-    tokens = count_tokens(evaluation, held_out)
+    prompts = run.prompts
+    asked = partial(encode_prompt, run.tokenizer, prompts.evaluation, enable_thinking=True, chat=prompts.chat)
+    tokens = count_tokens(asked, held_out)
     check_room(f"--eval_data {config.eval_data}", held_out, tokens, config.max_new_tokens, context)
     return [data[index] for index in kept], longest

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import InputError
-from model import pick_device
+from runtime.loading import pick_device
 
 
 def start_ranks(device_name: str) -> torch.device:
@@ -23,7 +25,8 @@ def start_ranks(device_name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before the group: NCCL's object collectives use the current device
     if distributed and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Ranks wait for the slowest, in an evaluation for hours: torch would give up after 10 or 30 minutes.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     return device
 
 
@@ -81,8 +84,10 @@ def sum_over_ranks(tensors: list[Tensor]) -> None:
 def check_same_start(named: list[tuple[str, Tensor]]) -> None:
     """Raise InputError, naming the first tensor, unless all ranks hold the same bits; compared by a checksum each.
 
-    Ranks draw the adapter themselves, from the same seed: other versions or GPUs could draw another one unnoticed.
+    Ranks read the model and draw the adapter themselves: other files, versions or GPUs would go unnoticed.
     """
+    if world_size() == 1:
+        return
     sums = [int(tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64)) for _, tensor in named]
     ordered = [float(tensor.detach().flatten()[::7].double().sum()) for _, tensor in named]
     everyone = gather_objects(list(zip(sums, ordered, strict=True)))
@@ -105,6 +110,15 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def hide_bar() -> bool | None:
-    """tqdm's `disable`: True on all ranks but the first; None hides the bar where the output is no terminal."""
-    return None if rank() == 0 else True
+LOG_EVERY = 30.0  # seconds
+
+
+def progress(items: Iterable | None = None, **settings) -> tqdm:
+    """tqdm, on the first rank: a bar on a terminal, and in a log file a line at most every half minute."""
+    settings = {"delay": 1.0, **settings}
+    if not sys.stderr.isatty():
+        words = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, at most {remaining} left\n"
+        settings |= {"bar_format": words, "position": 0} | dict.fromkeys(
+            ("delay", "mininterval", "maxinterval"), LOG_EVERY
+        )
+    return tqdm(items, disable=rank() > 0, **settings)

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -28,22 +27,19 @@ from pathlib import Path
 import filelock
 import torch
 import transformers
-from tqdm import tqdm
-from transformers.utils import cached_file
+from transformers.utils import cached_file, extract_commit_hash
 
 from errors import InputError, one_line
-from model import find_checkpoint
 from problems import Problem
-from runtime.ranks import gather_objects, hide_bar, rank, say, wait_for_all, world_size
+from runtime.loading import TINY_MODEL
+from runtime.ranks import gather_objects, progress, rank, say, wait_for_all, world_size
 
 # ---------------------------------------------------------------------------------------------------------------
 # Files
 
 
 # How a file system says that it does not offer something, which is then done without.
-UNSUPPORTED = {
-    errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EPERM, errno.EACCES,
-}  # fmt: skip
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EPERM, errno.EACCES}
 
 
 def sync(path: Path) -> None:
@@ -68,10 +64,8 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
         sync(partial)
         partial.replace(path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:
@@ -96,8 +90,7 @@ def make_folder(folder: Path, flag: str = "output_dir") -> Path:
 
 
 RECORD, LOCK, ERROR_LOG, TRIAL = "config.json", ".lock", "error.log", ".trial"
-# What may stand in a folder in which no run has begun: a failed start's, and held-out scores shared by experiments/.
-LEFTOVERS = {RECORD, f".{RECORD}.partial", LOCK, ERROR_LOG, TRIAL, "evaluation.json", "heldout.jsonl"}
+LEFTOVERS = {RECORD, f".{RECORD}.partial", LOCK, ERROR_LOG, TRIAL}  # of a start that failed
 
 
 def new_folder(output_dir: str | None, name: str) -> Path:
@@ -127,26 +120,29 @@ def open_run(folder: Path, script: str, resume: bool) -> Iterator[dict | None]:
         try:
             yield record
         except Exception as error:
-            _keep_traceback(error, folder)
+            if not isinstance(error, InputError) or error.__cause__ is not None:
+                log = folder / ERROR_LOG
+                with suppress(OSError), log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write("".join(traceback.format_exception(error)) + "\n")
+                    error.add_note(f"traceback: {log}")
             raise
 
 
 @contextmanager
 def _locked(folder: Path, script: str, resume: bool) -> Iterator[dict | None]:
     begun_before(folder, script, resume)  # before anything is written into a folder that is not ours
-    make_folder(folder)
-    lock, is_free = filelock.FileLock(folder / LOCK), False
+    lock, is_free = filelock.FileLock(make_folder(folder) / LOCK), False
     try:
-        lock.acquire(timeout=0)
-        is_free = (folder / LOCK).exists()  # else its holder has just taken the folder away
-    except filelock.Timeout:
-        pass
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
-        is_free = True  # no locks on this file system
+        with suppress(filelock.Timeout):
+            lock.acquire(timeout=0)
+            is_free = (folder / LOCK).exists()  # else its holder has just taken the folder away
+    except (OSError, NotImplementedError) as error:  # the latter: an older filelock, where a file system has no locks
+        if getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
+            raise _refusal(folder, f"cannot be written ({error.strerror})") from None
+        say(f"--output_dir {folder}: cannot be locked ({one_line(error)}); nothing keeps a second run out of it")
+        is_free = True
     if not is_free:
-        raise InputError(f"--output_dir {folder}: another process is running in it")
+        raise _refusal(folder, "another process is running in it")
     try:
         record = begun_before(folder, script, resume)  # again: a run may have ended since
         _try_to_write(folder)
@@ -158,23 +154,24 @@ def _locked(folder: Path, script: str, resume: bool) -> Iterator[dict | None]:
         lock.release()
 
 
+def _refusal(folder: Path, why: str) -> InputError:
+    return InputError(f"--output_dir {folder}: {why}")
+
+
 def begun_before(folder: Path, script: str, resume: bool) -> dict | None:
     """config.json of a run that has begun in the folder, None where none has; raises InputError where none may."""
-    record, contents = read_record(folder), []
-    if folder.is_dir():
-        contents = [path for path in folder.iterdir() if path.is_symlink() or path.name not in LEFTOVERS]
-        contents += [folder / RECORD] if record is None and (folder / RECORD).exists() else []
-    if record is None and contents:
-        other = min(path.name for path in contents)
-        raise InputError(f"--output_dir {folder}: is not empty and holds no run of ours ({other} is there)")
-    if record is None or not contents:
+    record = read_record(folder)
+    contents = list(folder.iterdir()) if folder.is_dir() else []
+    ours = LEFTOVERS - ({RECORD} if record is None else set())  # a config.json that is no record of ours
+    others = [path.name for path in contents if path.is_symlink() or path.name not in ours]
+    if record is None and others:
+        raise _refusal(folder, f"is not empty and holds no run of ours ({min(others)} is there)")
+    if not others:
         return None
     if record.get("script") != script:
-        raise InputError(f"--output_dir {folder}: holds another run, of {record.get('script', 'another version')}")
+        raise _refusal(folder, f"holds another run, of {record.get('script', 'another version')}")
     if not resume:
-        raise InputError(
-            f"--output_dir {folder}: holds another run; continue it with --resume or choose another folder"
-        )
+        raise _refusal(folder, "holds another run; continue it with --resume or choose another folder")
     return record
 
 
@@ -190,20 +187,7 @@ def _try_to_write(folder: Path) -> None:
         shutil.rmtree(trial)
     except OSError as error:
         remove(trial)
-        raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
-
-
-def _keep_traceback(error: Exception, folder: Path) -> None:
-    """Append an exception's traceback to the folder's error.log and note it on the exception."""
-    if isinstance(error, InputError) and error.__cause__ is None:
-        return
-    with suppress(OSError), (folder / ERROR_LOG).open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write("".join(traceback.format_exception(error)) + "\n")
-        error.add_note(f"traceback: {folder / ERROR_LOG}")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# config.json
+        raise _refusal(folder, f"cannot be written ({error.strerror})") from None
 
 
 def read_record(folder: Path) -> dict | None:
@@ -214,6 +198,9 @@ def read_record(folder: Path) -> dict | None:
         return None
     ours = isinstance(record, dict) and isinstance(record.get("config"), dict) and "versions" in record
     return record if ours else None
+
+
+ELSEWHERE = "for another run choose another folder"
 
 
 def record_run(
@@ -228,16 +215,11 @@ def record_run(
         before = record["config"]
         for flag, value in json.loads(json.dumps(config)).items():
             if flag not in free and flag not in inputs and before.get(flag) != value:
-                raise InputError(
-                    f"--output_dir {folder}: was started with --{flag} {before.get(flag)}, not {value}; "
-                    "for another run choose another folder"
-                )
+                raise _refusal(folder, f"was started with --{flag} {before.get(flag)}, not {value}; {ELSEWHERE}")
         for flag, found in inputs.items():
             if changed := difference(record.get("inputs", {}).get(flag), found):
-                raise InputError(
-                    f"--output_dir {folder}: what --{flag} {config[flag]} names has changed since the run began "
-                    f"({changed}); for another run choose another folder"
-                )
+                named = f"what --{flag} {config[flag]} names has changed since the run began"
+                raise _refusal(folder, f"{named} ({changed}); {ELSEWHERE}")
     elif rank() == 0:
         facts = {"versions": versions(), "git_commit": git_commit(), "ranks": world_size(), **facts}
         record = {"script": script, "command": shlex.join(sys.argv), "config": config, **facts, "inputs": inputs}
@@ -268,24 +250,16 @@ def git_commit() -> str | None:
 
 
 # Weights of every format and their indices, configs, generation defaults, tokenizers, templates, adapters.
-DECIDING = {
-    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".json", ".jinja", ".txt", ".model", ".tiktoken",
-}  # fmt: skip
+DECIDING = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".json", ".jinja", ".txt", ".model",
+            ".tiktoken"}  # fmt: skip
 # How the names of files begin that stand beside them in a checkpoint and decide nothing that is sampled.
-BESIDE = (
-    "trainer_state", "training_args", "train_results", "eval_results", "all_results", "optimizer", "scheduler",
-    "scaler", "rng_state", "manifest", "ema.", "requirements",
-)  # fmt: skip
+BESIDE = ("trainer_state", "training_args", "train_results", "eval_results", "all_results", "optimizer", "scheduler",
+          "scaler", "rng_state", "manifest", "ema.", "requirements")  # fmt: skip
 
 
-def fingerprints(config: object, **others: object) -> dict[str, object]:
-    """What the inputs of a run hold, by flag: its model, its adapter if it has that flag, and what else the caller
-    has taken a digest of. Files are read once, by the first rank."""
-    found = None
-    if rank() == 0:
-        found = {"model": fingerprint(find_checkpoint(config.model)), **others}
-        if hasattr(config, "adapter"):
-            found["adapter"] = fingerprint(config.adapter) if config.adapter else None
+def fingerprints(named: dict[str, str | None]) -> dict[str, dict[str, str] | None]:
+    """The fingerprint of what each flag names, on all ranks; the first one reads the files."""
+    found = {flag: name and fingerprint(name) for flag, name in named.items()} if rank() == 0 else None
     return gather_objects(found)[0]
 
 
@@ -295,14 +269,11 @@ def fingerprint(name: str) -> dict[str, str]:
     Files are hashed whole and anew each time, several at once: size and time of a file survive a change of its content
     (`cp -p`, `rsync -t`, an archive). A GiB takes about a second where the CPU has SHA instructions, up to 6 without.
     """
-    directory = Path(name)
+    directory = TINY_MODEL if name == "tiny" else Path(name)
     if not directory.is_dir():
         return {"revision": revision(name)}
-    paths = sorted([*directory.iterdir(), *directory.glob("additional_chat_templates/*")])
-    paths = [
-        path for path in paths
-        if path.suffix in DECIDING and not path.name.startswith(BESIDE) and path.is_file()
-    ]  # fmt: skip
+    there = sorted([*directory.iterdir(), *directory.glob("additional_chat_templates/*")])
+    paths = [path for path in there if path.suffix in DECIDING and not path.name.startswith(BESIDE) and path.is_file()]
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256, paths))
     return {path.relative_to(directory).as_posix(): digest for path, digest in zip(paths, digests, strict=True)}
@@ -311,16 +282,12 @@ def fingerprint(name: str) -> dict[str, str]:
 def revision(name: str) -> str:
     """The commit of a hub model, as it would be loaded now."""
     try:
-        path = cached_file(name, "config.json")
+        commit = extract_commit_hash(cached_file(name, "config.json"), None)
     except Exception as error:  # the hub's errors have no common base class
         raise InputError(f"--model {name}: cannot be read ({one_line(error)})") from error
-    found = SNAPSHOT.search(Path(path).as_posix())
-    if found is None:
+    if commit is None:
         raise InputError(f"--model {name}: the hub names no revision of it; download it and pass the directory")
-    return found[1]
-
-
-SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})/")  # where the hub's cache keeps the files of a commit
+    return commit
 
 
 def sha256(path: Path) -> str:
@@ -337,34 +304,34 @@ def difference(found: object, wanted: object) -> str | None:
     """The first part in which two fingerprints differ, in words; None where they are the same."""
     if found == wanted:
         return None
-    if not isinstance(found, dict) or not isinstance(wanted, dict):
-        return f"{_short(found)}, now {_short(wanted)}"
-    key = min(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-    return f"{key} {_short(found.get(key))}, now {_short(wanted.get(key))}"
-
-
-def _short(value: object) -> str:
-    return "not there" if value is None else str(value)[:12]
+    part = ""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        key = min(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+        part, found, wanted = f"{key} ", found.get(key), wanted.get(key)
+    before, now = ("not there" if value is None else str(value)[:12] for value in (found, wanted))
+    return f"{part}{before}, now {now}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Rows
 
 
-def read_rows(path: Path, fields: tuple[str, ...] = ()) -> list[dict]:
+def read_rows(path: Path, fields: tuple[str, ...] = (), exactly: bool = False) -> list[dict]:
     """Rows of a JSONL file, none where there is no file. What stands behind the last line break was torn by a crash.
 
-    Raises InputError, naming file and line, for a line that is no object with these fields.
+    Raises InputError, naming file and line, for a line that is no object with these fields (`exactly`: and no others).
     """
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else (), start=1):
         try:
             rows.append(json.loads(line))
-            lacking = [name for name in fields if name not in rows[-1]] if isinstance(rows[-1], dict) else ["object"]
+            if not isinstance(rows[-1], dict):
+                raise ValueError("no object")
+            names = rows[-1].keys()
+            if odd := set(fields) ^ names if exactly else set(fields) - names:
+                raise ValueError(f"{'unknown' if min(odd) in names else 'no'} {min(odd)}")
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not a row of this program's ({one_line(error)})") from None
-        if lacking:
-            raise InputError(f"{path}, line {number}: not a row of this program's (no {lacking[0]})")
     return rows
 
 
@@ -409,7 +376,7 @@ class RowFile:
             with path.open("r+b") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
         try:
-            return {self._key(row): row for row in read_rows(path, self.fields)}
+            return {self._key(row): row for row in read_rows(path, self.fields, exactly=True)}
         except TypeError:
             raise InputError(f"{path}: a row's {' or '.join(self.key)} is no plain value") from None
 
@@ -429,28 +396,23 @@ def do_jobs(file: RowFile, jobs: list[tuple], work: Callable[[list[tuple]], list
     started = time.perf_counter()
     left = [job for job in jobs if job not in file.rows]
     mine = left[rank() :: world_size()]
-    for start in tqdm(range(0, len(mine), batch_size), desc=file.path.stem, disable=hide_bar()):
+    for start in progress(range(0, len(mine), batch_size), desc=file.path.stem):
         try:
             file.add(work(mine[start : start + batch_size]))
         except torch.OutOfMemoryError:
-            raise InputError(
-                f"{file.path}: out of GPU memory; --resume goes on behind its rows, on a larger GPU"
-            ) from None
+            raise InputError(f"{file.path}: out of GPU memory; on a larger GPU --resume goes on behind it") from None
     file.collect()
     seconds = time.perf_counter() - started
     say(f"{file.path.stem}: {len(jobs)} rows, {len(jobs) - len(left)} of them from before, {seconds:.0f} s")
     return [file.rows[job] for job in jobs]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# A training run's rows
-
-
 class RunLog:
-    """metrics.jsonl, samples.jsonl, heldout.jsonl and evaluation.json of a training run, written by rank 0.
+    """What a training run writes of its steps, from `start` steps on: metrics, rollouts, held-out samples.
 
-    `evaluation` is {steps done: {"sampled": accuracy, "greedy": accuracy}}, keys as text; `earlier` the metrics of the
-    steps before `start`, behind which everything is cut off, so that a resumed run appends where it left off.
+    A resumed run makes the steps behind its checkpoint again, so their rows are cut off here. Rank 0 writes.
+    `earlier`: the metrics of the steps before `start`. `evaluation`: the held-out accuracies as they stand in
+    evaluation.json, {steps done, as text: {"sampled": accuracy, "greedy": accuracy}}.
     """
 
     def __init__(self, run: Path, start: int) -> None:
@@ -460,11 +422,8 @@ class RunLog:
             self.evaluation = {step: value for step, value in stored.items() if int(step) <= start}
         except (ValueError, AttributeError) as error:
             raise InputError(f"{self.file}: not the accuracies of a run ({error})") from None
-        earlier = []
-        if rank() == 0:
-            earlier = self._cut("metrics.jsonl", start)
-            self._cut("samples.jsonl", start)
-        self.earlier: list[dict] = gather_objects(earlier)[0]
+        rows = [self._cut(name, start) for name in ("metrics.jsonl", "samples.jsonl")] if rank() == 0 else [None]
+        self.earlier: list[dict] = gather_objects(rows[0])[0]
 
     def append(self, metrics: dict, samples: list[dict]) -> None:
         if rank() == 0:
@@ -474,16 +433,16 @@ class RunLog:
     def evaluate(self, step: int, rows: list[dict]) -> str:
         """Keep the held-out samples of `step` and their accuracies; returns the line to print."""
         of = {name: [row["correct"] for row in rows if row["decoding"] == name] for name in ("sampled", "greedy")}
-        self.evaluation[str(step)] = {name: sum(correct) / len(correct) for name, correct in of.items()}
+        now = self.evaluation[str(step)] = {name: sum(correct) / len(correct) for name, correct in of.items()}
         if rank() == 0:
             self._cut("heldout.jsonl", step)
-            rows = sorted(rows, key=lambda r: (r["decoding"], r["problem"], r["sample"]))
+            rows = sorted(rows, key=lambda row: (row["decoding"], row["problem"], row["sample"]))
             append_rows(self.run / "heldout.jsonl", rows)
             write_atomically(self.file, json.dumps(self.evaluation, indent=2) + "\n")
-        first, now = self.evaluation.get("0", {}), self.evaluation[str(step)]
-        parts = [f"{name} {first[name]:.4f} -> {now[name]:.4f}" if step and first else f"{name} {now[name]:.4f}"
-                 for name in now]  # fmt: skip
-        return f"held-out accuracy after {step} steps: {', '.join(parts)} ({len(of['greedy'])} problems)"
+        first = self.evaluation.get("0", {}) if step else {}
+        before = {name: f"{value:.4f} -> " for name, value in first.items()}
+        parts = ", ".join(f"{name} {before.get(name, '')}{value:.4f}" for name, value in now.items())
+        return f"held-out accuracy after {step} steps: {parts} ({len(of['greedy'])} problems)"
 
     def _cut(self, name: str, start: int) -> list[dict]:
         """Keep the rows of the steps below `start`, and return them."""

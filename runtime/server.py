@@ -16,6 +16,7 @@ import os
 import secrets
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -23,9 +24,10 @@ from urllib.request import getproxies, proxy_bypass
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from chat import eos_ids
 from errors import InputError, one_line
-from model import eos_ids, find_checkpoint, load_config
 from rollout import OnFinished, Response, Sampling, StreamKey, until_eos
+from runtime.loading import find_checkpoint, load_config
 
 try:
     import openai
@@ -35,15 +37,15 @@ except ImportError:
 REQUEST_SECONDS = 2 * 3600  # 38,912 tokens on a busy server take most of an hour
 START_SECONDS = 30  # for a try at what comes before sampling: the models' names, one token
 LOAD_SECONDS = 300  # an adapter, perhaps of gigabytes over a network
-CONNECT_SECONDS = 10
 RETRIES = 10  # the client waits 0.5 s, then twice as long each time, 8 s at most: a minute in all
 QUICK_RETRIES = 2  # before anything is sampled, and for adapters, whose errors come as a 500
-LEAST_TEMPERATURE = 0.01  # vLLM raises what is between 0 and this to this
 ENDS = {"stop": True, "length": False}  # finish_reason: was there an EOS?
 ROUNDING = 1e-2  # by which a log-probability may be above 0
+timeout = partial(openai.Timeout, connect=10)
 
 # All that draws other tokens in vLLM (CompletionRequest) or transformers (GenerationConfig), switched off.
-VLLM_OFF = {
+VLLM_FIELDS = {
+    "return_token_ids": True, "logprobs": 0,  # raw ones of the sampled tokens
     "n": 1, "echo": False, "stop": [], "logit_bias": None, "presence_penalty": 0.0, "frequency_penalty": 0.0,
     "repetition_penalty": 1.0, "min_p": 0.0, "use_beam_search": False, "length_penalty": 1.0, "watermarking": False,
     "ignore_eos": False, "min_tokens": 0, "bad_words": [], "allowed_token_ids": None, "structured_outputs": None,
@@ -55,14 +57,12 @@ TRANSFORMERS_OFF = {
 }  # fmt: skip
 
 
-class AnswerError(Exception):
+class AnswerError(openai.OpenAIError):
     """What is wrong with an answer, in words; `ServerEngine._run` puts the server's address before it."""
 
 
 class ServerEngine:
     """Samples over HTTP with at most `in_flight` requests open. Usable from one thread, outside of an event loop."""
-
-    name = "server"
 
     def __init__(
         self, server: str, model: str, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int], vocabulary: int,
@@ -70,8 +70,7 @@ class ServerEngine:
     ) -> None:  # fmt: skip
         """`server`: the URL as typed; `model`: the server's name for it; `vocabulary`: how many token ids it has.
 
-        Asks the server for its models and for one token. Raises InputError where it is not there, does not answer,
-        wants a key, serves another model or takes none of the two kinds of request.
+        Raises InputError where the server is not there, wants a key, serves another model or cannot give one token.
         """
         self.server, self.base_model, self.tokenizer = server, model, tokenizer
         self.eos_ids, self.vocabulary, self.in_flight = eos_ids, vocabulary, in_flight
@@ -85,13 +84,13 @@ class ServerEngine:
         proxy = proxy_variable(url)
         self._by_proxy = f"; asked through the proxy of {proxy}, as NO_PROXY does not name the host" if proxy else ""
         try:
-            self._client = openai.AsyncOpenAI(
-                base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=RETRIES,
-                timeout=timeout(REQUEST_SECONDS),
-                http_client=openai.DefaultAsyncHttpxClient(trust_env=proxy is not None),
-            )  # fmt: skip
+            http = openai.DefaultAsyncHttpxClient(trust_env=proxy is not None)
         except Exception as error:  # a proxy of a kind that the client does not know; each library has its own
             raise InputError(f"--server {server}: {one_line(error)}{self._by_proxy}") from None
+        self._client = openai.AsyncOpenAI(
+            base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", http_client=http, max_retries=RETRIES,
+            timeout=timeout(REQUEST_SECONDS),
+        )  # fmt: skip
         self._quick = self._client.with_options(max_retries=QUICK_RETRIES, timeout=timeout(START_SECONDS))
         self._runner = asyncio.Runner()
         try:
@@ -104,28 +103,22 @@ class ServerEngine:
         self, prompts: list[list[int]], keys: Sequence[StreamKey], settings: Sampling,
         on_finished: OnFinished | None = None,
     ) -> list[Response]:  # fmt: skip
-        """One response per prompt, in the prompts' order; `on_finished(row, response)` as soon as a row is done.
+        """As engines.Engine. Whether equal seeds, which come from the keys, give equal answers is the server's affair.
 
-        Each row has its own seed, a function of its key; whether equal seeds give equal answers is the server's affair.
         The first row that fails for good, or comes back as what was not asked for, ends the call with InputError. Then,
         and on Ctrl-C, requests in flight are cancelled, here and on the server.
         """
-        if 0.0 < settings.temperature < LEAST_TEMPERATURE:
-            raise InputError(
-                f"--temperature {settings.temperature}: vLLM raises it to {LEAST_TEMPERATURE}; take 0 (greedy), or more"
-            )
         longest = max(map(len, prompts), default=0)
         if self.context is not None and longest + settings.max_new_tokens > self.context:
-            raise InputError(
-                f"--server {self.server}: its context of {self.context} tokens does not hold a prompt of {longest} and "
-                f"--max_new_tokens {settings.max_new_tokens} (vLLM: --max-model-len)"
-            )
+            what = f"a prompt of {longest} and --max_new_tokens {settings.max_new_tokens} (vLLM: --max-model-len)"
+            raise InputError(f"--server {self.server}: its context of {self.context} tokens does not hold {what}")
         responses: list[Response | None] = [None] * len(prompts)
         rows = iter(range(len(prompts)))
 
         async def work() -> None:
             for row in rows:  # shared by all workers
-                responses[row] = await self._complete(self._client, prompts[row], request_seed(keys[row]), settings)
+                seed = int(np.random.SeedSequence(keys[row]).generate_state(1)[0]) >> 1  # 31 bits fit every server
+                responses[row] = await self._complete(self._client, prompts[row], seed, settings)
                 if on_finished is not None:
                     on_finished(row, responses[row])
 
@@ -144,7 +137,7 @@ class ServerEngine:
         and values of prompts by the adapter's name and path, also after unloading: other weights under an old name
         would meet them. Raises InputError where the server cannot load it.
         """
-        self._run(self._load(Path(directory).resolve(), f"{name}-{secrets.token_hex(4)}"))
+        self._run(self._load(directory.resolve(), f"{name}-{secrets.token_hex(4)}"))
 
     def close(self) -> None:
         """Unload the adapter, if there is one; a server that is gone, or a second call, is no error."""
@@ -154,8 +147,6 @@ class ServerEngine:
                     self._run(self._unload(self._loaded))
             self._runner.run(self._client.close())
             self._runner.close()
-
-    # -----------------------------------------------------------------------------------------------------------
 
     async def _meet(self) -> None:
         """Look into /v1/models, then find out by a request for one token what the server takes and gives."""
@@ -185,8 +176,7 @@ class ServerEngine:
         fields = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_new_tokens}
         if self.takes_ids:
             sent = prompt
-            fields |= {"top_k": settings.top_k or -1, "stop_token_ids": self.eos_ids, "logprobs": 0}
-            fields |= {"return_token_ids": True, **VLLM_OFF}
+            fields |= {"top_k": settings.top_k or -1, "stop_token_ids": self.eos_ids, **VLLM_FIELDS}
         else:
             sent = prompt_text(self.tokenizer, prompt)
             whole = {
@@ -194,11 +184,9 @@ class ServerEngine:
                 "pad_token_id": self.eos_ids[0], "max_new_tokens": settings.max_new_tokens, **TRANSFORMERS_OFF,
             }  # fmt: skip
             fields["generation_config"] = json.dumps(whole)
+        reply = "something else than JSON"
         try:
             reply = await client.completions.create(model=self.model, prompt=sent, seed=seed, extra_body=fields)
-        except ValueError as error:  # a body that is not JSON
-            raise AnswerError(f"answers something else than JSON ({error})") from None
-        try:
             if self.model != self.base_model and reply.model != self.model:
                 raise AnswerError(f"answers as {reply.model}, not by the adapter {self.model}")
             return self._read(reply, len(prompt), settings.max_new_tokens)
@@ -207,15 +195,15 @@ class ServerEngine:
 
     def _read(self, reply, prompt: int, limit: int) -> Response:
         """A completion of at most `limit` tokens behind `prompt` tokens; raises AnswerError for what cannot be one."""
-        (choice,), usage = reply.choices, reply.usage
+        (choice,), count = reply.choices, reply.usage.completion_tokens
         ids, logprobs = getattr(choice, "token_ids", None), getattr(choice.logprobs, "token_logprobs", None)
-        finished, count = ENDS.get(choice.finish_reason), usage.completion_tokens
+        reason, finished = choice.finish_reason, ENDS.get(choice.finish_reason)
         if finished is None:
-            raise AnswerError(f"a row ended by {choice.finish_reason!r}, which is neither an EOS nor the limit")
-        if usage.prompt_tokens != prompt:
-            raise AnswerError(f"read a prompt of {prompt} tokens as {usage.prompt_tokens}")
+            raise AnswerError(f"a row ended by {reason!r}, which is neither an EOS nor the limit")
+        if reply.usage.prompt_tokens != prompt:
+            raise AnswerError(f"read a prompt of {prompt} tokens as {reply.usage.prompt_tokens}")
         if not (1 if finished else limit) <= count <= limit:
-            raise AnswerError(f"a row of {count} tokens, ended by {choice.finish_reason!r}, for a limit of {limit}")
+            raise AnswerError(f"a row of {count} tokens, ended by {reason!r}, for a limit of {limit}")
         if ids is None and isinstance(choice.text, str):  # null would be sampled as "None"
             return Response([], finished, text=choice.text, tokens=count)
         for what, values in (("token ids", ids), ("log-probabilities", logprobs)):
@@ -229,10 +217,8 @@ class ServerEngine:
                 raise AnswerError(f"the log-probability {value}; start vLLM with --logprobs-mode raw_logprobs")
         until = until_eos(ids, self.eos_ids)
         if until != Response(ids, finished):
-            how = "went on behind" if until.finished else "ended at"
-            raise AnswerError(
-                f"a row {how} token {until.ids[-1]}, but EOS is {self.eos_ids}: is it another checkpoint?"
-            )
+            how = f"{'went on behind' if until.finished else 'ended at'} token {until.ids[-1]}"
+            raise AnswerError(f"a row {how}, but EOS is {self.eos_ids}: is it another checkpoint?")
         return Response(ids, finished, logprobs)
 
     async def _load(self, directory: Path, name: str) -> None:
@@ -241,7 +227,7 @@ class ServerEngine:
             patient = self._quick.with_options(timeout=timeout(LOAD_SECONDS))
             await patient.post("/load_lora_adapter", cast_to=str, body=body)
         except openai.APIStatusError as error:
-            raise AnswerError(_why_not_loaded(error, directory)) from None
+            raise AnswerError(why_not_loaded(error, directory)) from None
         before, self._loaded, self.model = self._loaded, name, name
         if before is not None:
             await self._unload(before)
@@ -255,39 +241,32 @@ class ServerEngine:
         try:
             self._runner.run(work)
             return
-        except ExceptionGroup as group:
-            error = group.exceptions[0]
-        except (openai.OpenAIError, AnswerError) as alone:
-            error = alone
+        except openai.OpenAIError as caught:
+            error = caught
+        except BaseExceptionGroup as group:  # a signal's StoppedError among them goes before the errors of the rest
+            error = min(group.exceptions, key=lambda error: isinstance(error, Exception))
+        reason = one_line(error)
         if isinstance(error, openai.APIConnectionError):
             reason = f"no answer ({one_line(error.__cause__ or error)})"
         elif isinstance(error, openai.AuthenticationError):
             reason = f"wants a key, which is read from OPENAI_API_KEY ({answer(error)})"
         elif isinstance(error, openai.APIStatusError):
             reason = f"refuses a request for {self.model} ({answer(error)})"
-        elif isinstance(error, openai.OpenAIError | AnswerError):
-            reason = one_line(error)
-        else:
+        elif not isinstance(error, openai.OpenAIError):
             raise error
         raise InputError(f"--server {self.server}: {reason}{self._by_proxy}")
-
-
-def timeout(seconds: float) -> openai.Timeout:
-    return openai.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))
 
 
 def base_url(server: str) -> str:
     """The address of the API behind `--server`: http:// and /v1 are added where they are missing."""
     url = server.strip()
     url = (url if "://" in url else f"http://{url}").rstrip("/")
-    try:
+    with suppress(ValueError):  # a port that is no number
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number
-        good = False
-    if not good or parts.query or parts.fragment:
-        raise InputError(f"--server {server}: not an address like http://host:8000/v1")
-    return url if url.endswith("/v1") else f"{url}/v1"
+        is_http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        if is_http and not parts.query and not parts.fragment:
+            return url if url.endswith("/v1") else f"{url}/v1"
+    raise InputError(f"--server {server}: not an address like http://host:8000/v1")
 
 
 def proxy_variable(url: str) -> str | None:
@@ -308,11 +287,6 @@ def ends_and_vocabulary(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple
     return eos_ids(generation, tokenizer), config.get_text_config().vocab_size
 
 
-def request_seed(key: StreamKey) -> int:
-    """31 bits of the row's stream, which fit every server."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
-
-
 def prompt_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """The text that the server's tokenizer, which adds its own BOS if it has one, turns into exactly `ids`."""
     for start in (0, 1):
@@ -323,17 +297,14 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def answer(error) -> str:
-    """Status and message of a refusal, whatever form the server gives it."""
-    text = error.response.text
-    with suppress(ValueError, KeyError, TypeError):
-        text = json.loads(text)["detail"]
-    with suppress(ValueError, KeyError, TypeError):
-        text = json.loads(text)["error"]
-        text = text["message"]
-    return one_line(f"{error.status_code} {text}")
+    """Status and message of a refusal, which is text, {"message": ...} or {"detail": ...}."""
+    body = error.body
+    if isinstance(body, dict):
+        body = body.get("message") or body.get("detail") or body
+    return one_line(f"{error.status_code} {body}")
 
 
-def _why_not_loaded(error, directory: Path) -> str:
+def why_not_loaded(error, directory: Path) -> str:
     """vLLM's answers to an adapter that it does not load, in words of what to do."""
     text = answer(error)
     if "No adapter found" in text:
@@ -341,8 +312,5 @@ def _why_not_loaded(error, directory: Path) -> str:
     if "max_lora_rank" in text:
         return f"the adapter {directory} has too high a rank: start vLLM with --max-lora-rank ({text})"
     if error.status_code in (404, 405) or "LoRA is not enabled" in text:
-        return (
-            "loads no adapters: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, "
-            "or merge the adapter into the model and serve the result"
-        )
+        return "loads no adapters: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
     return f"does not load the adapter {directory} ({text})"

@@ -28,15 +28,16 @@ class Stop:
 
     def listen(self) -> Stop:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(number, self._note)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP
+                signal.signal(number, self._note)
         return self
 
     def hold(self) -> None:
         """Signals wait from here on. Raises StoppedError, on every rank, where one of them was asked before."""
         if not self._held:
             self._held = True
-            self.asked = max(gather_objects(self.asked))
-            if self.asked:
+            if asked := max(gather_objects(self.asked)):  # a signal during the wait stays noted, for `release`
+                self.asked = asked
                 raise StoppedError
 
     def release(self) -> None:

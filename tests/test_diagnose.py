@@ -1,8 +1,8 @@
 import json
 import math
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,42 +10,23 @@ import torch
 from forked import run_ranks, script
 
 import diagnose
-from diagnose import (
-    PRESETS,
-    DiagnoseConfig,
-    Diagnosis,
-    candidates,
-    continuations,
-    draw_problems,
-    dropout_hooks,
-    dropout_scores,
-    first_boxed,
-    parse_config,
-    pick_positions,
-    spines,
-    teacher_pass,
-    valid_tokens,
-)
+from diagnose import DiagnoseConfig, Diagnosis
 from errors import InputError
 from grading import ExactGrader
-from model import load_model, load_tokenizer, response_hidden
+from model import response_hidden
 from problems import Problem, load_problems
 from rollout import Response
 from runtime.engines import GenerateEngine
+from runtime.loading import load_model, load_tokenizer
 from runtime.records import read_rows
 from teacher import student_prompt
 from viability import LabelRule, labels, truncated_entropy, uncertainty
 
-SMALL = {
-    "num_problems": [4], "children": 2, "rollouts": 2, "min_spacing": 2, "context": 96, "spine_tokens": 72,
-    "student_thinking": False, "batch_size": 64,
-}  # fmt: skip
+SMALL = diagnose.PRESETS["tiny"] | {"num_problems": [4], "rollouts": 2, "batch_size": 64}
 
 
 class FixedEngine:
     """Answers by a function of (prompts, keys, settings) instead of a model."""
-
-    name = "fixed"
 
     def __init__(self, answer):
         self.answer = answer
@@ -68,7 +49,7 @@ def tiny(tmp_path_factory):
     config, folder = DiagnoseConfig(**SMALL), tmp_path_factory.mktemp("choice")
     run = Diagnosis(model, tokenizer, GenerateEngine(model, tokenizer), ExactGrader(), [], config, folder)
     some = replace(run, problems=load_problems("tiny:heldout", False)[:30])
-    right = [row["problem"] for row in spines(some) if row["correct"]]
+    right = [row["problem"] for row in diagnose.spines(some) if row["correct"]]
     return replace(run, problems=[some.problems[i] for i in right[:4]])
 
 
@@ -86,24 +67,20 @@ def small_run(tiny, tmp_path_factory):
 
 
 def all_phases(run):
-    A = spines(run)
-    B = teacher_pass(run, A)
-    C = candidates(run, A, B)
-    D = dropout_scores(run, A, C)
-    return A, B, C, D, continuations(run, A, C)
+    A = diagnose.spines(run)
+    B = diagnose.teacher_pass(run, A)
+    C = diagnose.candidates(run, A, B)
+    D = diagnose.dropout_scores(run, A, C)
+    return A, B, C, D, diagnose.continuations(run, A, C)
 
 
 def small(**changes):
     return DiagnoseConfig(**(SMALL | changes))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# B: tokens and entropy
-
-
 def test_valid_tokens_of_each_family(checkpoint):
     model, tokenizer = load_model(checkpoint, device="cpu"), load_tokenizer(checkpoint)
-    valid = valid_tokens(model, tokenizer)
+    valid = diagnose.valid_tokens(model, tokenizer)
     texts = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
     assert not valid[tokenizer.all_special_ids].any()
     assert not valid[tokenizer.convert_tokens_to_ids(["<think>", "</think>"])].any()
@@ -120,10 +97,10 @@ def test_ids_behind_the_tokenizer_and_eos_ids_are_not_valid(tiny):
     wide = load_model("tiny", device="cpu")
     wide.resize_token_embeddings(len(tokenizer) + 5, mean_resizing=False)
     digit = tokenizer.convert_tokens_to_ids("7")
-    assert not valid_tokens(wide, tokenizer)[len(tokenizer) :].any()
-    assert valid_tokens(model, tokenizer)[[digit, tokenizer.convert_tokens_to_ids("\\boxed{")]].all()
+    assert not diagnose.valid_tokens(wide, tokenizer)[len(tokenizer) :].any()
+    assert diagnose.valid_tokens(model, tokenizer)[[digit, tokenizer.convert_tokens_to_ids("\\boxed{")]].all()
     wide.generation_config.eos_token_id = [tokenizer.eos_token_id, digit]
-    assert not valid_tokens(wide, tokenizer)[digit]
+    assert not diagnose.valid_tokens(wide, tokenizer)[digit]
 
 
 def test_truncated_entropy_by_hand():
@@ -146,8 +123,8 @@ def direct_probabilities(model, prompt, ids, t):
 def test_teacher_pass_scores_each_position_in_both_contexts(small_run, fresh):
     """Eight tokens of each context, so that a swapped prompt or a shifted position cannot go unseen."""
     run, (A, *_) = fresh(config=small(children=8)), small_run[1]
-    valid, differs = valid_tokens(run.model, run.tokenizer), []
-    for row in teacher_pass(run, A):
+    valid, differs = diagnose.valid_tokens(run.model, run.tokenizer), []
+    for row in diagnose.teacher_pass(run, A):
         i, ids = row["problem"], A[row["problem"]]["ids"]
         assert len(row["h_trunc"]) == len(row["teacher_ids"]) == len(row["student_ids"]) == len(ids)
         for t in (0, len(ids) // 2, len(ids) - 1):
@@ -163,38 +140,30 @@ def test_teacher_pass_scores_each_position_in_both_contexts(small_run, fresh):
     assert sum(differs) >= len(differs) / 2  # else the contexts could be exchanged
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# C: positions
-
-
-def config_c(**overrides):
-    return DiagnoseConfig(**{"candidates": 5, "min_spacing": 3, **overrides})
-
-
-def test_positions_are_the_most_uncertain_and_spaced():
+@pytest.mark.parametrize(
+    ("end", "changes", "expected"),
+    [(8, {}, [1, 4, 7]), (8, {"candidates": 2}, [1, 4]), (4, {}, [1]), (8, {"min_spacing": 64}, [1])],
+)
+def test_positions_are_the_most_uncertain_and_spaced(end, changes, expected):
+    """2 is too near to 1, 5 and 6 to 4."""
     h, p = [0.1, 0.9, 0.8, 0.2, 0.7, 0.6, 0.5, 0.0], [[0.5, 0.4]] * 8
-    assert pick_positions(h, p, 8, config_c()) == [1, 4, 7]  # 2 is too near to 1, 5 and 6 to 4
-    assert pick_positions(h, p, 8, config_c(candidates=2)) == [1, 4]
-    assert pick_positions(h, p, 4, config_c()) == [1]
-    assert pick_positions(h, p, 8, config_c(min_spacing=64)) == [1]
+    assert diagnose.pick_positions(h, p, end, DiagnoseConfig(**{"min_spacing": 3, **changes})) == expected
 
 
-def test_positions_need_a_plausible_second_token():
-    h = [3.0, 2.0, 1.0]
-    assert pick_positions(h, [[0.90, 0.089], [0.19, 0.019], [0.15, 0.02]], 3, config_c(min_spacing=1)) == [2]
-    assert pick_positions(h, [[0.90, 0.0901], [0.19, 0.020], [0.15, 0.02]], 3, config_c(min_spacing=1)) == [0, 1, 2]
+@pytest.mark.parametrize(
+    ("p", "expected"),
+    [([[0.90, 0.089], [0.19, 0.019], [0.15, 0.02]], [2]), ([[0.90, 0.0901], [0.19, 0.020], [0.15, 0.02]], [0, 1, 2])],
+)
+def test_positions_need_a_plausible_second_token(p, expected):
+    assert diagnose.pick_positions([3.0, 2.0, 1.0], p, 3, DiagnoseConfig(min_spacing=1)) == expected
 
 
 def test_nothing_behind_the_box(tiny):
     tokenizer = tiny.tokenizer
     ids = tokenizer.encode("3+8=11;\\boxed{11}", add_special_tokens=False)
-    t = first_boxed(tokenizer, ids)
+    t = diagnose.first_boxed(tokenizer, ids)
     assert tokenizer.decode(ids[: t - 1]) == "3+8=11;" and tokenizer.decode(ids[:t]) == "3+8=11;\\boxed{"
-    assert first_boxed(tokenizer, ids[: t - 1]) == t  # len + 1: no box, every position may be picked
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# D: dropout
+    assert diagnose.first_boxed(tokenizer, ids[: t - 1]) == t  # len + 1: no box, every position may be picked
 
 
 def test_uncertainty_by_hand_and_at_its_limits():
@@ -213,46 +182,35 @@ def test_moment_matching_recovers_a_dirichlet():
     assert uncertainty(torch.tensor(draw))["log_kappa"].exp().item() == pytest.approx(20.0, rel=0.05)
 
 
-def test_hooks_drop_in_the_last_layers_only_and_are_always_removed(checkpoint):
+def test_hooks_drop_in_the_last_layers_only_keep_the_mean_and_are_always_removed(checkpoint):
     model = load_model(checkpoint, device="cpu").eval()
-    ids, seen = [[5, 6, 7, 8]], []
-    watch = model.get_decoder().layers[0].register_forward_hook(lambda m, i, output: seen.append(output))
-    plain = response_hidden(model, ids, ids)
+    layers, ids, seen = model.get_decoder().layers, ([[5, 6]] * 2000, [[7]] * 2000), []
     generator = torch.Generator().manual_seed(0)
-    with dropout_hooks(model, 1, 0.5, generator):
-        dropped = response_hidden(model, ids, ids)
-    first = [out[0] if isinstance(out, tuple) else out for out in seen]
-    assert torch.equal(first[0], first[1]) and not torch.allclose(plain, dropped)
-    with pytest.raises(RuntimeError, match="stop"), dropout_hooks(model, 2, 0.5, generator):
+
+    def outputs() -> list[torch.Tensor]:
+        """Of the first and the last block."""
+        watches = [layers[n].register_forward_hook(lambda block, inputs, output: seen.append(output)) for n in (0, -1)]
+        response_hidden(model, *ids)
+        for watch in watches:
+            watch.remove()
+        return seen[-2:]
+
+    plain = outputs()
+    with diagnose.dropout_hooks(model, 1, 0.1, generator):
+        dropped = outputs()
+    assert torch.equal(plain[0], dropped[0])
+    assert (dropped[1] == 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert (dropped[1].mean(dim=0) - plain[1][0]).abs().max() < 0.05 * plain[1].abs().max()
+    with pytest.raises(RuntimeError, match="stop"), diagnose.dropout_hooks(model, 2, 0.5, generator):
         raise RuntimeError("stop")
-    assert torch.equal(response_hidden(model, ids, ids), plain)
-    watch.remove()
-    assert all(not layer._forward_hooks for layer in model.get_decoder().layers)
-
-
-def test_hooked_dropout_keeps_the_mean(checkpoint):
-    model = load_model(checkpoint, device="cpu").eval()
-    layer = model.get_decoder().layers[-1]
-    outputs = []
-    with dropout_hooks(model, 1, 0.1, torch.Generator().manual_seed(0)):
-        watch = layer.register_forward_hook(lambda m, i, output: outputs.append(output))
-        response_hidden(model, [[5, 6]] * 2000, [[7]] * 2000)
-        watch.remove()
-    hidden = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
-    assert (hidden == 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
-    model_out = []
-    watch = layer.register_forward_hook(lambda m, i, output: model_out.append(output))
-    response_hidden(model, [[5, 6]], [[7]])
-    watch.remove()
-    plain = model_out[0][0] if isinstance(model_out[0], tuple) else model_out[0]
-    assert (hidden.mean(dim=0) - plain[0]).abs().max() < 0.05 * plain.abs().max()
+    assert all(torch.equal(*pair) for pair in zip(outputs(), plain, strict=True))
 
 
 def test_dropout_is_read_at_the_candidate_in_the_teachers_context(small_run, fresh, monkeypatch):
     """Without dropout all passes agree: the entropy is the teacher's over the full vocabulary."""
     monkeypatch.setattr(diagnose, "DROPOUT", 0.0)
     run, (A, _, C, *_) = fresh(), small_run[1]
-    rows = dropout_scores(run, A, C)
+    rows = diagnose.dropout_scores(run, A, C)
     assert sum(len(row["positions"]) for row in rows) > 4
     for row in rows:
         prompt, ids = run.teacher_prompt(row["problem"]), A[row["problem"]]["ids"]
@@ -261,59 +219,42 @@ def test_dropout_is_read_at_the_candidate_in_the_teachers_context(small_run, fre
             assert entropy == pytest.approx(-(p * p.log()).sum().item(), rel=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The phases together
-
-
 def test_phases_on_the_embedded_model(small_run):
+    """What each phase covers: all problems, their right spines, and as many continuations as each arm needs."""
     run, (A, B, C, D, E) = small_run
-    config, tokenizer = run.config, run.tokenizer
-    assert [row["problem"] for row in A] == [0, 1, 2, 3]
-    kept = {row["problem"] for row in A if row["correct"]}
-    assert kept == {row["problem"] for row in B} == {row["problem"] for row in C}
+    decode, found, budgets = run.tokenizer.decode, [], Counter()
+    kept = [row["problem"] for row in A if row["correct"]]
+    assert len(A) == 4 and kept == [row["problem"] for row in B] == [row["problem"] for row in C]
     for row in C:
-        spine = A[row["problem"]]
-        positions = [c["position"] for c in row["candidates"]]
-        assert all(b - a >= config.min_spacing for a, b in pairwise(positions))
         for c in row["candidates"]:
-            assert "\\boxed" not in tokenizer.decode(spine["ids"][: c["position"]])
-            assert len(set(c["teacher"])) == 2 and c["teacher_p"] == sorted(c["teacher_p"], reverse=True)
-    groups = {}
+            found.append((row["problem"], c["position"]))
+            assert "\\boxed" not in decode(A[row["problem"]]["ids"][: c["position"]])
+            for token in {*c["teacher"], *c["student"], None}:
+                budgets[*found[-1], token] = run.config.rollouts * (run.config.children if token is None else 1)
+    assert Counter((row["problem"], row["position"], row["token"]) for row in E) == budgets
     for row in E:
-        groups.setdefault((row["problem"], row["position"], row["token"]), []).append(row["sample"])
-    for (_, _, token), samples in groups.items():
-        budget = config.rollouts * (config.children if token is None else 1)
-        assert sorted(samples) == list(range(budget))
-    for row in E:
-        start = tokenizer.decode(A[row["problem"]]["ids"][: row["position"]])
-        forced = "" if row["token"] is None else tokenizer.decode([row["token"]])
-        assert row["text"].startswith(start + forced)
-        room = config.context - len(run.student_prompt(row["problem"])) - row["position"]
-        assert row["tokens"] <= room - (row["token"] is not None)
+        start = decode(A[row["problem"]]["ids"][: row["position"]])
+        assert row["text"].startswith(start + ("" if row["token"] is None else decode([row["token"]])))
+    assert [(row["problem"], t) for row in D for t in row["positions"]] == found
     assert all(np.isfinite(row[name]).all() for row in D for name in ("entropy", "mutual_information", "log_kappa"))
 
 
-def test_a_run_taken_up_at_any_phase_equals_an_unbroken_one(small_run, fresh):
-    """Files cut within each phase, the last line torn, and another batch size: the same rows."""
+def test_a_run_taken_up_at_any_phase_equals_an_unbroken_one(small_run, fresh, monkeypatch):
+    """Files cut within each phase, the last line torn, and another batch size; a second time nothing is left to do."""
     whole, run = small_run[1], fresh(config=small(batch_size=23))
     for path in small_run[0].folder.iterdir():
         lines = path.read_text().splitlines(keepends=True)
         (run.folder / path.name).write_text("".join(lines[: len(lines) // 2]) + lines[-1][:9])
     assert len(list(run.folder.iterdir())) == 5 and all_phases(run) == whole
-
-
-def test_finished_phases_touch_no_model(small_run, monkeypatch):
-    run, whole = small_run
     monkeypatch.setattr(diagnose, "response_hidden", forbidden)
     assert all_phases(replace(run, engine=FixedEngine(forbidden))) == whole
 
 
 def test_two_ranks_leave_the_rows_of_one(tmp_path):
     """Five problems, three on one rank and two on the other; the same rows in the same files, and the same table."""
-    text = "--num_problems 5 --rollouts 1 --batch_size 16 --device cpu --seed 1 --output_dir"
-    flags = text.split()
+    flags = "--num_problems 5 --rollouts 1 --batch_size 16 --device cpu --seed 1 --output_dir"
     for ranks, run in ((1, "one"), (2, "two")):
-        outputs = run_ranks(tmp_path, script, "diagnose.py", [*flags, str(tmp_path / run)], ranks=ranks)
+        outputs = run_ranks(tmp_path, script, "diagnose.py", [*flags.split(), str(tmp_path / run)], ranks=ranks)
         assert "".join(outputs).count("problems, ") == 1  # one rank speaks
     one, two = ({path.name for path in (tmp_path / run).iterdir()} for run in ("one", "two"))
     assert one == two and len(one) == 9
@@ -335,9 +276,9 @@ def test_a_lack_of_gpu_memory_is_one_line_and_the_run_goes_on(small_run, fresh):
         return [response.ids for response in run.engine.sample(prompts, keys, settings)]
 
     with pytest.raises(InputError, match=r"A_spines\.jsonl: out of GPU memory"):
-        spines(replace(run, engine=FixedEngine(scarce)))
+        diagnose.spines(replace(run, engine=FixedEngine(scarce)))
     assert read_rows(run.folder / "A_spines.jsonl") == A[:2]
-    assert spines(replace(run, engine=FixedEngine(scarce))) == A and len(calls) == 3
+    assert diagnose.spines(replace(run, engine=FixedEngine(scarce))) == A and len(calls) == 3
 
 
 def test_spines_without_a_box_are_sampled_again(fresh):
@@ -348,18 +289,16 @@ def test_spines_without_a_box_are_sampled_again(fresh):
         calls.append((settings.temperature, [key[-1] for key in keys]))
         return [boxed if settings.temperature or key[-1] != 1 else boxed[:1] for key in keys]
 
-    rows = spines(replace(run, engine=FixedEngine(answer)))
+    rows = diagnose.spines(replace(run, engine=FixedEngine(answer)))
     assert calls == [(0.0, [0, 1, 2, 3]), (0.7, [1])]
     assert [row["temperature"] for row in rows] == [0.0, 0.7, 0.0, 0.0] and rows[1]["correct"]
 
 
 @pytest.mark.parametrize("thinks", [True, False])
-def test_student_thinking_reaches_the_prompts_of_phases_a_b_and_e(fresh, checkpoint, family, thinks):
+def test_student_thinking_reaches_the_prompts_of_phases_a_b_and_e(fresh, checkpoint, family, thinks, monkeypatch):
     """With each family's template: the student's context is sampled from and scored; the teacher's stays as it is."""
-    model, tokenizer = load_model(checkpoint, device="cpu"), load_tokenizer(checkpoint)
-    sampled, scored = [], []
+    model, tokenizer, sampled, scored = load_model(checkpoint, device="cpu"), load_tokenizer(checkpoint), [], []
     config = DiagnoseConfig(student_thinking=thinks, rollouts=1, min_spacing=1, context=400)
-    problem = Problem("1+1?", "", "2")
 
     def answer(prompts, keys, settings):
         sampled.extend(prompts)
@@ -369,18 +308,14 @@ def test_student_thinking_reaches_the_prompts_of_phases_a_b_and_e(fresh, checkpo
         scored.extend(prompts)
         return response_hidden(model, prompts, responses)
 
-    run = fresh(model=model, tokenizer=tokenizer, config=config, problems=[problem], engine=FixedEngine(answer))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diagnose, "response_hidden", spy)
-        patch.setattr(diagnose, "MIN_P2", 0.0)
-        patch.setattr(diagnose, "MIN_RATIO", 0.0)
-        all_phases(run)
+    for name, value in (("response_hidden", spy), ("MIN_P2", 0.0), ("MIN_RATIO", 0.0)):
+        monkeypatch.setattr(diagnose, name, value)
+    parts = {"model": model, "tokenizer": tokenizer, "engine": FixedEngine(answer)}
+    all_phases(fresh(config=config, problems=[Problem("1+1?", "", "2")], **parts))
     texts = [tokenizer.decode(ids) for ids in [*sampled, *scored]]
     student = [text for text in texts if "privileged" not in text]
     assert len(sampled) > 3 and len(student) == len(sampled) + 1 and len(texts) > len(student)
-    closed = (
-        "<think>\n\n</think>" if family == "qwen3" else "<think></think>" if family == "olmo3" else "<think>\n</think>"
-    )
+    closed = {"qwen3": "<think>\n\n</think>", "olmo3": "<think></think>", "llama": "<think>\n</think>"}[family]
     assert all((closed in text) == (not thinks) for text in student), student[0]
     assert not any("</think>" in text for text in texts if "privileged" in text)
 
@@ -391,12 +326,13 @@ def test_wrong_spines_stay_out_unless_asked_for(fresh, tmp_path):
         run.folder.mkdir()
         ids = run.tokenizer.encode("3+8=11;\\boxed{11}", add_special_tokens=False)
         rows = [{"problem": 0, "ids": ids, "correct": False}, {"problem": 1, "ids": ids, "correct": True}]
-        assert [row["problem"] for row in teacher_pass(run, rows)] == expected
+        assert [row["problem"] for row in diagnose.teacher_pass(run, rows)] == expected
 
 
 def test_continuations_have_streams_of_their_own_and_end_at_the_context(small_run, fresh):
-    """Each row is cut at its own last position of the context, not at its batch's."""
-    A, _, C, _, E = small_run[1]
+    """Each row is cut at its own last position of the context, not at its batch's; token 0 is not "none forced"."""
+    A, _, C, _, _ = small_run[1]
+    C = [{**row, "candidates": [{**c, "teacher": [0, *c["teacher"][1:]]} for c in row["candidates"]]} for row in C]
     run, keys = fresh(), []
     seven = run.tokenizer.convert_tokens_to_ids("7")
 
@@ -405,8 +341,8 @@ def test_continuations_have_streams_of_their_own_and_end_at_the_context(small_ru
         assert settings.max_new_tokens == run.config.context - min(map(len, prompts))
         return [[seven] * settings.max_new_tokens for _ in prompts]
 
-    rows = continuations(replace(run, engine=FixedEngine(answer)), A, C)
-    assert len(set(keys)) == len(keys) == len(E)
+    rows = diagnose.continuations(replace(run, engine=FixedEngine(answer)), A, C)
+    assert len(set(keys)) == len(keys) == len(rows)
     for row in rows:
         prefix = len(run.student_prompt(row["problem"])) + row["position"] + (row["token"] is not None)
         assert prefix + row["tokens"] == run.config.context
@@ -425,24 +361,18 @@ def test_labels_of_every_arm_by_hand():
     assert (row["entropy"], row["log_kappa"]) == (0.5, 2.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The run
-
-
 def test_defaults_are_the_papers_protocol():
-    config = parse_config(["--preset", "qwen3-4b"])
+    config = diagnose.parse_config(["--preset", "qwen3-4b"])
     assert config.num_problems == [24, 30, 30] and len(config.data) == 3 and config.model == "Qwen/Qwen3-4B"
-    assert config.student_thinking and not parse_config([]).student_thinking
-    expected = {
-        "context": 32768, "spine_tokens": 16384, "candidates": 5, "min_spacing": 64, "children": 3, "rollouts": 6,
-    }  # fmt: skip
-    assert {name: getattr(config, name) for name in expected} == expected
+    assert config.student_thinking and not diagnose.parse_config([]).student_thinking
+    numbers = ("context", "spine_tokens", "candidates", "min_spacing", "children", "rollouts")
+    assert [getattr(config, name) for name in numbers] == [32768, 16384, 5, 64, 3, 6]
     constants = ("TEMPERATURE", "TOP_P", "FALLBACK_TEMPERATURE", "TOP_VALID", "MIN_P2", "MIN_RATIO", "PASSES",
                  "DROPOUT", "DROPPED_LAYERS")  # fmt: skip
     assert [getattr(diagnose, name) for name in constants] == [1.0, 0.95, 0.7, 16, 0.02, 0.10, 5, 0.1, 4]
     assert LabelRule() == LabelRule(3, 6, 0.75, 2, 0.40, 2000, 0)
-    assert parse_config([]).children == PRESETS["tiny"]["children"]
-    assert parse_config(["--children", "3"]).children == 3  # a flag wins over the preset
+    assert diagnose.parse_config([]).children == diagnose.PRESETS["tiny"]["children"]
+    assert diagnose.parse_config(["--children", "3"]).children == 3  # a flag wins over the preset
 
 
 def test_problems_are_drawn_without_replacement_from_each_source(tmp_path):
@@ -450,16 +380,16 @@ def test_problems_are_drawn_without_replacement_from_each_source(tmp_path):
         lines = [json.dumps({"problem": f"{name}{i}", "answer": str(i)}) + "\n" for i in range(9)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     data = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
-    drawn = draw_problems(DiagnoseConfig(data=data, num_problems=[9, 4]))
+    drawn = diagnose.draw_problems(DiagnoseConfig(data=data, num_problems=[9, 4]))
     texts = [problem.problem for problem in drawn]
     assert sorted(texts[:9]) == [f"a{i}" for i in range(9)] and len(set(texts[9:])) == 4
     assert all(text[0] == "b" for text in texts[9:]) and isinstance(drawn[0], Problem)
-    assert draw_problems(DiagnoseConfig(data=data, num_problems=[9, 4])) == drawn
+    assert diagnose.draw_problems(DiagnoseConfig(data=data, num_problems=[9, 4])) == drawn
     with pytest.raises(InputError, match="has 9 problems"):
-        draw_problems(DiagnoseConfig(data=data, num_problems=[9, 10]))
+        diagnose.draw_problems(DiagnoseConfig(data=data, num_problems=[9, 10]))
     (tmp_path / "d.csv").write_text("task,key\n1+1,2\n")
     named = DiagnoseConfig(data=[str(tmp_path / "d.csv")], num_problems=[1], columns="problem=task,answer=key")
-    assert draw_problems(named) == [Problem("1+1", "", "2")]
+    assert diagnose.draw_problems(named) == [Problem("1+1", "", "2")]
 
 
 @pytest.mark.parametrize(
@@ -469,13 +399,24 @@ def test_problems_are_drawn_without_replacement_from_each_source(tmp_path):
 )  # fmt: skip
 def test_mistakes_are_named(flags):
     with pytest.raises(InputError, match=flags.split()[0] if flags != "--data a b" else "--num_problems"):
-        parse_config(flags.split())
+        diagnose.parse_config(flags.split())
+
+
+@pytest.fixture
+def script_with(monkeypatch, tmp_path):
+    """diagnose.py with these flags, in the folder `run`."""
+
+    def main(flags: str):
+        monkeypatch.setattr(sys, "argv", f"diagnose.py --output_dir {tmp_path / 'run'} --device cpu {flags}".split())
+        diagnose.main()
+
+    return main
 
 
 class BracedGrader:
     """Knows that \\{15\\} is 15, as no other grader does."""
 
-    name, note, stopped = "braced", "", 0
+    name, note, stopped, refused = "braced", "", 2, 3
 
     def __init__(self, version):
         self.version = version
@@ -487,64 +428,55 @@ class BracedGrader:
         pass
 
 
-def test_the_grader_is_chosen_by_the_answers_used_and_pinned(tiny, tmp_path, monkeypatch):
+def test_the_grader_is_chosen_by_the_answers_used_and_pinned(tiny, script_with, tmp_path, monkeypatch, capsys):
     data, run, asked = tmp_path / "data.jsonl", tmp_path / "run", []
     lines = [json.dumps({"problem": p.problem, "answer": f"\\{{{p.answer}\\}}"}) + "\n" for p in tiny.problems]
     data.write_text("".join(lines))
 
-    def grader(version):
-        return lambda name, golds: asked.append((name, golds)) or BracedGrader(version)
+    def install(version):
+        monkeypatch.setattr(diagnose, "make_grader", lambda *given: asked.append(given) or BracedGrader(version))
 
-    flags = f"diagnose.py --data {data} --num_problems 4 --rollouts 1 --context 100 --output_dir {run}"
-    monkeypatch.setattr(sys, "argv", flags.split())
-    monkeypatch.setattr(diagnose, "make_grader", grader("1.0"))
-    diagnose.main()
-    assert [(name, sorted(golds)) for name, golds in asked] == [
-        ("auto", sorted(f"\\{{{p.answer}\\}}" for p in tiny.problems))
-    ]
+    flags = f"--data {data} --num_problems 4 --rollouts 1 --context 100 "
+    install("1.0")
+    script_with(flags)
+    ((name, golds),) = asked
+    assert name == "auto" and sorted(golds) == sorted(f"\\{{{p.answer}\\}}" for p in tiny.problems)
+    assert "grader braced 1.0, 2 comparisons stopped at a limit, 3 refused" in capsys.readouterr().out
     assert json.loads((run / "config.json").read_text())["config"]["grader"] == "braced 1.0"
     assert all(row["correct"] for row in read_rows(run / "A_spines.jsonl"))
     assert any(row["correct"] for row in read_rows(run / "E_continuations.jsonl"))
-    monkeypatch.setattr(sys, "argv", [*flags.split(), "--resume"])
-    diagnose.main()  # the same grader: goes on
-    monkeypatch.setattr(sys, "argv", [*flags.split(), "--resume", "--student_thinking"])
+    script_with(flags + "--resume")  # the same grader: goes on
     with pytest.raises(InputError, match="--student_thinking False, not True"):
-        diagnose.main()
-    monkeypatch.setattr(sys, "argv", [*flags.split(), "--resume"])
+        script_with(flags + "--resume --student_thinking")
     data.write_text("".join(lines[::-1]))
     with pytest.raises(InputError, match=r"what --data .* names has changed"):
-        diagnose.main()
+        script_with(flags + "--resume")
     data.write_text("".join(lines))
-    monkeypatch.setattr(diagnose, "make_grader", grader("2.0"))
+    install("2.0")
     with pytest.raises(InputError, match=r"--grader braced 1\.0"):
-        diagnose.main()
+        script_with(flags + "--resume")
 
 
-def test_a_run_ends_with_table_1_and_names_the_report(tmp_path, monkeypatch, capsys):
+def test_a_run_ends_with_table_1_and_names_the_report(script_with, tmp_path, capsys):
     """table1.json says by which rule it was made; labels are made anew from the rows of a resumed run."""
-    flags = f"diagnose.py --num_problems 8 --rollouts 2 --seed 3 --device cpu --output_dir {tmp_path / 'run'}".split()
     tables = []
-    for more in ([], ["--resume"]):
-        monkeypatch.setattr(sys, "argv", [*flags, *more])
-        diagnose.main()
+    for more in ("", " --resume"):
+        script_with("--num_problems 8 --rollouts 2 --seed 3" + more)
         output = capsys.readouterr().out
         tables.append(json.loads((tmp_path / "run/table1.json").read_text()))
-        counts = tables[-1]["right spines"]["labels"]
-        assert f"{counts['diversity']} diversity" in output
+        assert f"{tables[-1]['right spines']['labels']['diversity']} diversity" in output
         assert f"python -m experiments.diagnose_report {tmp_path / 'run'}" in output
     assert tables[0] == tables[1] and "(0 of them from before" not in output
     assert tables[0]["rule"] == asdict(LabelRule(children=2, rollouts=2))
 
 
-def test_a_prompt_without_room_is_named_by_its_source_and_row(tmp_path, monkeypatch):
+def test_a_prompt_without_room_is_named_by_its_source_and_row(script_with, tmp_path):
     """Before anything is sampled; the embedded model's two contexts take 34 and more tokens, the spine 72."""
     for name, problems in (("short", ["1+2+3+4+5"]), ("long", ["1+2", "1+2+3", "+".join("123456789" * 4)])):
         lines = [json.dumps({"problem": p, "answer": "6"}) + "\n" for p in problems]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    flags = f"diagnose.py --data {tmp_path}/short.jsonl {tmp_path}/long.jsonl --num_problems 1 3 --device cpu"
-    monkeypatch.setattr(sys, "argv", [*flags.split(), "--context", "150", "--output_dir", str(tmp_path / "run")])
     with pytest.raises(InputError, match=r"--data .*long.jsonl, row 2: a prompt of \d+ tokens and a response of 73"):
-        diagnose.main()
+        script_with(f"--data {tmp_path}/short.jsonl {tmp_path}/long.jsonl --num_problems 1 3 --context 150")
     assert not (tmp_path / "run").exists()
 
 

@@ -1,43 +1,29 @@
 import json
+import re
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import viability
 from errors import InputError
 from experiments import diagnose_report
 from experiments.diagnose_report import (
     REMAINING,
     analyse,
-    auroc_centred_over_all,
-    bootstrap_mean,
-    centred_auroc,
     difference,
     fit_schedule,
     fit_survival,
+    mean_with_interval,
     null_probabilities,
-    schedule_flags,
     simulate_null,
-    verdict,
     write_report,
 )
 from loss import resolve_method
 from train import parse_config
-from viability import (
-    DIVERSITY,
-    GRAY,
-    LABELS,
-    POSITION,
-    UNCERTAIN,
-    LabelRule,
-    auroc,
-    centre,
-    label_children,
-    resamples,
-    table1,
-    to_columns,
-)
+from viability import DIVERSITY, GRAY, LABELS, POSITION, UNCERTAIN, LabelRule, auroc, auroc_of, label_children
 from weighting import SCHEDULES, relative_position
 
 RULE = LabelRule(bootstraps=300)
@@ -86,12 +72,10 @@ def test_a_faultless_teacher_is_told_from_a_faulty_one():
     )
     for result in (faultless, faulty):
         assert result["table1"][POSITION]["interval"][0] > 0.5  # position wins in both
-    assert all(
-        abs(faultless["arms"]["unforced"]["teacher_minus_arm"][part]["mean"]) < 0.05 for part in ("early", "late")
-    )
+    paired = faultless["arms"]["unforced"]["teacher_minus_arm"]
+    assert all(abs(paired[part]["mean"]) < 0.05 for part in ("early", "late"))
     paired = faulty["arms"]["unforced"]["teacher_minus_arm"]
     assert paired["early"]["interval"][1] < -0.1 and abs(paired["late"]["mean"]) < 0.05
-    assert "hurt" not in verdict(faultless) and "early hurt" in verdict(faulty)
 
 
 def test_orientation_is_fixed_beforehand():
@@ -99,26 +83,16 @@ def test_orientation_is_fixed_beforehand():
     result = analysed(a_world(base=lambda r: 0.95 - 0.7 * r))
     row = result["table1"][POSITION]
     assert row["auroc"] < 0.2 and row["interval"][1] < 0.5 and row["interval_reoriented"][0] > 0.5
-    assert "Late candidates are real-uncertain more often" in verdict(result)
-
-
-def test_log_kappa_is_oriented_to_suspect_low_precision():
-    rows = a_world()
-    for row in rows:
-        row["log_kappa"] = -5.0 if row["label"]["teacher"] == "real-uncertain" else 5.0
-    data = to_columns(rows, RULE)
-    assert (data.score["log kappa"] == [-row["log_kappa"] for row in rows]).all()
-    assert analysed(rows)["table1"]["log kappa"]["auroc"] > 0.9
 
 
 def test_scores_of_position_by_hand():
-    """Position 3 of 10 tokens: 1 - 3.5 / 10, seven tokens remain; both rate an earlier candidate higher."""
+    """Position 3 of 10 tokens: 1 - 3.5 / 10, seven tokens remain: earlier is suspect, and so is a low precision."""
     rows = a_world(problems=1)
     for row, position in zip(rows, (3, 4, 5, 6, 7), strict=True):
-        row.update(position=position, length=10)
+        row.update(position=position, length=10, log_kappa=float(position))
     score = analyse(rows, RULE)[0].score
     assert score[POSITION][0] == pytest.approx(0.65) and score[REMAINING][0] == 7.0
-    assert all((np.diff(score[name]) < 0).all() for name in (POSITION, REMAINING))
+    assert all((np.diff(score[name]) < 0).all() for name in (POSITION, REMAINING, "log kappa"))
 
 
 def test_point_estimate_is_the_centred_auroc_of_labelled_candidates():
@@ -127,11 +101,13 @@ def test_point_estimate_is_the_centred_auroc_of_labelled_candidates():
     score = np.array([1.0 - (row["position"] + 0.5) / row["length"] for row in labelled])
     label = np.array([row["label"]["teacher"] == "real-uncertain" for row in labelled]).astype(int)
     problem = np.array([row["problem"] for row in labelled])
-    expected = auroc(centre(score, problem), label)
+    expected = auroc(viability.centre(score, problem), label)
     result = analysed(rows)
     assert result["table1"][POSITION]["auroc"] == expected
     assert result["labels"]["gray"] == len(rows) - len(labelled)
-    assert result["table1"].items() >= table1(to_columns(rows, RULE))["table1"].items()  # as diagnose.py prints it
+    assert (
+        result["table1"].items() >= viability.table1(viability.to_columns(rows, RULE))["table1"].items()
+    )  # as diagnose.py prints it
 
 
 def test_paired_difference_of_a_score_with_itself_is_zero():
@@ -148,7 +124,7 @@ def test_one_class_gives_no_number_but_a_report(tmp_path):
     text = write_report([a_folder(tmp_path, a_world(base=lambda r: 0.99))], tmp_path)
     result = json.loads((tmp_path / "controls.json").read_text())["right spines"]
     assert result["table1"][POSITION] is None and result["labels"]["real-uncertain"] == 0
-    assert f"| {POSITION} | - | - | - | - |" in text and "says nothing about any score" in text
+    assert f"| {POSITION} | - | - | - | - |" in text
 
 
 def test_children_by_hand():
@@ -216,8 +192,7 @@ def test_the_schedules_flags_are_what_training_reads(tmp_path):
     pytest.importorskip("matplotlib")
     text = write_report([a_folder(tmp_path, a_world())], tmp_path)
     result = json.loads((tmp_path / "controls.json").read_text())["right spines"]
-    content, flags = result["schedule"]["teacher"], schedule_flags(result)
-    assert f"`{flags}`" in text
+    content, (flags,) = result["schedule"]["teacher"], re.findall("`(--schedule .*)`", text)
     schedule, r = resolve_method("pwopsd", parse_config(flags.split())).token_weight, relative_position([50])
     w = content["w_min"] + (1 - content["w_min"]) / (1 + np.exp(-(r.numpy() - content["tau"]) / content["s"]))
     assert schedule(r).numpy() == pytest.approx(w, abs=1e-3)
@@ -249,22 +224,22 @@ def test_figure_and_its_absence(tmp_path, monkeypatch):
 # --- statistics, the null, the fit ------------------------------------------------------------------------------
 
 
-def test_bootstrap_mean_weights_candidates_not_problems():
-    value, problem = np.array([1.0, 1.0, 4.0]), np.array([0, 0, 1])
-    means = bootstrap_mean(value, problem, np.array([[1, 1], [2, 0], [1, 3]]))
-    assert means.tolist() == [2.0, 1.0, pytest.approx((2 + 12) / 5)]
+def test_resamples_weight_candidates_not_problems():
+    """Resamples of two problems, two candidates in the first: means 2, 1 and 14 / 5; one with neither has none."""
+    data = SimpleNamespace(problem=np.array([0, 0, 1, 1]), counts=np.array([[1, 1], [2, 0], [1, 3], [0, 0]]))
+    found = mean_with_interval(np.array([1.0, 1.0, 4.0, 99.0]), data, np.array([True, True, True, False]))
+    assert found == {"mean": 2.0, "interval": pytest.approx(np.percentile([2.0, 1.0, 2.8], [2.5, 97.5])), "n": 3}
+    assert mean_with_interval(np.ones(4), data, np.zeros(4, bool)) is None
 
 
 @pytest.mark.parametrize(
-    ("steps", "uncertain", "diversity"),
-    [(1, 0.0, 0.996848), (10, 0.005925, 0.135772), (40, 0.908751, 1.06e-7)],
+    ("steps", "uncertain", "diversity"), [(1, 0, 0.996848), (10, 0.005925, 0.135772), (40, 0.908751, 1.06e-7)]
 )
 def test_null_reproduces_the_published_probabilities(steps, uncertain, diversity):
     """Survival 0.95 a step, 3 children of 6 rollouts, teacher = student (paper's critics)."""
-    got = [float(p[0]) for p in null_probabilities(np.array([0.95**steps]), RULE)]
-    assert got[0] == pytest.approx(uncertain, abs=5e-7) and got[1] == pytest.approx(diversity, rel=5e-3, abs=5e-9)
-    if steps == 1:
-        assert got[0] < 1e-12
+    (got_uncertain,), (got_diversity,) = null_probabilities(np.array([0.95**steps]), RULE)
+    assert got_uncertain == pytest.approx(uncertain, abs=1e-12 if steps == 1 else 5e-7)
+    assert got_diversity == pytest.approx(diversity, rel=5e-3, abs=5e-9)
 
 
 def test_null_probabilities_equal_simulated_rollouts():
@@ -285,10 +260,9 @@ def test_null_world_gives_position_an_auroc_without_any_teacher_fault():
     assert abs(np.nanmean(flat) - 0.5) < 0.03
 
 
-def test_centred_auroc_needs_both_classes_and_leaves_gray_out():
-    score, problem = np.array([5.0, 1.0, 99.0]), np.zeros(3, int)
-    assert centred_auroc(score, np.array([UNCERTAIN, DIVERSITY, GRAY]), problem) == 1.0
-    assert np.isnan(centred_auroc(score, np.array([DIVERSITY, DIVERSITY, GRAY]), problem))
+def test_a_null_world_without_both_classes_has_no_number():
+    """Every child reaches the answer: all are diversity."""
+    assert np.isnan(simulate_null(np.ones(4), np.arange(4.0), np.zeros(4, int), RULE, 3, seed=0)).all()
 
 
 def test_survival_is_recovered():
@@ -304,7 +278,7 @@ def test_schedule_is_recovered_from_its_own_curve(w_min, tau, s):
     (exact,) = fit_schedule(r, w, problem, np.ones((1, 40)))
     assert exact == pytest.approx([w_min, tau, s], abs=0.02)
     noisy = (draw.random(400) < w).astype(float)
-    fits = fit_schedule(r, noisy, problem, resamples(40, 300, seed=0))
+    fits = fit_schedule(r, noisy, problem, viability.resamples(40, 300, seed=0))
     low, high = np.percentile(fits, [2.5, 97.5], axis=0)
     assert (low <= [w_min, tau, s]).all() and ([w_min, tau, s] <= high).all()
 
@@ -337,7 +311,7 @@ def test_the_two_centrings_by_hand():
     assert result["arms"]["teacher"]["problems_labelled"] == 2
     assert result["arms"]["teacher"]["problems_with_both_classes"] == 0
     data.label["teacher"][:] = GRAY
-    assert auroc_centred_over_all(data, data.score[POSITION], "teacher") is None
+    assert auroc_of(data, data.score[POSITION], over_all=True) is None
 
 
 def test_the_centrings_agree_where_no_candidate_is_gray():
@@ -346,10 +320,7 @@ def test_the_centrings_agree_where_no_candidate_is_gray():
         row["label"] = dict.fromkeys(row["label"], ("real-uncertain", "diversity")[(number + number // 5) % 2])
     for arm in analysed(rows)["arms"].values():
         assert arm["problems_with_both_classes"] == 20
-        for name, row in arm["auroc"]["all"].items():
-            assert (row["auroc"], row["interval"]) == (
-                arm["auroc"]["labelled"][name]["auroc"], arm["auroc"]["labelled"][name]["interval"],
-            )  # fmt: skip
+        assert arm["auroc"]["all"] == arm["auroc"]["labelled"]
 
 
 def test_the_control_stands_in_the_table(tmp_path):
@@ -358,7 +329,6 @@ def test_the_control_stands_in_the_table(tmp_path):
     rows = a_world(lambda r: 0.3 if r < 0.5 else 1.0, base=lambda r: 0.85)
     text = write_report([a_folder(tmp_path, rows)], tmp_path)
     line = next(line for line in text.splitlines() if line.startswith(f"| {POSITION} |"))
-    forced, over_all, unforced, _ = (
-        float(cell.split()[0]) if cell != "-" else 0.5 for cell in line[2:-2].split(" | ")[1:]
-    )
+    cells = line[2:-2].split(" | ")[1:]
+    forced, over_all, unforced, _ = (float(cell.split()[0]) if cell != "-" else 0.5 for cell in cells)
     assert min(forced, over_all) > 0.8 > unforced

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from errors import InputError
-from model import load_model, load_tokenizer
 from problems import tiny_problems
 from rollout import Sampling, sample
 from runtime import engines
 from runtime.engines import GenerateEngine
+from runtime.loading import load_model, load_tokenizer
 from teacher import student_prompt
 
 SETTINGS = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=16)
@@ -30,7 +30,7 @@ def rows(tiny):
 def small_memory(monkeypatch):
     """Plain sampling that runs out of memory with more rows than `limit`; `tried` are the sizes of all batches."""
 
-    def limited(model, tokenizer, prompts, keys, settings):
+    def limited(model, tokenizer, prompts, keys, settings, on_token):
         limited.tried.append(len(prompts))
         if len(prompts) > limited.limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -41,22 +41,13 @@ def small_memory(monkeypatch):
     return limited
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_finished_rows_are_kept(tiny, rows, small_memory):
-    seen = []
-    engine = GenerateEngine(*tiny)
+@pytest.mark.parametrize(("batch_size", "tried"), [(200, [7, 3, 1, 1, 1, 1, 1, 1, 1]), (4, [4, 2, 2, 2, 1])])
+def test_a_batch_that_does_not_fit_is_halved_and_what_fits_is_remembered(tiny, rows, small_memory, batch_size, tried):
+    seen, engine = [], GenerateEngine(*tiny, batch_size)
     responses = engine.sample(*rows, SETTINGS, lambda row, response: seen.append((row, response)))
     assert responses == sample(*tiny, *rows, SETTINGS)
-    assert small_memory.tried == [7, 3, 1, 1, 1, 1, 1, 1, 1]
-    assert seen == list(enumerate(responses))  # once each, as soon as its batch is done
-
-
-def test_what_fits_is_remembered(tiny, rows, small_memory):
-    engine, prompts, keys = GenerateEngine(*tiny, batch_size=4), *rows
-    responses = engine.sample(*rows, SETTINGS)
-    assert small_memory.tried == [4, 2, 2, 2, 1] and engine.batch_size == 2
-    small_memory.tried.clear()
-    assert engine.sample(prompts[:5], keys[:5], SETTINGS) == responses[:5]
-    assert small_memory.tried == [2, 2, 1]
+    assert seen == list(enumerate(responses))  # once each
+    assert small_memory.tried == tried and engine.batch_size == tried[-2]
 
 
 def test_rows_before_a_lack_of_memory_are_not_sampled_again(tiny, rows, small_memory):
@@ -80,7 +71,6 @@ def test_a_single_row_that_does_not_fit_is_said(tiny, rows, small_memory):
     assert small_memory.tried == [7, 3, 1]
 
 
-def test_batches_do_not_change_the_responses(tiny, rows):
-    whole = GenerateEngine(*tiny).sample(*rows, SETTINGS)
-    for size in (1, 3, 7, 100):
-        assert GenerateEngine(*tiny, batch_size=size).sample(*rows, SETTINGS) == whole
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_batches_do_not_change_the_responses(tiny, rows, size):
+    assert GenerateEngine(*tiny, batch_size=size).sample(*rows, SETTINGS) == sample(*tiny, *rows, SETTINGS)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from errors import InputError
+from runtime import stopping
 from runtime.flags import run_script
 from runtime.records import open_run
 
@@ -88,3 +89,27 @@ def test_ctrl_c_ends_an_evaluation_with_one_line(tmp_path):
     assert process.returncode == 130 and "Traceback" not in errors
     assert lines[-1].startswith("stopped; what was written stays, and the same command goes on there")
     assert len(samples.read_text().splitlines()) > 1
+
+
+def test_a_signal_during_the_wait_for_other_ranks_is_not_lost(monkeypatch):
+    stop = stopping.Stop()
+    stop.release()
+
+    def wait(asked):
+        stop._note(signal.SIGUSR1, None)
+        return [asked, 0]
+
+    monkeypatch.setattr(stopping, "gather_objects", wait)
+    stop.hold()  # the other ranks know nothing of it, and go on to their next `hold`
+    with pytest.raises(stopping.StoppedError):
+        stop.release()
+    assert stop.asked == signal.SIGUSR1
+
+
+def test_what_nohup_ignores_stays_ignored(monkeypatch):
+    handlers = {signal.SIGHUP: signal.SIG_IGN}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(signal, "getsignal", lambda number: handlers.get(number, signal.SIG_DFL))
+    stop = stopping.Stop().listen()
+    assert handlers.pop(signal.SIGHUP) is signal.SIG_IGN
+    assert set(handlers.values()) == {stop._note} and signal.SIGTERM in handlers

@@ -7,30 +7,17 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate
 from errors import InputError
-from evaluate import (
-    EvaluationConfig,
-    Sample,
-    avg_at_n,
-    bootstrap_interval,
-    check_config,
-    maj_at_n,
-    pass_at_k,
-    pass_at_n,
-    score,
-    share_interval,
-    solve,
-    stream_keys,
-    summarise,
-)
 from grading import answers_match
-from model import TINY_MODEL, add_lora, load_model, load_tokenizer, lora_parameters
+from model import add_lora, lora_parameters
 from problems import Problem, tiny_problems
 from rollout import Response, Sampling
 from runtime.checkpoint import save_adapter
 from runtime.engines import GenerateEngine
+from runtime.loading import TINY_MODEL, load_model, load_tokenizer
 
 SETTINGS = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=48)
 
@@ -38,8 +25,6 @@ SETTINGS = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=48)
 @pytest.fixture(scope="module")
 def tiny():
     """The embedded model with an adapter that changes what it says."""
-    import torch
-
     model, tokenizer = load_model("tiny", device="cpu"), load_tokenizer("tiny")
     add_lora(model, 4, 8.0)
     torch.manual_seed(0)
@@ -53,17 +38,19 @@ def tiny():
 
 
 def test_avg_and_pass_by_hand():
-    assert avg_at_n([True, False, True, True]) == 0.75 and avg_at_n([False]) == 0.0
-    assert pass_at_n([False, False, True]) == 1.0 and pass_at_n([False, False]) == 0.0
+    assert evaluate.avg_at_n([True, False, True, True]) == 0.75 and evaluate.avg_at_n([False]) == 0.0
+    assert evaluate.pass_at_n([False, False, True]) == 1.0 and evaluate.pass_at_n([False, False]) == 0.0
 
 
 def test_pass_at_k_by_hand_at_its_limits_and_by_enumeration():
-    assert pass_at_k([True, False, False, False], 2) == pytest.approx(0.5)  # 1 - C(3,2) / C(4,2)
+    assert evaluate.pass_at_k([True, False, False, False], 2) == pytest.approx(0.5)  # 1 - C(3,2) / C(4,2)
     correct = [True, False, True, False, False, False]
     for k in range(1, 7):
         draws = list(itertools.combinations(correct, k))
-        assert pass_at_k(correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
-    assert pass_at_k(correct, 1) == pytest.approx(avg_at_n(correct)) and pass_at_k(correct, 6) == pass_at_n(correct)
+        assert evaluate.pass_at_k(correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+    assert evaluate.pass_at_k(correct, 1) == pytest.approx(evaluate.avg_at_n(correct)) and evaluate.pass_at_k(
+        correct, 6
+    ) == evaluate.pass_at_n(correct)
 
 
 @pytest.mark.parametrize(
@@ -82,11 +69,11 @@ def test_pass_at_k_by_hand_at_its_limits_and_by_enumeration():
     ],
 )
 def test_maj_by_hand(answers, correct, maj):
-    assert maj_at_n(answers, [bool(c) for c in correct]) == maj
+    assert evaluate.maj_at_n(answers, [bool(c) for c in correct]) == maj
 
 
 def item(problem, text, sample=0, seed=0, tokens=10, finish_reason="eos"):
-    return Sample(problem, sample, seed, text, tokens, finish_reason)
+    return evaluate.Sample(problem, sample, seed, text, tokens, finish_reason)
 
 
 def test_summary_by_hand():
@@ -98,7 +85,7 @@ def test_summary_by_hand():
         item(0, "\\boxed{1}", 0, 1), item(0, "\\boxed{1}", 1, 1),
         item(1, "\\boxed{5}", 0, 1), item(1, "\\boxed{2}", 1, 1),
     ]  # fmt: skip
-    summary = summarise(samples[::-1], problems)  # whatever the order in the file
+    summary = evaluate.summarise(samples[::-1], problems)  # whatever the order in the file
     metrics = {name: value["mean"] for name, value in summary["metrics"].items()}
     assert metrics == {
         "avg": 4 / 8, "pass": 3 / 4, "maj": 2 / 4, "parseable": 6 / 8, "cut_at_limit": 1 / 8, "tokens": 100 / 8,
@@ -107,31 +94,29 @@ def test_summary_by_hand():
     assert avg["by_seed"] == [0.25, 0.75] and avg["std_over_seeds"] == pytest.approx(0.125**0.5)
     assert avg["interval"] == [0.25, 0.75]  # problems at 3/4 and 1/4
     assert summary["per_problem"]["avg"] == [[0.5, 0.0], [1.0, 0.5]] and summary["seeds"] == [0, 1]
-    alone = summarise([s for s in samples if s.seed == 0], problems)["metrics"]["avg"]
+    alone = evaluate.summarise([s for s in samples if s.seed == 0], problems)["metrics"]["avg"]
     assert alone["std_over_seeds"] is None and alone["mean"] == 0.25
 
 
 def test_bootstrap_interval_of_many_values_is_the_normal_one():
     values = np.random.default_rng(1).normal(3.0, 2.0, 400)
-    low, high = bootstrap_interval(values)
+    low, high = evaluate.bootstrap_interval(values)
     half = 1.96 * values.std() / 20
-    assert low == pytest.approx(values.mean() - half, abs=0.03) and high == pytest.approx(
-        values.mean() + half, abs=0.03
-    )
-    assert bootstrap_interval(values) == [low, high]
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
+    assert evaluate.bootstrap_interval(values) == [low, high]
 
 
 def test_interval_where_all_problems_are_alike_is_the_exact_binomial_one():
-    assert share_interval(np.ones(5)) == [pytest.approx(0.4782, abs=1e-4), 1.0]  # tables of Clopper-Pearson
-    assert share_interval(np.zeros(10)) == [0.0, pytest.approx(0.3085, abs=1e-4)]
-    assert share_interval(np.full(5, 0.5)) == [0.5, 0.5]  # the mean of many samples each, no binomial count
-    assert bootstrap_interval(np.zeros(10)) == [0.0, 0.0]  # of differences, say
+    assert evaluate.share_interval(np.ones(5)) == [pytest.approx(0.4782, abs=1e-4), 1.0]  # tables of Clopper-Pearson
+    assert evaluate.share_interval(np.zeros(10)) == [0.0, pytest.approx(0.3085, abs=1e-4)]
+    assert evaluate.share_interval(np.full(5, 0.5)) == [0.5, 0.5]  # the mean of many samples each, no binomial count
+    assert evaluate.bootstrap_interval(np.zeros(10)) == [0.0, 0.0]  # of differences, say
 
 
 def test_the_last_box_counts():
     problem = Problem("a", "", "7")
     for text, mark in (("\\boxed{6} no, \\boxed{7.0}", 1.0), ("\\boxed{7} no, \\boxed{6}", 0.0), ("7", 0.0)):
-        assert score([item(0, text)], problem, answers_match)["avg"] == mark
+        assert evaluate.score([item(0, text)], problem, answers_match)["avg"] == mark
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -141,10 +126,12 @@ def test_the_last_box_counts():
 def test_streams_differ_by_seed_benchmark_problem_and_sample_only():
     problems, others = tiny_problems("heldout", 3), tiny_problems("train", 3)
     jobs = [(seed, index, number) for seed in (0, 1) for index in (0, 1) for number in (0, 1)]
-    keys = [key for part in (problems, others) for key in stream_keys(part, jobs)]
+    keys = [key for part in (problems, others) for key in evaluate.stream_keys(part, jobs)]
     streams = {tuple(np.random.SeedSequence(key).generate_state(4).tolist()) for key in keys}
     assert len(streams) == 16
-    assert stream_keys(problems, [(0, 1, 0)]) == stream_keys(list(problems), [(0, 0, 0), (0, 1, 0)])[1:]
+    assert (
+        evaluate.stream_keys(problems, [(0, 1, 0)]) == evaluate.stream_keys(list(problems), [(0, 0, 0), (0, 1, 0)])[1:]
+    )
 
 
 def test_a_sample_is_the_same_whatever_is_sampled_beside_it(tiny):
@@ -153,11 +140,11 @@ def test_a_sample_is_the_same_whatever_is_sampled_beside_it(tiny):
     jobs = [(3, index, number) for index in range(6) for number in range(2)]
     seen = []
     model.train()
-    together = solve(GenerateEngine(*tiny), tokenizer, problems, jobs, SETTINGS)
+    together = evaluate.solve(GenerateEngine(*tiny), tokenizer, problems, jobs, SETTINGS)
     assert [(s.seed, s.problem, s.sample) for s in together] == jobs
     assert len({s.text for s in together}) > 6
     part = jobs[7:2:-2]
-    again = solve(GenerateEngine(*tiny, 2), tokenizer, problems, part, SETTINGS, on_sample=seen.append)
+    again = evaluate.solve(GenerateEngine(*tiny, 2), tokenizer, problems, part, SETTINGS, on_sample=seen.append)
     assert again == [together[jobs.index(job)] for job in part]
     assert sorted(seen, key=again.index) == again and model.training
     model.eval()
@@ -174,25 +161,15 @@ def run(tmp_path, monkeypatch, capsys):
     rows = [{"problem": p.problem, "answer": p.answer} for p in tiny_problems("heldout", 8)]
     benchmark.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
+    settings = ["--num_samples", 2, "--max_new_tokens", 48, "--batch_size", 5, "--device", "cpu"]
+
     def call(name, *flags):
-        base = [
-            "--benchmark",
-            benchmark,
-            "--num_samples",
-            2,
-            "--max_new_tokens",
-            48,
-            "--batch_size",
-            5,
-            "--device",
-            "cpu",
-        ]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, [*base, "--output_dir", tmp_path / name, *flags])])
-        evaluate.main()
         folder = tmp_path / name
-        return json.loads((folder / "summary.json").read_text()), (folder / "samples.jsonl").read_bytes().splitlines(
-            True
-        )
+        given = ["--benchmark", benchmark, *settings, "--output_dir", folder, *flags]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, given)])
+        evaluate.main()
+        lines = (folder / "samples.jsonl").read_bytes().splitlines(True)
+        return json.loads((folder / "summary.json").read_text()), lines
 
     call.folder, call.benchmark = tmp_path, benchmark
     return call
@@ -203,7 +180,7 @@ def test_a_killed_evaluation_ends_like_an_unbroken_one(run):
     assert len(lines) == 2 * 8 * 2 and summary["seeds"] == [0, 1] and summary["problems"] == list(range(8))
     file = run.folder / "broken" / "samples.jsonl"
     shutil.copytree(run.folder / "whole", file.parent)
-    for left in (b"", lines[0][:40], b"".join(lines[:4]), b"".join(lines[:20]) + lines[20][:25], b"".join(lines)):
+    for left in (b"", b"".join(lines[:20]) + lines[20][:25], b"".join(lines)):
         file.write_bytes(left)
         resumed, again = run("broken", "--seeds", 0, 1)
         assert sorted(again) == sorted(lines) and results(resumed) == results(summary)
@@ -216,11 +193,11 @@ def results(summary):
 
 
 def test_more_seeds_and_samples_are_added_to_what_is_there(run):
-    _, one = run("growing", "--seeds", 1)
+    first, one = run("growing", "--seeds", 1)
     summary, more = run("growing", "--seeds", 0, 1, "--num_samples", 3)
     assert more[: len(one)] == one and len(more) == 2 * 8 * 3
     assert summary == run("at-once", "--seeds", 0, 1, "--num_samples", 3)[0]
-    assert run("growing", "--seeds", 1)[0] == run("alone", "--seeds", 1)[0]  # and the old question keeps its answer
+    assert run("growing", "--seeds", 1)[0] == first  # and the old question keeps its answer
 
 
 def test_grade_only_needs_no_model_and_misses_nothing(run, monkeypatch):
@@ -236,6 +213,9 @@ def test_grade_only_needs_no_model_and_misses_nothing(run, monkeypatch):
     assert run("graded", "--grade_only")[1] == lines
     run.benchmark.write_text(run.benchmark.read_text().splitlines(True)[0])
     with pytest.raises(InputError, match="samples of another --benchmark"):
+        run("graded", "--grade_only")
+    (run.folder / "graded" / "samples.jsonl").write_bytes(lines[0] + b'{"note": 1, ' + lines[1][1:])
+    with pytest.raises(InputError, match=r"samples\.jsonl, line 2: not a row of this program's .unknown note"):
         run("graded", "--grade_only")
 
 
@@ -302,9 +282,8 @@ def test_a_response_stays_within_the_context(run, capsys):
     longest = "+".join("123456789" * 25)
     run.benchmark.write_text(json.dumps({"problem": "1+2", "answer": "3"}) + "\n\n"
                              + json.dumps({"problem": longest, "answer": "3"}) + "\n")  # fmt: skip
-    record = lambda: json.loads((run.folder / "long" / "config.json").read_text())["config"]  # noqa: E731
     run("long", "--max_new_tokens", 100, "--num_samples", 1)
-    limit = record()["max_new_tokens"]
+    limit = json.loads((run.folder / "long" / "config.json").read_text())["config"]["max_new_tokens"]
     assert limit < 100 and f"the model's context leaves {limit}" in capsys.readouterr().out
     run.benchmark.write_text(run.benchmark.read_text().replace(longest, longest + "+1" * 40))
     with pytest.raises(InputError, match=r"--benchmark .*, row 1: a prompt of 5\d\d tokens and a response of 1 exceed"):
@@ -312,45 +291,26 @@ def test_a_response_stays_within_the_context(run, capsys):
     assert not (run.folder / "longer").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "flag"),
-    [
-        ({"seeds": [0, 0]}, "--seeds"), ({"seeds": []}, "--seeds"), ({"top_p": 0.0}, "--top_p"),
-        ({"adapter": "nowhere"}, "--adapter nowhere"),
-    ],
-)  # fmt: skip
-def test_options_that_do_not_fit_together_are_named(changes, flag):
-    with pytest.raises(InputError, match=flag):
-        check_config(EvaluationConfig(**changes))
-
-
-def test_a_flag_or_an_adapter_that_does_not_exist_writes_nothing(run):
-    with pytest.raises(InputError, match="--bogus"):
-        run("nothing", "--bogus", 1)
-    with pytest.raises(InputError, match=r"--adapter .*adapter_config.json"):
-        run("nothing", "--adapter", run.folder)
+@pytest.mark.parametrize("given", ["--seeds 0 0", "--seeds", "--top_p 0", "--adapter nowhere", "--bogus 1"])
+def test_what_cannot_work_is_named_and_writes_nothing(run, given):
+    with pytest.raises(InputError, match=given.split()[0]):
+        run("nothing", *given.split())
     assert not (run.folder / "nothing").exists()
 
 
 class Calculator:
     """An engine that answers every sum rightly and in the opposite order; it may stop after some rows."""
 
-    name = "calculator"
-
     def __init__(self, tokenizer, stop_after=None):
         self.tokenizer, self.stop_after, self.asked, self.closed = tokenizer, stop_after, [], False
 
-    def sample(self, prompts, keys, settings, on_finished=None):
+    def sample(self, prompts, keys, settings, on_finished):
         self.asked.append((len(prompts), len(set(keys)), settings))
-        responses = {}
-        for row in reversed(range(len(prompts))):
-            if len(responses) == self.stop_after:
+        for done, row in enumerate(reversed(range(len(prompts)))):
+            if done == self.stop_after:
                 raise InputError("--server: gone")
             numbers = self.tokenizer.decode(prompts[row]).split("user\n")[1].split("\n")[0]
-            total = sum(map(int, numbers.split("+")))
-            responses[row] = Response([], True, text=f"\\boxed{{{total}}}")
-            on_finished(row, responses[row])
-        return [responses[row] for row in range(len(prompts))]
+            on_finished(row, Response([], True, text=f"\\boxed{{{sum(map(int, numbers.split('+')))}}}"))
 
     def close(self):
         self.closed = True

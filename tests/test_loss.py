@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import loss as losses
+import model
 from errors import InputError
 from loss import METHODS, REDUCTIONS, LossOptions, entropy, method_loss
 
@@ -239,13 +240,13 @@ def test_chunks_of_hidden_states_equal_whole_logits(name, options, chunk_tokens,
 def test_no_chunk_is_larger_than_asked(name, train_head, monkeypatch):
     """Computed once, with its gradient, or again for it where the head is trained; by default what CHUNK_BYTES hold."""
     student, teacher, ids, mask = random_case(D=5)  # 10 valid tokens, V = 11
-    head, sizes, linear = torch.randn(11, 5).requires_grad_(train_head), [], losses.F.linear
+    head, sizes, linear = torch.randn(11, 5).requires_grad_(train_head), [], model.F.linear
 
     def spy(states, weight):
         sizes.append(len(states))
         return linear(states, weight)
 
-    monkeypatch.setattr(losses.F, "linear", spy)
+    monkeypatch.setattr(model.F, "linear", spy)
     for chunk_tokens, chunk_bytes, expected in ((4, 2**30, [4, 4, 2]), (None, 3 * 4 * 11, [3, 3, 3, 1])):
         monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_bytes)
         sizes.clear()
@@ -261,8 +262,8 @@ def test_no_chunk_is_larger_than_asked(name, train_head, monkeypatch):
 
 def test_without_a_gradient_nothing_is_computed_twice(monkeypatch):
     student, teacher, ids, mask = random_case(D=5)
-    head, calls, linear = torch.randn(11, 5), [], losses.F.linear
-    monkeypatch.setattr(losses.F, "linear", lambda *args: calls.append(args) or linear(*args))
+    head, calls, linear = torch.randn(11, 5), [], model.F.linear
+    monkeypatch.setattr(model.F, "linear", lambda *args: calls.append(args) or linear(*args))
     with torch.no_grad():
         value = method_loss_from_hidden("pwopsd", student, teacher, head, ids, mask, chunk_tokens=4)
     assert len(calls) == 6
@@ -426,14 +427,14 @@ def test_scores_by_hand():
 def test_logits_of_half_precision_states_are_not_rounded():
     """The product of bfloat16 numbers in float32; its gradients are those of the bfloat16 product."""
     torch.manual_seed(0)
-    V = 2 * losses.HEAD_ROWS + 30
+    V = 2 * model.HEAD_ROWS + 30
     x_MD, head_VD = torch.randn(5, 64).bfloat16().requires_grad_(), torch.randn(V, 64).bfloat16().requires_grad_()
-    logits_MV = losses.head_logits(x_MD, head_VD)
+    logits_MV = model.head_logits(x_MD, head_VD)
     assert logits_MV.dtype == torch.float32
     torch.testing.assert_close(logits_MV, x_MD.float() @ head_VD.float().T)
     assert not torch.equal(logits_MV, logits_MV.bfloat16().float())
     up_MV = torch.randn(5, V) / V**0.5
-    (to_x,) = torch.autograd.grad(losses.head_logits(x_MD, head_VD.detach()), x_MD, up_MV)  # the head is frozen
+    (to_x,) = torch.autograd.grad(model.head_logits(x_MD, head_VD.detach()), x_MD, up_MV)  # the head is frozen
     torch.testing.assert_close(to_x, (up_MV @ head_VD.float()).bfloat16())
     found = torch.autograd.grad(logits_MV, (x_MD, head_VD), up_MV)
     wanted = torch.autograd.grad(torch.nn.functional.linear(x_MD, head_VD), (x_MD, head_VD), up_MV.bfloat16())

@@ -15,9 +15,9 @@ from experiments import make_world
 from experiments.make_world import CONTEXTS, IGNORED, example, make_model, make_tokenizer, padded, train
 from experiments.study.grids import GRIDS
 from experiments.study.worlds import WORLDS
-from model import load_model, load_tokenizer
 from problems import load_problems, tiny_problems, tiny_split
 from runtime.flags import run_script
+from runtime.loading import load_model, load_tokenizer
 from teacher import DIAGNOSTIC_PROMPT, EVALUATION_PROMPT, STUDENT_PROMPT, TEACHER_PROMPT
 
 ROOT = Path(__file__).resolve().parent.parent

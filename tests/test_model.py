@@ -9,21 +9,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from chat import end_of_turn
+from chat import end_of_turn, eos_ids
 from errors import InputError
 from model import (
     adapter_disabled,
     adapter_dropout,
     add_lora,
-    check_head,
-    eos_ids,
-    find_checkpoint,
-    load_config,
-    load_model,
-    load_tokenizer,
     lora_layers,
     lora_parameters,
-    pick_device,
     recompute_activations,
     response_hidden,
     response_mask,
@@ -31,6 +24,7 @@ from model import (
 )
 from rollout import until_eos
 from runtime.checkpoint import load_adapter, save_adapter
+from runtime.loading import check_head, find_checkpoint, load_config, load_model, load_tokenizer, pick_device
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

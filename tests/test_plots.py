@@ -7,14 +7,11 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-import torch
 
 from errors import InputError
 from experiments.study import plots
-from experiments.study.grids import Grid
 from experiments.token_page import RolloutView, TokenView, render, repaired, view_rollouts
 from problems import Problem
-from weighting import position_weight
 
 # --- pictures ---------------------------------------------------------------------------------------------------
 
@@ -26,117 +23,54 @@ def run(tmp_path):
     folder.mkdir()
     config = {"method": "opsd", "schedule": None, "reduction": None, "tau_clip": math.inf, "teacher": "fixed"}
     (folder / "config.json").write_text(json.dumps({"config": config}))
-    tenths = {"divergence": [0.1 * i for i in range(9)] + [None]}
-    steps = [{"step": i, "accuracy": 0.5, "divergence": 0.2, "by_decile": tenths} for i in range(3)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    step = {"accuracy": 0.5, "divergence": 0.2, "by_decile": {"divergence": [0.1] * 9 + [None]}}
+    (folder / "metrics.jsonl").write_text(3 * (json.dumps(step) + "\n"))
     return folder
-
-
-def test_smoothing_by_hand():
-    assert plots.smooth([1.0, 3.0, 5.0, 7.0], width=2) == [1.0, 2.0, 4.0, 6.0]
 
 
 def test_pictures_of_runs(run, tmp_path):
     pytest.importorskip("matplotlib")
     paths = plots.plot_runs([run, run], tmp_path / "out")
-    assert [path.name for path in paths] == ["learning_curves.png", "schedules.png", "divergence-one.png"]
+    assert [path.name for path in paths] == ["learning_curves.png", "divergence-one.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
-def test_curves_are_means_over_the_runs_of_a_label():
+def test_curves_are_running_means_over_the_runs_of_a_label():
     pytest.importorskip("matplotlib")
-    members = [[{"accuracy": a, "divergence": 1.0}] for a in (0.2, 0.6)]
+    members = [[{"accuracy": a + 0.1 * i, "divergence": None} for i in range(length)] for a, length in ((1, 9), (0, 6))]
     axis = plots.learning_curves({"opsd": members}).axes[0]
     (line,) = axis.lines
-    assert list(line.get_ydata()) == [pytest.approx(0.4)]
+    assert list(line.get_ydata()) == pytest.approx([0.5, 0.55, 0.6, 0.65, 0.7, 0.8])  # over five steps at most
     assert line.get_label() == "opsd (2)"
 
 
-def test_schedules_are_those_of_equation_5():
+def test_divergence_picture_holds_the_metrics():
     pytest.importorskip("matplotlib")
-    lines = {line.get_label(): line for line in plots.schedule_weights().axes[0].lines}
-    r, w = (torch.as_tensor(values) for values in lines["moderate"].get_data())
-    torch.testing.assert_close(w, position_weight(r, 0.25, 0.30, 0.10))
-
-
-def test_divergence_picture_holds_the_metrics(run):
-    pytest.importorskip("matplotlib")
-    image = plots.divergence_by_position(plots.read_metrics(run), "x").axes[0].images[0].get_array()
-    assert image.shape == (10, 3)
-    assert image[4, 1] == pytest.approx(0.4)
+    metrics = [{"by_decile": {"divergence": [0.1 * i + step for i in range(9)] + [None]}} for step in range(3)]
+    image = plots.divergence_by_position(metrics, "x").axes[0].images[0].get_array()
+    assert image.shape == (10, 3) and image[4, 1] == pytest.approx(1.4)
     assert image.mask[9, 0] or math.isnan(image[9, 0])
-
-
-def test_study_picture_shows_the_paired_difference():
-    pytest.importorskip("matplotlib")
-    grid = Grid({}, [0, 1, 2], {"OPSD": {"a": 0}, "other": {"a": 1}})
-    records = [
-        {"options": {"a": a}, "seed": seed, "accuracy": [0.5], "error": None, "model_id": "m",
-         "evaluation": {step: {"sampled": 0.5 + 0.1 * a * seed, "greedy": 0.1} for step in ("0", "2")},
-         "behaviour": {step: {"stated": 0.9, "repaired": 0.5, "broken": 0.0, "leaps": 0.0} for step in ("0", "2")}}
-        for a in (0, 1) for seed in grid.seeds
-    ]  # fmt: skip
-    (container,) = plots.study_figure(grid, records).axes[0].containers
-    assert container.lines[0].get_xdata()[0] == pytest.approx(10.0)  # mean of 0, 10, 20 points
-
-
-def cell(options, seed=0, **values):
-    """A record of three scored steps; values are shares by measure, (before, on the way, after)."""
-    given = {name: values.get(name, (0.1, 0.2, 0.3)) for name in ("sampled", "greedy")}
-    return {
-        "options": options, "seed": seed, "accuracy": [0.5], "error": None, "model_id": "m",
-        "evaluation": {str(i): {name: shares[i] for name, shares in given.items()} for i in range(3)},
-        "behaviour": {str(i): {"stated": 0.9, "leaps": 0.2} for i in range(3)},
-    }  # fmt: skip
-
-
-def test_a_study_without_a_cell_of_the_grid_is_one_line(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    for named in ("cells.jsonl", "study.json"):
-        (tmp_path / named).touch()
-    record = {**cell({"method": "opsd"}), "row": "OPSD", "model_id": "m", "seconds": 1.0}
-    (tmp_path / "cells.jsonl").write_text(json.dumps(record) + "\n")
-    monkeypatch.setattr(sys, "argv", ["plots", "--study", str(tmp_path), "--output_dir", str(tmp_path / "out")])
-    with pytest.raises(InputError, match="no cell of this grid has been measured there; --grid"):
-        plots.main()
-    assert not (tmp_path / "out").exists()
-
-
-def test_along_training_a_row_of_several_seeds_has_a_band():
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("scipy")
-    grid = Grid({"eval_steps": 1}, [0, 1], {"OPSD": {"a": 0}, "once": {"a": 1}})
-    records = [
-        cell(grid.options(name), seed, sampled=(0.5, 0.5 + 0.1 * seed, 0.5 + 0.2 * seed))
-        for name, seed in (("OPSD", 0), ("OPSD", 1), ("once", 0))
-    ]
-    sampled, greedy, leaps = plots.study_along(grid, records).axes
-    assert [list(line.get_ydata()) for line in sampled.lines] == [
-        [50.0, pytest.approx(55.0), pytest.approx(60.0)],
-        [50.0] * 3,
-    ]
-    (band,) = sampled.collections
-    assert band.get_paths()[0].get_extents().y1 == pytest.approx(60 + 12.706 * 10, rel=1e-3)  # t(1) std / sqrt(2)
-    assert [list(line.get_ydata()) for line in leaps.lines] == [[20.0] * 3] * 2
-    assert [line.get_linestyle() for line in greedy.lines] == ["-", "--"]
 
 
 def test_missing_matplotlib_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="pip install matplotlib"):
-        plots.schedule_weights()
+        plots.learning_curves({})
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path, run):
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match=r"one: no step in its metrics.jsonl"):
+        plots.plot_runs([run], tmp_path)
     (run / "config.json").write_text('{"config": {}}')
     with pytest.raises(InputError, match=r"no config.json of a run of train.py \(KeyError\)"):
         plots.run_label(run)
     with pytest.raises(InputError, match="no run"):
         plots.read_metrics(tmp_path)
-    with pytest.raises(InputError, match="not a run folder"):
+    with pytest.raises(InputError, match="no run folder"):
         view_rollouts(tmp_path)
     (run / "config.json").write_text('{"config": {"method": "opsd", "gone": 1}}')
-    with pytest.raises(InputError, match=r"of another version of train.py .*'gone'"):
+    with pytest.raises(InputError, match=r"of this version of train.py .*'gone'"):
         view_rollouts(run)
 
 
@@ -176,9 +110,11 @@ def test_page_is_whole_and_escapes_what_the_model_wrote():
     reader.feed(page)
     assert reader.open == []
     assert "".join(reader.texts["button"]) == "".join(texts)
-    data, code = reader.texts["script"]
-    assert [token["text"] for token in json.loads(data)[0]] == list(texts)
-    assert "alert" not in code
+    assert "alert" not in "".join(reader.texts["script"])
+    shown = [value.splitlines() for _, name, value in reader.attributes if name == "data-shown"]
+    assert shown[1][0] == f"token 2 of 5: {texts[1]} \u00b7 divergence 0.1000 \u00d7 weight 0.500 = 0.0500"
+    assert [lines[4].split() for lines in shown[1:3]] == [["</script>", "20.0%"] * 2, ["*", "</script>", "20.0%"] * 2]
+    assert [len(lines) for lines in shown] == [7] * 5  # a line break is shown by a sign
     assert reader.texts["title"] == ["a <title>"]
     assert not [item for item in reader.attributes if item[1] in ("src", "href", "onclick")]
     assert not re.search(r"https?://|@import|url\(", page)

@@ -1,5 +1,7 @@
 """What ranks do together: whose GPU is whose, one start for all, few collectives."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -42,3 +44,14 @@ def together() -> None:
 
 def test_sums_go_in_few_pieces_and_another_start_is_named(tmp_path):
     run_ranks(tmp_path, together)
+
+
+def test_a_log_file_gets_a_line_now_and_then_and_nothing_of_what_is_quick(capsys, monkeypatch):
+    assert list(ranks.progress(range(3), desc="batches")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(ranks, "LOG_EVERY", 0.0)
+    with ranks.progress(total=3, desc="tokens") as bar:
+        for _ in range(3):
+            bar.update()
+    lines = capsys.readouterr().err.split("\n")
+    assert any(re.search(r"tokens: 2 of 3, .*it/s, at most 00:0\d left$", line) for line in lines), lines

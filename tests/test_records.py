@@ -1,12 +1,10 @@
 """Run folders: whose they are and who is in them; rows torn, foreign and parted; inputs that change behind a name."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
-import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,39 +16,22 @@ import torch
 from errors import InputError
 from problems import Problem
 from runtime import records
-from runtime.records import (
-    ERROR_LOG,
-    LOCK,
-    RowFile,
-    RunLog,
-    append_rows,
-    difference,
-    digest,
-    do_jobs,
-    fingerprint,
-    make_folder,
-    new_folder,
-    open_run,
-    read_record,
-    read_rows,
-    record_run,
-    remove,
-    sync,
-    write_atomically,
-)
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def begin(run, record=None, config=None, free=(), inputs=None):
-    record_run(run, "train", record, config or {"seed": 1}, set(free), inputs or {}, {"hardware": "cpu"})
+    records.record_run(run, "train", record, config or {"seed": 1}, set(free), inputs or {}, {"hardware": "cpu"})
+
+
+def refused(told, run, script="train", resume=False):
+    with pytest.raises(InputError, match=told), records.open_run(run, script, resume):
+        pass
 
 
 def start_run(run):
     """A run that has written its first row."""
-    with open_run(run, "train", resume=False) as record:
+    with records.open_run(run, "train", resume=False) as record:
         begin(run, record, {"seed": 1, "save_steps": 5})
-        append_rows(run / "metrics.jsonl", [{"step": 0}])
+        records.append_rows(run / "metrics.jsonl", [{"step": 0}])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -60,21 +41,20 @@ def start_run(run):
 def test_a_run_is_recorded_and_goes_on_where_asked(tmp_path):
     run = tmp_path / "a" / "run"
     start_run(run)
-    assert (read_record(run)["script"], read_record(run)["ranks"], read_record(run)["hardware"]) == ("train", 1, "cpu")
-    with open_run(run, "train", resume=True) as record:
+    found = records.read_record(run)
+    assert (found["script"], found["ranks"], found["hardware"]) == ("train", 1, "cpu")
+    with records.open_run(run, "train", resume=True) as record:
         begin(run, record, {"seed": 1, "save_steps": 9}, {"save_steps"})
         with pytest.raises(InputError, match="--seed 1, not 2"):
             begin(run, record, {"seed": 2, "save_steps": 5}, {"save_steps"})
-    with pytest.raises(InputError, match="holds another run; continue it"), open_run(run, "train", resume=False):
-        pass
-    with pytest.raises(InputError, match="holds another run, of train"), open_run(run, "evaluate", resume=True):
-        pass
+    refused("holds another run; continue it", run)
+    refused("holds another run, of train", run, "evaluate", resume=True)
 
 
 def test_what_a_flag_names_counts_by_content_and_not_by_name(tmp_path):
     inputs, config = {"model": {"config.json": "1", "model.safetensors": "2"}, "data": "3"}, {"model": "m", "data": "d"}
     begin(tmp_path, None, config, inputs=inputs)
-    record = read_record(tmp_path)
+    record = records.read_record(tmp_path)
     begin(tmp_path, record, {"model": "moved/m", "data": "d"}, inputs=inputs)
     for flag, changed in (("model", {"config.json": "9", "model.safetensors": "2"}), ("data", "4")):
         with pytest.raises(InputError, match=f"what --{flag} . names has changed"):
@@ -87,9 +67,7 @@ FOREIGN = {
     "some config": {"config.json": '{"config": {}}'},
     "no JSON": {"config.json": "{"},
     "a list": {"config.json": "[]"},
-    "a note": {"notes.txt": "mine"},
     "a hidden file": {".git/HEAD": ""},
-    "samples": {"samples.jsonl": "{}\n"},
     "a torn row": {"samples.jsonl": '{"step": 0, "sl'},
 }
 
@@ -101,12 +79,11 @@ def test_a_folder_that_is_not_ours_is_refused_and_stays_as_it_is(tmp_path, files
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match="holds no run of ours"), open_run(tmp_path, "train", resume):
-        pass
+    refused("holds no run of ours", tmp_path, "train", resume)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", [LOCK, ERROR_LOG, ".config.json.partial", "heldout.jsonl"])
+@pytest.mark.parametrize("name", [records.LOCK, records.ERROR_LOG, ".config.json.partial", "heldout.jsonl"])
 def test_a_link_to_somewhere_else_is_not_ours(tmp_path, name):
     (tmp_path / "outside").write_text("mine")
     (tmp_path / "run").mkdir()
@@ -117,27 +94,24 @@ def test_a_link_to_somewhere_else_is_not_ours(tmp_path, name):
 
 
 def test_what_failed_or_killed_starts_left_is_in_nobodys_way(tmp_path):
-    for name in (LOCK, ".config.json.partial"):  # a kill or a full disk while config.json was written
+    for name in (records.LOCK, ".config.json.partial"):  # a kill or a full disk while config.json was written
         (tmp_path / name).write_text("{")
     (tmp_path / ".trial" / "partial").mkdir(parents=True)
-    (tmp_path / ERROR_LOG).write_text("Traceback")
+    (tmp_path / records.ERROR_LOG).write_text("Traceback")
     start_run(tmp_path)
-    assert read_record(tmp_path) is not None and not (tmp_path / ".trial").exists()
+    assert records.read_record(tmp_path) is not None and not (tmp_path / ".trial").exists()
 
 
 def test_a_run_that_has_only_been_recorded_has_not_begun(tmp_path):
     begin(tmp_path)
-    with open_run(tmp_path, "evaluate", resume=False) as record:
+    with records.open_run(tmp_path, "evaluate", resume=False) as record:
         assert record is None
-        begin(tmp_path, record, {"seed": 2})
-        append_rows(tmp_path / "samples.jsonl", [{}])
-    assert read_record(tmp_path)["config"] == {"seed": 2}
 
 
 @pytest.mark.parametrize("error", [InputError("a mistake"), KeyboardInterrupt()])
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_start_that_fails_before_the_first_row_leaves_nothing(tmp_path, error, recorded):
-    with pytest.raises(type(error)), open_run(tmp_path / "run", "train", False) as record:
+    with pytest.raises(type(error)), records.open_run(tmp_path / "run", "train", False) as record:
         if recorded:
             begin(tmp_path / "run", record)
         assert (tmp_path / "run").is_dir()
@@ -147,340 +121,40 @@ def test_a_start_that_fails_before_the_first_row_leaves_nothing(tmp_path, error,
 
 
 def test_the_traceback_of_an_unexpected_error_is_kept(tmp_path):
-    with pytest.raises(ZeroDivisionError) as caught, open_run(tmp_path / "run", "train", False):
+    with pytest.raises(ZeroDivisionError) as caught, records.open_run(tmp_path / "run", "train", False):
         1 / 0  # noqa: B018
-    assert "1 / 0" in (tmp_path / "run" / ERROR_LOG).read_text()
-    assert caught.value.__notes__ == [f"traceback: {tmp_path / 'run' / ERROR_LOG}"]
+    assert "1 / 0" in (tmp_path / "run" / records.ERROR_LOG).read_text()
+    assert caught.value.__notes__ == [f"traceback: {tmp_path / 'run' / records.ERROR_LOG}"]
     start_run(tmp_path / "run")  # and it is in nobody's way
-    with pytest.raises(InputError), open_run(tmp_path / "run", "train", True):
+    with pytest.raises(InputError), records.open_run(tmp_path / "run", "train", True):
         raise InputError("a full disk") from OSError("No space left")
-    assert "No space left" in (tmp_path / "run" / ERROR_LOG).read_text()
+    assert "No space left" in (tmp_path / "run" / records.ERROR_LOG).read_text()
 
 
 def test_a_run_that_is_under_way_is_left_alone(tmp_path):
     start_run(tmp_path / "run")
-    refused = pytest.raises(InputError, match="another process is running in it")
-    with open_run(tmp_path / "run", "train", True), refused, open_run(tmp_path / "run", "train", True):
-        pass
-    with open_run(tmp_path / "run", "train", True):
+    with records.open_run(tmp_path / "run", "train", True):
+        refused("another process is running in it", tmp_path / "run", resume=True)
+    with records.open_run(tmp_path / "run", "train", True):
         pass
 
 
-def test_a_folder_taken_away_under_a_waiting_process_is_not_held_by_it(tmp_path, monkeypatch):
-    """The lock of a file that has just lost its name holds nothing."""
-    take = filelock.FileLock.acquire
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_what_others_do_around_the_lock_is_seen(tmp_path, monkeypatch, moment):
+    """Before it is taken a run begins and ends; or behind it the holder takes the folder's lock away."""
+    take, run = filelock.FileLock.acquire, tmp_path / "run"
 
     def take_late(lock, *args, **kwargs):
+        if moment == "before":
+            begin(run)
+            records.append_rows(run / "metrics.jsonl", [{"step": 0}])
         result = take(lock, *args, **kwargs)
-        os.unlink(tmp_path / "run" / LOCK)  # its holder has cleaned up meanwhile
+        if moment == "after":
+            os.unlink(run / records.LOCK)
         return result
 
     monkeypatch.setattr(filelock.FileLock, "acquire", take_late)
-    with pytest.raises(InputError, match="another process"), open_run(tmp_path / "run", "train", False):
-        pass
-
-
-def test_the_folder_is_looked_at_again_under_the_lock(tmp_path, monkeypatch):
-    """A run that began and ended between the first look and the lock."""
-    take = filelock.FileLock.acquire
-
-    def take_late(lock, *args, **kwargs):
-        begin(tmp_path / "run")
-        append_rows(tmp_path / "run" / "metrics.jsonl", [{"step": 0}])
-        return take(lock, *args, **kwargs)
-
-    monkeypatch.setattr(filelock.FileLock, "acquire", take_late)
-    with pytest.raises(InputError, match="holds another run"), open_run(tmp_path / "run", "train", False):
-        pass
-
-
-def test_what_cannot_be_a_folder_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert make_folder(tmp_path / "a" / "b").is_dir() and make_folder(tmp_path / "a" / "b").is_dir()
-    for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(InputError, match=r"--output_dir .*file.*: cannot be written"):
-            make_folder(path)
-        with pytest.raises(InputError, match=r"--output_dir .*file"), open_run(path, "train", False):
-            pass
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_a_folder_without_permission_is_one_line(tmp_path):
-    code = (
-        "import os; from pathlib import Path; from runtime.records import open_run\n"
-        "import transformers.trainer_utils; from runtime.flags import run_script\n"
-        "os.setuid(65534)\n"  # last: the environment's packages may be root's alone
-        "def main():\n    with open_run(Path('/proc/self/nothing'), 'train', False): pass\n"
-        "run_script(main)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stderr.startswith("error: --output_dir /proc/self/nothing: cannot be written")
-    assert len(done.stderr.splitlines()) == 1
-
-
-def _take_number(folder: str, queue) -> None:
-    os.chdir(folder)
-    queue.put(str(new_folder(None, "name")))
-
-
-def test_two_runs_without_a_name_get_two_folders(tmp_path, monkeypatch):
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    processes = [context.Process(target=_take_number, args=(str(tmp_path), queue)) for _ in range(8)]
-    for process in processes:
-        process.start()
-    names = {queue.get(timeout=60) for _ in processes}
-    assert names == {"runs/name", *(f"runs/name-{number}" for number in range(2, 9))}
-    monkeypatch.chdir(tmp_path)
-    assert str(new_folder("elsewhere", "name")) == "elsewhere" and not Path("elsewhere").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# File systems
-
-
-def refuse(monkeypatch, owner, name, number, when=lambda *args: True):
-    """Let a function of the operating system fail as a file system that does not offer it does."""
-    real = getattr(owner, name)
-
-    def fail(*args, **kwargs):
-        if when(*args):
-            raise OSError(number, os.strerror(number))
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, fail)
-
-
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EPERM])
-@pytest.mark.parametrize("name", ["fsync", "flock"])
-@pytest.mark.filterwarnings("ignore:flock not supported")
-def test_a_run_does_without_what_its_file_system_does_not_offer(tmp_path, monkeypatch, name, number):
-    import fcntl
-
-    refuse(monkeypatch, {"fsync": os, "flock": fcntl}[name], name, number)
-    start_run(tmp_path / "run")
-    assert read_record(tmp_path / "run")["config"]["seed"] == 1
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "number"),
-    [(os, "fsync", errno.EIO), (Path, "replace", errno.EPERM), (Path, "rename", errno.EXDEV), (os, "fsync", 28)],
-)
-def test_what_it_cannot_do_without_is_told_before_the_work(tmp_path, monkeypatch, owner, name, number):
-    refuse(monkeypatch, owner, name, number)
-    with pytest.raises(InputError, match=rf"run: cannot be written \({os.strerror(number)}"):
-        start_run(tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_file_that_cannot_be_written_keeps_its_old_text_and_leaves_no_other(tmp_path, monkeypatch):
-    write_atomically(tmp_path / "a.json", "old")
-    refuse(monkeypatch, os, "fsync", errno.ENOSPC)
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(tmp_path / "a.json", "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
-
-
-def test_links_are_not_followed(tmp_path):
-    outside, run = tmp_path / "outside", tmp_path / "run"
-    (outside / "kept").mkdir(parents=True)
-    run.mkdir()
-    (run / ".a.json.partial").symlink_to(outside / "new.json")
-    write_atomically(run / "a.json", "text")
-    (run / "folder").symlink_to(outside)
-    remove(run / "folder")
-    remove(run / "nothing")
-    assert [path.name for path in outside.iterdir()] == ["kept"] and [p.name for p in run.iterdir()] == ["a.json"]
-    sync(run)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Rows
-
-KEY, VALUES = ("seed", "problem"), ("text",)
-ROWS = [{"seed": 0, "problem": i, "text": "zero \x00, half \ud800 of a pair, \u2028 \\boxed{1}\n"} for i in range(3)]
-
-
-def test_a_file_cut_anywhere_loses_the_torn_line_and_nothing_else(tmp_path):
-    path = tmp_path / "samples.jsonl"
-    RowFile(path, KEY, VALUES).add(ROWS)
-    whole = path.read_bytes()
-    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
-    for cut in range(len(whole) + 1):
-        path.write_bytes(whole[:cut])
-        lines = sum(end <= cut for end in ends)
-        assert list(RowFile(path, KEY, VALUES).rows.values()) == ROWS[:lines]
-        assert path.read_bytes() == whole[: ends[lines - 1] if lines else 0]
-
-
-@pytest.mark.parametrize("line", ["{", "[]", "3", '{"seed": 1}', '{"seed": 0, "problem": 0}', "\0", "[" * 99999])
-@pytest.mark.parametrize("name", ["samples.jsonl", "samples-rank1.jsonl"])
-def test_a_line_that_is_no_row_is_named_with_its_file(tmp_path, line, name):
-    path = tmp_path / name
-    append_rows(path, ROWS[:1])
-    with path.open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(InputError, match=rf"{name}, line 2: not a row") as caught:
-        RowFile(tmp_path / "samples.jsonl", KEY, VALUES)
-    assert len(str(caught.value)) < 400 + len(str(path)) and path.exists()
-
-
-def test_a_key_that_is_no_plain_value_is_named(tmp_path):
-    append_rows(tmp_path / "samples.jsonl", [{"seed": [0], "problem": 0, "text": ""}])
-    with pytest.raises(InputError, match=r"samples\.jsonl: a row's seed or problem"):
-        RowFile(tmp_path / "samples.jsonl", KEY, VALUES)
-
-
-def test_parts_of_killed_ranks_are_taken_in_once_without_their_torn_lines(tmp_path):
-    append_rows(tmp_path / "samples.jsonl", ROWS[:1])
-    append_rows(tmp_path / "samples-rank1.jsonl", ROWS[:2])  # the first was taken in before the kill
-    (tmp_path / "samples-rank2.jsonl").write_text(json.dumps(ROWS[2]) + '\n{"seed": 1, "pro')
-    file = RowFile(tmp_path / "samples.jsonl", KEY, VALUES)
-    assert sorted(row["problem"] for row in file.rows.values()) == [0, 1, 2]
-    assert read_rows(tmp_path / "samples.jsonl") == ROWS and len(list(tmp_path.iterdir())) == 1
-
-
-def test_jobs_keep_their_order_and_are_done_once(tmp_path):
-    done, path = [], tmp_path / "x.jsonl"
-
-    def work(jobs):
-        done.extend(jobs)
-        return [{"a": a, "b": b, "sum": a + (b or 0)} for a, b in jobs]
-
-    do_jobs(RowFile(path, ("a", "b"), ("sum",)), [(1, None), (2, 5)], work, 1)
-    rows = do_jobs(RowFile(path, ("a", "b"), ("sum",)), [(3, 4), (2, 5), (1, None)], work, 10)
-    assert [row["sum"] for row in rows] == [7, 7, 1] and done == [(1, None), (2, 5), (3, 4)]
-    with pytest.raises(InputError, match="line 1: not a row of this program"):
-        RowFile(path, ("a", "b"), ("sum", "rest"))
-
-
-def short(jobs):
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def test_a_lack_of_memory_names_the_file(tmp_path):
-    with pytest.raises(InputError, match=r"x\.jsonl: out of GPU memory"):
-        do_jobs(RowFile(tmp_path / "x.jsonl", ("a",)), [(1,)], short, 1)
-
-
-def test_a_training_runs_rows_are_cut_back_to_its_start(tmp_path):
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        append_rows(tmp_path / name, [{"step": step, "slot": 0} for step in range(3)])
-        with (tmp_path / name).open("a") as file:
-            file.write('{"st')
-    scores = {step: {"sampled": 0.5, "greedy": 1.0} for step in ("0", "2", "3", "10")}
-    (tmp_path / "evaluation.json").write_text(json.dumps(scores))
-    log = RunLog(tmp_path, 2)
-    assert list(log.evaluation) == ["0", "2"]  # those behind the start are scored again
-    assert [row["step"] for row in log.earlier] == [0, 1]
-    log.append({"step": 2}, [{"step": 2, "slot": 1}, {"step": 2, "slot": 0}])
-    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2]
-    rows = read_rows(tmp_path / "samples.jsonl")
-    assert [(row["step"], row["slot"]) for row in rows] == [(0, 0), (1, 0), (2, 0), (2, 1)]
-
-
-def test_held_out_scores_of_a_step_replace_those_of_a_killed_try(tmp_path):
-    def rows(step, correct):
-        return [{"step": step, "decoding": decoding, "problem": i, "sample": 0, "correct": correct}
-                for decoding in ("sampled", "greedy") for i in (1, 0)]  # fmt: skip
-
-    log = RunLog(tmp_path, 0)
-    assert "sampled 0.0000, greedy 0.0000 (2 problems)" in log.evaluate(0, rows(0, False))
-    append_rows(tmp_path / "heldout.jsonl", rows(4, False)[:1])
-    assert "sampled 0.0000 -> 1.0000" in log.evaluate(4, rows(4, True))
-    assert [(row["step"], row["correct"]) for row in read_rows(tmp_path / "heldout.jsonl")] == [
-        *[(0, False)] * 4, *[(4, True)] * 4,
-    ]  # fmt: skip
-    assert RunLog(tmp_path, 4).evaluation == log.evaluation
-
-
-@pytest.mark.parametrize("text", ['{"0', "[1]", '{"first": {}}'])
-def test_accuracies_that_are_no_runs_are_named(tmp_path, text):
-    (tmp_path / "evaluation.json").write_text(text)
-    with pytest.raises(InputError, match=r"evaluation.json: not the accuracies of a run"):
-        RunLog(tmp_path, 0)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Inputs by content
-
-DECIDING = (
-    "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-    "pytorch_model.bin.index.json", "model.gguf", "consolidated.00.pth", "config.json", "generation_config.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "qwen.tiktoken", "chat_template.jinja", "chat_template.json",
-    "additional_chat_templates/tool_use.jinja", "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json",
-)  # fmt: skip
-BESIDE = (
-    "README.md", "trainer_state.pt", "optimizer.pt", "training_args.bin", "rng_state_0.pth", "manifest.json",
-    "ema.safetensors", ".gitattributes", "log.out",
-)  # fmt: skip
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for name in DECIDING + BESIDE:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"before")
-    return tmp_path
-
-
-def test_a_fingerprint_names_what_decides_and_nothing_else(folder):
-    assert sorted(fingerprint(str(folder))) == sorted(DECIDING)
-
-
-@pytest.mark.parametrize("name", DECIDING)
-def test_a_changed_file_of_the_same_size_and_time_changes_the_fingerprint(folder, name):
-    before, times = fingerprint(str(folder)), (folder / name).stat()
-    (folder / name).write_bytes(b"after!")
-    os.utime(folder / name, ns=(times.st_atime_ns, times.st_mtime_ns))
-    after = fingerprint(str(folder))
-    assert [key for key in before if before[key] != after[key]] == [name]
-    assert name in difference(before, after)
-    (folder / name).unlink()
-    assert f"{name} {before[name][:12]}, now not there" in difference(before, fingerprint(str(folder)))
-
-
-def test_links_of_a_model_are_followed(folder, tmp_path_factory):
-    """The hub's cache is made of links."""
-    blob = tmp_path_factory.mktemp("blobs") / "abc"
-    blob.write_bytes(b"before")
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to(blob)
-    before = fingerprint(str(folder))
-    blob.write_bytes(b"after!")
-    assert "model.safetensors" in difference(before, fingerprint(str(folder)))
-
-
-def test_a_hub_model_is_known_by_its_revision(tmp_path, monkeypatch):
-    """From a cache of the hub's layout, without a network."""
-    base = families.make_checkpoint("qwen3", tmp_path / "base")
-    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / ("a" * 40)
-    snapshot.parent.mkdir(parents=True)
-    base.rename(snapshot)
-    (snapshot.parent.parent / "refs").mkdir()
-    (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
-    find = partial(records.cached_file, cache_dir=tmp_path / "hub", local_files_only=True)
-    monkeypatch.setattr(records, "cached_file", find)
-    assert fingerprint("owner/name") == {"revision": "a" * 40}
-    with pytest.raises(InputError, match="owner/other"):
-        fingerprint("owner/other")
-
-
-def test_problems_are_known_in_their_order_and_with_all_fields():
-    one, two = Problem("a", "b", "c"), Problem("d", "e", "f")
-    others = ([two, one], [one], [Problem("a", "b", "x"), two], [Problem("a", "x", "c"), two],
-              [Problem("ab", "", "c"), two])  # fmt: skip
-    assert len({digest([one, two]), *map(digest, others)}) == 6
-
-
-def test_a_difference_in_words():
-    assert difference({"a": "1"}, {"a": "1"}) is None and difference(None, None) is None
-    assert difference("0123456789abcdef", "x") == "0123456789ab, now x"
-    assert difference(None, {"revision": "1"}) is not None
-    files = {"config.json": "1", "model.safetensors": "2"}
-    assert difference(files, {**files, "config.json": "3"}) == "config.json 1, now 3"
-    assert re.fullmatch("chat.jinja not there, now 3", difference(files, {**files, "chat.jinja": "3"}))
+    refused({"before": "holds another run", "after": "another process"}[moment], run)
 
 
 def test_a_folder_is_taken_away_before_others_can_hold_it(tmp_path, monkeypatch):
@@ -499,3 +173,268 @@ def test_a_folder_is_taken_away_before_others_can_hold_it(tmp_path, monkeypatch)
     is_there = run.is_dir()
     second[0].__exit__(None, None, None)
     assert is_there
+
+
+def test_what_cannot_be_a_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert records.make_folder(tmp_path / "a" / "b").is_dir() and records.make_folder(tmp_path / "a" / "b").is_dir()
+    for path in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/self/nothing")):
+        with pytest.raises(InputError, match=rf"^--output_dir {path}: cannot be written"):
+            records.make_folder(path)
+        refused(rf"^--output_dir {path}", path, "train", False)
+
+
+def _take_number(folder: str, queue) -> None:
+    os.chdir(folder)
+    queue.put(str(records.new_folder(None, "name")))
+
+
+def test_two_runs_without_a_name_get_two_folders(tmp_path, monkeypatch):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=_take_number, args=(str(tmp_path), queue)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    names = {queue.get(timeout=60) for _ in processes}
+    assert names == {"runs/name", *(f"runs/name-{number}" for number in range(2, 9))}
+    monkeypatch.chdir(tmp_path)
+    assert str(records.new_folder("elsewhere", "name")) == "elsewhere" and not Path("elsewhere").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# File systems
+
+
+def refuse(monkeypatch, owner, name, number):
+    """Let a function of the operating system fail as a file system that does not offer it does."""
+
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number)) if number else NotImplementedError("no flock")
+
+    monkeypatch.setattr(owner, name, fail)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EPERM])
+@pytest.mark.parametrize("owner, name", [(os, "fsync"), (fcntl, "flock")])
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_run_does_without_what_its_file_system_does_not_offer(tmp_path, monkeypatch, capsys, owner, name, number):
+    """A lock that cannot be had is told; filelock itself has another kind of lock for ENOSYS."""
+    refuse(monkeypatch, owner, name, number)
+    start_run(tmp_path / "run")
+    assert records.read_record(tmp_path / "run")["config"]["seed"] == 1
+    told = "run: cannot be locked" in capsys.readouterr().out
+    assert told == (name == "flock" and number != errno.ENOSYS)
+
+
+def test_an_older_filelock_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    refuse(monkeypatch, filelock.FileLock, "acquire", None)
+    start_run(tmp_path / "run")
+    assert "run: cannot be locked (no flock)" in capsys.readouterr().out
+
+
+CANNOT = [(os, "fsync", errno.EIO), (os, "fsync", errno.ENOSPC), (Path, "replace", errno.EPERM), (Path, "rename", 18)]
+
+
+@pytest.mark.parametrize(("owner", "name", "number"), CANNOT)
+def test_what_it_cannot_do_without_is_told_before_the_work(tmp_path, monkeypatch, owner, name, number):
+    refuse(monkeypatch, owner, name, number)
+    with pytest.raises(InputError, match=rf"run: cannot be written \({os.strerror(number)}"):
+        start_run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_cannot_be_written_keeps_its_old_text_and_leaves_no_other(tmp_path, monkeypatch):
+    records.write_atomically(tmp_path / "a.json", "old")
+    refuse(monkeypatch, os, "fsync", errno.ENOSPC)
+    with pytest.raises(OSError, match="No space"):
+        records.write_atomically(tmp_path / "a.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
+
+
+def test_links_are_not_followed(tmp_path):
+    outside, run = tmp_path / "outside", tmp_path / "run"
+    (outside / "kept").mkdir(parents=True)
+    run.mkdir()
+    (run / ".a.json.partial").symlink_to(outside / "new.json")
+    records.write_atomically(run / "a.json", "text")
+    (run / "folder").symlink_to(outside)
+    records.remove(run / "folder")
+    records.remove(run / "nothing")
+    assert [path.name for path in outside.iterdir()] == ["kept"] and [p.name for p in run.iterdir()] == ["a.json"]
+    records.sync(run)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rows
+
+KEY, VALUES = ("seed", "problem"), ("text",)
+ROWS = [{"seed": 0, "problem": i, "text": "zero \x00, half \ud800 of a pair, \u2028 \\boxed{1}\n"} for i in range(3)]
+
+
+def test_a_file_cut_anywhere_loses_the_torn_line_and_nothing_else(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    records.RowFile(path, KEY, VALUES).add(ROWS)
+    whole = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        lines = sum(end <= cut for end in ends)
+        assert list(records.RowFile(path, KEY, VALUES).rows.values()) == ROWS[:lines]
+        assert path.read_bytes() == whole[: ends[lines - 1] if lines else 0]
+
+
+LINES = ("{", "3", "\0", "[" * 99999, '{"seed": 0, "problem": 0}', '{"seed": 0, "problem": 0, "text": "", "x": 1}')
+
+
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("name", ["samples.jsonl", "samples-rank1.jsonl"])
+def test_a_line_that_is_no_row_is_named_with_its_file(tmp_path, line, name):
+    path = tmp_path / name
+    records.append_rows(path, ROWS[:1])
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(InputError, match=rf"{name}, line 2: not a row") as caught:
+        records.RowFile(tmp_path / "samples.jsonl", KEY, VALUES)
+    assert len(str(caught.value)) < 400 + len(str(path)) and path.exists()
+    path.write_text('{"seed": [0], "problem": 0, "text": ""}\n')
+    with pytest.raises(InputError, match=rf"{name}: a row's seed or problem"):
+        records.RowFile(tmp_path / "samples.jsonl", KEY, VALUES)
+
+
+def test_parts_of_killed_ranks_are_taken_in_once_without_their_torn_lines(tmp_path):
+    records.append_rows(tmp_path / "samples.jsonl", ROWS[:1])
+    records.append_rows(tmp_path / "samples-rank1.jsonl", ROWS[:2])  # the first was taken in before the kill
+    (tmp_path / "samples-rank2.jsonl").write_text(json.dumps(ROWS[2]) + '\n{"seed": 1, "pro')
+    file = records.RowFile(tmp_path / "samples.jsonl", KEY, VALUES)
+    assert sorted(row["problem"] for row in file.rows.values()) == [0, 1, 2]
+    assert records.read_rows(tmp_path / "samples.jsonl") == ROWS and len(list(tmp_path.iterdir())) == 1
+
+
+def test_jobs_keep_their_order_and_are_done_once(tmp_path):
+    done, path = [], tmp_path / "x.jsonl"
+
+    def work(jobs):
+        done.extend(jobs)
+        return [{"a": a, "b": b, "sum": a + (b or 0)} for a, b in jobs]
+
+    records.do_jobs(records.RowFile(path, ("a", "b"), ("sum",)), [(1, None), (2, 5)], work, 1)
+    rows = records.do_jobs(records.RowFile(path, ("a", "b"), ("sum",)), [(3, 4), (2, 5), (1, None)], work, 10)
+    assert [row["sum"] for row in rows] == [7, 7, 1] and done == [(1, None), (2, 5), (3, 4)]
+
+    def short(jobs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(InputError, match=r"x\.jsonl: out of GPU memory"):
+        records.do_jobs(records.RowFile(path, ("a", "b"), ("sum",)), [(4, 4)], short, 1)
+
+
+def test_a_training_runs_rows_are_cut_back_to_its_start(tmp_path):
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        records.append_rows(tmp_path / name, [{"step": step, "slot": 0} for step in range(3)])
+        with (tmp_path / name).open("a") as file:
+            file.write('{"st')
+    scores = {step: {"sampled": 0.5, "greedy": 1.0} for step in ("0", "2", "3", "10")}
+    (tmp_path / "evaluation.json").write_text(json.dumps(scores))
+    log = records.RunLog(tmp_path, 2)
+    assert list(log.evaluation) == ["0", "2"]  # those behind the start are scored again
+    assert [row["step"] for row in log.earlier] == [0, 1]
+    log.append({"step": 2}, [{"step": 2, "slot": 1}, {"step": 2, "slot": 0}])
+    assert [row["step"] for row in records.read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+    rows = records.read_rows(tmp_path / "samples.jsonl")
+    assert [(row["step"], row["slot"]) for row in rows] == [(0, 0), (1, 0), (2, 0), (2, 1)]
+
+
+def test_held_out_scores_of_a_step_replace_those_of_a_killed_try(tmp_path):
+    def rows(step, correct):
+        return [{"step": step, "decoding": decoding, "problem": i, "sample": 0, "correct": correct}
+                for decoding in ("sampled", "greedy") for i in (1, 0)]  # fmt: skip
+
+    log = records.RunLog(tmp_path, 0)
+    assert "sampled 0.0000, greedy 0.0000 (2 problems)" in log.evaluate(0, rows(0, False))
+    records.append_rows(tmp_path / "heldout.jsonl", rows(4, False)[:1])
+    assert "sampled 0.0000 -> 1.0000" in log.evaluate(4, rows(4, True))
+    kept = [(row["step"], row["correct"]) for row in records.read_rows(tmp_path / "heldout.jsonl")]
+    assert kept == [(0, False)] * 4 + [(4, True)] * 4
+    assert records.RunLog(tmp_path, 4).evaluation == log.evaluation
+
+
+@pytest.mark.parametrize("text", ['{"0', "[1]", '{"first": {}}'])
+def test_accuracies_that_are_no_runs_are_named(tmp_path, text):
+    (tmp_path / "evaluation.json").write_text(text)
+    with pytest.raises(InputError, match=r"evaluation.json: not the accuracies of a run"):
+        records.RunLog(tmp_path, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Inputs by content
+
+DECIDING = (
+    "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json", "model.gguf", "consolidated.00.pth", "config.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "qwen.tiktoken", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/tool_use.jinja", "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json",
+)  # fmt: skip
+BESIDE = ("README.md", "trainer_state.pt", "optimizer.pt", "training_args.bin", "rng_state_0.pth", "manifest.json",
+          "ema.safetensors", ".gitattributes", "log.out")  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in DECIDING + BESIDE:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"before")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_a_changed_file_of_the_same_size_and_time_changes_the_fingerprint(folder, name):
+    before, times = records.fingerprint(str(folder)), (folder / name).stat()
+    assert sorted(before) == sorted(DECIDING)
+    (folder / name).write_bytes(b"after!")
+    os.utime(folder / name, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = records.fingerprint(str(folder))
+    assert [key for key in before if before[key] != after[key]] == [name] and name in records.difference(before, after)
+
+
+def test_links_of_a_model_are_followed(folder, tmp_path_factory):
+    """The hub's cache is made of links."""
+    blob = tmp_path_factory.mktemp("blobs") / "abc"
+    blob.write_bytes(b"before")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(blob)
+    before = records.fingerprint(str(folder))
+    blob.write_bytes(b"after!")
+    assert "model.safetensors" in records.difference(before, records.fingerprint(str(folder)))
+
+
+def test_a_hub_model_is_known_by_its_revision(tmp_path, monkeypatch):
+    """From a cache of the hub's layout, without a network."""
+    base = families.make_checkpoint("qwen3", tmp_path / "base")
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / ("a" * 40)
+    snapshot.parent.mkdir(parents=True)
+    base.rename(snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
+    find = partial(records.cached_file, cache_dir=tmp_path / "hub", local_files_only=True)
+    monkeypatch.setattr(records, "cached_file", find)
+    assert records.fingerprint("owner/name") == {"revision": "a" * 40}
+    with pytest.raises(InputError, match="owner/other"):
+        records.fingerprint("owner/other")
+
+
+def test_problems_are_known_in_their_order_and_with_all_fields():
+    one, two = Problem("a", "b", "c"), Problem("d", "e", "f")
+    others = ([two, one], [one], [Problem("a", "b", "x"), two], [Problem("a", "x", "c"), two],
+              [Problem("ab", "", "c"), two])  # fmt: skip
+    assert len({records.digest([one, two]), *map(records.digest, others)}) == 6
+
+
+def test_a_difference_in_words():
+    assert records.difference({"a": "1"}, {"a": "1"}) is None and records.difference(None, None) is None
+    assert records.difference("0123456789abcdef", "x") == "0123456789ab, now x"
+    assert records.difference(None, {"revision": "1"}) is not None
+    files = {"config.json": "1", "model.safetensors": "2"}
+    assert records.difference(files, {**files, "config.json": "3"}) == "config.json 1, now 3"
+    assert records.difference(files, {**files, "chat.jinja": "3"}) == "chat.jinja not there, now 3"
+    assert records.difference(files, {"config.json": "1"}) == "model.safetensors 2, now not there"

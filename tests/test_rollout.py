@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from errors import InputError
-from model import load_model, load_tokenizer
 from problems import Problem
 from rollout import Sampling, choose_tokens, sample, uniforms, until_eos
+from runtime.loading import load_model, load_tokenizer
 from teacher import student_prompt
 
 SETTINGS = Sampling(temperature=1.1, top_p=0.95, top_k=20, max_new_tokens=12)
@@ -187,6 +187,7 @@ def test_logits_that_are_not_numbers_stop_the_run(loaded):
     [
         ({"temperature": -1.0}, "--temperature"),
         ({"temperature": float("nan")}, "--temperature"),
+        ({"temperature": 1e-39}, "0 .greedy. or at least 0.01"),  # scores over it would be inf, and the lowest id win
         ({"top_p": 0.0}, "--top_p"),
         ({"top_p": 1.01}, "--top_p"),
         ({"top_k": -1}, "--top_k"),

@@ -53,23 +53,16 @@ def random_scores(lengths, seed=0):
 # A value by hand and the limits, rule by rule
 
 
-def test_prefix_and_suffix():
+def test_prefix_suffix_and_skip():
     r = relative_position([10])
     assert weigh("prefix", None, [10]).tolist() == [1.0] * 3 + [0.0] * 7
     assert weigh("suffix", None, [10]).tolist() == [0.0] * 7 + [1.0] * 3
-    assert rules.prefix(r, share=1.0).all() and rules.suffix(r, share=1.0).all()
-    assert not rules.prefix(r, share=0.0).any() and not rules.suffix(r, share=0.0).any()
     assert torch.equal(rules.suffix(r), position_weight(r, w_min=0.0, tau=0.7, s=1e-6).round())
     for length in range(1, 60):
         r = relative_position([length])
         assert torch.equal(rules.suffix(r), rules.prefix(r).flip(0)), length
-
-
-def test_skip():
-    scores = scores_of(7)
-    assert weigh("skip", scores, [5, 2]).tolist() == [0, 0, 0, 1, 1, 0, 0]
-    assert weigh("skip", scores, [5, 2], first=1).tolist() == [0, 1, 1, 1, 1, 0, 1]
-    assert weigh("skip", scores, [5, 2], first=0).all()
+    assert weigh("skip", None, [5, 2]).tolist() == [0, 0, 0, 1, 1, 0, 0]
+    assert weigh("skip", None, [5, 2], first=1).tolist() == [0, 1, 1, 1, 1, 0, 1]
 
 
 def test_shuffled():
@@ -87,6 +80,7 @@ def test_shuffled():
         ]  # fmt: skip
     torch.manual_seed(5)
     assert torch.equal(weigh("shuffled", scores, lengths), first)
+    assert loss.METHODS["shuffled"].reduction is loss.METHODS["pwopsd"].reduction  # so that the places alone differ
 
 
 def test_iw_opd():
@@ -125,7 +119,6 @@ def test_scgate():
     scores = scores_of(4, student_logprob=torch.tensor([0.2, 0.98, 0.999, 1.0]).log())
     assert weigh("scgate", scores, [4]).tolist() == [1, 1, 0, 0]
     assert weigh("scgate", scores, [4], most=0.5).tolist() == [1, 0, 0, 0]
-    assert weigh("scgate", scores, [4], most=1.0).all()
 
 
 def test_correct_only():
@@ -146,15 +139,10 @@ def test_tip():
     scores = scores_of(4, **given)
     assert weigh("tip", scores, [4]).tolist() == [0, 1, 1, 0]
     assert weigh("tip", scores, [4], share=0.75).tolist() == [0, 1, 1, 1]
-    assert weigh("tip", scores, [4], share=1.0).all()
-    assert not weigh("tip", scores, [4], share=0.0).any()
     confident_and_wrong = scores_of(4, student_entropy=given["student_entropy"])
     assert weigh("tip", confident_and_wrong, [4]).tolist() == [0, 1, 0, 1]  # by entropy alone the third goes
     assert weigh("tip", scores_of(4), [4]).tolist() == [1, 1, 0, 0]  # nothing to choose by: the first ones
-
-
-def test_tip_keeps_a_share_of_each_row_and_sees_no_scale():
-    lengths = [6, 3, 1]
+    lengths = [6, 3, 1]  # a share of each row, whatever the scale
     values = random_scores(lengths)
     kept = weigh("tip", TokenScores(**values), lengths)
     assert [int(row.sum()) for row in kept.split(lengths)] == [3, 1, 0]
@@ -169,7 +157,6 @@ def test_dial():
     assert weigh("dial", scores, [5]).tolist() == [1, 0, 0, 0, 1]
     # b = 2, |apart|^2 / |log ratio|: .4^2 / 1.61 = .099, .1^2 / .693 = .014, .1^2 / .118 = .085, .18^2 / 2.30 = .014
     assert weigh("dial", scores, [5], b=2.0).tolist() == [1, 0, 1, 0, 0]
-    assert weigh("dial", scores, [5], share=1.0).all() and not weigh("dial", scores, [2, 2, 1]).any()
 
 
 def test_opsa():
@@ -180,9 +167,6 @@ def test_opsa():
     scores = scores_of(10, student_logprob=logp, student_entropy=entropy)
     assert weigh("opsa", scores, [10]).tolist() == [0, 0.625, 0, 0.875, 0, 0, 0, 0, 0, 0]
     assert weigh("opsa", scores_of(5), [5]).tolist() == [0.5, 0, 0, 0, 0]
-
-
-def test_opsa_makes_unlikely_tokens_less_likely_and_sees_no_teacher():
     student, teacher, ids, mask = random_case(lengths=(7,))
     student.requires_grad_()
     value = method_loss("opsa", student, teacher, ids, mask)
@@ -190,7 +174,7 @@ def test_opsa_makes_unlikely_tokens_less_likely_and_sees_no_teacher():
     lowest = student.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1).argmin().item()
     assert student.grad[0, lowest, ids[0, lowest]] > 0  # descent lowers its logit
     assert not student.grad[0, torch.arange(7) != lowest].any()  # floor(.2 * 7) = 1 token
-    assert method_loss("opsa", student, -teacher, ids, mask) == value
+    assert method_loss("opsa", student, -teacher, ids, mask) == value  # it sees no teacher
 
 
 # What holds for every rule
@@ -230,6 +214,16 @@ def test_a_row_of_the_table_differs_from_opsd_in_the_weight_alone(name):
     )
 
 
+def test_what_each_row_is_divided_by():
+    """A rule that drops tokens by those kept, TIP's rows look beyond their own, and the clip is Eq. (1)'s rows'."""
+    drop = {"prefix", "suffix", "skip", "scgate", "correct_only", "tip", "tip_reverse", "dial"}
+    for name in [*ROWS, "correct_only"]:
+        row = loss.METHODS[name]
+        assert row.reduction is (loss.weighted_mean if name in drop else loss.token_mean), name
+        assert row.over_batch is name.startswith("tip"), name
+        assert row.clips is (name in [*ON_OPSD, "correct_only", "tip"]), name
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_trains_from_hidden_states(name):
     """Registered: known by name, and in chunks of hidden states what it is on whole logits, value and gradient."""
@@ -259,38 +253,46 @@ def gradient_times_temperature(name, student, teacher, ids, **options):
 
 @pytest.mark.parametrize("clip", [0.05, 0.2, 1.0, None])
 @pytest.mark.parametrize("seed", range(4))
-def test_closed_forms_of_the_three_clips(clip, seed):
+def test_closed_forms_of_the_losses(clip, seed):
+    """The value, and T_distill times the gradient; q_w is proportional to p_S^(1-w) p_T^w, y the first token."""
     student, teacher = 2 * torch.randn(2, 9, generator=torch.Generator().manual_seed(seed))
     p_S, p_T = (student / 1.1).softmax(-1), (teacher / 1.1).softmax(-1)
-    ids, tau = torch.zeros(1, 1, dtype=torch.long), math.inf if clip is None else clip
-    entries = p_T * (p_T / p_S).log()
-    d, kept = entries.sum().item(), (entries <= tau).float()
+    half, most = (path / path.sum() for path in (p_S**0.5 * p_T**0.5, p_S**0.05 * p_T**0.95))
+    tau, y, A = math.inf if clip is None else clip, torch.eye(9)[0], (p_T[0] / p_S[0]).log()
+    d = (p_T * (p_T / p_S).log()).sum()
 
-    value, gradient = gradient_times_temperature("opsd", student, teacher, ids, clip=clip)
-    assert value == pytest.approx(entries.clamp(max=tau).sum().item(), abs=1e-5)
-    torch.testing.assert_close(gradient, (p_T * kept).sum() * p_S - p_T * kept, rtol=1e-4, atol=1e-6)
+    def by_entry(q):
+        entries = q * (q / p_S).log()
+        kept = q * (entries <= tau)
+        return entries.clamp(max=tau).sum(), kept.sum() * p_S - kept
 
-    value, gradient = gradient_times_temperature("opsd_token_clip", student, teacher, ids, clip=clip)
-    assert value == pytest.approx(min(d, tau), abs=1e-5)
-    torch.testing.assert_close(gradient, (p_S - p_T) * float(d <= tau), rtol=1e-4, atol=1e-6)
-
-    value, gradient = gradient_times_temperature("opsd_scaled_clip", student, teacher, ids, clip=clip)
-    assert value == pytest.approx(min(d, tau), abs=1e-5)
-    torch.testing.assert_close(gradient, (p_S - p_T) * min(1.0, tau / d), rtol=1e-4, atol=1e-6)
+    closed = {
+        "opsd": by_entry(p_T),
+        "opsd_token_clip": (d.clamp(max=tau), (p_S - p_T) * (d <= tau)),
+        "opsd_scaled_clip": (d.clamp(max=tau), (p_S - p_T) * (tau / d).clamp(max=1.0)),
+        "opd": (-A * p_S[0].log(), -A * (y - p_S)),
+        "tip_reverse": ((p_S * (p_S / p_T).log()).sum(), p_S * ((p_S / p_T).log() - (p_S * (p_S / p_T).log()).sum())),
+        "beta_opsd": by_entry(half),
+        "sr_opsd": ((most * (most / p_S).log()).sum(), p_S - most),
+    }
+    for name, (value, gradient) in closed.items():
+        ids, every = torch.zeros(1, 1, dtype=torch.long), {"schedule": "uniform"} if name == "tip_reverse" else {}
+        given = gradient_times_temperature(name, student, teacher, ids, clip=clip, **every)
+        assert given[0] == pytest.approx(value.item(), abs=1e-5), name
+        torch.testing.assert_close(given[1], gradient, rtol=1e-4, atol=2e-6)
 
 
 def test_only_the_clip_by_entry_turns_the_gradient_around():
     """p_S = .9, .1 and p_T = .5, .5: d = .511; the second entry, .805, is cut, and should be raised."""
     student, teacher = 1.1 * torch.tensor([0.9, 0.1]).log(), torch.zeros(2)
-    ids = torch.zeros(1, 1, dtype=torch.long)
-    value, gradient = gradient_times_temperature("opsd", student, teacher, ids, clip=0.2)
-    assert value == pytest.approx(0.2 - 0.5 * math.log(1.8), abs=1e-6)
-    assert gradient.tolist() == pytest.approx([-0.05, 0.05], abs=1e-6)
-    value, gradient = gradient_times_temperature("opsd_token_clip", student, teacher, ids, clip=0.2)
-    assert value == pytest.approx(0.2, abs=1e-6) and not gradient.any()
-    value, gradient = gradient_times_temperature("opsd_scaled_clip", student, teacher, ids, clip=0.2)
-    assert value == pytest.approx(0.2, abs=1e-6)
-    assert gradient.tolist() == pytest.approx([0.4 * 0.2 / 0.5108256, -0.4 * 0.2 / 0.5108256], abs=1e-6)
+    scaled = 0.4 * 0.2 / 0.5108256
+    for name, value, gradient in (
+        ("opsd", 0.2 - 0.5 * math.log(1.8), [-0.05, 0.05]),
+        ("opsd_token_clip", 0.2, [0.0, 0.0]),
+        ("opsd_scaled_clip", 0.2, [scaled, -scaled]),
+    ):
+        given = gradient_times_temperature(name, student, teacher, torch.zeros(1, 1, dtype=torch.long), clip=0.2)
+        assert given[0] == pytest.approx(value, abs=1e-6) and given[1].tolist() == pytest.approx(gradient, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", TOKEN_CLIPS)
@@ -313,43 +315,6 @@ def test_no_clip_is_opsd_without_a_clip(name, beta):
     torch.testing.assert_close(
         method_loss(name, *case, clip=None, beta=beta), method_loss("opsd", *case, clip=None, beta=beta)
     )
-
-
-def test_sampled_token_loss_is_the_policy_gradient():
-    """T d(loss)/d(logit i) = -A (1[i = y] - p_S(i)), A = log p_T(y) - log p_S(y)."""
-    student, teacher = 2 * torch.randn(2, 9, generator=torch.Generator().manual_seed(3))
-    log_S, log_T = (student / 1.1).log_softmax(-1), (teacher / 1.1).log_softmax(-1)
-    ids = torch.tensor([[4]])
-    value, gradient = gradient_times_temperature("opd", student, teacher, ids)
-    A = log_T[4] - log_S[4]
-    assert value == pytest.approx(-(A * log_S[4]).item(), abs=1e-5)
-    one_hot = torch.nn.functional.one_hot(torch.tensor(4), 9)
-    torch.testing.assert_close(gradient, -A * (one_hot - log_S.exp()), rtol=1e-4, atol=1e-6)
-
-
-def test_targets_on_the_path_by_hand():
-    """p_S = (.5, .5), p_T = (.9, .1): half way sqrt(.45), sqrt(.05) gives q = (.75, .25)."""
-    student, teacher = torch.zeros(2), 1.1 * torch.tensor([0.9, 0.1]).log()
-    ids = torch.zeros(1, 1, dtype=torch.long)
-    value, gradient = gradient_times_temperature("beta_opsd", student, teacher, ids, clip=None)
-    assert value == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-6)
-    assert gradient.tolist() == pytest.approx([-0.25, 0.25], abs=1e-6)
-    value, _ = gradient_times_temperature("beta_opsd", student, teacher, ids, clip=0.1)
-    assert value == pytest.approx(0.1 + 0.25 * math.log(0.5), abs=1e-6)
-    odds = 9**0.95
-    for clip in (0.05, None):  # it has none
-        _, gradient = gradient_times_temperature("sr_opsd", student, teacher, ids, clip=clip)
-        assert gradient.tolist() == pytest.approx([0.5 - odds / (1 + odds), odds / (1 + odds) - 0.5], abs=1e-6)
-
-
-def test_the_sources_own_losses():
-    """TIP's is the reverse KL, whatever --beta and --tau_clip say; IW-OPD's is the sampled token's."""
-    case = random_case()
-    everywhere = {"reduction": "token_mean", "schedule": "uniform"}
-    torch.testing.assert_close(
-        method_loss("tip_reverse", *case, clip=0.05, **everywhere), method_loss("opsd", *case, clip=None, beta=1.0)
-    )
-    torch.testing.assert_close(method_loss("iw_opd_pg", *case, **everywhere), method_loss("opd", *case))
 
 
 # The file as a script

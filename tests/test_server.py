@@ -14,34 +14,28 @@ import sys
 import threading
 import time
 import urllib.request
-from contextlib import nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import run_ranks, script
 
-import train
 from errors import InputError
-from model import (
-    TINY_MODEL,
-    add_lora,
-    load_model,
-    load_tokenizer,
-    lora_layers,
-    response_hidden,
-)
+from model import add_lora, lora_layers, response_hidden
 from problems import tiny_problems
 from rollout import Sampling, sample
 from runtime import engines
 from runtime.checkpoint import load_adapter, save_adapter
+from runtime.loading import TINY_MODEL, load_model, load_tokenizer
 from runtime.metrics import GAP_FLOAT32
 from teacher import EVALUATION_PROMPT, encode_prompt
 
 pytest.importorskip("openai", reason="pip install openai")
 from runtime import server
-from runtime.server import ServerEngine, answer, base_url, prompt_text, proxy_variable, request_seed
+from runtime.server import ServerEngine, base_url, prompt_text, proxy_variable
+from runtime.stopping import StoppedError
 
 MISSING = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
 VLLM = os.environ.get("PWOPSD_VLLM")
@@ -68,13 +62,12 @@ def keys(count, seed=0):
     return [(seed, row) for row in range(count)]
 
 
-def one_line_of(caught) -> str:
+@contextmanager
+def one_line(words: str):
+    """What is inside ends with InputError, in one line that has these words."""
+    with pytest.raises(InputError, match=words) as caught:
+        yield
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-    return str(caught.value)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# A real vLLM
 
 
 @pytest.fixture
@@ -96,7 +89,7 @@ def random_adapter(directory: Path, rank: int, seed: int) -> Path:
 
 
 def in_process(tokenizer, prompts, adapter=None):
-    """Greedy answers of `generate`, and the model."""
+    """The model, and its greedy answers."""
     model = load_model("tiny", device="cpu").eval()
     if adapter is not None:
         load_adapter(model, adapter)
@@ -184,35 +177,29 @@ def test_other_weights_under_one_name_and_path_do_not_meet_old_keys_and_values(e
 
 @needs_vllm
 def test_what_vllm_does_not_do_is_one_line(engine, tokenizer, prompts, tmp_path):
-    with pytest.raises(InputError, match=r"serves tiny.*, not other") as caught:
+    with one_line(r"serves tiny.*, not other"):
         connect(tokenizer, VLLM, "other")
-    one_line_of(caught)
-    with pytest.raises(InputError, match="too high a rank: start vLLM with --max-lora-rank") as caught:
+    with one_line("too high a rank: start vLLM with --max-lora-rank"):
         engine.use_adapter(random_adapter(tmp_path / "large", 128, 6), "large")
-    one_line_of(caught)
-    with pytest.raises(InputError, match=r"cannot read the adapter .*nowhere: the server needs") as caught:
+    with one_line(r"cannot read the adapter .*nowhere: the server needs"):
         engine.use_adapter(tmp_path / "nowhere", "x")
-    one_line_of(caught)
     (tmp_path / "half").mkdir()
     shutil.copy(tmp_path / "large" / "adapter_model.safetensors", tmp_path / "half")
-    with pytest.raises(InputError, match="adapter"):
+    with one_line("adapter"):
         engine.use_adapter(tmp_path / "half", "x")
-    with pytest.raises(InputError, match=r"its context of 512 tokens does not hold a prompt of \d+ and .* 600"):
+    with one_line(r"its context of 512 tokens does not hold a prompt of \d+ and .* 600"):
         engine.sample(prompts[:1], keys(1), Sampling(1.0, 1.0, 0, max_new_tokens=600))
     engine.context = None  # a server that does not tell: vLLM generates what is left behind the prompt
     long = [[token for prompt in prompts * 2 for token in prompt][:500]]
-    with pytest.raises(InputError, match="a row of 12 tokens, ended by 'length', for a limit of 40") as caught:
+    with one_line("a row of 12 tokens, ended by 'length', for a limit of 40"):
         engine.sample(long, keys(1), Sampling(1.0, 1.0, 0, max_new_tokens=40))
-    one_line_of(caught)
     engine.model = "gone"
-    with pytest.raises(InputError, match=r"gone.*does not exist") as caught:
+    with one_line(r"gone.*does not exist"):
         engine.sample(prompts[:1], keys(1), GREEDY)
-    one_line_of(caught)
 
 
 # CompletionRequest of vLLM 0.32: what is sent, and what draws no other tokens.
-OWN = ["model", "prompt", "seed", "temperature", "top_p", "top_k", "max_tokens", "stop_token_ids", "logprobs",
-       "return_token_ids"]  # fmt: skip
+OWN = ["model", "prompt", "seed", "temperature", "top_p", "top_k", "max_tokens", "stop_token_ids"]
 DRAWS_NOTHING = {
     "stream", "stream_options", "stream_interval", "suffix", "user", "include_stop_str_in_output",
     "skip_special_tokens", "spaces_between_special_tokens", "truncation_side", "prompt_logprobs", "logprob_token_ids",
@@ -226,36 +213,29 @@ DRAWS_NOTHING = {
 def test_every_field_that_vllm_knows_is_sent_or_draws_nothing():
     with urllib.request.urlopen(f"{VLLM}/openapi.json", timeout=30) as reply:
         known = set(json.load(reply)["components"]["schemas"]["CompletionRequest"]["properties"])
-    assert known - DRAWS_NOTHING == {*OWN, *server.VLLM_OFF}
+    assert known - DRAWS_NOTHING == {*OWN, *server.VLLM_FIELDS}
+
+
+WITHHELD = {1, 3}
+
+
+def train_with_updates_withheld(arguments: list[str]) -> None:
+    publish = engines.publish
+    engines.publish = lambda engine, model, folder, step: step in WITHHELD or publish(engine, model, folder, step)
+    script("train.py", arguments)
 
 
 @needs_vllm
-def test_an_update_that_is_withheld_from_the_server_is_seen(monkeypatch, capsys, tmp_path):
-    withheld, publish = {1, 3}, train.engines.publish
-
-    def publish_late(engine, model, folder, step):
-        if step not in withheld:
-            publish(engine, model, folder, step)
-
-    flags = {"num_steps": 5, "batch_size": 8, "max_new_tokens": 48, "eval_data": "", "device": "cpu"}
-    words = [f"--{name}={value}" for name, value in flags.items()]
-    monkeypatch.setattr(train.engines, "publish", publish_late)
-    monkeypatch.setattr(sys, "argv", ["train.py", *words, "--server", VLLM, "--output_dir", str(tmp_path / "run")])
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    assert train.main() == 0
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def test_an_update_that_is_withheld_from_the_server_is_seen(tmp_path):
+    flags = f"--num_steps 5 --batch_size 8 --max_new_tokens 48 --eval_data= --device cpu --server {VLLM} --output_dir"
+    arguments = [*flags.split(), str(tmp_path / "run")]
+    (printed,) = run_ranks(tmp_path, train_with_updates_withheld, arguments, ranks=1)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    stale = [row["sampler_gap"] for row in rows if row["step"] in withheld]
-    right = [row["sampler_gap"] for row in rows if row["step"] not in withheld]
+    stale = [row["sampler_gap"] for row in rows if row["step"] in WITHHELD]
+    right = [row["sampler_gap"] for row in rows if row["step"] not in WITHHELD]
     assert max(right) < GAP_FLOAT32 / 10 < 10 * GAP_FLOAT32 < min(stale)
-    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    warnings = [line for line in printed.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1 and warnings[0].startswith("warning: after step 2: sampler_gap")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# A real `transformers serve`: text only, no adapters
 
 
 def free_port() -> int:
@@ -306,19 +286,11 @@ def test_a_server_of_text_samples_solves_and_stops(text_server, tokenizer, promp
     greedy = engine.sample(prompts[:4], keys(4), GREEDY)
     expected = in_process(tokenizer, prompts[:4])[1]
     assert [r.text for r in greedy] == tokenizer.batch_decode(expected, skip_special_tokens=True)
-    with pytest.raises(InputError, match="loads no adapters: start vLLM with --enable-lora"):
+    with one_line("loads no adapters: start vLLM with --enable-lora"):
         engine.use_adapter(random_adapter(tmp_path / "adapter", 4, 0), "x")
     engine.close()
-
-
-def test_a_server_of_text_with_another_model_is_one_line(text_server, tokenizer):
-    with pytest.raises(InputError, match="some/other") as caught:
+    with one_line("some/other"):
         connect(tokenizer, text_server[0], "some/other")
-    one_line_of(caught)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What a real server will not do on demand
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -347,28 +319,26 @@ class Handler(BaseHTTPRequestHandler):
             self.gone.append(self.connection.recv(1) == b"")  # the client closes
         with self.lock:
             type(self).open -= 1
-        if fault in ("hang", "drop"):
-            self.close_connection = True
-        elif fault in ("torn", "nonsense"):
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", "500" if fault == "torn" else "9")
-            self.end_headers()
-            self.wfile.write(b'{"choices')
-            self.close_connection = True
+        self.close_connection = fault in ("hang", "drop", "torn", "nonsense")
+        if fault in ("torn", "nonsense"):
+            self.send(200, b'{"choices', 500 if fault == "torn" else 9)
+        elif self.close_connection:
+            pass
         elif self.text_only and "generation_config" not in body:
             self.answer(422, {"detail": "Unexpected fields in the request: {'top_k'}"})
         elif fault == "ok":
             self.answer(200, completion(body, **(self.first if first else self.changes)))
         else:
-            self.answer(int(fault), {"error": {"message": "as asked"}})
+            self.answer(int(fault), self.refusal)
 
     def answer(self, status, content):
         data = json.dumps(content).encode()
+        self.send(status, data, len(data))
+
+    def send(self, status, data, length):
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("retry-after-ms", "10")
+        for name, value in (("Content-Type", "application/json"), ("Content-Length", length), ("retry-after-ms", 10)):
+            self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(data)
 
@@ -391,7 +361,8 @@ def completion(body, usage=(), model=None, **changes) -> dict:
 def fake(monkeypatch):
     monkeypatch.setattr(server, "RETRIES", 3)
     own = {"faults": [], "seen": [], "gone": [], "adapters": [], "changes": {}, "first": {}, "entry": {"id": "m"},
-           "open": 0, "most": 0, "text_only": False, "lock": threading.Lock()}  # fmt: skip
+           "open": 0, "most": 0, "text_only": False, "refusal": {"error": {"message": "as asked"}},
+           "lock": threading.Lock()}  # fmt: skip
     handler = type("Own", (Handler,), own)
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     httpd.handle_error = lambda *_: None  # clients that go away are the point
@@ -415,12 +386,17 @@ class Tokens:
 SETTINGS = Sampling(0.7, 0.95, 20, 64)
 
 
-def ask(url, count=12, in_flight=3, on_finished=None):
-    engine = ServerEngine(url, "m", Tokens(), [1], 9, in_flight)
-    try:
-        return engine.sample([[2]] * count, keys(count), SETTINGS, on_finished)
-    finally:
-        engine.close()
+def ask(url, count=12, in_flight=3, on_finished=None, settings=SETTINGS, ends=(1,)):
+    with closing(ServerEngine(url, "m", Tokens(), list(ends), 9, in_flight)) as engine:
+        return engine.sample([[2]] * count, keys(count), settings, on_finished)
+
+
+def test_a_signal_during_sampling_rises_as_itself(fake):
+    def stop(row, response):  # as the handler does
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        ask(fake.url, on_finished=stop)
 
 
 def test_at_most_so_many_requests_are_open(fake):
@@ -438,9 +414,8 @@ def test_busy_broken_dropped_and_torn_answers_are_asked_for_again(fake):
 def test_rows_that_were_done_before_a_failure_are_kept(fake):
     fake.faults += ["ok"] * 5 + ["500"] * 100
     kept = {}
-    with pytest.raises(InputError, match=r"500.*as asked") as caught:
+    with one_line(r"500.*as asked"):
         ask(fake.url, on_finished=lambda row, response: kept.update({row: response.ids}))
-    one_line_of(caught)
     assert list(kept.values()) == [[5, 1]] * 5
 
 
@@ -466,15 +441,16 @@ def test_a_request_says_everything(fake):
         "response_format": None, "truncate_prompt_tokens": None, "repetition_detection": None,
         "thinking_token_budget": -1,
     }  # fmt: skip
-    assert [request_seed((0, row)) for row in (0, 1)] == [1484405855, 1982462498]
-    engine = ServerEngine(fake.url, "m", Tokens(), [1, 3], 9, 1)
-    engine.sample([[2]], keys(1), Sampling(0.0, 1.0, 0, 64))
-    engine.close()
-    assert (fake.seen[-1][1]["top_k"], fake.seen[-1][1]["stop_token_ids"]) == (-1, [1, 3])
+    ask(fake.url, 2, 1, settings=Sampling(0.0, 1.0, 0, 64), ends=[1, 3])
+    body = fake.seen[-1][1]
+    assert (body["seed"], body["top_k"], body["stop_token_ids"]) == (1982462498, -1, [1, 3])
 
 
-def test_a_request_as_text_says_everything(fake):
+def test_a_request_as_text_says_everything_and_is_not_trained_on(fake, monkeypatch):
     fake.text_only = True
+    monkeypatch.setattr(server, "ends_and_vocabulary", lambda *_: ([1], 9))
+    with one_line("returns no token ids, which training and diagnosis need"):
+        engines.connect(fake.url, "m", None, Tokens(), 1, needs_ids=True)
     (response,) = ask(fake.url, 1)
     assert (response.ids, response.finished, response.tokens) == ([], True, 2)
     body = fake.seen[-1][1]
@@ -498,7 +474,7 @@ def test_adapters_are_loaded_and_unloaded_each_once(fake, tmp_path):
         assert fake.seen[-1][1]["model"] == engine.model
     assert names[0].startswith("step-1-") and names[1].startswith("step-2-")
     fake.changes = {"model": "m"}
-    with pytest.raises(InputError, match=f"answers as m, not by the adapter {names[1]}"):
+    with one_line(f"answers as m, not by the adapter {names[1]}"):
         engine.sample([[2]], keys(1), SETTINGS)
     engine.close()
     load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -537,46 +513,36 @@ def test_adapters_are_loaded_and_unloaded_each_once(fake, tmp_path):
 )  # fmt: skip
 def test_an_answer_that_was_not_asked_for_is_one_line_and_is_not_kept(fake, changes, line):
     fake.changes, kept = changes, []
-    with pytest.raises(InputError, match=f"--server {fake.url}: {line}") as caught:
+    with one_line(f"--server {fake.url}: {line}"):
         ask(fake.url, 1, on_finished=lambda *row: kept.append(row))
-    assert one_line_of(caught) and kept == []
+    assert kept == []
 
 
 def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
-    with pytest.raises(InputError, match=r"no answer \(.*") as caught:
+    with one_line(r"no answer \(.*(refused|attempts failed)"):
         ask(f"http://127.0.0.1:{free_port()}")
-    assert "refused" in one_line_of(caught) or "attempts failed" in one_line_of(caught)
     fake.faults.append("nonsense")
-    with pytest.raises(InputError, match="something else than JSON") as caught:
+    with one_line("something else than JSON"):
         ask(fake.url)
-    one_line_of(caught)
-    with pytest.raises(InputError, match="serves m, not other"):
+    with one_line("serves m, not other"):
         ServerEngine(fake.url, "other", Tokens(), [1], 9, 1)
-    fake.faults.append("401")
-    with pytest.raises(InputError, match="OPENAI_API_KEY") as caught:
-        ask(fake.url)
-    one_line_of(caught)
+    for fake.refusal in ({"error": "Not now"}, {"error": {"message": "Not now"}}, {"detail": "Not now"}, "Not now"):
+        fake.faults.append("401")
+        with one_line(r"wants a key, which is read from OPENAI_API_KEY \(401 Not now\)"):
+            ask(fake.url)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     ask(fake.url, 1)
     assert fake.seen[-1][2] == "Bearer secret"
 
 
-def test_what_the_server_cannot_hold_or_would_change_is_not_sampled(fake, tokenizer):
+def test_what_the_server_cannot_hold_or_would_change_is_not_sampled(fake):
     fake.entry = {"id": "m", "max_model_len": 64}
-    with pytest.raises(
-        InputError, match="its context of 64 tokens does not hold a prompt of 1 and --max_new_tokens 64"
-    ):
+    with one_line("its context of 64 tokens does not hold a prompt of 1 and --max_new_tokens 64"):
         ask(fake.url)
     fake.entry["max_model_len"] = 65
-    assert len(ask(fake.url, 1)) == 1
-    engine = ServerEngine(fake.url, "m", Tokens(), [1], 9, 1)
-    for temperature in (1e-9, 0.0099):
-        with pytest.raises(InputError, match=f"--temperature {temperature}: vLLM raises it to 0.01"):
-            engine.sample([[2]], keys(1), Sampling(temperature, 1.0, 0, 64))
     for temperature in (0.0, 0.01):
-        engine.sample([[2]], keys(1), Sampling(temperature, 1.0, 0, 64))
-    engine.close()
-    assert len(fake.seen) == 6  # three first questions, three rows
+        ask(fake.url, 1, settings=Sampling(temperature, 1.0, 0, 64))
+    assert len(fake.seen) == 5  # three first questions, two rows
 
 
 @pytest.mark.parametrize(("told", "raw"), [(-0.5, True), (0.0, False), (None, True)])
@@ -586,7 +552,7 @@ def test_log_probabilities_behind_the_filters_are_seen(fake, monkeypatch, told, 
     monkeypatch.setattr(server, "ends_and_vocabulary", lambda *_: ([1], 9))
     engines.connect(fake.url, "m", None, Tokens(), 1).close()
     assert fake.seen[0][1]["top_k"] == 1
-    with nullcontext() if raw else pytest.raises(InputError, match="--logprobs-mode raw_logprobs"):
+    with nullcontext() if raw else one_line("--logprobs-mode raw_logprobs"):
         engines.connect(fake.url, "m", None, Tokens(), 1, needs_ids=True).close()
 
 
@@ -594,7 +560,7 @@ def test_a_server_that_accepts_and_never_answers_is_given_up_at_once(monkeypatch
     monkeypatch.setattr(server, "START_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         start = time.monotonic()
-        with pytest.raises(InputError, match=r"no answer \(.*[Tt]ime"):
+        with one_line(r"no answer \(.*[Tt]ime"):
             ask(f"http://127.0.0.1:{deaf.getsockname()[1]}")
     assert time.monotonic() - start < 10
 
@@ -607,11 +573,8 @@ def test_a_proxy_is_not_for_this_machine_and_is_named_elsewhere(fake, monkeypatc
     for name, value in (("HTTP_PROXY", f"http://127.0.0.1:{free_port()}"), ("ALL_PROXY", "what://ever")):
         monkeypatch.setenv(name, value)
         assert len(ask(fake.url, 1)) == 1
-        with pytest.raises(
-            InputError, match=f"through the proxy of {name}, as NO_PROXY does not name the host"
-        ) as caught:
+        with one_line(f"through the proxy of {name}, as NO_PROXY does not name the host"):
             ask("http://host.invalid:8000")
-        one_line_of(caught)
         monkeypatch.delenv(name)
     monkeypatch.setenv("https_proxy", "http://proxy")
     monkeypatch.setenv("NO_PROXY", "inside.org")
@@ -619,25 +582,19 @@ def test_a_proxy_is_not_for_this_machine_and_is_named_elsewhere(fake, monkeypatc
     assert [proxy_variable(url) for url in urls] == ["HTTPS_PROXY", None, None, None, None]
 
 
-@pytest.mark.parametrize(
-    "body", ['{"error": "Not now"}', '{"error": {"message": "Not now"}}', '{"detail": "Not now"}', "Not now"]
-)
-def test_a_refusal_has_its_message_in_whatever_form_it_comes(body):
-    assert answer(SimpleNamespace(status_code=401, response=SimpleNamespace(text=body))) == "401 Not now"
-
-
 def test_a_server_that_hangs_is_asked_again_and_given_up(fake, monkeypatch):
     monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
     fake.faults += ["hang"]
     assert len(ask(fake.url)) == 12
     fake.faults += ["hang"] * 100
-    with pytest.raises(InputError, match=r"no answer .*[Tt]ime"):
+    with one_line(r"no answer .*[Tt]ime"):
         ask(fake.url, 1)
 
 
 CTRL_C = """
 import sys
 from rollout import Sampling
+from runtime.stopping import StoppedError
 from runtime.server import ServerEngine
 class Tokens:
     def encode(self, text):
@@ -668,15 +625,10 @@ def test_ctrl_c_ends_at_once_with_requests_in_flight_cancelled(fake):
     assert process.stdout.readline() == "stopped\n"
     assert time.monotonic() - start < 2  # 0.1 s; what follows is Python's own end
     assert process.wait(timeout=120) == 0
-    for _ in range(100):
-        if len(fake.gone) == 4:
-            break
+    limit = time.monotonic() + 5
+    while len(fake.gone) < 4 and time.monotonic() < limit:
         time.sleep(0.05)
     assert fake.gone == [True] * 4
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Addresses and text
 
 
 @pytest.mark.parametrize(
@@ -691,7 +643,7 @@ def test_addresses(typed, address):
 
 @pytest.mark.parametrize("typed", ["", "http://", "ftp://host", "host:port", "http://host/?key=1", "host:99999"])
 def test_what_is_no_address_is_one_line(typed):
-    with pytest.raises(InputError, match="not an address"):
+    with one_line("not an address"):
         base_url(typed)
 
 
@@ -721,5 +673,5 @@ def test_a_bos_in_the_template_is_left_to_the_servers_tokenizer():
             return [0] + [0] * text.startswith("<s>") + [ord(c) for c in text.removeprefix("<s>")]
 
     assert prompt_text(WithBos(), [0, 65, 66]) == "AB"
-    with pytest.raises(InputError, match="cannot be written as text"):
+    with one_line("cannot be written as text"):
         prompt_text(WithBos(), [65, 66])

@@ -12,8 +12,9 @@ import train
 from chat import Chat, render_turn
 from errors import InputError
 from grading import ExactGrader
-from model import adapter_dropout, add_lora, load_model, load_tokenizer, response_hidden
+from model import adapter_dropout, add_lora, response_hidden
 from problems import Problem
+from runtime.loading import check_same_tokens, load_model, load_tokenizer, match_heads
 from teacher import (
     DIAGNOSTIC_PROMPT,
     EVALUATION_PROMPT,
@@ -24,7 +25,6 @@ from teacher import (
     Prompts,
     Teacher,
     check_prompts,
-    check_same_tokens,
     choose_reference,
     encode_prompt,
     fill,
@@ -249,6 +249,7 @@ def test_a_problem_that_spells_a_field_keeps_its_spelling(checkpoint):
     assert problem.solution in tokenizer.decode(teacher_prompt(tokenizer, problem))
     assert "Say" not in tokenizer.decode(student_prompt(tokenizer, problem))
     assert "answer: {solution} Use" in fill(DIAGNOSTIC_PROMPT, problem)
+    assert fill("{answer} {x} {answer}", problem) == "{solution} {x} {solution}"  # each place is filled
 
 
 @pytest.fixture
@@ -362,12 +363,13 @@ def test_padding_rows_of_another_head_are_cut_and_missing_ones_are_said(student,
     other = load_model(checkpoint, device="cpu")
     own = other.get_output_embeddings().weight.detach().clone()
     other.resize_token_embeddings(rows + 7, mean_resizing=False)
+    match_heads(student, other)
     with Teacher(student, "other", other=other).scoring() as scorer:
         assert torch.equal(scorer.get_output_embeddings().weight, own)
         states(scorer)
     other.resize_token_embeddings(rows - 1, mean_resizing=False)
     with pytest.raises(InputError, match=f"its head has {rows - 1} rows, the student's {rows}"):
-        Teacher(student, "other", other=other)
+        match_heads(student, other)
 
 
 def test_another_vocabulary_or_template_is_said(checkpoint):
@@ -530,7 +532,7 @@ def test_each_context_thinks_as_asked(checkpoint):
     assert teacher_prompt(tokenizer, PROBLEM, swapped) == encode_prompt(tokenizer, TEACHER_PROMPT, PROBLEM, False)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+@pytest.mark.parametrize("text", ["{", "[1]", "3", '{"chat_template": "x"}'])
 def test_arguments_of_the_template_that_are_no_object_are_said(text):
     with pytest.raises(InputError, match="--chat_template_kwargs"):
         load_prompts(None, text)

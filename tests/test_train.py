@@ -452,6 +452,31 @@ def test_a_damaged_checkpoint_is_passed_over_and_then_replaced(qwen3, data, tmp_
     assert weights.read_bytes() == whole and damage(run / "checkpoint-4") is None
 
 
+def test_ranks_that_read_other_files_are_refused(qwen3, data, tmp_path, run_main, monkeypatch):
+    compared, gather = [], train.ranks.gather_objects
+    monkeypatch.setattr(train.ranks, "check_same_start", compared.append)
+    run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
+    assert "model.embed_tokens.weight" in dict(compared[0])
+
+    def other_data(value):
+        is_inputs = isinstance(value, dict) and "data" in value
+        return [value, {**value, "data": "other"}] if is_inputs else gather(value)
+
+    monkeypatch.setattr(train.ranks, "gather_objects", other_data)
+    with pytest.raises(InputError, match="the ranks have read other data"):
+        run_main(flags(qwen3, data, tmp_path / "other", "--num_steps", 1))
+
+
+def test_the_grader_that_auto_has_found_is_kept(qwen3, data, tmp_path, run_main, monkeypatch):
+    run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
+    name = json.loads((tmp_path / "run" / "config.json").read_text())["config"]["grader"]
+    assert name in train.grading.GRADERS
+    if name != "exact":
+        monkeypatch.setattr(train.grading, "make_grader", lambda *_: train.grading.ExactGrader())
+        with pytest.raises(InputError, match="--grader math-verify, not exact"):
+            run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1, "--resume"))
+
+
 def test_resume_with_another_option_is_refused(qwen3, data, tmp_path, run_main):
     run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
     with pytest.raises(InputError, match="holds another run"):
@@ -500,11 +525,11 @@ def test_a_signal_keeps_the_last_finished_step(qwen3, data, tmp_path, run_main, 
     }[where]
     original, calls = getattr(owner, name), []
 
-    def preempted(*args):
+    def preempted(*args, **more):
         calls.append(len(metrics(tmp_path / "run")) if (tmp_path / "run/metrics.jsonl").exists() else 0)
         if (calls[-1] == 1 and calls.count(1) == 5) or (where == "update" and calls == [0, 1]):
             os.kill(os.getpid(), number)
-        return original(*args)
+        return original(*args, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, preempted)
@@ -524,11 +549,11 @@ def stopped_on_two_ranks(data: str, model: str, run: str, victim: int) -> None:
     """A signal for one rank alone, while it samples the second step: both stop there, with the first one saved."""
     original, calls = train.rollout.sample, []
 
-    def preempted(*args):
+    def preempted(*args, **more):
         calls.append(args)
         if len(calls) == 2 and rank() == victim:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
+        return original(*args, **more)
 
     train.engines.sample = preempted
     sys.argv = ["train.py", *flags(model, data, run, "--num_steps", 3)]
@@ -555,11 +580,11 @@ def test_sigterm_while_held_out_problems_are_scored_ends_at_once_and_is_made_up_
     run_main(arguments(tmp_path / "whole"))
     original, calls = GenerateEngine.sample, []
 
-    def preempted(*args):
+    def preempted(*args, **more):
         calls.append("begun")
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
-        response = original(*args)
+        response = original(*args, **more)
         calls[-1] = "done"
         return response
 
@@ -651,7 +676,7 @@ def test_problems_that_are_too_long_are_left_out_and_the_others_keep_their_numbe
 
 def test_a_prompt_that_just_fits_is_kept(qwen3, data, tmp_path, run_main):
     """The longer context with its response may fill --max_length, and may not exceed it."""
-    tokenizer = train.model.load_tokenizer(str(qwen3))
+    tokenizer = train.loading.load_tokenizer(str(qwen3))
     longest = max(len(train.teacher.teacher_prompt(tokenizer, problem)) for problem in load_problems(str(data)))
     for limit, words in ((longest + 10, "15 problems"), (longest + 9, "left out")):
         output = run_main(flags(qwen3, data, tmp_path / str(limit), "--num_steps", 1, "--max_length", limit))
@@ -815,6 +840,10 @@ def test_another_models_weights_may_score(qwen3, data, tmp_path, run_main):
         run_main(flags(qwen3, data, tmp_path / f"run-{name}", "--num_steps", 1, "--teacher", given))
         losses[name] = metrics(tmp_path / f"run-{name}")[0]["loss"]
     assert losses["twin"] == losses["fixed"] != losses["other"]
+    config = json.loads((twin / "config.json").read_text())
+    (twin / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20}))
+    with pytest.raises(InputError, match=r"no prompt leaves room for .* in 20"):
+        run_main(flags(qwen3, data, tmp_path / "short", "--num_steps", 1, "--teacher", twin))
     with pytest.raises(InputError, match="--teacher frozen: none of fixed, ema, live, and neither a directory"):
         parse_config(["--teacher", "frozen"])
     with pytest.raises(InputError, match=r"--teacher .*: its vocabulary is not the student's"):

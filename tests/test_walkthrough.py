@@ -16,8 +16,8 @@ DECIMAL = re.compile(r"-?\d+\.\d+")
 
 
 @pytest.fixture(scope="module")
-def printed() -> dict[str, str]:
-    return walkthrough.blocks()
+def walk() -> walkthrough.Walk:
+    return walkthrough.Walk()
 
 
 def assert_same(name: str, on_page: str, printed: str) -> None:
@@ -28,8 +28,8 @@ def assert_same(name: str, on_page: str, printed: str) -> None:
         assert float(here) == pytest.approx(float(there), abs=2.01 * 10**-digits), f"{name}: {here}, printed {there}"
 
 
-def test_the_page_holds_the_printed_numbers(printed):
-    shown = walkthrough.page_blocks(PAGE)
+def test_the_page_holds_the_printed_numbers(walk):
+    printed, shown = walkthrough.blocks(walk), walkthrough.page_blocks(PAGE)
     assert list(shown) == list(printed)
     for name, text in shown.items():
         assert_same(name, text, printed[name])
@@ -57,13 +57,12 @@ def test_writing_keeps_the_prose_and_every_table():
     assert walkthrough.BLOCK.sub("", changed) == walkthrough.BLOCK.sub("", PAGE)
 
 
-def test_the_rollout_states_the_belief_and_the_teacher_knows_better():
-    walk = walkthrough.walk()
+def test_the_rollout_states_the_belief_and_the_teacher_knows_better(walk):
     total, addend = walkthrough.FACT
     belief, right = believed_result(total, addend, WORLDS["embedded"].believed), total + addend
-    assert f"{total}+{addend}={belief};" in walk.run.tokenizer.decode(walk.y.ids)
-    assert walk.token(walkthrough.DIGIT) == f"`{str(belief)[-1]}`"
-    assert walk.token(walkthrough.MARK) == "`;`"
+    assert f"{total}+{addend}={belief};" in walk.text
+    assert walk.y_t(walkthrough.DIGIT) == f"`{str(belief)[-1]}`"
+    assert walk.y_t(walkthrough.MARK) == "`;`"
     best = [
         [walk.run.tokenizer.decode([logp_MV[t - 1].argmax().item()]) for t in (walkthrough.DIGIT, walkthrough.MARK)]
         for logp_MV in (walk.student_logp_MV, walk.teacher_logp_MV)

@@ -9,17 +9,16 @@ import pytest
 from experiments.study.worlds import (
     TEACHER_LEAPS_AT,
     WORLDS,
-    FactChange,
     believed_result,
+    fact_change,
     known_facts,
     leaps,
     reference_order,
-    repaired_and_broken,
     strays,
     trace,
 )
 from grading import answers_match, extract_boxed
-from problems import tiny_problems, tiny_split
+from problems import tiny_problems
 
 FACTS = [(total, addend) for total in range(1, 55) for addend in range(1, 10)]
 TRY = re.compile(r"(\d+)\+(\d)=(\d+)([;!])")
@@ -58,13 +57,8 @@ def test_believed_facts_are_the_share_that_was_asked_for():
     assert all(result != sum(fact) for fact, result in zip(FACTS, believed, strict=True))
     assert all(believed_result(*fact, share=0.0) is None for fact in FACTS)
     assert all(believed_result(*fact, share=1.0) is not None for fact in FACTS)
-
-
-def test_a_small_shares_beliefs_are_among_a_larger_ones():
-    small, large = ({fact: believed_result(*fact, share) for fact in FACTS} for share in (0.2, 0.25))
-    differ = [fact for fact in FACTS if small[fact] != large[fact]]
-    assert differ
-    assert all(small[fact] is None for fact in differ)
+    small = [believed_result(*fact, share=0.2) for fact in FACTS]  # whose beliefs are among the larger share's
+    assert {few for few, many in zip(small, believed, strict=True) if few != many} == {None}
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -129,6 +123,7 @@ def test_the_students_early_leaps_are_mostly_wrong():
 
 def test_only_the_leaking_teacher_learns_the_order_of_its_reference():
     """Replay each solution: a choice that carries loss is the reference's first addend left; others are free."""
+    assert reference_order("3+8=11;11+5=16;\\boxed{16}") == [3, 8, 5]
     free = 0
     for problem, pieces in solutions("leak", teacher=True):
         left, before = reference_order(problem.solution), None
@@ -146,58 +141,26 @@ def test_only_the_leaking_teacher_learns_the_order_of_its_reference():
             assert all(learned for _, learned in choices)
 
 
-def test_reference_order_by_hand():
-    assert reference_order("3+8=11;11+5=16;\\boxed{16}") == [3, 8, 5]
-
-
-@pytest.mark.parametrize("num_addends", [5, 7])
-def test_splits_share_no_sum(num_addends):
-    """tiny_split goes by the sorted addends, and what the makers train on is `train` alone."""
-    train, held_out = (
-        {tuple(sorted(map(int, p.problem.split("+")))) for p in tiny_problems(split, 400, num_addends=num_addends)}
-        for split in ("train", "heldout")
-    )
-    assert not train & held_out
-    assert {len(addends) for addends in train | held_out} == {num_addends}
-    assert {tiny_split(list(addends)) for addends in held_out} == {"heldout"}
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # What solutions say
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("7+5=12;12+~=43;\\boxed{43}", True),
-        ("12+~=4", True),
-        ("7+5=12;12+8=20;\\boxed{20}", False),
-        ("~ ~= +~= 7+~", False),
-        ("", False),
-    ],
-)
-def test_leaps_by_hand(text, expected):
-    assert leaps(text) is expected
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("3+8=11;11+5=16;\\boxed{16}", False),
-        ("5+3=8;8+8=16;\\boxed{16}", False),  # in another order
-        ("3+8=12;12+5=17;", False),  # a wrong result
-        ("3+8=12!3+8=11;11+5=16;", False),  # taken back
-        ("3+8=11;11+~=16;", False),  # a leap takes the rest
-        ("3+8=11;\\boxed{11}", True),  # leaves 5 out
-        ("3+8=11;11+5=16;16+5=21;", True),  # 5 twice
-        ("3+8=11;11+7=18;", True),
-        ("3+7=10;10+~=16;", True),
-        ("4+8=12;12+5=17;", True),  # begins with what is not there
-        ("16", False),
-    ],
-)
-def test_strays_by_hand(text, expected):
-    assert strays("3+8+5", text) is expected
+def test_leaps_and_strays_by_hand():
+    for text in ("7+5=12;12+~=43;\\boxed{43}", "12+~=4"):
+        assert leaps(text)
+    for text in ("7+5=12;12+8=20;\\boxed{20}", "~ ~= +~= 7+~", ""):
+        assert not leaps(text)
+    for text in (
+        "3+8=11;11+5=16;\\boxed{16}", "5+3=8;8+8=16;\\boxed{16}",  # in another order
+        "3+8=12;12+5=17;", "3+8=12!3+8=11;11+5=16;",  # a wrong result, one that is taken back
+        "3+8=11;11+~=16;", "16",  # a leap takes the rest; a text without a step
+    ):  # fmt: skip
+        assert not strays("3+8+5", text), text
+    for text in (
+        "3+8=11;\\boxed{11}", "3+8=11;11+5=16;16+5=21;",  # leaves 5 out, takes it twice
+        "3+8=11;11+7=18;", "3+7=10;10+~=16;", "4+8=12;12+5=17;",  # adds, or begins with, what is not there
+    ):  # fmt: skip
+        assert strays("3+8+5", text), text
 
 
 def test_no_solution_of_a_world_strays():
@@ -221,17 +184,16 @@ def test_known_facts_survive_garbage():
     assert known_facts(texts) == {(7, 2): True}
 
 
-def test_repaired_and_broken_by_hand():
+def test_fact_change_by_hand():
     base = ["3+8=12;12+5=17;17+1=19;", "6+6=12;12+5=17;17+9=26;"]  # wrong: (3, 8), (17, 1)
     trained = ["3+8=11;12+5=16;17+1=19;", "6+6=12;4+4=9;"]  # (17, 9) and (4, 4) occur in one list only
-    change = repaired_and_broken(base, trained)
-    assert change == FactChange(before=5, wrong_before=2, repaired=1, right_before=2, broken=1)
+    change = fact_change(base, trained)
+    assert change == {"stated": [True, True, True, True, False], "repaired": [True, False], "broken": [True, False]}
+    assert fact_change(["nothing"], base) == {"stated": [], "repaired": [], "broken": []}
 
 
 def test_nothing_changes_without_training():
     texts = ["".join(text for text, _ in pieces) for _, pieces in solutions("embedded", teacher=False)]
-    change = repaired_and_broken(texts, texts)
-    assert change.wrong_before > 5 and change.right_before > 50
-    assert (change.repaired, change.broken) == (0, 0)
-    assert repaired_and_broken(["nothing"], texts) == FactChange(0, 0, 0, 0, 0)
-    assert change.before == change.wrong_before + change.right_before
+    change = fact_change(texts, texts)
+    assert len(change["repaired"]) > 5 and len(change["broken"]) > 50 and all(change["stated"])
+    assert not any(change["repaired"] + change["broken"])

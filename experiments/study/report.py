@@ -6,117 +6,86 @@ difference counts as settled only after Holm's correction over all comparisons o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import isclose, sqrt
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import TYPE_CHECKING
 
 from errors import InputError
-
-if TYPE_CHECKING:
-    from experiments.study.grids import Grid
+from experiments.study.grids import BEFORE, Grid
 
 LEVEL, POWER = 0.05, 0.80
 DECODINGS = ("sampled", "greedy")
-BEFORE = "before training"  # the row of the untrained model; a contrast may name it
 SEGMENTS = 5  # points of a learning curve in the report
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Statistics
 
 
-def student_t():
-    """scipy.stats.t, Student's distribution."""
+def scipy_stats():
     try:
-        from scipy.stats import t
+        import scipy.stats
     except ImportError:
         raise InputError("the study's statistics need scipy: pip install scipy") from None
-    return t
-
-
-def t_two_sided_p(t: float, df: int) -> float:
-    """Pr(|T| >= t) for Student's T."""
-    return float(2.0 * student_t().sf(abs(t), df))
-
-
-def t_quantile(two_sided_p: float, df: int) -> float:
-    """The t whose two-sided p value is the one given."""
-    return float(student_t().isf(two_sided_p / 2.0, df))
+    return scipy.stats
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference over seeds; `half` is half the width of its 95 % t interval."""
+    """A paired difference with its 95 % t interval and two-sided p; `settled` is up to `holm`."""
 
     pairs: int
     mean: float
     std: float
-    half: float
+    low: float
+    high: float
     p: float
+    settled: bool = False
 
-    @property
-    def low(self) -> float:
-        return self.mean - self.half
-
-    @property
-    def high(self) -> float:
-        return self.mean + self.half
+    def __str__(self) -> str:
+        text = f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+        return f"**{text}**" if self.settled else text
 
 
 def paired_difference(left: dict[int, float], right: dict[int, float]) -> Difference | None:
-    """left - right over the seeds that both have; None for fewer than two."""
-    differences = [left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())]
-    n = len(differences)
-    if n < 2:
+    """left - right over the keys (seeds, problems) that both have; None for fewer than two."""
+    differences = [left[key] - right[key] for key in sorted(left.keys() & right.keys())]
+    if len(differences) < 2:
         return None
-    centre, spread = mean(differences), stdev(differences)
-    if isclose(spread, 0.0, abs_tol=1e-12):
-        return Difference(n, centre, 0.0, 0.0, 1.0)  # scores come in steps: equal differences are no certainty
-    error = spread / sqrt(n)
-    return Difference(n, centre, spread, t_quantile(LEVEL, n - 1) * error, t_two_sided_p(centre / error, n - 1))
+    n, centre, spread = len(differences), mean(differences), stdev(differences)
+    if isclose(spread, 0.0, abs_tol=1e-12):  # scores come in steps: equal differences are no certainty
+        return Difference(n, centre, 0.0, centre, centre, 1.0)
+    test = scipy_stats().ttest_1samp(differences, 0.0)
+    return Difference(n, centre, spread, *map(float, test.confidence_interval(1 - LEVEL)), float(test.pvalue))
 
 
-def holm(differences: dict[str, Difference | None]) -> set[str]:
-    """The differences from 0 that stand at LEVEL after Holm's step-down correction over all that could be measured."""
-    p_values = {name: d.p for name, d in differences.items() if d is not None}
-    rejected: set[str] = set()
-    for name in sorted(p_values, key=p_values.get):
-        if p_values[name] > LEVEL / (len(p_values) - len(rejected)):
+def family(pairs: dict[object, tuple[dict, dict]]) -> dict[object, Difference]:
+    """The paired differences of a column or a table, settled where they stand after Holm's step-down correction over
+    all of them; without those that have no two pairs."""
+    found = {key: d for key, pair in pairs.items() if (d := paired_difference(*pair)) is not None}
+    left = len(found)
+    for key in sorted(found, key=lambda key: found[key].p):
+        if found[key].p > LEVEL / left:
             break
-        rejected.add(name)
-    return rejected
+        found[key], left = replace(found[key], settled=True), left - 1
+    return found
 
 
 def detectable(std: float, pairs: int) -> float:
     """The true difference that a paired t test at 5 % finds with 80 % chance: (t_.975 + t_.80) std / sqrt(n)."""
-    df = pairs - 1
-    return (t_quantile(LEVEL, df) + t_quantile(2 * (1 - POWER), df)) * std / sqrt(pairs)
+    t = scipy_stats().t
+    return float(t.ppf(1 - LEVEL / 2, pairs - 1) + t.ppf(POWER, pairs - 1)) * std / sqrt(pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # From cells to rows
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row's cells, in percent; a run whose loss was not finite has none."""
-
-    name: str
-    at: dict[int, dict[str, dict[int, float]]]  # steps -> measure (MEASURES) -> seed -> value
-    curve: list[float]  # rollout accuracy in SEGMENTS equal parts of training, mean over seeds
-    errors: list[str]
-
-    def after(self, measure: str, steps: int | None = None) -> dict[int, float]:
-        """Held-out values by seed, after so many steps (None: all of them)."""
-        return self.at.get(max(self.at, default=0) if steps is None else steps, {}).get(measure, {})
-
-
 BEHAVIOUR = ("repaired", "broken", "leaps", "leaps_sampled", "strays")
 MEASURES = dict.fromkeys(DECODINGS, "evaluation") | dict.fromkeys(BEHAVIOUR, "behaviour")  # -> its part of a cell
 STATED = 0.5  # below this share of the base's facts, repaired and broken say nothing
+Rows = dict[str, list[dict]]  # a row's finished cells by its name; without those whose loss was not finite
 
 
 def of_grid(grid: Grid, records: list[dict]) -> list[dict]:
@@ -131,35 +100,20 @@ def of_grid(grid: Grid, records: list[dict]) -> list[dict]:
     return found
 
 
-def collect(grid: Grid, records: list[dict]) -> list[Row]:
-    """The grid's rows, in its order; records of other options and seeds are left out."""
-    found = of_grid(grid, records)
-    return [_row(name, [cell for cell in found if cell["options"] == grid.options(name)]) for name in grid.rows]
+def last_step(cells: list[dict]) -> int:
+    return max((int(step) for cell in cells for step in cell["evaluation"]), default=0)
 
 
-def _row(name: str, cells: list[dict]) -> Row:
-    whole = [cell for cell in cells if cell["error"] is None]
+def after(cells: list[dict], measure: str, step: int | None = None) -> dict[int, float]:
+    """A row's held-out values by seed, in percent, after so many steps (None: all of them); none where none was taken.
 
-    def percent(step: str, measure: str) -> dict[int, float]:
-        values = {cell["seed"]: cell[MEASURES[measure]][step].get(measure) for cell in whole}
-        if measure in ("repaired", "broken") and any((c["behaviour"][step]["stated"] or 0) < STATED for c in whole):
-            return {}
-        return {seed: 100 * value for seed, value in values.items() if value is not None}
-
-    steps = list(whole[0]["evaluation"]) if whole else []
-    return Row(
-        name,
-        {int(step): {measure: percent(step, measure) for measure in MEASURES} for step in steps},
-        [100 * mean(values) for values in zip(*(segments(cell["accuracy"]) for cell in whole), strict=True)],
-        [f"seed {cell['seed']}: {cell['error']}" for cell in cells if cell["error"] is not None],
-    )
-
-
-def untrained(rows: list[Row]) -> Row:
-    """The model before training, as a row of its own: the same problems and random numbers at each seed."""
-    kept = [measure for measure in MEASURES if measure not in ("repaired", "broken")]
-    start = {measure: {s: v for row in rows for s, v in row.after(measure, 0).items()} for measure in kept}
-    return Row(BEFORE, {0: start}, [], [])
+    Repaired and broken facts are against step 0, and want most of its facts stated again.
+    """
+    step = str(last_step(cells) if step is None else step)
+    scored = [(cell["seed"], cell[MEASURES[measure]][step]) for cell in cells if step in cell["evaluation"]]
+    if measure in ("repaired", "broken") and (step == "0" or any((v["stated"] or 0) < STATED for _, v in scored)):
+        return {}
+    return {seed: 100 * values[measure] for seed, values in scored if values.get(measure) is not None}
 
 
 def segments(values: list[float]) -> list[float]:
@@ -176,86 +130,81 @@ def segments(values: list[float]) -> list[float]:
 def write_report(grid: Grid, records: list[dict], output: Path) -> str:
     """Write OUTPUT/report.md and return its text. Raises InputError as `of_grid` does."""
     records = of_grid(grid, records)
-    rows = [row for row in collect(grid, records) if row.at or row.errors]
-    rows.insert(0, untrained(rows))
-    text = "\n\n".join(part for part in (_header(grid, records, rows), *_answer(grid, rows)) if part) + "\n"
+    cells = {name: [cell for cell in records if cell["options"] == grid.options(name)] for name in grid.rows}
+    rows = {name: [cell for cell in found if cell["error"] is None] for name, found in cells.items() if found}
+    # The model before training, on the same problems and random numbers at each seed.
+    start = [{**cell, "evaluation": {"0": cell["evaluation"]["0"]}} for found in rows.values() for cell in found]
+    parts = [_header(grid, records, sum(map(len, cells.values()))), *_answer(grid, {BEFORE: start, **rows})]
+    failed = [f"- {n}, seed {c['seed']}: {c['error']}" for n, found in cells.items() for c in found if c["error"]]
+    parts += ["\n".join(["## Runs that stopped with a loss that was not finite", "", *failed])] if failed else []
+    text = "\n\n".join(part for part in parts if part) + "\n"
     (output / "report.md").write_text(text, encoding="utf-8")
     return text
 
 
-def _header(grid: Grid, records: list[dict], rows: list[Row]) -> str:
-    cells = sum(len(row.after("sampled")) + len(row.errors) for row in rows[1:])
+def _header(grid: Grid, records: list[dict], cells: int) -> str:
     first, seeds = records[0], ", ".join(map(str, grid.seeds))
     commits = ", ".join(sorted({str(record["git_commit"])[:10] for record in records}))
     common = " ".join(f"--{name} {value}" for name, value in grid.common.items())
     machines = "; ".join(sorted({record["machine"] for record in records}))
     seconds = [record["seconds"] for record in records]
-    facts = [
-        f"{cells} of {len(grid.rows) * len(grid.seeds)} cells: {len(grid.rows)} rows, seeds {seeds}.",
-        f"`train.py {common}`.",
-        f"Model {first['model_id']}, commit {commits}, torch {first['versions']['torch']},",
-        f"transformers {first['versions']['transformers']}, on {machines}.",
-        f"{sum(seconds) / 60:.0f} minutes summed over the cells, {median(seconds):.0f} s a cell (median).",
-    ]
-    return "# The controlled study\n\n" + " ".join(facts)
-
-
-def _answer(grid: Grid, rows: list[Row]) -> list[str]:
-    baseline = next((row for row in rows if row.name == grid.baseline), None)
-    if baseline is None:
-        return ["The baseline has not been measured yet.", _curves(rows)]
-    others = [row for row in rows if row is not baseline]
-    sampled, greedy = (
-        {row.name: paired_difference(row.after(decoding), baseline.after(decoding)) for row in others}
-        for decoding in DECODINGS
-    )
-    settled = holm(sampled), holm(greedy)
-    return [
-        _verdict("sampled held-out accuracy after training", sampled, settled[0], grid.baseline),
-        _verdict("greedy held-out accuracy after training", greedy, settled[1], grid.baseline),
-        _table(grid, rows, sampled, greedy, settled),
-        _contrasts(grid, rows),
-        _along(rows, baseline),
-        _curves(rows),
-        _failures(rows),
-    ]
-
-
-def _verdict(what: str, differences: dict[str, Difference | None], settled: set[str], baseline: str) -> str:
-    """What is settled, what only leans, what is noise, and what could have been seen."""
-    known = {name: d for name, d in differences.items() if d is not None}
-    if not known:
-        return f"**{what.capitalize()}**: no row has two seeds in common with {baseline} yet."
-    leaning = {name for name, d in known.items() if name not in settled and d.p < LEVEL}
-    noise = known.keys() - settled - leaning
-    typical = median(d.std for d in known.values())
-    pairs = max(d.pairs for d in known.values())
-
-    def listed(names: set[str] | dict) -> str:
-        ordered = sorted(names, key=lambda name: (known[name].mean, name))
-        return "; ".join(f"{name} {known[name].mean:+.1f}" for name in ordered) or "none"
-
     return (
-        f"**{what.capitalize()}, difference to {baseline} in points.** Settled (5 %, Holm over {len(known)} rows): "
-        f"{listed(settled)}. Leaning (the row's own interval leaves out 0, the correction does not): "
-        f"{listed(leaning)}. Not separable from noise: {listed(noise)}. With {pairs} seeds and a standard deviation of "
+        f"# The controlled study\n\n{cells} of {len(grid.rows) * len(grid.seeds)} cells: {len(grid.rows)} rows, seeds "
+        f"{seeds}. `train.py {common}`. Model {first['model_id']}, commit {commits}, torch "
+        f"{first['versions']['torch']}, transformers {first['versions']['transformers']}, on {machines}. "
+        f"{sum(seconds) / 60:.0f} minutes summed over the cells, {median(seconds):.0f} s a cell (median)."
+    )
+
+
+def _answer(grid: Grid, rows: Rows) -> list[str]:
+    if grid.baseline not in rows:
+        return ["The baseline has not been measured yet.", _curves(rows)]
+    baseline = rows[grid.baseline]
+    found = {
+        d: family(
+            {name: (after(cells, d), after(baseline, d)) for name, cells in rows.items() if name != grid.baseline}
+        )
+        for d in DECODINGS
+    }
+    return [
+        *(_verdict(f"{d.capitalize()} held-out accuracy after training", found[d], grid.baseline) for d in DECODINGS),
+        _table(grid, rows, found),
+        _contrasts(grid, rows),
+        _along(grid, rows),
+        _curves(rows),
+    ]
+
+
+def _verdict(what: str, found: dict[str, Difference], baseline: str) -> str:
+    """What is settled, what only leans, what is noise, and what could have been seen."""
+    if not found:
+        return f"**{what}**: no row has two seeds in common with {baseline} yet."
+    groups = {"settled": [], "leaning": [], "noise": []}
+    for name, d in sorted(found.items(), key=lambda item: (item[1].mean, item[0])):
+        groups["settled" if d.settled else "leaning" if d.p < LEVEL else "noise"].append(f"{name} {d.mean:+.1f}")
+    settled, leaning, noise = ("; ".join(names) or "none" for names in groups.values())
+    typical, pairs = median(d.std for d in found.values()), max(d.pairs for d in found.values())
+    return (
+        f"**{what}, difference to {baseline} in points.** Settled (5 %, Holm over {len(found)} rows): {settled}. "
+        f"Leaning (the row's own interval leaves out 0, the correction does not): {leaning}. "
+        f"Not separable from noise: {noise}. With {pairs} seeds and a standard deviation of "
         f"{typical:.2f} (the median row's, of the paired differences), one comparison finds a true difference of "
         f"{detectable(typical, pairs):.1f} points with 80 % chance; smaller ones stay undecided here."
     )
 
 
-def _markdown(head: list[str], body: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body])
+def markdown(head: list[str], body: list[list[object]]) -> str:
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in [head, ["---"] * len(head), *body])
 
 
-def _table(grid: Grid, rows: list[Row], sampled: dict, greedy: dict, settled: tuple[set[str], set[str]]) -> str:
-    to = f"to {grid.baseline}"
+def _table(grid: Grid, rows: Rows, found: dict[str, dict[str, Difference]]) -> str:
+    to, columns = f"to {grid.baseline}", ["repaired %", "broken %", "leaps %, greedy", "leaps %, sampled", "stray %"]
     body = []
-    for row in rows:
-        cells = [row.name]
-        for decoding, differences, sure in zip(DECODINGS, (sampled, greedy), settled, strict=True):
-            cells += [_mean_std(row.after(decoding)), _interval(differences.get(row.name), row.name in sure)]
-        body.append([*cells, *(_mean_std(row.after(measure)) for measure in BEHAVIOUR)])
+    for name, cells in rows.items():
+        body.append([name])
+        for decoding in DECODINGS:
+            body[-1] += [_mean_std(after(cells, decoding)), found[decoding].get(name, "-")]
+        body[-1] += [_mean_std(after(cells, measure)) for measure in BEHAVIOUR]
     note = (
         "Held-out problems. Mean ± standard deviation over training seeds; difference [95 % interval] paired by seed; "
         "** settled after Holm's correction over the column. Intervals are over training seeds, on the same problems "
@@ -264,87 +213,50 @@ def _table(grid: Grid, rows: list[Row], sampled: dict, greedy: dict, settled: tu
         "less than half of the facts of the base's. Leaps: solutions that take all that is left at once; stray: greedy "
         "solutions that add what is not in the sum, or leave some of it out without a leap."
     )
-    columns = ["repaired %", "broken %", "leaps %, greedy", "leaps %, sampled", "stray %"]
-    head = ["row", "sampled %", to, "greedy %", to, *columns]
-    return _markdown(head, body) + "\n\n" + note
+    return markdown(["row", "sampled %", to, "greedy %", to, *columns], body) + "\n\n" + note
 
 
-def _contrasts(grid: Grid, rows: list[Row]) -> str:
-    by_name = {row.name: row for row in rows}
-    pairs = [(by_name[a], by_name[b]) for a, b in grid.contrasts if a in by_name and b in by_name]
-    if not pairs:
-        return ""
-    columns = []
-    for decoding in DECODINGS:
-        found = {f"{a.name} - {b.name}": paired_difference(a.after(decoding), b.after(decoding)) for a, b in pairs}
-        settled = holm(found)
-        columns.append({name: _interval(difference, name in settled) for name, difference in found.items()})
-    body = [[name, *(column[name] for column in columns)] for name in columns[0]]
-    return "## One thing changed at a time\n\n" + _markdown(["contrast", *DECODINGS], body)
+def _contrasts(grid: Grid, rows: Rows) -> str:
+    pairs = [(a, b) for a, b in grid.contrasts if a in rows and b in rows]
+    columns = [family({(a, b): (after(rows[a], d), after(rows[b], d)) for a, b in pairs}) for d in DECODINGS]
+    body = [[f"{a} - {b}", *(found.get((a, b), "-") for found in columns)] for a, b in pairs]
+    return "## One thing changed at a time\n\n" + markdown(["contrast", *DECODINGS], body) if pairs else ""
 
 
-def _along(rows: list[Row], baseline: Row) -> str:
+def _along(grid: Grid, rows: Rows) -> str:
     """Where held-out problems were scored along the way: each row there, and its difference to the baseline."""
-    steps = sorted({step for row in rows for step in row.at if step > 0})
+    steps = sorted({int(step) for cells in rows.values() for cell in cells for step in cell["evaluation"]} - {0})
     if len(steps) < 2:
         return ""
-    trained, head = [row for row in rows if max(row.at, default=0)], ["after steps", *map(str, steps)]
-    tables = []
-    for decoding in DECODINGS:
-        found = {
-            (row.name, step): paired_difference(row.after(decoding, step), baseline.after(decoding, step))
-            for row in trained
-            for step in steps
-            if row is not baseline
-        }
-        settled = holm(found)
-
-        def cell(row: Row, step: int, decoding=decoding, found=found, settled=settled) -> str:
-            place = (row.name, step)
-            difference = f", {_interval(found[place], place in settled)}" if found.get(place) else ""
-            return _mean_std(row.after(decoding, step)) + difference
-
-        tables.append(
-            f"Held out, {decoding}, %, and the difference to {baseline.name}; ** settled after Holm's correction over "
-            "this table, which is a family of its own."
-        )
-        tables.append(_markdown(head, [[row.name, *(cell(row, step) for step in steps)] for row in trained]))
-    tables.append("Leaps, strays and repaired facts, %, of greedy solutions.")
-    shown = ("leaps", "strays", "repaired")
-    body = [
-        [row.name, *(", ".join(_mean(row.after(name, step)) for name in shown) for step in steps)] for row in trained
-    ]
-    return "\n\n".join(["## Along training", *tables, _markdown(head, body)])
+    rows = {name: cells for name, cells in rows.items() if last_step(cells)}
+    parts, head = ["## Along training"], ["after steps", *map(str, steps)]
+    note = "** settled after Holm's correction over this table, which is a family of its own."
+    for d in DECODINGS:
+        values = {(name, step): after(cells, d, step) for name, cells in rows.items() for step in steps}
+        found = family({(n, s): (v, values[grid.baseline, s]) for (n, s), v in values.items() if n != grid.baseline})
+        shown = {key: _mean_std(v) + (f", {found[key]}" if key in found else "") for key, v in values.items()}
+        body = [[name, *(shown[name, step] for step in steps)] for name in rows]
+        parts += [f"Held out, {d}, %, and the difference to {grid.baseline}; {note}", markdown(head, body)]
+    body = [[name] for name in rows]
+    for line, cells in zip(body, rows.values(), strict=True):
+        for step in steps:
+            measured = [list(after(cells, measure, step).values()) for measure in ("leaps", "strays", "repaired")]
+            line.append(", ".join(f"{mean(values):.1f}" if values else "-" for values in measured))
+    return "\n\n".join([*parts, "Leaps, strays and repaired facts, %, of greedy solutions.", markdown(head, body)])
 
 
-def _curves(rows: list[Row]) -> str:
-    width = max((len(row.curve) for row in rows), default=0)
+def _curves(rows: Rows) -> str:
+    curves = {name: [segments(cell["accuracy"]) for cell in cells] for name, cells in rows.items() if name != BEFORE}
+    body = [[n, *(f"{100 * mean(values):.1f}" for values in zip(*c, strict=True))] for n, c in curves.items() if c]
+    width = max(map(len, body), default=1) - 1
     if not width:
         return ""
     head = ["row", *(f"{100 * i // width}-{100 * (i + 1) // width} %" for i in range(width))]
-    body = [[row.name, *(f"{value:.1f}" for value in row.curve)] for row in rows if row.curve]
     note = "Rollout accuracy, %, by part of training, mean over seeds."
-    return "\n\n".join(["## Learning curves", note, _markdown(head, body)])
-
-
-def _failures(rows: list[Row]) -> str:
-    failed = [f"- {row.name}, {error}" for row in rows for error in row.errors]
-    return "\n".join(["## Runs that stopped with a loss that was not finite", "", *failed]) if failed else ""
-
-
-def _mean(values: dict[int, float]) -> str:
-    return f"{mean(values.values()):.1f}" if values else "-"
+    return "\n\n".join(["## Learning curves", note, markdown(head, body)])
 
 
 def _mean_std(values: dict[int, float]) -> str:
     numbers = list(values.values())
-    if len(numbers) < 2:
-        return f"{numbers[0]:.1f}" if numbers else "-"
-    return f"{mean(numbers):.1f} ± {stdev(numbers):.1f}"
-
-
-def _interval(difference: Difference | None, settled: bool) -> str:
-    if difference is None:
-        return "-"
-    text = f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
-    return f"**{text}**" if settled else text
+    spread = f" ± {stdev(numbers):.1f}" if len(numbers) > 1 else ""
+    return f"{mean(numbers):.1f}{spread}" if numbers else "-"

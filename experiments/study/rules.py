@@ -3,20 +3,18 @@
     python -m experiments.study.rules --method scgate ...   train.py, with these rows known to it; also torchrun -m
     import experiments.study.rules                          the rows, and `--schedule suffix`, for your own script
 
-Written as a fork would write it: a schedule of position is a line of weighting.SCHEDULES, a method a row of
-loss.METHODS, and the rest of the file is the function each row needs. Rows of the first table differ from OPSD in the
-weight alone: they train on the clipped divergence of Eq. (1), whatever loss their source uses (said at each rule), so
-the clip is theirs too. A weight that keeps some tokens and drops the others (0 or 1) is divided by the number kept
-(`weighted_mean`), as in the sources; the others are averaged over all tokens (`token_mean`), as in Eq. (1).
-
-A weight carries no gradient. Rules by score see what loss.TokenScores holds, at T_distill.
+Written as a fork would write it: the functions, then the rows that name them, at the end. A weight that keeps some
+tokens and drops the others (0 or 1) is divided by the number kept (`weighted_mean`), as in the sources; the others are
+averaged over all tokens (`token_mean`), as in Eq. (1). Scores are at T_distill.
 
 Axes: M valid tokens of a batch, row after row; L one row's tokens; V vocabulary. Weights have the signature of every
-token weight, (r_M, scores, lengths, step, options) -> [M]; a keyword is a number of the source, for functools.partial.
+token weight, (r_M, scores, lengths, step, options) -> [M], the last two unused here; a keyword is a number of the
+source.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -34,8 +32,7 @@ def prefix(r: Tensor, share: float = 0.3) -> Tensor:
     """1[r <= share]: the first tokens only.
 
     On-policy distillation from prefixes (arXiv 2602.15260) and TOPD (arXiv 2605.31490) also stop sampling there, which
-    saves the rollout; here the whole solution is sampled. IW-OPD (arXiv 2606.22600) reports the first 30 % to do about
-    as well as all tokens, and the last 30 % to teach hardly anything.
+    saves the rollout; here the whole solution is sampled.
     """
     return (r <= share).float()
 
@@ -45,9 +42,7 @@ def suffix(r: Tensor, share: float = 0.3) -> Tensor:
     return (r >= 1.0 - share).float()
 
 
-def skip(
-    r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions, first: int = 3
-) -> Tensor:
+def skip(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, first: int = 3) -> Tensor:
     """1[t > first], t = 1..L: all but a row's first tokens, where the teacher's own prompt shows most.
 
     TRL's SDFT trainer, `num_loss_tokens_to_skip` (default 0; 3 in the scripts of SDFT), on a top-k JSD, mean over the
@@ -57,7 +52,7 @@ def skip(
     return (r_M * L_M > first).float()  # r L = t - 1/2
 
 
-def shuffled(r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
+def shuffled(r_M: Tensor, scores: TokenScores, lengths: list[int], *_) -> Tensor:
     """Moderate's weights in a random order within each row: a control with Eq. (5)'s weights and without its positions.
 
     Drawn from torch's generator, which train.py seeds at each step.
@@ -66,26 +61,15 @@ def shuffled(r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, op
     return torch.cat([row[torch.randperm(len(row))] for row in rows])
 
 
-weighting.SCHEDULES["prefix"] = prefix
-weighting.SCHEDULES["suffix"] = suffix
-loss.METHODS["prefix"] = Method(loss.clipped_divergence, "prefix", loss.weighted_mean, clips=True)
-loss.METHODS["suffix"] = Method(loss.clipped_divergence, "suffix", loss.weighted_mean, clips=True)
-loss.METHODS["shuffled"] = Method(loss.clipped_divergence, shuffled, loss.sequence_mean, clips=True)
-loss.METHODS["skip"] = Method(loss.clipped_divergence, skip, loss.weighted_mean, clips=True)
-
 # ---------------------------------------------------------------------------------------------------------------
-# Weights by score, within each row
+# Weights by score, within each row, or by its outcome
 
 
-def iw_opd(
-    r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions, gamma: float = 0.5
-) -> Tensor:
+def iw_opd(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, gamma: float = 0.5) -> Tensor:
     """w_t = 1 + gamma (1 - sum_{k<t} |A_k| / sum_k |A_k|), A = log p_T(y) - log p_S(y), never rising.
 
-    IW-OPD (arXiv 2606.22600; its authors' code, `iw_opd_weight_max` = 1 + gamma; TRL's IW-OPD trainer): the more the
-    prefix already disagrees with the teacher, the less its next token counts. There on the policy-gradient loss
-    -w A log p_S(y) (row `iw_opd_pg`), mean over all tokens. A row with A = 0 everywhere has nothing to divide by: its
-    weights are 1 + gamma.
+    IW-OPD (arXiv 2606.22600; its authors' code, `iw_opd_weight_max` = 1 + gamma; TRL's IW-OPD trainer), there on the
+    loss of row `iw_opd_pg`. Where A = 0 in the whole row, there is nothing to divide by: its weights are 1 + gamma.
     """
     gap_M = (scores.teacher_logprob - scores.student_logprob).abs()
     rows = []
@@ -95,15 +79,12 @@ def iw_opd(
     return torch.cat(rows)
 
 
-def dash(
-    r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions, kappa: float = 5.0
-) -> Tensor:
+def dash(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, kappa: float = 5.0) -> Tensor:
     """w_1 = 1, w_t = 1 + lambda_{t-1} w_{t-1}, lambda_t = sigmoid(-kappa (d_t - mean d)), d the row's token losses.
 
-    DASH (arXiv 2608.06243; its published summaries, which agree; the authors' code could not be had): the loss
-    1/T sum_t A_t of the backward recursion A_t = d_t + sg(lambda_t) A_{t+1}, A_T = d_T, in which d_t stands w_t times.
-    d is the clipped divergence there as here (tau_clip 0.05). A token counts more after a run of tokens below the
-    row's mean, and at most t times. There the mean over a rollout's tokens; here over all tokens.
+    DASH (arXiv 2608.06243; its published summaries, which agree): the loss 1/T sum_t A_t of the backward recursion
+    A_t = d_t + sg(lambda_t) A_{t+1}, A_T = d_T, in which d_t stands w_t times, d clipped as here (tau_clip 0.05). There
+    the mean over a rollout's tokens; here over all tokens.
     """
     rows = []
     for loss_L in scores.loss.split(lengths):
@@ -112,37 +93,20 @@ def dash(
     return torch.cat(rows).to(scores.loss)
 
 
-def scgate(
-    r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions, most: float = 0.99
-) -> Tensor:
+def scgate(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, most: float = 0.99) -> Tensor:
     """1[p_S(y_t) <= most]: not where the student is sure of its token.
 
-    Neighborhood OPSD (arXiv 2609.39687), Eq. (13), the online gate, which it also tests on plain OPSD with one teacher;
-    divided by the number of tokens kept, on the entry-clipped forward KL (clip 0.06 there).
+    Neighborhood OPSD (arXiv 2609.39687), Eq. (13), the online gate, on the entry-clipped forward KL (clip 0.06 there).
     """
     return (scores.student_logprob.exp() <= most).float()
 
 
-loss.METHODS["iw_opd"] = Method(loss.clipped_divergence, iw_opd, loss.token_mean, clips=True)
-loss.METHODS["dash"] = Method(loss.clipped_divergence, dash, loss.token_mean, clips=True)
-loss.METHODS["scgate"] = Method(loss.clipped_divergence, scgate, loss.weighted_mean, clips=True)
-
-# ---------------------------------------------------------------------------------------------------------------
-# A weight by the row's outcome
-
-
-def correct_only(r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
+def correct_only(r_M: Tensor, scores: TokenScores, lengths: list[int], *_) -> Tensor:
     """1[the row's answer is right]: wrong rows, and rows with no answer to compare, teach nothing.
 
     OASIS (arXiv 2609.37915) takes the shortest right one of K solutions, which needs K rollouts a prompt; here is one.
     """
     return (scores.correct == 1.0).float()  # NaN, no answer, equals nothing
-
-
-loss.METHODS["correct_only"] = Method(loss.clipped_divergence, correct_only, loss.weighted_mean, clips=True)
-
-# ---------------------------------------------------------------------------------------------------------------
-# Weights that keep a share of each row's tokens, the best by a score
 
 
 def keep_top(score_M: Tensor, lengths: list[int], share: float) -> Tensor:
@@ -154,18 +118,13 @@ def keep_top(score_M: Tensor, lengths: list[int], share: float) -> Tensor:
     return torch.cat(rows)
 
 
-def tip(
-    r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions, share: float = 0.5
-) -> Tensor:
+def tip(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, share: float = 0.5) -> Tensor:
     """1 for the `share` of a row with the largest s = h + d - h d ("soft or"), else 0.
 
-    TIP (arXiv 2604.14084): h is the student's entropy cut at its 0.98 quantile, d the token's divergence, both scaled
-    to [0, 1] by their minimum and maximum over the tokens given (a micro-batch in training): uncertain tokens, and
-    confident ones that the teacher contradicts. d is the row's own token loss, as in the source, where both are
-    KL(student || teacher) of the full vocabulary (row `tip_reverse`). In row `tip` it is Eq. (1), and tau_clip bounds
-    what one entry adds to d: where the teacher insists on one other token, d saturates unless the clip is inf. The
-    abstract, the authors' README and three re-implementations were read, not the method section: two of them take this
-    d and keep a share of each rollout, one takes the forward divergence and keeps a share of the batch.
+    TIP (arXiv 2604.14084; what was read of it: docs/later-work.md): h is the student's entropy cut at its 0.98
+    quantile, d the row's own token loss, both scaled to [0, 1] by their minimum and maximum over the tokens given (a
+    micro-batch in training). The source's loss is that of row `tip_reverse`. In row `tip` it is Eq. (1), and tau_clip
+    bounds what one entry adds to d: where the teacher insists on one other token, d saturates unless the clip is inf.
     """
     entropy_M = scores.student_entropy
     h_M = _to_unit_range(entropy_M.clamp(max=torch.quantile(entropy_M, 0.98)))
@@ -173,27 +132,17 @@ def tip(
     return keep_top(h_M + d_M - h_M * d_M, lengths, share)
 
 
-def dial(
-    r_M: Tensor,
-    scores: TokenScores,
-    lengths: list[int],
-    step: int,
-    options: LossOptions,
-    share: float = 0.4,
-    b: float = 1.0,
-) -> Tensor:
+def dial(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, share: float = 0.4, b: float = 1.0) -> Tensor:
     """1 for the `share` of a row with the largest |log p_T(y) - log p_S(y)|^(1-b) |p_T(y) - p_S(y)|^b, else 0.
 
-    DIAL (arXiv 2610.11659; b from 1 to 1.2), on the sampled token's loss (row `dial`).
+    DIAL (arXiv 2610.11659; b from 1 to 1.2), on the sampled token's loss.
     """
     gap_M = (scores.teacher_logprob - scores.student_logprob).abs().clamp(min=1e-8)
     apart_M = (scores.teacher_logprob.exp() - scores.student_logprob.exp()).abs()
     return keep_top(gap_M ** (1.0 - b) * apart_M**b, lengths, share)
 
 
-def opsa(
-    r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions, share: float = 0.2
-) -> Tensor:
+def opsa(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, share: float = 0.2) -> Tensor:
     """1/2 + (H - H_min) / (2 (H_max - H_min)) on the `share` of a row with the lowest log p_S(y), else 0.
 
     OPSA (arXiv 2608.31046; summaries only): the negative of its advantage, on the loss log p_S(y), so that unlikely
@@ -209,10 +158,8 @@ def _to_unit_range(value_M: Tensor) -> Tensor:
     return (value_M - low) / (high - low).clamp(min=1e-12)
 
 
-loss.METHODS["tip"] = Method(loss.clipped_divergence, tip, loss.weighted_mean, clips=True, over_batch=True)
-
 # ---------------------------------------------------------------------------------------------------------------
-# The losses of these sources, with their weights; `opd` is the row `iw_opd_pg` is to be compared with
+# The losses of these sources; where they have a reference policy, the student stands here
 
 
 def sampled_token(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
@@ -230,16 +177,6 @@ def reverse_divergence(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: 
 def suppression(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
     """log p_S(y): minimised where the token becomes unlikely."""
     return student_logp_MV.gather(-1, ids_M[:, None]).squeeze(-1)
-
-
-loss.METHODS["opd"] = Method(sampled_token, "uniform", loss.token_mean)
-loss.METHODS["iw_opd_pg"] = Method(sampled_token, iw_opd, loss.token_mean)
-loss.METHODS["tip_reverse"] = Method(reverse_divergence, tip, loss.weighted_mean, over_batch=True)
-loss.METHODS["dial"] = Method(sampled_token, dial, loss.weighted_mean)
-loss.METHODS["opsa"] = Method(suppression, opsa, loss.token_mean)
-
-# ---------------------------------------------------------------------------------------------------------------
-# Targets on the path from the student to the teacher, with the student where the sources have a reference policy
 
 
 def on_the_path(student_logp_MV: Tensor, teacher_logp_MV: Tensor, share: float) -> Tensor:
@@ -261,16 +198,13 @@ def sr_opsd(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, opt
     return loss.divergence_entries(student_logp_MV, target_MV).sum(dim=-1)
 
 
-loss.METHODS["beta_opsd"] = Method(beta_opsd, "uniform", loss.token_mean)
-loss.METHODS["sr_opsd"] = Method(sr_opsd, "uniform", loss.token_mean)
-
 # ---------------------------------------------------------------------------------------------------------------
 # Clips of a whole token's divergence d_t, the unclipped sum over its entries (options.beta), at options.tau_clip.
 # At beta = 0, with A the entries below the clip and P_A the teacher's mass on them, the clip by entry of Eq. (1) has
 #     T_distill d(loss)/d(student logit i) = P_A p_S(i) - p_T(i) 1[i in A],
 # which pushes a clipped entry down although the teacher wants it up (arXiv 2609.38995, Eq. (5)). The two below do not:
-# a token under the clip has the plain gradient p_S(i) - p_T(i). Users of OPSD asked for the first (its repository,
-# issues 2 and 24; its author reports the clip by entry to work better); the second is this project's own.
+# a token under the clip has the plain gradient p_S(i) - p_T(i). Users of OPSD asked for the first (docs/later-work.md);
+# the second is this project's own.
 
 
 def token_clip(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
@@ -289,12 +223,35 @@ def scaled_clip(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor,
     just below 0; the factor is 1 there.
     """
     d_M = loss.divergence_entries(student_logp_MV, teacher_logp_MV, options.beta).sum(dim=-1)
-    tiny = torch.finfo(d_M.dtype).tiny
-    return d_M * (options.tau_clip / d_M.detach().clamp(min=tiny)).clamp(max=1.0)
+    return d_M * (options.tau_clip / d_M.detach().clamp(min=torch.finfo(d_M.dtype).tiny)).clamp(max=1.0)
 
 
-loss.METHODS["opsd_token_clip"] = Method(token_clip, "uniform", loss.token_mean)
-loss.METHODS["opsd_scaled_clip"] = Method(scaled_clip, "uniform", loss.token_mean)
+# ---------------------------------------------------------------------------------------------------------------
+# The rows
+
+weighting.SCHEDULES |= {"prefix": prefix, "suffix": suffix}
+# Rules that differ from OPSD in the weight alone train on Eq. (1), whatever loss their source uses: the clip is theirs.
+on_eq_1 = partial(Method, loss.clipped_divergence, clips=True)
+loss.METHODS |= {
+    "prefix": on_eq_1("prefix", loss.weighted_mean),
+    "suffix": on_eq_1("suffix", loss.weighted_mean),
+    "skip": on_eq_1(skip, loss.weighted_mean),
+    "shuffled": on_eq_1(shuffled, loss.sequence_mean),
+    "iw_opd": on_eq_1(iw_opd, loss.token_mean),
+    "dash": on_eq_1(dash, loss.token_mean),
+    "scgate": on_eq_1(scgate, loss.weighted_mean),
+    "correct_only": on_eq_1(correct_only, loss.weighted_mean),
+    "tip": on_eq_1(tip, loss.weighted_mean, over_batch=True),
+    "opd": Method(sampled_token, "uniform", loss.token_mean),  # what `iw_opd_pg` is to be compared with
+    "iw_opd_pg": Method(sampled_token, iw_opd, loss.token_mean),
+    "tip_reverse": Method(reverse_divergence, tip, loss.weighted_mean, over_batch=True),
+    "dial": Method(sampled_token, dial, loss.weighted_mean),
+    "opsa": Method(suppression, opsa, loss.token_mean),
+    "beta_opsd": Method(beta_opsd, "uniform", loss.token_mean),
+    "sr_opsd": Method(sr_opsd, "uniform", loss.token_mean),
+    "opsd_token_clip": Method(token_clip, "uniform", loss.token_mean),
+    "opsd_scaled_clip": Method(scaled_clip, "uniform", loss.token_mean),
+}
 
 if __name__ == "__main__":
     import train  # finds the rows in loss.METHODS, where they stand by now

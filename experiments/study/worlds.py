@@ -11,7 +11,7 @@ Leaps      `12+~=43;` adds all that is left in one step and ends the sum. The st
            teacher, which knows the answer, leaps rightly, and only early in a solution.
 The leak   The teacher insists on the order of its reference, which the student cannot know.
 
-Also here: what a trained model's own steps say about the facts it knows.
+A world is an entry of WORLDS. Also here: what a trained model's own steps say about the facts it knows.
 """
 
 from __future__ import annotations
@@ -137,12 +137,11 @@ def leap_chance(addends_left: int, world: World, teacher: bool) -> float:
 
 
 STEP = re.compile(r"(?<![0-9])([0-9]{1,3})\+([1-9])=([0-9]{1,3});")
-LEAP = re.compile(r"[0-9]\+~=[0-9]")
 
 
 def leaps(text: str) -> bool:
     """Whether a solution adds all that is left in one step, `12+~=43;`."""
-    return LEAP.search(text) is not None
+    return re.search(r"[0-9]\+~=[0-9]", text) is not None
 
 
 def strays(problem: str, text: str) -> bool:
@@ -170,29 +169,16 @@ def known_facts(texts: list[str]) -> dict[tuple[int, int], bool]:
     return {fact: 2 * sum(right) > len(right) for fact, right in votes.items()}
 
 
-@dataclass(frozen=True)
-class FactChange:
-    """Counts of facts; `before` are all that the base's solutions state, the others those that both lists state."""
+def fact_change(base_texts: list[str], trained_texts: list[str]) -> dict[str, list[bool]]:
+    """What training did to the facts in the solutions' own steps (`known_facts`), an answer a fact of the base's.
 
-    before: int
-    wrong_before: int
-    repaired: int
-    right_before: int
-    broken: int
-
-
-def repaired_and_broken(base_texts: list[str], trained_texts: list[str]) -> FactChange:
-    """Facts that training put right, and facts that it put wrong, by the solutions' own steps.
-
-    Both lists answer the same problems, by greedy decoding. A fact counts where it occurs in both; it is right in a
-    list where more than half of its steps there are (`known_facts`). Repaired: wrong before, right after, out of all
-    wrong before (the beliefs, in a world that has them). Broken: right before, wrong after, out of all right before.
+    Both lists answer the same problems, by greedy decoding. `stated`: whether the trained model states it at all. Of
+    the facts that both state, `repaired`: whether one that was wrong before is right after (the beliefs, in a world
+    that has them); `broken`: whether one that was right before is wrong after.
     """
     before, after = known_facts(base_texts), known_facts(trained_texts)
-    both = before.keys() & after.keys()
-    right = [fact for fact in both if before[fact]]
-    wrong = [fact for fact in both if not before[fact]]
-    return FactChange(
-        before=len(before), wrong_before=len(wrong), repaired=sum(after[fact] for fact in wrong),
-        right_before=len(right), broken=sum(not after[fact] for fact in right),
-    )  # fmt: skip
+    return {
+        "stated": [fact in after for fact in before],
+        "repaired": [after[fact] for fact in before if fact in after and not before[fact]],
+        "broken": [not after[fact] for fact in before if fact in after and before[fact]],
+    }

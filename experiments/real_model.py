@@ -1,0 +1,177 @@
+"""What the method does to a real model: arms trained by train.py, scored by evaluate.py on the same held-out problems.
+
+    python -m experiments.real_model --model DIR --train gsm8k_train.jsonl --test gsm8k_test.jsonl
+    python -m experiments.real_model --report experiments/results/real-model/cells.jsonl
+
+Both prompts ask for few lines, and the problems are the shortest of their files, so that answers can end within the
+limit. The first command can be killed and goes on; a finished cell is a line of cells.jsonl: what is right, boxed and
+finished of each problem, no text. docs/real-model.md says what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from errors import InputError
+from evaluate import bootstrap_interval
+from experiments.study.report import paired_difference
+from grading import extract_boxed
+from problems import load_problems
+from runtime.flags import run_script
+from runtime.records import make_folder, write_atomically
+
+ROOT = Path(__file__).parent.parent
+TASK = " in at most four short lines of arithmetic, then write the final answer as \\boxed{number}."
+PROMPTS = {
+    "student": "Problem: {problem}\n\nSolve it" + TASK,
+    "teacher": "Problem: {problem}\n\nThe correct solution is: {solution}\n\nWrite this solution down" + TASK,
+    "evaluation": "Problem: {problem}\n\nSolve it" + TASK,
+}
+NEW_TOKENS = 128
+TRAINING = {
+    "max_new_tokens": NEW_TOKENS, "num_steps": 8, "batch_size": 12, "micro_batch_size": 4, "learning_rate": 2e-4,
+    "tau_clip": "inf", "temperature": 1.0, "distill_temperature": 1.0, "top_k": 0, "save_steps": 2,
+}  # fmt: skip
+UNTRAINED = "untrained"
+ARMS = {
+    "OPSD": {"method": "opsd"},
+    "PW-OPSD Moderate": {"method": "pwopsd"},
+    "uniform, per sequence": {"method": "opsd", "reduction": "sequence_mean"},
+    "reversed Moderate": {"method": "pwopsd", "schedule": "reversed"},
+}
+# In the order of importance: what is missing at the end of the time is at the end of the list.
+CELLS = [
+    (UNTRAINED, 0), *((arm, seed) for seed in (1, 2) for arm in list(ARMS)[:2]),
+    *((arm, seed) for seed in (1, 2) for arm in list(ARMS)[2:]), *((arm, 3) for arm in ARMS),
+]  # fmt: skip
+DECODINGS = {"greedy": 0.0, "sampled": 1.0}
+CONTRASTS = [(arm, UNTRAINED) for arm in ARMS] + [(arm, "OPSD") for arm in list(ARMS)[1:]]
+
+
+def shortest(source: str, count: int, path: Path) -> None:
+    """Write the `count` problems of a file whose texts are shortest, the solution counted in, in the file's order."""
+    problems = load_problems(source)
+    if len(problems) < count:
+        raise InputError(f"{source}: has {len(problems)} problems, {count} are asked for")
+    kept = sorted(problems, key=lambda problem: len(problem.problem) + len(problem.solution))[:count]
+    rows = [asdict(problem) for problem in sorted(kept, key=lambda problem: problem.row)]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def call(script: str, **flags: object) -> float:
+    """Run a script of ours as a command; its CPU seconds. Raises InputError where it fails, after its own line."""
+    words = [sys.executable, str(ROOT / script), *(f"--{name}={value}" for name, value in flags.items())]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if subprocess.run(words, check=False).returncode:
+        raise InputError(f"{script} has stopped; the same command goes on")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def measure(row: str, seed: int, decoding: str, model: str, folder: Path) -> dict:
+    """Train an arm with a seed, unless that is done, and score it: one line of cells.jsonl."""
+    run, cell = folder / "runs" / f"{row.replace(' ', '-')}-{seed}", {"row": row, "seed": seed, "decoding": decoding}
+    common = {"model": model, "prompts": folder / "prompts.json"}
+    scoring = {
+        "benchmark": folder / "test.jsonl", "temperature": DECODINGS[decoding], "num_samples": 1, "batch_size": 50,
+        "max_new_tokens": NEW_TOKENS, "output_dir": run.with_name(f"{run.name}-{decoding}"), **common,
+    }  # fmt: skip
+    if row != UNTRAINED:
+        options = TRAINING | ARMS[row] | {"seed": seed}
+        cell["train"] = {name: str(value) for name, value in options.items()}
+        data = folder / "train.jsonl"
+        cell["train_cpu_s"] = round(call("train.py", data=data, output_dir=run, resume=True, **common, **options))
+        cell["steps"] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        scoring["adapter"] = run / f"checkpoint-{TRAINING['num_steps']}"
+    cell["evaluate_cpu_s"] = round(call("evaluate.py", **scoring))
+    summary = json.loads((scoring["output_dir"] / "summary.json").read_text())
+    samples = [json.loads(line) for line in (scoring["output_dir"] / "samples.jsonl").read_text().splitlines()]
+    samples.sort(key=lambda sample: sample["problem"])
+    ground = [sorted((name, value) for name, value in summary["inputs"].items() if name != "adapter"), NEW_TOKENS]
+    return cell | {
+        "ground": hashlib.sha256(json.dumps(ground).encode()).hexdigest()[:12],
+        "correct": summary["per_problem"]["avg"][0],
+        "boxed": [float(extract_boxed(sample["text"]) is not None) for sample in samples],
+        "finished": [float(sample["finish_reason"] != "length") for sample in samples],
+        "tokens": [sample["tokens"] for sample in samples],
+    }
+
+
+def read_cells(path: Path) -> list[dict]:
+    """The finished cells; a line torn by a kill is left out."""
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def report(cells: list[dict]) -> str:
+    """Markdown: each row's shares, then the paired differences with 95 % intervals over problems and over seeds.
+
+    Raises InputError for cells of more than one ground (model, problems, prompts, limit).
+    """
+    if len({cell["ground"] for cell in cells}) > 1:
+        raise InputError("the cells differ in model, problems, prompts or limit: they are not comparable")
+    lines = ["| row | decoding | seeds | right % | boxed % | finished % | tokens |", "|---|---|---|---|---|---|---|"]
+    rows = {(cell["row"], cell["decoding"]): {} for cell in cells}
+    for cell in cells:
+        rows[cell["row"], cell["decoding"]][cell["seed"]] = cell
+    for (row, decoding), by_seed in rows.items():
+        means = {name: np.mean([cell[name] for cell in by_seed.values()]) for name in ("correct", "boxed", "finished")}
+        shares = " | ".join(f"{100 * value:.1f}" for value in means.values())
+        tokens = np.mean([cell["tokens"] for cell in by_seed.values()])
+        lines.append(f"| {row} | {decoding} | {', '.join(map(str, by_seed))} | {shares} | {tokens:.1f} |")
+    lines += ["", "| difference in points | decoding | seeds | over problems | over seeds |", "|---|---|---|---|---|"]
+    for (left, right), decoding in [(pair, decoding) for decoding in DECODINGS for pair in CONTRASTS]:
+        a, b = rows.get((left, decoding), {}), rows.get((right, decoding), {})
+        b = dict.fromkeys(a, b[0]) if right == UNTRAINED and b else b
+        if seeds := sorted(a.keys() & b.keys()):
+            a_SP, b_SP = (100 * np.array([side[seed]["correct"] for seed in seeds]) for side in (a, b))
+            low, high = bootstrap_interval((a_SP - b_SP).mean(axis=0))
+            seed_means = [dict(zip(seeds, x_SP.mean(axis=1).tolist(), strict=True)) for x_SP in (a_SP, b_SP)]
+            over = paired_difference(*seed_means)
+            over_seeds = f"[{over.low:+.1f}, {over.high:+.1f}]" if over else "one seed"
+            mean = (a_SP - b_SP).mean()
+            lines.append(f"| {left} - {right} | {decoding} | {', '.join(map(str, seeds))} | "
+                         f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] | {over_seeds} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="directory or hub name of an instruction-tuned checkpoint")
+    parser.add_argument("--train", help="problems with solutions, any form that train.py's --data reads")
+    parser.add_argument("--test", help="held-out problems, likewise")
+    parser.add_argument("--count", type=int, default=200, help="the shortest so many problems of each file")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/real-model"))
+    parser.add_argument("--report", type=Path, metavar="CELLS", help="run nothing, print the table of a cells.jsonl")
+    args = parser.parse_args()
+    if args.report:
+        return print(report(read_cells(args.report)))
+    if not (args.model and args.train and args.test):
+        raise InputError("--model, --train and --test: name all three, or --report CELLS")
+    folder, path = args.output_dir, args.output_dir / "cells.jsonl"
+    make_folder(folder)
+    for source, name in ((args.train, "train.jsonl"), (args.test, "test.jsonl")):
+        shortest(source, args.count, folder / name)
+    write_atomically(folder / "prompts.json", json.dumps(PROMPTS))
+    cells = read_cells(path)
+    write_atomically(path, "".join(json.dumps(cell) + "\n" for cell in cells))
+    for decoding, (row, seed) in [(decoding, cell) for decoding in DECODINGS for cell in CELLS]:
+        if not any((cell["row"], cell["seed"], cell["decoding"]) == (row, seed, decoding) for cell in cells):
+            cells.append(measure(row, seed, decoding, args.model, folder))
+            with path.open("a") as file:
+                file.write(json.dumps(cells[-1]) + "\n")
+            print(report(cells), flush=True)
+    return print(report(cells))
+
+
+if __name__ == "__main__":
+    run_script(main)

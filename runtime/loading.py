@@ -1,0 +1,231 @@
+"""Checkpoints: where they are, and whether they are what the losses rely on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)  # fmt: skip
+
+from errors import InputError, one_line, some
+from model import response_hidden
+from problems import Problem
+from teacher import Prompts, student_prompt, teacher_prompt
+
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name of it
+ADAPTER_BESIDE = f"{ADAPTER_CONFIG} stands beside the model; put the adapter into a directory of its own"
+DTYPES = ("float32", "bfloat16", "float16")
+TINY_MODEL = Path(__file__).resolve().parent.parent / "tiny-model"  # the embedded model, `tiny`
+
+
+def load_model(name: str, dtype: str = "auto", device: str | torch.device = "auto") -> PreTrainedModel:
+    """Load a causal LM, in evaluation mode. `dtype`: auto (bfloat16 on a GPU, else float32) or its name.
+
+    Sampling defaults that the checkpoint brings are dropped, so that only our own flags decide; its EOS ids are kept.
+    Raises InputError where there is no checkpoint, it is more than a language model, its weights are not exactly the
+    architecture's, or its head is not a plain linear map of the last hidden state.
+    """
+    device = pick_device(device)
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: choose one of auto, {', '.join(DTYPES)}")
+    name, config = find_checkpoint(name), load_config(name)
+    try:
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("its weights are quantised, and only plain ones can be trained and scored")
+        check_text_only(config, name)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except (torch.OutOfMemoryError, InputError):
+        raise
+    except Exception as error:  # each library that may be asked has errors of its own
+        raise InputError(f"--model {name}: cannot be loaded ({one_line(error)})") from error
+    check_weights(model, name, found)
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    model = model.to(device)
+    check_head(model, name)
+    return model
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """A checkpoint's config. Raises InputError where it, or the generation config beside it, cannot be read."""
+    name = find_checkpoint(name)
+    defaults = Path(name) / "generation_config.json"
+    try:
+        if defaults.is_file():  # where it is damaged, transformers would do without its EOS ids in silence
+            json.loads(defaults.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"--model {name}: {defaults.name} is not valid JSON ({error})") from None
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # each library that may be asked has errors of its own
+        raise InputError(f"--model {name}: cannot be loaded ({one_line(error)})") from error
+
+
+def check_text_only(config: PreTrainedConfig, name: str) -> None:
+    """Raise InputError for a model with a vision tower or the like: no tool would read an adapter of its text part."""
+    if config.get_text_config() is not config:
+        raise InputError(
+            f"--model {name}: {config.model_type} is more than a language model; save its text part, and the tokenizer "
+            f"beside it: whole = transformers.AutoModelForCausalLM.from_pretrained({name!r}); "
+            "getattr(whole.model, 'language_model', whole).save_pretrained('DIRECTORY')"
+        )
+
+
+def check_weights(model: PreTrainedModel, name: str, found: dict) -> None:
+    """Raise InputError where the checkpoint and the architecture do not have exactly the same weights."""
+    mismatched = [key for key, *_ in found["mismatched_keys"]]  # (name, shape in the file, shape in the model)
+    for what, keys in (
+        ("lacks", set(found["missing_keys"]) - set(mismatched)),
+        ("has other shapes of", mismatched),
+        ("has, beyond the architecture,", found["unexpected_keys"]),
+    ):
+        if keys:
+            raise InputError(f"--model {name}: the checkpoint {what} {some(sorted(keys))}")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(f"--model {name}: {ADAPTER_BESIDE}")
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, name: str) -> None:
+    """Raise InputError unless logits are head x hidden, as the losses compute them, compared with the model's own."""
+    head, ids = model.get_output_embeddings(), list(range(1, 1 + HEAD_TOKENS))
+    try:
+        hidden_TD = response_hidden(model, [ids[:1]], [ids[1:]])[0]
+        ours_TV = F.linear(hidden_TD, head.weight).float()
+        theirs_TV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1].float()
+    except (AttributeError, TypeError, NotImplementedError, ValueError, IndexError) as error:
+        raise InputError(f"--model {name}: its forward pass is of another kind ({one_line(error)})") from error
+    limit = 4 * torch.finfo(model.dtype).eps * theirs_TV.abs().max()  # the same operation, give or take its last bits
+    off = (ours_TV - theirs_TV).abs().max()
+    if getattr(head, "bias", None) is not None or not off <= limit:
+        raise InputError(
+            f"--model {name}: its logits are not head x hidden (a bias, a multiplier or a cap; {off:.2g} off), "
+            "which the losses rely on"
+        )
+
+
+HEAD_TOKENS = 8  # of the one forward pass that compares
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint. Without a pad token EOS is used: masks come from lengths, not from ids."""
+    name = find_checkpoint(name)
+    rows = load_config(name).get_text_config().vocab_size  # where this fails, its words are the clearer ones
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # each library that may be asked has errors of its own
+        raise InputError(f"--model {name}: no tokenizer can be loaded ({one_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"--model {name}: the tokenizer has no EOS token")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+    beyond = [token for token, index in tokenizer.get_vocab().items() if index >= rows and can_occur(tokenizer, index)]
+    if beyond:
+        raise InputError(f"--model {name}: its embedding of {rows} rows has none for the token {some(sorted(beyond))}")
+    back = tokenizer.decode(tokenizer.encode(MATHEMATICS, add_special_tokens=False))
+    if back.strip() != MATHEMATICS:
+        raise InputError(f"--model {name}: the tokenizer loses text: {MATHEMATICS!r} comes back as {back!r}")
+    return tokenizer
+
+
+def can_occur(tokenizer: PreTrainedTokenizerBase, index: int) -> bool:
+    """Whether a prompt may hold the token: special ones only where the chat template spells or names them."""
+    token = tokenizer.added_tokens_decoder.get(index)
+    named = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return token is None or not token.special or index in named or token.content in str(tokenizer.chat_template)
+
+
+# Spaces, line breaks, digits and LaTeX: what solutions are made of. Libraries have dropped the spaces of some
+# tokenizers in silence.
+MATHEMATICS = "Let x = 12 and y = 3.\n\nThen $x + 2y = 18$, so  \\boxed{\\frac{18}{5}}"
+
+
+def find_checkpoint(name: str, said: str = "") -> str:
+    """The directory or hub name behind `--model`: `tiny`, a directory with a config.json, or `owner/name`.
+
+    Raises InputError where there is none, in words that begin with `said` instead of the flag.
+    """
+    said = said or f"--model {name}:"
+    path = TINY_MODEL if name == "tiny" else Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{said} no checkpoint there (config.json is missing)")
+        if (path / ADAPTER_CONFIG).is_file():  # where peft is installed, transformers would apply it in silence
+            raise InputError(f"{said} {ADAPTER_BESIDE}")
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(f"{said} neither a directory nor a hub name like 'owner/name'")
+    return name
+
+
+def pick_device(name: str | torch.device) -> torch.device:
+    """`auto` is the GPU where there is one. Raises InputError for a device that this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: not on this machine") from None
+    return device
+
+
+def load_other(
+    name: str, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts
+) -> PreTrainedModel:
+    """The model of `--teacher NAME`, in the student's dtype and on its device, to score the student's own token ids.
+
+    Raises InputError where it reads them otherwise.
+    """
+    check_same_tokens(tokenizer, load_tokenizer(name), prompts, name)
+    other = load_model(name, str(student.dtype).removeprefix("torch."), student.device)
+    match_heads(student, other)
+    return other
+
+
+def check_same_tokens(
+    tokenizer: PreTrainedTokenizerBase, others: PreTrainedTokenizerBase, prompts: Prompts, name: str
+) -> None:
+    """Raise InputError unless another model reads the student's token ids as the student does, prompts included."""
+    differing = {token for token, _ in tokenizer.get_vocab().items() ^ others.get_vocab().items()}
+    if differing:
+        raise InputError(f"--teacher {name}: its vocabulary is not the student's ({some(sorted(differing))})")
+    probe = Problem("Let x = 12.\n\nWhat is $\\frac{x}{5} + 345$?", "It is \\boxed{347.4}.", "347.4")
+    for encode in (student_prompt, teacher_prompt):
+        if encode(tokenizer, probe, prompts) != encode(others, probe, prompts):
+            raise InputError(f"--teacher {name}: its tokenizer or chat template encodes a prompt otherwise")
+
+
+def match_heads(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Cut the rows of the other model's head that pad it beyond the student's. Raises InputError where it has fewer."""
+    rows, head = len(model.get_output_embeddings().weight), other.get_output_embeddings()
+    if len(head.weight) < rows:
+        raise InputError(f"--teacher {other.name_or_path}: its head has {len(head.weight)} rows, the student's {rows}")
+    if len(head.weight) > rows:
+        head.weight = nn.Parameter(head.weight[:rows], requires_grad=False)
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens that fit into the model's context."""
+    return int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
