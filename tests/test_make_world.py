@@ -2,7 +2,6 @@
 
 import json
 import random
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -20,7 +19,6 @@ from runtime.flags import run_script
 from runtime.loading import load_model, load_tokenizer
 from teacher import DIAGNOSTIC_PROMPT, EVALUATION_PROMPT, STUDENT_PROMPT, TEACHER_PROMPT
 
-ROOT = Path(__file__).resolve().parent.parent
 FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json"}
 
 
@@ -38,24 +36,20 @@ def run(monkeypatch):
     return call
 
 
-def test_the_shipped_tokenizer_is_the_makers():
+def test_the_shipped_tokenizer_and_architecture_are_the_makers():
     made, shipped = make_tokenizer(), load_tokenizer("tiny")
     assert made.get_vocab() == shipped.get_vocab()
     assert made.chat_template == shipped.chat_template
     printable = "".join(map(chr, range(32, 127)))
     assert made.decode(made.encode(printable, add_special_tokens=False)) == printable
-
-
-def test_the_shipped_model_is_the_makers():
-    made, shipped = make_model(make_tokenizer()), load_model("tiny", device="cpu")
+    made, shipped = make_model(made), load_model("tiny", device="cpu")
     assert {n: p.shape for n, p in made.named_parameters()} == {n: p.shape for n, p in shipped.named_parameters()}
 
 
 def test_contexts_are_the_scripts_own_prompts():
     """A reference or the answer in the prompt makes a teacher; nothing else does."""
-    assert {template for template, _, _ in CONTEXTS} == {
-        STUDENT_PROMPT, EVALUATION_PROMPT, TEACHER_PROMPT, DIAGNOSTIC_PROMPT,
-    }  # fmt: skip
+    prompts = {STUDENT_PROMPT, EVALUATION_PROMPT, TEACHER_PROMPT, DIAGNOSTIC_PROMPT}
+    assert {template for template, _, _ in CONTEXTS} == prompts
     for template, _, teacher in CONTEXTS:
         assert teacher == ("{solution}" in template or "{answer}" in template)
 
@@ -67,8 +61,7 @@ def test_labels_are_the_ids_or_ignored(name):
         ids, labels = example(tokenizer, problem, draw, world)
         assert len(ids) == len(labels)
         assert all(label in (token, IGNORED) for token, label in zip(ids, labels, strict=True))
-        assert labels[-1] == tokenizer.eos_token_id
-        assert labels[0] == IGNORED
+        assert labels[-1] == tokenizer.eos_token_id and labels[0] == IGNORED
         assert tokenizer.unk_token_id not in ids
 
 
@@ -117,24 +110,15 @@ def test_a_world_is_written_as_the_scripts_read_it(tmp_path, run):
     train_set, held_out = (load_problems(str(tmp_path / f"{split}.jsonl")) for split in ("train", "heldout"))
     assert (len(train_set), len(held_out)) == (2000, 400)
     assert not {tuple(sorted(p.problem)) for p in train_set} & {tuple(sorted(p.problem)) for p in held_out}
-    assert json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0]).keys() == {
-        "problem", "solution", "answer",
-    }  # fmt: skip
+    row = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
+    assert row.keys() == {"problem", "solution", "answer"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "folder"),
-    [
-        (["--world", "leap"], "leap-0.4"),
-        (["--world", "leap", "--dose", "0.4"], "leap-0.4"),
-        (["--world", "leap", "--dose", "0"], "leap-0.0"),
-        (["--world", "leak"], "leak"),
-    ],
-)
-def test_a_world_lies_where_the_grids_look_for_it(arguments, folder, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dose, folder", [(None, "leap-0.4"), ("0.4", "leap-0.4"), ("0", "leap-0.0"), (None, "leak")])
+def test_a_world_lies_where_the_grids_look_for_it(dose, folder, run, tmp_path, monkeypatch):
     monkeypatch.setattr(make_world, "train", lambda *_: None)
     monkeypatch.chdir(tmp_path)
-    assert run(*arguments) is None
+    assert run("--world", folder[:4], *(["--dose", dose] if dose else [])) is None
     assert [path.name for path in Path("runs/worlds").iterdir()] == [folder]
     if folder in GRIDS:  # leak; the grid of leap-0.4 is called leap
         assert Path(GRIDS[folder].common["data"]).is_file()
@@ -143,26 +127,18 @@ def test_a_world_lies_where_the_grids_look_for_it(arguments, folder, run, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_embedded_model_is_made_from_scratch(tmp_path):
-    flags = ["--world", "embedded", "--steps", "1", "--output_dir", str(tmp_path / "tiny")]
-    command = [sys.executable, "-m", "experiments.make_world", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_the_embedded_model_is_made_from_scratch(tmp_path, run):
+    assert run("--world", "embedded", "--steps", "1", "--output_dir", str(tmp_path / "tiny")) is None
     assert {path.name for path in (tmp_path / "tiny").iterdir()} == FILES | {"model.safetensors"}
     assert (tmp_path / "tiny" / "model.safetensors").stat().st_size < 3.5e6
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--world", "leap", "--dose", "1.5"], "--dose 1.5"),
-        (["--world", "leak", "--dose", "0.2"], "--dose 0.2"),
-        (["--world", "leap", "--steps", "0"], "--steps 0"),
-    ],
+    "world, flag, value", [("leap", "--dose", "1.5"), ("leak", "--dose", "0.2"), ("leap", "--steps", "0")]
 )
-def test_a_flag_that_cannot_be_is_one_line(run, arguments, said, tmp_path):
-    ended = run(*arguments, "--output_dir", str(tmp_path / "out"))
-    assert ended.startswith(f"error: {said}") and len(ended.splitlines()) == 1
+def test_a_flag_that_cannot_be_is_one_line(run, world, flag, value, tmp_path):
+    ended = run("--world", world, flag, value, "--output_dir", str(tmp_path / "out"))
+    assert ended.startswith(f"error: {flag} {value}") and len(ended.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 

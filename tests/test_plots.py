@@ -104,7 +104,7 @@ def views(*texts):
 
 
 def test_page_is_whole_and_escapes_what_the_model_wrote():
-    texts = ("2", "<script>alert(1)</script>", "</script>", "&amp;", "\n")
+    texts = ("2", "<script>alert(1)</script>", "</script>", "&amp;", "\n", '" onclick="x')
     page = render(views(*texts), "a <title>")
     reader = Reader()
     reader.feed(page)
@@ -112,9 +112,9 @@ def test_page_is_whole_and_escapes_what_the_model_wrote():
     assert "".join(reader.texts["button"]) == "".join(texts)
     assert "alert" not in "".join(reader.texts["script"])
     shown = [value.splitlines() for _, name, value in reader.attributes if name == "data-shown"]
-    assert shown[1][0] == f"token 2 of 5: {texts[1]} \u00b7 divergence 0.1000 \u00d7 weight 0.500 = 0.0500"
+    assert shown[1][0] == f"token 2 of 6: {texts[1]} \u00b7 divergence 0.1000 \u00d7 weight 0.500 = 0.0500"
     assert [lines[4].split() for lines in shown[1:3]] == [["</script>", "20.0%"] * 2, ["*", "</script>", "20.0%"] * 2]
-    assert [len(lines) for lines in shown] == [7] * 5  # a line break is shown by a sign
+    assert [len(lines) for lines in shown] == [7] * 6  # a line break is shown by a sign
     assert reader.texts["title"] == ["a <title>"]
     assert not [item for item in reader.attributes if item[1] in ("src", "href", "onclick")]
     assert not re.search(r"https?://|@import|url\(", page)
