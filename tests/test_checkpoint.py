@@ -446,6 +446,14 @@ def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path,
     assert checkpoints.damage(checkpoint) is None
 
 
+def test_a_relative_directory_is_no_hub_name_on_the_card(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "base_model: runs/merged" in checkpoints.model_card(tmp_path, 1, "runs/merged", True)
+    (tmp_path / "runs/merged").mkdir(parents=True)
+    card = checkpoints.model_card(tmp_path, 1, "runs/merged", True)
+    assert "base_model" not in card and "runs/" not in card
+
+
 def test_a_tokenizer_with_several_templates_is_saved_whole(base, tmp_path):
     (tmp_path / "base" / "additional_chat_templates").mkdir()
     (tmp_path / "base" / "additional_chat_templates" / "tools.jinja").write_text("tools")

@@ -106,6 +106,15 @@ def test_a_signal_during_the_wait_for_other_ranks_is_not_lost(monkeypatch):
     assert stop.asked == signal.SIGUSR1
 
 
+def test_every_rank_knows_the_signal_that_one_was_sent(monkeypatch):
+    stop = stopping.Stop()
+    stop.release()
+    monkeypatch.setattr(stopping, "gather_objects", lambda asked: [asked, signal.SIGTERM])
+    with pytest.raises(stopping.StoppedError):
+        stop.hold()
+    assert stop.asked == signal.SIGTERM
+
+
 def test_what_nohup_ignores_stays_ignored(monkeypatch):
     handlers = {signal.SIGHUP: signal.SIG_IGN}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)

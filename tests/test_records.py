@@ -69,6 +69,7 @@ FOREIGN = {
     "a list": {"config.json": "[]"},
     "a hidden file": {".git/HEAD": ""},
     "a torn row": {"samples.jsonl": '{"step": 0, "sl'},
+    "scores": {"evaluation.json": '{"0": 0.5}'},
 }
 
 

@@ -40,6 +40,13 @@ def test_top_p_1_is_off_exactly():
     assert torch.equal(choose_tokens(logits, u, Sampling(1.0, 1.0, 0, 1)), order[range(100), index])
 
 
+def test_each_token_of_a_batch_is_told(loaded):
+    model, tokenizer = loaded
+    told, prompts = [], [student_prompt(tokenizer, problem) for problem in PROBLEMS]
+    rows = sample(model, tokenizer, prompts, [(1, row) for row in range(3)], SETTINGS, lambda: told.append(1))
+    assert len(told) == max(len(row.ids) for row in rows)
+
+
 def by_a_sort(logits_BV, uniform_B, top_p):
     """The nucleus as it is defined: all tokens sorted, then the smallest set that holds top_p."""
     values_BV, ids_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
