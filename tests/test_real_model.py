@@ -52,6 +52,7 @@ def test_a_killed_run_goes_on_and_says_the_same(run, capsys):
 
 def test_the_table_pairs_problems_and_seeds():
     """OPSD is right on one problem more than the untrained model in seed 1, on two more in seed 2, of four."""
+    pytest.importorskip("scipy")
 
     def cell(row, seed, correct):
         return {"row": row, "seed": seed, "decoding": "greedy", "ground": "a", "correct": correct, "boxed": [1.0] * 4,
