@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from math import inf
-from pathlib import Path
 
-import torch
 from transformers import HfArgumentParser
 
 from errors import InputError
@@ -96,37 +93,29 @@ def departures(config: object, presets: dict[str, dict]) -> str:
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """`main` for the shell, its result the exit status; what ends it otherwise is one line and 1 (130 for Ctrl-C).
+    """`main` for the shell, its result the exit status; what a user can do something about is one line and 1.
 
-    The traceback of what is no mistake of the user's is in the run folder's error.log, which the line names; before
-    there is a folder the line says where the error arose.
+    Ctrl-C is one line and 130. Any other exception ends with Python's traceback: it belongs into a report.
     """
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print(
-            "stopped; what was written stays, and the same command goes on there (train.py, diagnose.py: --resume)",
-            file=sys.stderr,
-        )
+        goes_on = "the same command goes on there (train.py, diagnose.py: --resume)"
+        print(f"stopped; what was written stays, and {goes_on}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        sys.exit(f"error: {describe(error)}")
-
-
-def describe(error: Exception) -> str:
-    """One line for an exception: what the user can do about it, or its type, its words and where it arose."""
-    text = " ".join(str(error).split()) or "without a word"
-    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []) if note.startswith("traceback: "))
-    if isinstance(error, (InputError, FloatingPointError)):
-        return " ".join(str(error).splitlines()) + notes
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(text):
-        text = f"out of memory ({text[:200]}); what helps: a lower --micro_batch_size, --batch_size or --max_new_tokens"
-    elif isinstance(error, OSError):
-        text = str(error)  # with the file's name
-    else:
-        text = f"{type(error).__name__}: {text[:400]}"
-    frames = traceback.extract_tb(error.__traceback__)
-    return text + (notes or f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else notes)
+        if line := describe(error):
+            sys.exit(f"error: {line}")
+        raise
 
 
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+
+
+def describe(error: Exception) -> str | None:
+    """A user's mistake, numbers that overflow, a fault of a disk or a lack of memory in one line; else None."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
+        helps = "a lower --micro_batch_size, --batch_size or --max_new_tokens"
+        return f"out of memory ({text[:200]}); what helps: {helps}"
+    return text if isinstance(error, (InputError, FloatingPointError, OSError)) else None
