@@ -154,8 +154,6 @@ def choose_reference(
     `answer`: the final answer alone. `none`: the student's prompt, in the teacher's thinking mode. Problem and answer
     stay what they are, so neither the student's context nor grading changes.
     """
-    if kind not in REFERENCES:
-        raise InputError(f"--reference {kind}: choose one of {', '.join(REFERENCES)}")
     references = [problem.solution for problem in problems]
     if kind == "other":
         if len(problems) < 2:
@@ -205,8 +203,6 @@ class Teacher:
             "live": (model, nullcontext),
             "other": (other, nullcontext),
         }
-        if kind not in kinds:
-            raise InputError(f"--teacher {kind}: choose one of {', '.join(kinds)}")
         self.scorer, self.state = kinds[kind]
 
     @contextmanager

@@ -462,8 +462,7 @@ def train(
     if device.type != "cpu":
         rehearse(run, longest, config)
     start = checkpoint.resume(folder, run.model, run.teacher, run.optimizer, run.scheduler) if config.resume else 0
-    ranks.check_same_start(list(run.model.named_parameters()))
-    ranks.wait_for_all()  # every rank has read before rank 0 writes
+    ranks.check_same_start(list(run.model.named_parameters()))  # all have read before rank 0 writes
     with closing(run.engine), closing(run.grader):
         take_steps(start, run, kept, held_out, folder, config)
     engines.withdraw(folder)

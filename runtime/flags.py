@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, field, fields
 from math import inf
 
 from transformers import HfArgumentParser
@@ -14,30 +14,22 @@ from transformers import HfArgumentParser
 from errors import InputError
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a flag's value must satisfy; `check` raises InputError, naming the flag."""
-
-    least: float | None = None
-    positive: bool = False
-    within: tuple[float, float] | None = None
-    choices: tuple[str, ...] | None = None
-
-    def check(self, name: str, value: object) -> None:
-        if self.least is not None and not value >= self.least:
-            raise InputError(f"--{name} {value}: must be at least {self.least}")
-        if self.positive and not 0.0 < value < inf:
-            raise InputError(f"--{name} {value}: must be positive")
-        if self.within is not None and not self.within[0] <= value <= self.within[1]:
-            raise InputError(f"--{name} {value}: must lie in [{self.within[0]:g}, {self.within[1]:g}]")
-        if self.choices is not None and value not in self.choices:
-            raise InputError(f"--{name} {value}: choose one of {', '.join(self.choices)}")
+def check_limits(name: str, value: object, least=None, positive=False, within=None, choices=None) -> None:
+    """Raise InputError, naming the flag, for a value beyond the limits of its `option`."""
+    if least is not None and not value >= least:
+        raise InputError(f"--{name} {value}: must be at least {least}")
+    if positive and not 0.0 < value < inf:
+        raise InputError(f"--{name} {value}: must be positive")
+    if within is not None and not within[0] <= value <= within[1]:
+        raise InputError(f"--{name} {value}: must lie in [{within[0]:g}, {within[1]:g}]")
+    if choices is not None and value not in choices:
+        raise InputError(f"--{name} {value}: choose one of {', '.join(choices)}")
 
 
 def option(default: object, text: str, group: str = "run", parse: Callable | None = None, **limits: object) -> object:
     """A field of a script's dataclass: its default, its line and group in --help, how its text is read, its limits."""
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**factory, metadata={"help": text, "group": group, "parse": parse, "limits": Limits(**limits)})
+    return field(**factory, metadata={"help": text, "group": group, "parse": parse, "limits": limits})
 
 
 class FlagParser(HfArgumentParser):
@@ -79,7 +71,7 @@ class FlagParser(HfArgumentParser):
             values = getattr(config, f.name)
             for value in values if isinstance(values, list) else [values]:
                 if value is not None and "limits" in f.metadata:
-                    f.metadata["limits"].check(f.name, value)
+                    check_limits(f.name, value, **f.metadata["limits"])
         return config
 
 

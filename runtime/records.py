@@ -75,12 +75,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def make_folder(folder: Path, flag: str = "output_dir") -> Path:
+def make_folder(folder: Path) -> Path:
     """A folder for results, made before the work that fills it. Raises InputError where it cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--{flag} {folder}: cannot be written ({error.strerror})") from None
+        raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
     return folder
 
 

@@ -315,11 +315,6 @@ def test_fixed_teacher_of_full_fine_tuning_is_a_copy(checkpoint):
     assert not any(p.requires_grad for p in teacher.copy.parameters())
 
 
-def test_unknown_teacher_is_said(student):
-    with pytest.raises(InputError, match="fixed, ema, live, other"):
-        Teacher(student, "frozen")
-
-
 @pytest.mark.parametrize("kind", ["fixed", "ema"])
 def test_the_student_is_itself_again_after_an_exception_while_scoring(student, kind):
     teacher = Teacher(student, kind, ema_decay=0.5)
