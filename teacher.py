@@ -154,6 +154,8 @@ def choose_reference(
     `answer`: the final answer alone. `none`: the student's prompt, in the teacher's thinking mode. Problem and answer
     stay what they are, so neither the student's context nor grading changes.
     """
+    if kind not in REFERENCES:
+        raise InputError(f"--reference {kind}: choose one of {', '.join(REFERENCES)}")
     references = [problem.solution for problem in problems]
     if kind == "other":
         if len(problems) < 2:

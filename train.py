@@ -205,9 +205,7 @@ class TrainConfig(loss.LossOptions):
 
     preset: str | None = option(None, "tiny (the default without --model), qwen3-4b, dsr1-llama-8b, olmo3-7b", "method")
     method: str = option("pwopsd", "opsd, pwopsd, eopd or reopold", "method")
-    reference: str = option(
-        "own", "own, other, answer or none: what the teacher sees", "method", choices=teacher.REFERENCES
-    )
+    reference: str = option("own", "own, other, answer or none: what the teacher sees", "method")
     teacher: str = option("fixed", "whose weights score: fixed, ema, live, or those of another model", "method")
     ema_decay: float = option(0.99, "decay per step of --teacher ema", "method", within=(0, 1))
     student_thinking: bool = option(False, "thinking mode of the student's context", "method")

@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 from errors import InputError
 
 
-def check_limits(name: str, value: object, least=None, positive=False, within=None, choices=None) -> None:
+def check_limits(name: str, value: object, least=None, positive=False, within=None) -> None:
     """Raise InputError, naming the flag, for a value beyond the limits of its `option`."""
     if least is not None and not value >= least:
         raise InputError(f"--{name} {value}: must be at least {least}")
@@ -22,8 +22,6 @@ def check_limits(name: str, value: object, least=None, positive=False, within=No
         raise InputError(f"--{name} {value}: must be positive")
     if within is not None and not within[0] <= value <= within[1]:
         raise InputError(f"--{name} {value}: must lie in [{within[0]:g}, {within[1]:g}]")
-    if choices is not None and value not in choices:
-        raise InputError(f"--{name} {value}: choose one of {', '.join(choices)}")
 
 
 def option(default: object, text: str, group: str = "run", parse: Callable | None = None, **limits: object) -> object:
