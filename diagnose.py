@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from chat import eos_ids
 from errors import InputError
@@ -48,7 +47,7 @@ from viability import LabelRule, labels, table1, table1_lines, to_columns, trunc
 PICK_STREAM, SPINE_STREAM, DROPOUT_STREAM, CONTINUATION_STREAM = 11, 12, 13, 14
 SPINES, CANDIDATES, ROLLOUTS = "spines (phase A)", "candidates (phase C)", "continuations (phase E) and sampling"
 # The protocol's constants (Appendices A, B); docs/diagnostic.md names those that the paper leaves open.
-TOP_P, TEMPERATURE = 0.95, 1.0  # of the continuations
+TOP_P, TEMPERATURE = 0.95, 1.0  # of the continuations; the nucleus is also that of phase A
 FALLBACK_TEMPERATURE = 0.7  # A: where the greedy spine has no box
 TOP_VALID = 16  # B: the teacher's most likely valid tokens, of which h_trunc is the entropy
 MIN_P2, MIN_RATIO = 0.02, 0.10  # C: least teacher probability of the second token, and least p2 / p1
@@ -219,7 +218,7 @@ def first_boxed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
 
 
 def pick_positions(h: list[float], p: list[list[float]], end: int, config: DiagnoseConfig) -> list[int]:
-    """Positions before `end` of highest h_trunc that pass p2 >= min_p2 and p2/p1 >= min_ratio, min_spacing apart."""
+    """Positions before `end` of highest h_trunc that pass p2 >= MIN_P2 and p2/p1 >= MIN_RATIO, min_spacing apart."""
     picked: list[int] = []
     for t in sorted(range(min(end, len(h))), key=lambda t: (-h[t], t)):
         p1, p2 = p[t][:2]
@@ -300,6 +299,8 @@ def continuations(run: Diagnosis, spine_rows: list[dict], candidate_rows: list[d
             jobs += [(row["problem"], c["position"], token, n) for token in forced for n in range(config.rollouts)]
             jobs += [(row["problem"], c["position"], None, n) for n in range(config.children * config.rollouts)]
 
+    settings = Sampling(TEMPERATURE, TOP_P, 0, config.context, config.context)
+
     def start(job: tuple) -> list[int]:
         """The spine up to the position, and the forced token."""
         problem, position, token, _ = job
@@ -308,14 +309,12 @@ def continuations(run: Diagnosis, spine_rows: list[dict], candidate_rows: list[d
     def work(jobs: list[tuple]) -> list[dict]:
         prompts = [prompt_of[job[0]] + start(job) for job in jobs]
         keys = [(config.seed, CONTINUATION_STREAM, i, t, 0 if v is None else v + 1, n) for i, t, v, n in jobs]
-        rooms = [config.context - len(prompt) for prompt in prompts]
-        responses = run.engine.sample(prompts, keys, Sampling(TEMPERATURE, TOP_P, 0, max(rooms)))
-        rows = []
-        for job, response, room in zip(jobs, responses, rooms, strict=True):
-            ids, (i, t, v, n) = response.ids[:room], job
-            row = {"problem": i, "position": t, "token": v, "sample": n, "tokens": len(ids)}
-            rows.append(row | run.graded(i, start(job) + ids))
-        return rows
+        responses = run.engine.sample(prompts, keys, settings)
+        return [
+            {"problem": job[0], "position": job[1], "token": job[2], "sample": job[3], "tokens": len(response.ids)}
+            | run.graded(job[0], start(job) + response.ids)
+            for job, response in zip(jobs, responses, strict=True)
+        ]
 
     jobs.sort(key=lambda job: len(prompt_of[job[0]]) + len(start(job)))  # so that little is padded
     return run.rows("E_continuations", jobs, work, config.batch_size)
@@ -326,8 +325,6 @@ def parse_config(arguments: list[str] | None = None) -> DiagnoseConfig:
     config = FlagParser(DiagnoseConfig, __doc__).parse(PRESETS, arguments)
     if len(config.data) != len(config.num_problems):
         raise InputError("--num_problems needs one number for each source of --data")
-    if config.resume and config.output_dir is None:
-        raise InputError("--resume needs --output_dir, the run to go on with")
     return config
 
 
@@ -338,8 +335,8 @@ def draw_problems(config: DiagnoseConfig) -> list[Problem]:
         problems = load_problems(source, False, config.columns)
         if not 1 <= count <= len(problems):
             raise InputError(f"--num_problems {count}: {source} has {len(problems)} problems")
-        key = np.random.SeedSequence((config.seed, PICK_STREAM, place))
-        drawn += [problems[i] for i in np.random.default_rng(key).choice(len(problems), count, replace=False)]
+        draw = np.random.default_rng((config.seed, PICK_STREAM, place))
+        drawn += [problems[i] for i in draw.choice(len(problems), count, replace=False)]
     return drawn
 
 
@@ -356,8 +353,8 @@ def prepare(config: DiagnoseConfig, device: torch.device, folder: Path, record: 
     else:
         engine = GenerateEngine(model, tokenizer, config.batch_size)
     run = Diagnosis(model, tokenizer, engine, grader, problems, config, folder, prompts)
-    if config.context > context_length(model):
-        raise InputError(f"--context {config.context}: the model's is {context_length(model)}")
+    if config.context > context_length(model.config):
+        raise InputError(f"--context {config.context}: the model's is {context_length(model.config)}")
     sources = np.repeat(config.data, config.num_problems)
     for i, problem in enumerate(problems):
         tokens = max(len(run.student_prompt(i)), len(run.teacher_prompt(i)))
@@ -392,7 +389,6 @@ def diagnose(run: Diagnosis) -> None:
 
 
 def main() -> None:
-    disable_progress_bar()  # of loading weights
     config = parse_config()
     device = start_ranks(config.device)
     folder = records.new_folder(config.output_dir, f"diagnose-{config.preset or Path(config.model).name}")

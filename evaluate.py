@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -21,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from errors import InputError
 from grading import answers_match, extract_boxed, make_grader
@@ -32,7 +30,7 @@ from runtime.checkpoint import load_adapter
 from runtime.engines import Engine, GenerateEngine, connect
 from runtime.flags import FlagParser, option, run_script
 from runtime.lengths import check_room
-from runtime.loading import ADAPTER_CONFIG, load_config, load_model, load_tokenizer
+from runtime.loading import ADAPTER_CONFIG, context_length, load_config, load_model, load_tokenizer
 from runtime.ranks import progress, rank, say, start_ranks, stop_ranks, world_size
 from teacher import PAPER_PROMPTS, Prompts, check_prompts, encode_prompt, load_prompts
 
@@ -252,14 +250,13 @@ class EvaluationConfig:
     served_model: str | None = option(None, "the server's name for --model, where it is another", "sampling")
     batch_size: int = option(256, "sequences sampled at once, or requests in flight", "sampling", least=1)
     grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
-    grade_only: bool = option(False, "grade the samples in --output_dir, sample none")
     output_dir: str = option("runs/evaluation", "samples.jsonl and summary.json; the same command goes on there")
     device: str = option("auto", "auto, cpu, cuda, ...")
     dtype: str = option("auto", "auto (bfloat16 on a GPU, else float32) or its name")
 
 
 # What may differ when an evaluation is taken up again: how many samples are asked for, how they are computed, graded.
-FREE_ON_RESUME = {"num_samples", "seeds", "served_model", "batch_size", "grader", "grade_only", "output_dir", "device"}
+FREE_ON_RESUME = {"num_samples", "seeds", "served_model", "batch_size", "grader", "output_dir", "device"}
 
 
 def check_config(config: EvaluationConfig) -> None:
@@ -282,7 +279,6 @@ def on_device(config: EvaluationConfig, device: torch.device) -> EvaluationConfi
 
 
 def main() -> None:
-    disable_progress_bar()
     config = FlagParser(EvaluationConfig, __doc__).parse()
     config = on_device(config, start_ranks(config.device))
     check_config(config)
@@ -292,24 +288,19 @@ def main() -> None:
     grader = make_grader(config.grader, [problem.answer for problem in problems])
     if grader.note:
         say(grader.note)
-    if config.grade_only and not (folder / "samples.jsonl").is_file():
-        raise InputError(f"--grade_only: no {folder / 'samples.jsonl'}")
     jobs = [(s, i, n) for s in config.seeds for i in range(len(problems)) for n in range(config.num_samples)]
 
     with closing(grader), records.open_run(folder, "evaluate", resume=True) as record:
         key = ("seed", "problem", "sample")
         file = records.RowFile(folder / "samples.jsonl", key, ("text", "tokens", "finish_reason"))
         missing = [job for job in jobs if job not in file.rows]
-        if config.grade_only:
-            check_complete(folder, record, problems, missing, len(jobs))
-        else:
-            tokenizer = load_tokenizer(config.model)
-            prompts = load_prompts(config.prompts, config.chat_template_kwargs, records.first_day(record))
-            for note in check_prompts(tokenizer, prompts, ("evaluation",)):
-                say(note)
-            config = begin(config, problems, tokenizer, prompts, folder, record)
-            if missing:
-                sample_missing(config, problems, tokenizer, prompts, missing, file)
+        tokenizer = load_tokenizer(config.model)
+        prompts = load_prompts(config.prompts, config.chat_template_kwargs, records.first_day(record))
+        for note in check_prompts(tokenizer, prompts, ("evaluation",)):
+            say(note)
+        config = begin(config, problems, tokenizer, prompts, folder, record)
+        if missing:
+            sample_missing(config, problems, tokenizer, prompts, missing, file)
         if rank() == 0:
             report(config, problems, [Sample(**file.rows[job]) for job in jobs], folder, grader)
     stop_ranks()
@@ -324,8 +315,7 @@ def begin(
     Returns the options with one limit for all problems, min(--max_new_tokens, context - longest prompt).
     """
     encoded = encode(tokenizer, problems, config.enable_thinking, prompts)
-    lengths, settings = [len(ids) for ids in encoded], load_config(config.model).get_text_config()
-    context = getattr(settings, "max_position_embeddings", None) or sys.maxsize
+    lengths, context = [len(ids) for ids in encoded], context_length(load_config(config.model).get_text_config())
     check_room(f"--benchmark {config.benchmark}", problems, lengths, 1, context)
     if (room := context - max(lengths)) < config.max_new_tokens:
         say(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {room}")
@@ -337,15 +327,6 @@ def begin(
     records.record_run(folder, "evaluate", record, asdict(config), FREE_ON_RESUME, inputs,
                        {"hardware": config.device, "date": prompts.chat.date})  # fmt: skip
     return config
-
-
-def check_complete(folder: Path, record: dict | None, problems: list[Problem], missing: list[Job], total: int) -> None:
-    """Raise InputError where --grade_only would grade other problems, or lacks samples."""
-    if changed := records.difference(record and record["inputs"].get("benchmark"), benchmark_digest(problems)):
-        raise InputError(f"--grade_only: {folder} holds samples of another --benchmark ({changed})")
-    if missing:
-        few = f"lacks {len(missing)} of {total} samples; sample them without --grade_only, or ask for fewer"
-        raise InputError(f"--grade_only: {folder} {few}")
 
 
 def report(config: EvaluationConfig, problems: list[Problem], samples: list[Sample], folder: Path, grader) -> None:
@@ -368,13 +349,8 @@ def report(config: EvaluationConfig, problems: list[Problem], samples: list[Samp
         spread = value["std_over_seeds"]
         over_seeds = "" if spread is None else f"   +- {scale * spread:.{digits}f} over seeds"
         print(f"{name:13s} {scale * value['mean']:8.{digits}f}   95 % [{low}, {high}]{over_seeds}")
-    for count, happened in (
-        (grader.asked, f"needed {grader.name}"),
-        (grader.stopped, "were stopped at a limit and count as not equal"),
-        (grader.refused, "were refused what a library wanted to do and count as not equal"),
-    ):
-        if count:
-            print(f"{count} comparisons {happened}")
+    not_equal = f"{grader.stopped} stopped at a limit and {grader.refused} refused count as not equal"
+    print(f"{grader.asked} comparisons needed {grader.name}; {not_equal}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ Axes: B sequences, T response tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -177,47 +177,40 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 @contextmanager
-def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is its base, bit for bit."""
-    layers = [layer for layer in lora_layers(model).values() if layer.enabled]
-    for layer in layers:
-        layer.enabled = False
+def held(model: nn.Module, name: str, value_of: Callable[[LoRALinear], object]) -> Iterator[None]:
+    """Inside, an attribute of each adapted layer has another value; behind it, its own again."""
+    before = [(layer, getattr(layer, name)) for layer in lora_layers(model).values()]
     try:
+        for layer, _ in before:
+            setattr(layer, name, value_of(layer))
         yield
     finally:
-        for layer in layers:
-            layer.enabled = True
+        for layer, value in before:
+            setattr(layer, name, value)
 
 
-@contextmanager
-def adapter_dropout(model: nn.Module, on: bool = True) -> Iterator[None]:
+def adapter_disabled(model: nn.Module) -> AbstractContextManager:
+    """Inside, the model is its base, bit for bit."""
+    return held(model, "enabled", lambda layer: False)
+
+
+def adapter_dropout(model: nn.Module, on: bool = True) -> AbstractContextManager:
     """Inside, LoRA's own dropout draws (or not): for the student's pass and its gradient. Nothing else ever draws.
 
     The base stays in evaluation mode, also where all its weights are trained: dropout, router noise or skipped layers
     of its config would make the two contexts differ by more than their prompts.
     """
-    layers = [layer for layer in lora_layers(model).values() if layer.training is not on]
-    for layer in layers:
-        layer.train(on)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.train(not on)
+    return held(model, "training", lambda layer: on)
 
 
-@contextmanager
-def cast_adapter(model: nn.Module) -> Iterator[None]:
+def cast_adapter(model: nn.Module) -> AbstractContextManager:
     """Inside, the adapter is cast once instead of at each call: for sampling, no gradients.
 
     To the model's dtype, but on a CPU it stays in float32: products this small are fastest there.
     """
-    layers = lora_layers(model).values()
-    for layer in layers:
+
+    def cast(layer: LoRALinear) -> tuple[Tensor, Tensor]:
         dtype = torch.float32 if layer.base.weight.device.type == "cpu" else layer.base.weight.dtype
-        layer.cast = (layer.lora_A.detach().to(dtype), layer.lora_B.detach().to(dtype))
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.cast = None
+        return layer.lora_A.detach().to(dtype), layer.lora_B.detach().to(dtype)
+
+    return held(model, "cast", cast)

@@ -35,6 +35,11 @@ class Sampling:
     top_p: float
     top_k: int
     max_new_tokens: int
+    context: int | None = None  # of prompt and response together, where each row has a limit of its own
+
+    def limit(self, prompt: list[int]) -> int:
+        """New tokens of a row at most."""
+        return self.max_new_tokens if self.context is None else min(self.max_new_tokens, self.context - len(prompt))
 
     def __post_init__(self) -> None:
         T = self.temperature
@@ -73,23 +78,24 @@ def sample(
     FloatingPointError where the model's logits are not numbers.
     """
     device, pad = model.get_input_embeddings().weight.device, tokenizer.pad_token_id
-    ends = eos_ids(model.generation_config, tokenizer)
+    ends, limits = eos_ids(model.generation_config, tokenizer), [settings.limit(prompt) for prompt in prompts]
     width, was_training = max(map(len, prompts)), model.training
     ids_BP = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask_BP = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    sampler = StreamSampler(uniforms(keys, settings.max_new_tokens).to(device), width, settings, on_token)
+    sampler = StreamSampler(uniforms(keys, max(limits)).to(device), width, settings, on_token)
     model.eval()
     try:
         with cast_adapter(model):
             output_BX = model.generate(
                 input_ids=ids_BP, attention_mask=mask_BP, logits_processor=[sampler], do_sample=False, use_cache=True,
-                max_new_tokens=settings.max_new_tokens, eos_token_id=ends, pad_token_id=pad,
+                max_new_tokens=max(limits), eos_token_id=ends, pad_token_id=pad,
             )  # fmt: skip
     finally:
         model.train(was_training)
     if not bool(sampler.finite):
         raise FloatingPointError("sampling: the model's logits are not finite")
-    return [until_eos(row, ends) for row in output_BX[:, width:].tolist()]
+    rows = zip(output_BX[:, width:].tolist(), limits, strict=True)
+    return [until_eos(row[:limit], ends) for row, limit in rows]
 
 
 def until_eos(ids: list[int], ends: list[int]) -> Response:
@@ -139,9 +145,7 @@ def _most_likely(values_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def uniforms(keys: Sequence[StreamKey], count: int) -> Tensor:
     """[B, count] float32 in [0, 1): row b is drawn from its key's own counter-based generator."""
-    rows = [
-        np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random(count, np.float32) for key in keys
-    ]
+    rows = [np.random.Generator(np.random.Philox(key)).random(count, np.float32) for key in keys]
     return torch.from_numpy(np.stack(rows))
 
 

@@ -10,7 +10,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chat import Chat, encode_turn, render_turn, template_notes
 from errors import InputError
-from model import adapter_disabled, adapter_dropout, lora_layers, lora_parameters, trained_parameters
+from model import LoRALinear, adapter_disabled, adapter_dropout, held, lora_layers, lora_parameters, trained_parameters
 from problems import SURROGATE, Problem
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -220,15 +220,13 @@ class Teacher:
             for average, parameter in zip(self.average, self.trained, strict=True):
                 average.lerp_(parameter.detach().to(average.dtype), 1.0 - self.ema_decay)
 
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
+    def _averaged(self) -> AbstractContextManager:
         """Inside, the adapter works with its running average. What is trained stays in its place, so that a signal may
         leave this block anywhere."""
-        layers = list(lora_layers(self.model).values())
-        try:
-            for layer, A, B in zip(layers, self.average[::2], self.average[1::2], strict=True):
-                layer.cast = (A.to(layer.base.weight.dtype), B.to(layer.base.weight.dtype))
-            yield
-        finally:
-            for layer in layers:
-                layer.cast = None
+        pairs = zip(self.average[::2], self.average[1::2], strict=True)
+        of_layer = dict(zip(lora_layers(self.model).values(), pairs, strict=True))
+
+        def cast(layer: LoRALinear) -> tuple[Tensor, ...]:
+            return tuple(average.to(layer.base.weight.dtype) for average in of_layer[layer])
+
+        return held(self.model, "cast", cast)

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
-from transformers.utils.logging import disable_progress_bar
 
 import evaluate
 import grading
@@ -70,8 +69,9 @@ def train_step(step: int, run: Training, data: list[problems.Problem], config: T
     value = numerator / denominator
     for parameter in run.parameters:
         parameter.grad /= denominator
-    learning_rate, grad_norm = update(run, value, config.max_grad_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm)
     check_finite(step, value, grad_norm, seen.broken, share)
+    learning_rate = update(run)
     seen.lap("update")
 
     row = {"step": step, "loss": value.item(), "grad_norm": grad_norm.item(), "learning_rate": learning_rate}
@@ -100,7 +100,7 @@ def loss_fraction(
     w_M = run.method.token_weight(r_M, scores, L, step, config).detach()  # Eq. (5): w(r), or the method's own
     seen.see([row.sample["problem"] for row in rows], r_M, w_M, scores,
              metrics.sampler_gap(student_MD, head_VD, ids_M, [row.y for row in rows]))  # fmt: skip
-    return run.method.reduction(scores.loss, w_M, L)  # Eq. (6): of l_t = d_t and w_t, as a fraction
+    return run.method.reduction(scores.loss, w_M, L)  # Eq. (8), PW-OPSD: Eq. (6), as a fraction
 
 
 @dataclass(frozen=True)
@@ -119,16 +119,14 @@ def micro_batches(rollouts: list[Rollout], size: int) -> list[list[Rollout]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def update(run: Training, value: Tensor, max_grad_norm: float) -> tuple[float, Tensor]:
-    """Clip the gradient and step, unless something is not finite; the step's learning rate and gradient norm."""
+def update(run: Training) -> float:
+    """One step of the optimizer, the schedule and the teacher; the step's learning rate."""
     learning_rate = run.scheduler.get_last_lr()[0]
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, max_grad_norm)
-    if value.isfinite() and grad_norm.isfinite():
-        run.optimizer.step()
-        run.scheduler.step()
-        run.teacher.update()
+    run.optimizer.step()
+    run.scheduler.step()
+    run.teacher.update()
     run.optimizer.zero_grad()
-    return learning_rate, grad_norm
+    return learning_rate
 
 
 def check_finite(step: int, value: Tensor, grad_norm: Tensor, broken: list[int], share: Share) -> None:
@@ -171,8 +169,7 @@ def step_problems(num_problems: int, batch_size: int, seed: int, step: int) -> l
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, offset = divmod(position, num_problems)
         if epoch not in orders:
-            key = np.random.SeedSequence((seed, SHUFFLE_STREAM, epoch))
-            orders[epoch] = np.random.default_rng(key).permutation(num_problems)
+            orders[epoch] = np.random.default_rng((seed, SHUFFLE_STREAM, epoch)).permutation(num_problems)
         picked.append(int(orders[epoch][offset]))
     return picked
 
@@ -286,8 +283,6 @@ def check_config(config: TrainConfig) -> None:
             f"--dtype {config.dtype} with --lora_rank 0: updates of --learning_rate's size vanish in its few digits; "
             "what helps: --dtype float32, or LoRA (--lora_rank 64), whose adapter is float32 beside any --dtype"
         )
-    if config.resume and config.output_dir is None:
-        raise InputError("--resume needs --output_dir, the run to go on with")
 
 
 def on_device(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -333,7 +328,7 @@ def choose_prompts(
     """
     prompts = teacher.load_prompts(config.prompts, config.chat_template_kwargs, date)
     thinking = {"student_thinking": config.student_thinking, "teacher_thinking": config.teacher_thinking}
-    draw = np.random.default_rng(np.random.SeedSequence((config.seed, REFERENCE_STREAM)))
+    draw = np.random.default_rng((config.seed, REFERENCE_STREAM))
     return teacher.choose_reference(config.reference, data, replace(prompts, **thinking), draw)
 
 
@@ -413,7 +408,6 @@ def score_held_out(
 
 def main() -> int:
     """Returns the exit status: 0, or 128 + the signal that has stopped the run."""
-    disable_progress_bar()
     config = parse_config()
     device = ranks.start_ranks(config.device)
     if config.batch_size < ranks.world_size():

@@ -100,15 +100,11 @@ class Candidates:
     problem: np.ndarray  # [C], 0..P-1
     position: np.ndarray  # [C], tokens of the spine before the candidate
     length: np.ndarray  # [C], L of the spine
+    r: np.ndarray  # [C], (position + 0.5) / length
     score: dict[str, np.ndarray]  # each [C], higher is more suspect
     viability: dict[str, np.ndarray]  # arm -> [C, K]
     label: dict[str, np.ndarray]  # arm -> [C]
     counts: np.ndarray  # [R, P], how often a resample holds each problem
-
-    @property
-    def r(self) -> np.ndarray:
-        """r~ = (position + 0.5) / L, [C]."""
-        return (self.position + 0.5) / self.length
 
 
 POSITION = "1 - r"
@@ -125,15 +121,16 @@ def to_columns(rows: list[dict], rule: LabelRule) -> Candidates:
 
     _, problem_C = np.unique(column("problem"), return_inverse=True)
     position_C, length_C = column("position"), column("length")
+    r_C = (position_C + 0.5) / length_C
     score = {
         "H(p)": column("entropy"), "MI": column("mutual_information"),
         "log kappa": -column("log_kappa"),  # a low precision is suspect
-        "h_trunc": column("h_trunc"), POSITION: 1.0 - (position_C + 0.5) / length_C,
+        "h_trunc": column("h_trunc"), POSITION: 1.0 - r_C,
     }  # fmt: skip
     viability = {arm: np.array([row["viability"][arm] for row in rows]) for arm in ARMS}
     label = {arm: np.array([LABELS.index(row["label"][arm]) for row in rows]) for arm in ARMS}
     counts = resamples(problem_C.max() + 1, rule.bootstraps, rule.bootstrap_seed)
-    return Candidates(problem_C, position_C, length_C, score, viability, label, counts)
+    return Candidates(problem_C, position_C, length_C, r_C, score, viability, label, counts)
 
 
 def centre(score_C: np.ndarray, problem_C: np.ndarray) -> np.ndarray:

@@ -44,7 +44,9 @@ class GenerateEngine(Engine):
         while len(responses) < len(prompts):
             start, end = len(responses), min(len(responses) + self.batch_size, len(prompts))
             try:
-                with progress(total=settings.max_new_tokens, desc="tokens of a batch", leave=False) as bar:
+                with progress(
+                    total=max(map(settings.limit, prompts[start:end])), desc="tokens of a batch", leave=False
+                ) as bar:
                     rows = (prompts[start:end], keys[start:end])
                     batch = sample(self.model, self.tokenizer, *rows, settings, on_token=bar.update)
             except torch.OutOfMemoryError:

@@ -24,10 +24,10 @@ def check_limits(name: str, value: object, least=None, positive=False, within=No
         raise InputError(f"--{name} {value}: must lie in [{within[0]:g}, {within[1]:g}]")
 
 
-def option(default: object, text: str, group: str = "run", parse: Callable | None = None, **limits: object) -> object:
-    """A field of a script's dataclass: its default, its line and group in --help, how its text is read, its limits."""
+def option(default: object, text: str, group: str = "run", **limits: object) -> object:
+    """A field of a script's dataclass: its default, its line and group in --help, its limits."""
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**factory, metadata={"help": text, "group": group, "parse": parse, "limits": limits})
+    return field(**factory, metadata={"help": text, "group": group, "limits": limits})
 
 
 class FlagParser(HfArgumentParser):
@@ -40,18 +40,13 @@ class FlagParser(HfArgumentParser):
             allow_abbrev=False,
         )  # fmt: skip
 
-    def add_argument(
-        self, *names: str, group: str | None = None, parse: Callable | None = None, limits=None, **settings
-    ):
-        """The field's metadata arrive here, its group and its parser among them; fields of loss.py name no group."""
-        if parse is not None:
-            settings["type"] = parse
+    def add_argument(self, *names: str, group: str = "loss", limits=None, **settings):
+        """The field's metadata arrive here, its group among them; fields of loss.py name none."""
         if names[0] == "-h":
             return super().add_argument(*names, **settings)
-        name = group or "loss"
-        if name not in self._group_of_name:
-            self._group_of_name[name] = self.add_argument_group(name)
-        return self._group_of_name[name].add_argument(*names, **settings)
+        if group not in self._group_of_name:
+            self._group_of_name[group] = self.add_argument_group(group)
+        return self._group_of_name[group].add_argument(*names, **settings)
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (--help lists the flags)")
@@ -65,6 +60,8 @@ class FlagParser(HfArgumentParser):
                 raise InputError(f"--preset {preset}: choose one of {', '.join(presets)}")
             self.set_defaults(**presets[preset], preset=preset)
         config = self.parse_args_into_dataclasses(arguments)[0]
+        if getattr(config, "resume", False) and config.output_dir is None:
+            raise InputError("--resume needs --output_dir, the run to go on with")
         for f in fields(config):
             values = getattr(config, f.name)
             for value in values if isinstance(values, list) else [values]:

@@ -38,7 +38,7 @@ def fitting_problems(
     Raises InputError where no problem fits, or one of `held_out` does not.
     """
     contexts = [partial(prompt, run.tokenizer, prompts=run.prompts) for prompt in (student_prompt, teacher_prompt)]
-    context = min(map(context_length, (run.model, run.teacher.scorer)))
+    context = min(map(context_length, (run.model.config, run.teacher.scorer.config)))
     limit = min(config.max_length, context)
     counts = list(zip(*(count_tokens(encode, data) for encode in contexts), strict=True))
     kept = [index for index, tokens in enumerate(counts) if max(tokens) + config.max_new_tokens <= limit]

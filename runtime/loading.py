@@ -1,4 +1,4 @@
-"""Checkpoints: where they are, and whether they are what the losses rely on."""
+"""Loading a model: where its checkpoint is, and whether it is what the losses rely on."""
 
 from __future__ import annotations
 
@@ -226,6 +226,6 @@ def match_heads(model: PreTrainedModel, other: PreTrainedModel) -> None:
         head.weight = nn.Parameter(head.weight[:rows], requires_grad=False)
 
 
-def context_length(model: PreTrainedModel) -> int:
-    """Tokens that fit into the model's context."""
-    return int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
+def context_length(config: PreTrainedConfig) -> int:
+    """Tokens that fit into a model's context."""
+    return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)

@@ -10,7 +10,8 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from loss import CHUNK_BYTES, TokenScores, head_logits, log_probabilities
+from loss import CHUNK_BYTES, TokenScores, log_probabilities
+from model import head_logits
 from rollout import Response
 from runtime.ranks import gather_objects
 

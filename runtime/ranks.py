@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from errors import InputError
 from runtime.loading import pick_device
@@ -18,6 +19,7 @@ from runtime.loading import pick_device
 
 def start_ranks(device_name: str) -> torch.device:
     """This rank's device, current before anything touches another GPU; joins the group that torchrun has started."""
+    disable_progress_bar()  # of loading weights
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if distributed:
         device_name = rank_device(device_name, os.environ["LOCAL_RANK"], torch.cuda.is_available())

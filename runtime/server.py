@@ -108,9 +108,9 @@ class ServerEngine:
         The first row that fails for good, or comes back as what was not asked for, ends the call with InputError. Then,
         and on Ctrl-C, requests in flight are cancelled, here and on the server.
         """
-        longest = max(map(len, prompts), default=0)
-        if self.context is not None and longest + settings.max_new_tokens > self.context:
-            what = f"a prompt of {longest} and --max_new_tokens {settings.max_new_tokens} (vLLM: --max-model-len)"
+        longest = max(prompts, key=lambda prompt: len(prompt) + settings.limit(prompt), default=[])
+        if self.context is not None and len(longest) + settings.limit(longest) > self.context:
+            what = f"a prompt of {len(longest)} and {settings.limit(longest)} new tokens, --max_new_tokens, (vLLM: --max-model-len)"
             raise InputError(f"--server {self.server}: its context of {self.context} tokens does not hold {what}")
         responses: list[Response | None] = [None] * len(prompts)
         rows = iter(range(len(prompts)))
@@ -173,7 +173,8 @@ class ServerEngine:
         self.returns_ids, self.raw_logprobs = first.text is None, first.logprobs != [0.0]
 
     async def _complete(self, client, prompt: list[int], seed: int, settings: Sampling) -> Response:
-        fields = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_new_tokens}
+        limit = settings.limit(prompt)
+        fields = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": limit}
         if self.takes_ids:
             sent = prompt
             fields |= {"top_k": settings.top_k or -1, "stop_token_ids": self.eos_ids, **VLLM_FIELDS}
@@ -181,7 +182,7 @@ class ServerEngine:
             sent = prompt_text(self.tokenizer, prompt)
             whole = {
                 "do_sample": settings.temperature > 0, "top_k": settings.top_k, "eos_token_id": self.eos_ids,
-                "pad_token_id": self.eos_ids[0], "max_new_tokens": settings.max_new_tokens, **TRANSFORMERS_OFF,
+                "pad_token_id": self.eos_ids[0], "max_new_tokens": limit, **TRANSFORMERS_OFF,
             }  # fmt: skip
             fields["generation_config"] = json.dumps(whole)
         reply = "something else than JSON"
@@ -189,7 +190,7 @@ class ServerEngine:
             reply = await client.completions.create(model=self.model, prompt=sent, seed=seed, extra_body=fields)
             if self.model != self.base_model and reply.model != self.model:
                 raise AnswerError(f"answers as {reply.model}, not by the adapter {self.model}")
-            return self._read(reply, len(prompt), settings.max_new_tokens)
+            return self._read(reply, len(prompt), limit)
         except (AttributeError, TypeError, ValueError):
             raise AnswerError(f"not a completion: {one_line(reply)}") from None
 

@@ -337,8 +337,7 @@ def test_continuations_have_streams_of_their_own_and_end_at_the_context(small_ru
 
     def answer(prompts, stream_keys, settings):
         keys.extend(stream_keys)
-        assert settings.max_new_tokens == run.config.context - min(map(len, prompts))
-        return [[seven] * settings.max_new_tokens for _ in prompts]
+        return [[seven] * settings.limit(prompt) for prompt in prompts]
 
     rows = diagnose.continuations(replace(run, engine=FixedEngine(answer)), A, C)
     assert len(set(keys)) == len(keys) == len(rows)

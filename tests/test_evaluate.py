@@ -200,23 +200,17 @@ def test_more_seeds_and_samples_are_added_to_what_is_there(run):
     assert run("growing", "--seeds", 1)[0] == first  # and the old question keeps its answer
 
 
-def test_grade_only_needs_no_model_and_misses_nothing(run, monkeypatch):
+def test_the_same_command_grades_again_without_loading_a_model(run, monkeypatch):
     summary, lines = run("graded")
     (run.folder / "graded" / "summary.json").unlink()
     monkeypatch.setattr(evaluate, "load_model", None)
-    monkeypatch.setattr(evaluate, "load_tokenizer", None)
-    assert run("graded", "--grade_only")[0] == summary
-    with pytest.raises(InputError, match="lacks 8 of 24 samples"):
-        run("graded", "--grade_only", "--num_samples", 3)
-    with pytest.raises(InputError, match=r"no .*none/samples.jsonl"):
-        run("none", "--grade_only")
-    assert run("graded", "--grade_only")[1] == lines
+    assert run("graded") == (summary, lines)
     run.benchmark.write_text(run.benchmark.read_text().splitlines(True)[0])
-    with pytest.raises(InputError, match="samples of another --benchmark"):
-        run("graded", "--grade_only")
+    with pytest.raises(InputError, match="what --benchmark .* names has changed"):
+        run("graded")
     (run.folder / "graded" / "samples.jsonl").write_bytes(lines[0] + b'{"note": 1, ' + lines[1][1:])
     with pytest.raises(InputError, match=r"samples\.jsonl, line 2: not a row of this program's .unknown note"):
-        run("graded", "--grade_only")
+        run("graded")
 
 
 def test_limit_takes_the_first_problems_and_columns_are_passed_on(run):

@@ -34,7 +34,7 @@ FREE = {
         "student_thinking", "teacher_thinking", "switch_step", "server", "served_model", "columns",
     },
     EvaluationConfig: {
-        "benchmark", "model", "enable_thinking", "prompts", "grader", "grade_only", "output_dir", "dtype", "server",
+        "benchmark", "model", "enable_thinking", "prompts", "grader", "output_dir", "dtype", "server",
         "served_model", "columns",
     },
 }  # fmt: skip

@@ -537,12 +537,15 @@ def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
 
 def test_what_the_server_cannot_hold_or_would_change_is_not_sampled(fake):
     fake.entry = {"id": "m", "max_model_len": 64}
-    with one_line("its context of 64 tokens does not hold a prompt of 1 and --max_new_tokens 64"):
+    with one_line("its context of 64 tokens does not hold a prompt of 1 and 64 new tokens"):
         ask(fake.url)
     fake.entry["max_model_len"] = 65
     for temperature in (0.0, 0.01):
         ask(fake.url, 1, settings=Sampling(temperature, 1.0, 0, 64))
     assert len(fake.seen) == 5  # three first questions, two rows
+    engine = ServerEngine(fake.url, "m", Tokens(), [1], 9, 1)  # a context for all leaves each row its own limit
+    engine.sample([[2], [2, 2, 2]], keys(2), Sampling(1.0, 1.0, 0, 65, context=65))
+    assert [body["max_tokens"] for _, body, _ in fake.seen[-2:]] == [64, 62]
 
 
 @pytest.mark.parametrize(("told", "raw"), [(-0.5, True), (0.0, False), (None, True)])

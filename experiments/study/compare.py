@@ -29,7 +29,7 @@ def load_summary(source: str) -> dict:
         if not {"metrics", "per_problem", "regime"} <= set(summary):
             raise ValueError("not a summary of evaluate.py")
     except OSError:
-        raise InputError(f"{path}: no summary (evaluate.py writes it; --grade_only does for old samples)") from None
+        raise InputError(f"{path}: no summary (evaluate.py writes it)") from None
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: {error}") from None
     return summary
