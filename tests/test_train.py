@@ -3,7 +3,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +23,6 @@ from rollout import Response, Sampling
 from runtime.checkpoint import damage
 from runtime.engines import GenerateEngine
 from runtime.ranks import rank, start_ranks, stop_ranks, sum_over_ranks
-from runtime.records import new_folder, open_run
 from teacher import EVALUATION_PROMPT
 from train import PRESETS, Rollout, TrainConfig, build, micro_batches, parse_config, step_problems
 
@@ -37,11 +35,6 @@ PROBLEMS = [
     for a in range(1, 6)
     for b in range(1, 4)
 ]
-
-
-@pytest.fixture(scope="module")
-def qwen3(tmp_path_factory):
-    return families.make_checkpoint("qwen3", tmp_path_factory.mktemp("models") / "qwen3")
 
 
 @pytest.fixture
@@ -136,37 +129,11 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
     assert plain.preset is None and plain.max_new_tokens == 1024
 
 
-@pytest.mark.parametrize(
-    "arguments, word",
-    [
-        (["--preset", "qwen"], "qwen3-4b"),
-        (["--method", "dpo"], "reopold"),
-        (["--schedule", "steep"], "aggressive"),
-        (["--w_min", "2"], "w_min"),
-        (["--num_steps", "0"], "num_steps"),
-        (["--micro_batch_size", "0"], "micro_batch_size"),
-        (["--clip", "0.05"], "--clip"),
-        (["--rollout_temperature", "1"], "--rollout_temperature"),
-        (["--num_steps", "many"], "num_steps"),
-        (["--learning_rate", "nan"], "learning_rate"),
-        (["--no_such_flag", "1"], "no_such_flag"),
-        (["--resume"], "output_dir"),
-    ],
-)
-def test_wrong_flags_are_named_in_one_line(arguments, word):
-    with pytest.raises(InputError, match=word) as caught:
-        parse_config(arguments)
-    assert "\n" not in str(caught.value)
-
-
-def test_the_script_prints_one_line_and_exits_with_1(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "train.py", "--data", str(tmp_path / "missing.jsonl"), "--output_dir", str(tmp_path / "run")],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-1] == f"error: {tmp_path}/missing.jsonl: no such data file"
-    assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+def test_the_script_ends_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", f"train.py --data {tmp_path}/no.jsonl --output_dir {tmp_path}/run".split())
+    with pytest.raises(SystemExit) as ended:
+        train.cli()
+    assert ended.value.code == f"error: {tmp_path}/no.jsonl: no such data file" and not (tmp_path / "run").exists()
 
 
 def test_columns_are_for_the_data_and_the_held_out_problems(tmp_path, monkeypatch):
@@ -477,15 +444,6 @@ def test_the_grader_that_auto_has_found_is_kept(qwen3, data, tmp_path, run_main,
             run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1, "--resume"))
 
 
-def test_resume_with_another_option_is_refused(qwen3, data, tmp_path, run_main):
-    run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
-    with pytest.raises(InputError, match="holds another run"):
-        run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
-    with pytest.raises(InputError, match=r"--tau_clip 0\.05, not 0\.2"):
-        run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1, "--tau_clip", 0.2, "--resume"))
-    assert len(metrics(tmp_path / "run")) == 1
-
-
 def test_a_resumed_run_wants_the_files_it_began_with(qwen3, data, tmp_path, run_main):
     """By content, though each keeps its name: data, base weights, template, held-out problems, prompts."""
     model, held_out, prompts = tmp_path / "model", tmp_path / "held_out.jsonl", tmp_path / "prompts.json"
@@ -617,8 +575,7 @@ def test_all_weights_in_half_precision_are_refused(dtype):
         parse_config(["--dtype", dtype, "--lora_rank", "0"])
 
 
-@pytest.mark.parametrize("reference", ["other", "none", "answer"])
-def test_another_reference_changes_the_teachers_context_alone(qwen3, data, tmp_path, run_main, monkeypatch, reference):
+def test_another_reference_changes_the_teachers_context_alone(qwen3, data, tmp_path, run_main, monkeypatch):
     """The engine gets the very prompts of the paper's run, whatever the teacher is shown."""
     original, sampled = GenerateEngine.sample, []
 
@@ -627,17 +584,11 @@ def test_another_reference_changes_the_teachers_context_alone(qwen3, data, tmp_p
         return original(self, prompts, *args)
 
     monkeypatch.setattr(GenerateEngine, "sample", spy)
-    losses = {}
-    for kind in ("own", reference):
+    losses = set()
+    for kind in ("own", "other", "none", "answer"):
         run_main(flags(qwen3, data, tmp_path / kind, "--num_steps", 1, "--reference", kind))
-        losses[kind] = metrics(tmp_path / kind)[0]["loss"]
-    assert sampled[0] == sampled[1] and losses["own"] != losses[reference]
-
-
-def test_equal_prompts_and_a_fresh_adapter_give_loss_zero(qwen3, data, tmp_path, run_main, monkeypatch):
-    monkeypatch.setattr(train.teacher, "teacher_prompt", train.teacher.student_prompt)
-    run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
-    assert metrics(tmp_path / "run")[0]["loss"] == 0.0
+        losses.add(metrics(tmp_path / kind)[0]["loss"])
+    assert sampled == 4 * sampled[:1] and len(losses) == 4
 
 
 def test_a_loss_that_is_not_a_number_stops_with_step_and_problems(qwen3, data, tmp_path, run_main, monkeypatch):
@@ -718,11 +669,13 @@ def test_the_rehearsal_changes_nothing_and_names_what_helps(qwen3, data, tmp_pat
 
 
 def test_reopold_resumes_with_its_own_micro_batch_only(qwen3, data, tmp_path, run_main):
-    """Its quantile is over a micro-batch, so the size is part of the method."""
-    reopold = ("--method", "reopold", "--num_steps", 1)
-    run_main(flags(qwen3, data, tmp_path / "run", *reopold))
-    with pytest.raises(InputError, match="--micro_batch_size 3, not 2"):
-        run_main(flags(qwen3, data, tmp_path / "run", *reopold, "--micro_batch_size", 2, "--resume"))
+    """Its quantile is over a micro-batch, so the size is part of the method, as other options are of any."""
+    reopold = flags(qwen3, data, tmp_path / "run", "--method", "reopold", "--num_steps", 1)
+    run_main(reopold)
+    for changed, told in ((["--micro_batch_size", "2"], "--micro_batch_size 3, not 2"),
+                          (["--tau_clip", "0.2"], r"--tau_clip 0\.05, not 0\.2")):  # fmt: skip
+        with pytest.raises(InputError, match=told):
+            run_main([*reopold, *changed, "--resume"])
 
 
 def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, tmp_path, run_main, monkeypatch):
@@ -780,37 +733,6 @@ def test_held_out_accuracy_on_the_way_is_kept_once(tmp_path, run_main):
     assert "all 3 steps are done" in run_main(arguments(broken, "--resume"))
     assert json.loads((broken / "evaluation.json").read_text()) == evaluation
     assert (broken / "heldout.jsonl").read_text() == (whole / "heldout.jsonl").read_text()
-
-
-def test_a_folder_in_use_or_of_another_program_is_refused(qwen3, data, tmp_path, run_main):
-    with (
-        open_run(tmp_path / "busy", "train", resume=False),
-        pytest.raises(InputError, match="another process is running in it"),
-    ):
-        run_main(flags(qwen3, data, tmp_path / "busy"))
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign/thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"--output_dir .*foreign: is not empty and holds no run of ours"):
-        run_main(flags(qwen3, data, tmp_path / "foreign"))
-    assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.txt"]
-
-
-def test_the_default_folder_is_one_that_no_run_has_taken(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert new_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42")
-    assert new_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42-2")  # the first is taken by the call
-    Path("runs/tiny-pwopsd-seed42-3").mkdir()
-    assert new_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42-4")
-    assert new_folder("mine", "tiny-pwopsd-seed42") == Path("mine")
-
-
-def test_problems_of_the_embedded_world_are_split_cleanly():
-    train_sums, heldout_sums = (
-        {tuple(sorted(problem.problem.split("+"))) for problem in tiny_problems(split, 400)}
-        for split in ("train", "heldout")
-    )
-    assert not train_sums & heldout_sums
-    assert all(sum(map(int, p.problem.split("+"))) == int(p.answer) for p in tiny_problems("train", 50))
 
 
 def test_a_template_with_the_date_renders_the_runs_first_day(qwen3, data, tmp_path, run_main):
