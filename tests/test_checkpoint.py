@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -19,10 +20,10 @@ import transformers
 from forked import run_ranks, script
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_model import PROMPTS, RESPONSES, randomise
+from test_model import PROMPTS
 
 from errors import InputError
-from model import add_lora, lora_parameters, response_hidden
+from model import add_lora, lora_parameters
 from runtime import checkpoint as checkpoints
 from runtime.loading import load_model
 from runtime.records import sha256
@@ -62,14 +63,19 @@ class Trained:
         return [*lora_parameters(self.model), *self.teacher.average, *moments]
 
 
-@pytest.fixture
-def run(qwen3, tmp_path):
-    """A run folder with whole checkpoints after steps 1 and 2."""
-    trained = Trained(qwen3)
+@pytest.fixture(scope="module")
+def saved(qwen3, tmp_path_factory):
+    trained, run = Trained(qwen3), tmp_path_factory.mktemp("saved")
     for step in (1, 2):
         trained.step(step)
-        trained.save(tmp_path / "run", step)
-    return tmp_path / "run"
+        trained.save(run, step)
+    return run
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    """A run folder with whole checkpoints after steps 1 and 2."""
+    return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
 def test_loading_gives_back_every_bit_and_the_next_step_is_the_same(qwen3, tmp_path):
@@ -146,19 +152,17 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(qwen3, run
     assert checkpoints.newest_checkpoint(run) == (run / "checkpoint-2", [])
 
 
-def test_a_really_full_disk(qwen3, run):
+def save_with_small_files(base: str, run: str) -> None:
+    trained = Trained(base)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
+    with pytest.raises(InputError, match="cannot be written"):
+        trained.save(Path(run), 3)
+
+
+def test_a_really_full_disk(qwen3, run, tmp_path):
     """The kernel's own limit on a file's size, in a process of its own, stands in for a disk without room."""
-    code = (
-        "import resource, signal, sys, test_checkpoint as t; from pathlib import Path\n"
-        "trained = t.Trained(sys.argv[1])\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))\n"
-        "trained.save(Path(sys.argv[2]), 3)"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    command = [sys.executable, "-c", code, str(qwen3), str(run)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1 and "cannot be written" in done.stderr
+    run_ranks(tmp_path, save_with_small_files, str(qwen3), str(run), ranks=1)
     assert checkpoints.newest_checkpoint(run) == (run / "checkpoint-2", [])
     assert not (run / ".partial-3").exists()
 
@@ -247,25 +251,6 @@ def test_a_checkpoint_of_all_weights_that_lacks_one_is_not_filled_up(base, tmp_p
 @pytest.fixture
 def model(checkpoint):
     return load_model(checkpoint, device="cpu").eval()
-
-
-def test_adapter_round_trip(model, checkpoint, tmp_path):
-    add_lora(model, rank=4, alpha=8.0)
-    randomise(model)
-    checkpoints.save_adapter(model, tmp_path, str(checkpoint))
-    again = load_model(checkpoint, device="cpu").eval()
-    checkpoints.load_adapter(again, tmp_path)
-    assert torch.equal(response_hidden(again, PROMPTS, RESPONSES), response_hidden(model, PROMPTS, RESPONSES))
-
-
-def test_adapter_loads_in_peft_with_identical_logits(model, checkpoint, tmp_path):
-    peft = pytest.importorskip("peft")
-    add_lora(model, rank=4, alpha=8.0)
-    randomise(model)
-    checkpoints.save_adapter(model, tmp_path, str(checkpoint))
-    theirs = peft.PeftModel.from_pretrained(load_model(checkpoint, device="cpu"), tmp_path).eval()
-    ids = torch.tensor([PROMPTS[2]])
-    assert torch.equal(theirs(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize(("rank", "alpha", "told"), [(2, 8.0, "has r 4"), (4, 16.0, "lora_alpha 8.0, not 4 and 16.0")])
@@ -473,6 +458,7 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_process_writes_a_checkpoint_and_exits_with_143(tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train.py"), *arguments(run, num_steps=500, save_steps=500)]

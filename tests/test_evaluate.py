@@ -291,13 +291,6 @@ def test_a_response_stays_within_the_context(run, capsys):
     assert not (run.folder / "longer").exists()
 
 
-@pytest.mark.parametrize("given", ["--seeds 0 0", "--seeds", "--top_p 0", "--adapter nowhere", "--bogus 1"])
-def test_what_cannot_work_is_named_and_writes_nothing(run, given):
-    with pytest.raises(InputError, match=given.split()[0]):
-        run("nothing", *given.split())
-    assert not (run.folder / "nothing").exists()
-
-
 class Calculator:
     """An engine that answers every sum rightly and in the opposite order; it may stop after some rows."""
 

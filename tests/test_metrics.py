@@ -12,7 +12,6 @@ from runtime.metrics import (
     gap_warning,
     repeats,
     rollout_metrics,
-    step_line,
 )
 
 HEALTHY = {"accuracy": 0.6, "eos_rate": 1.0, "mean_length": 30.0, "repetition": 0.1}
@@ -132,12 +131,6 @@ def test_one_token_that_is_no_number_marks_its_rows(token):
     values[token] = float("nan")
     seen.see([7, 2], torch.full((4,), 0.5), torch.ones(4), token_scores(loss=values), None)
     assert seen.broken == [7, 2]
-
-
-def test_the_step_line_has_80_columns():
-    row = {"step": 149, "loss": -0.0123, "grad_norm": 12.345, "accuracy": 0.5, "mean_length": 1024.0, "eos_rate": 1.0,
-           "seconds_sampling": 812.0, "seconds_student": 99.0}  # fmt: skip
-    assert len(step_line(row, 150)) <= 80 and "911.0 s" in step_line(row, 150)
 
 
 def token_scores(**values):

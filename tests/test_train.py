@@ -177,20 +177,15 @@ def uneven_rollouts(monkeypatch):
 
 @pytest.mark.parametrize("method", ["opsd", "pwopsd", "eopd", "reopold"])
 def test_micro_batches_do_not_change_the_step(qwen3, data, tmp_path, run_main, uneven_rollouts, method):
-    """Accumulation is exact: rows of different lengths, one by one, 3 + 1 or all at once, give the same parameters."""
-    for size in (1, 3, 4):
-        run_main(
-            flags(
-                qwen3, data, tmp_path / f"run{size}", "--method", method, "--micro_batch_size", size, "--num_steps", 1
-            )
-        )
+    """Accumulation is exact: rows of different lengths, 3 + 1 or all at once, give the same parameters."""
+    for size in (3, 4):
+        more = ("--method", method, "--micro_batch_size", size, "--num_steps", 1)
+        run_main(flags(qwen3, data, tmp_path / f"run{size}", *more))
         assert lengths(tmp_path / f"run{size}") == [3, 4, 5, 6]
-    whole = metrics(tmp_path / "run4")[0]
-    for size in (1, 3):
-        parts = metrics(tmp_path / f"run{size}")[0]
-        assert parts["loss"] == pytest.approx(whole["loss"], abs=1e-6)
-        assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
-        assert largest_difference(adapter(tmp_path / f"run{size}", 1), adapter(tmp_path / "run4", 1)) < 1e-5
+    parts, whole = metrics(tmp_path / "run3")[0], metrics(tmp_path / "run4")[0]
+    assert parts["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+    assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
+    assert largest_difference(adapter(tmp_path / "run3", 1), adapter(tmp_path / "run4", 1)) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["opsd", "pwopsd"])
@@ -200,15 +195,10 @@ def test_two_ranks_equal_one(tmp_path, run_main, method):
     (tmp_path / "five.jsonl").write_text("".join(rows))
     (tmp_path / "one.jsonl").write_text(rows[0])
 
-    def arguments(run):
-        return [
-            "--preset", "tiny", "--method", method, "--num_steps", "1", "--batch_size", "5", "--max_new_tokens", "48",
-            "--data", str(tmp_path / "five.jsonl"), "--eval_data", str(tmp_path / "one.jsonl"), "--device", "cpu",
-            "--output_dir", str(tmp_path / run),
-        ]  # fmt: skip
-
-    run_main(arguments("one"))
-    run_ranks(tmp_path, script, "train.py", arguments("two"))
+    words = f"--method {method} --num_steps 1 --batch_size 5 --max_new_tokens 48 --data {tmp_path}/five.jsonl "
+    words += f"--eval_data {tmp_path}/one.jsonl --device cpu --output_dir {tmp_path}/"
+    run_main((words + "one").split())
+    run_ranks(tmp_path, script, "train.py", (words + "two").split())
     by_row = lengths(tmp_path / "one")
     assert len(set(by_row)) > 1 and sum(by_row[::2]) / 3 != sum(by_row[1::2]) / 2
     one, two = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
@@ -319,12 +309,11 @@ def test_the_optimizer_is_the_papers(qwen3, data, tmp_path):
 
 def test_gradients_are_clipped_to_max_grad_norm(qwen3, data, tmp_path, run_main):
     """AdamW hardly sees a common factor, but it does where a clipped gradient is as small as its eps."""
-    for run, norm in (("loose", 0.1), ("looser", 1e6), ("tight", 1e-6)):
+    for run, norm in (("loose", 1e6), ("tight", 1e-6)):
         run_main(flags(qwen3, data, tmp_path / run, "--max_grad_norm", norm))
-    loose, looser, tight = (metrics(tmp_path / run)[0] for run in ("loose", "looser", "tight"))
-    assert loose["grad_norm"] == looser["grad_norm"] == tight["grad_norm"] > 1e-6  # the norm before clipping is logged
-    difference = largest_difference(adapter(tmp_path / "loose", 2), adapter(tmp_path / "tight", 2))
-    assert difference > 1e-4
+    loose, tight = (metrics(tmp_path / run)[0] for run in ("loose", "tight"))
+    assert loose["grad_norm"] == tight["grad_norm"] > 1e-6  # the norm before clipping is logged
+    assert largest_difference(adapter(tmp_path / "loose", 2), adapter(tmp_path / "tight", 2)) > 1e-4
 
 
 def test_the_teachers_weights_are_the_chosen_ones(qwen3, data, tmp_path, run_main):
@@ -444,11 +433,10 @@ def test_the_grader_that_auto_has_found_is_kept(qwen3, data, tmp_path, run_main,
             run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1, "--resume"))
 
 
-def test_a_resumed_run_wants_the_files_it_began_with(qwen3, data, tmp_path, run_main):
+def test_a_resumed_run_wants_the_files_it_began_with(qwen3, data, held_out, tmp_path, run_main):
     """By content, though each keeps its name: data, base weights, template, held-out problems, prompts."""
-    model, held_out, prompts = tmp_path / "model", tmp_path / "held_out.jsonl", tmp_path / "prompts.json"
+    model, prompts = tmp_path / "model", tmp_path / "prompts.json"
     shutil.copytree(qwen3, model)
-    held_out.write_text(json.dumps({"problem": "1+1", "answer": "2"}) + "\n")
     prompts.write_text(json.dumps({"student": "Sum: {problem}"}))
     given = ("--num_steps", 1, "--eval_data", held_out, "--prompts", prompts)
     run_main(flags(model, data, tmp_path / "run", *given))
@@ -526,13 +514,18 @@ def test_a_signal_for_one_of_two_ranks_stops_both_at_the_same_step(qwen3, data, 
     assert len(metrics(tmp_path / "run")) == 1 and damage(tmp_path / "run/checkpoint-1") is None
 
 
+@pytest.fixture
+def held_out(tmp_path):
+    """A file with one held-out problem."""
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"problem": "1+1?", "answer": "2"}) + "\n")
+    return tmp_path / "held_out.jsonl"
+
+
 @pytest.mark.parametrize(("call", "behind"), [(2, 0), (4, 1), (10, 3)])
 def test_sigterm_while_held_out_problems_are_scored_ends_at_once_and_is_made_up_for(
-    qwen3, data, tmp_path, run_main, monkeypatch, call, behind
+    qwen3, data, held_out, tmp_path, run_main, monkeypatch, call, behind
 ):
     """Before the first step, on the way and at the end: two calls to score (sampled, greedy), one for a step."""
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text(json.dumps({"problem": "1+1?", "answer": "2"}) + "\n")
 
     def arguments(run):
         return flags(qwen3, data, run, "--num_steps", 3, "--eval_data", held_out, "--eval_steps", 1)
@@ -627,7 +620,7 @@ def test_problems_that_are_too_long_are_left_out_and_the_others_keep_their_numbe
         assert row["correct"] == (row["text"].endswith(wanted["solution"]))
 
 
-def test_a_prompt_that_just_fits_is_kept(qwen3, data, tmp_path, run_main):
+def test_a_prompt_that_just_fits_is_kept_and_a_longer_one_is_named(qwen3, data, held_out, tmp_path, run_main):
     """The longer context with its response may fill --max_length, and may not exceed it."""
     tokenizer = train.loading.load_tokenizer(str(qwen3))
     longest = max(len(train.teacher.teacher_prompt(tokenizer, problem)) for problem in load_problems(str(data)))
@@ -637,14 +630,10 @@ def test_a_prompt_that_just_fits_is_kept(qwen3, data, tmp_path, run_main):
     with pytest.raises(InputError, match=r"--data .*: no prompt leaves room for 10 new tokens in 20"):
         run_main(flags(qwen3, data, tmp_path / "none", "--max_length", 20))
     assert not (tmp_path / "none/config.json").exists()  # the folder is free for the same command, mended
-
-
-def test_a_held_out_prompt_that_fills_the_context_is_named(qwen3, data, tmp_path, run_main):
-    held_out = tmp_path / "held_out.jsonl"
-    rows = [{"problem": "1+1", "answer": "2"}, {"problem": "long " * 2000, "answer": "2"}]
-    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with held_out.open("a") as file:
+        file.write(json.dumps({"problem": "long " * 2000, "answer": "2"}))
     with pytest.raises(InputError, match=r"--eval_data .*, row 1: a prompt of \d+ tokens .* context of 2048"):
-        run_main(flags(qwen3, data, tmp_path / "run", "--eval_data", held_out))
+        run_main(flags(qwen3, data, tmp_path / "held_out", "--eval_data", held_out))
 
 
 def test_the_rehearsal_changes_nothing_and_names_what_helps(qwen3, data, tmp_path, monkeypatch):
@@ -678,7 +667,7 @@ def test_reopold_resumes_with_its_own_micro_batch_only(qwen3, data, tmp_path, ru
             run_main([*reopold, *changed, "--resume"])
 
 
-def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, tmp_path, run_main, monkeypatch):
+def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, held_out, tmp_path, run_main, monkeypatch):
     """By the evaluation protocol and greedy, whatever the rollouts' sampling."""
     original, calls = train.evaluate.solve, []
 
@@ -687,8 +676,6 @@ def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, tmp_path, r
         return original(engine, tokenizer, problems, jobs, settings, prompts=prompts)
 
     monkeypatch.setattr(train.evaluate, "solve", spy)
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text(json.dumps({"problem": "1+1?", "answer": "2"}) + "\n")
     apart = ("--temperature", 0.7, "--distill_temperature", 1.3, "--top_k", 7, "--top_p", 0.8)
     run = tmp_path / "run"
     output = run_main(flags(qwen3, data, run, "--eval_data", held_out, *apart))
@@ -711,9 +698,8 @@ def test_held_out_accuracy_on_the_way_is_kept_once(tmp_path, run_main):
     held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def arguments(run, *more):
-        words = ["--num_steps", 3, "--batch_size", 2, "--eval_steps", 1, "--save_steps", 1, "--max_new_tokens", 64,
-                 "--eval_data", held_out, "--device", "cpu", "--output_dir", run, *more]  # fmt: skip
-        return [str(word) for word in words]
+        words = "--num_steps 3 --batch_size 2 --eval_steps 1 --save_steps 1 --max_new_tokens 64 --device cpu"
+        return [*words.split(), "--eval_data", str(held_out), "--output_dir", str(run), *more]
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_main(arguments(whole))
