@@ -45,9 +45,11 @@ def test_a_sound_run_is_not(change):
     assert collapse_warning(history({}, change), limit=96) is None
 
 
-def test_the_best_so_far_is_the_measure():
+def test_the_best_so_far_is_the_measure_and_too_few_steps_or_answers_say_nothing():
     assert collapse_warning(history({}, {"accuracy": 0.9}, {"accuracy": 0.44}), limit=96)
     assert collapse_warning(history({"accuracy": 0.3}, {"accuracy": 0.6}), limit=96) is None
+    assert collapse_warning([*history({})[:-1], {**HEALTHY, "accuracy": 0.0}], limit=96) is None
+    assert collapse_warning(history({"accuracy": None}, {"accuracy": None}), limit=96) is None
 
 
 def test_the_start_is_the_runs_and_not_that_after_a_resume():
@@ -58,15 +60,6 @@ def test_the_start_is_the_runs_and_not_that_after_a_resume():
         lines = [line for step in short for line in watch.see(step)]
         assert len(lines) == told
         assert all("the run looks collapsed: mean_length fell from 30.0 at the start to 7.5" in line for line in lines)
-
-
-def test_too_few_steps_say_nothing():
-    assert collapse_warning([*history({})[:-1], {**HEALTHY, "accuracy": 0.0}], limit=96) is None
-    assert collapse_warning([], limit=96) is None
-
-
-def test_problems_without_answers_have_no_accuracy():
-    assert collapse_warning(history({"accuracy": None}, {"accuracy": None}), limit=96) is None
 
 
 def test_a_run_of_twenty_tokens_that_stands_twice_is_a_repetition():
