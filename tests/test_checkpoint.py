@@ -383,14 +383,6 @@ def test_a_checkpoint_of_all_weights(base, tmp_path, monkeypatch):
     assert (defaults.top_k, defaults.eos_token_id) == (7, eos)
 
 
-def test_a_checkpoint_of_an_adapter(base, tmp_path, monkeypatch):
-    checkpoint, logits = trained(base, tmp_path / "run", lora=True)
-    monkeypatch.chdir("/")
-    check_logits(
-        pytest.importorskip("peft").AutoPeftModelForCausalLM.from_pretrained(checkpoint, dtype="float32"), logits
-    )
-
-
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_files_have_the_mode_that_the_umask_asks_for(base, tmp_path, mask):
     before = os.umask(mask)
@@ -405,8 +397,8 @@ def test_files_have_the_mode_that_the_umask_asks_for(base, tmp_path, mask):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path, lora):
-    """No path of this machine; the code of the card is what others run."""
+def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path, monkeypatch, lora):
+    """No path of this machine; the code of the card is what others run, from another folder."""
     data = f"{tmp_path}/sums.jsonl"
     command = f"train.py --data {data} --prompts='{tmp_path}/a b' --x Qwen/Q"
     facts = {"config": {"method": "pwopsd", "data": data}, "versions": {"torch": "2"}, "git_commit": "abc"}
@@ -417,6 +409,7 @@ def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path,
     assert str(tmp_path) not in card and "`train.py --data sums.jsonl --prompts='a b' --x Qwen/Q`" in card
     for fact in ("- base: base\n", "- data: sums.jsonl\n", "pwopsd, step 1", "commit abc; torch 2"):
         assert fact in card, fact
+    monkeypatch.chdir("/")
     code = card.split("```python\n")[1].split("```")[0].replace("THIS_DIRECTORY", str(checkpoint))
     check_logits(
         eval(code, {"transformers": transformers, "peft": pytest.importorskip("peft") if lora else None}), logits

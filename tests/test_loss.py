@@ -47,17 +47,7 @@ def random_case(seed=0, lengths=(6, 3, 1), V=11, D=None):
 
 
 def method_loss_from_hidden(
-    name,
-    student_BTD,
-    teacher_BTD,
-    head_VD,
-    ids_BT,
-    mask_BT,
-    *,
-    chunk_tokens=None,
-    step=0,
-    teacher_head=None,
-    **overrides,
+    name, student_BTD, teacher_BTD, head_VD, ids_BT, mask_BT, chunk_tokens=None, step=0, teacher_head=None, **overrides
 ):
     """`method_loss` made of what training uses: `score_tokens_from_hidden` on the valid tokens' hidden states."""
     options = losses._options(overrides)
@@ -216,17 +206,8 @@ def test_chunks_of_hidden_states_equal_whole_logits(name, options, chunk_tokens,
     for chunked in (False, True):
         hidden, weight = student.clone().requires_grad_(), head.clone().requires_grad_(train_head)
         if chunked:
-            loss = method_loss_from_hidden(
-                name,
-                hidden,
-                teacher,
-                weight,
-                ids,
-                mask,
-                chunk_tokens=chunk_tokens,
-                teacher_head=head,
-                **options,
-            )
+            more = {"chunk_tokens": chunk_tokens, "teacher_head": head, **options}
+            loss = method_loss_from_hidden(name, hidden, teacher, weight, ids, mask, **more)
         else:
             loss = method_loss(name, hidden @ weight.T, teacher @ head.T, ids, mask, **options)
         (3.0 * loss).backward()
@@ -251,10 +232,8 @@ def test_no_chunk_is_larger_than_asked(name, train_head, monkeypatch):
     for chunk_tokens, chunk_bytes, expected in ((4, 2**30, [4, 4, 2]), (None, 3 * 4 * 11, [3, 3, 3, 1])):
         monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_bytes)
         sizes.clear()
-        value = method_loss_from_hidden(
-            name, student.requires_grad_(), teacher, head, ids, mask, chunk_tokens=chunk_tokens,
-            teacher_head=head.detach(),
-        )  # fmt: skip
+        more = {"chunk_tokens": chunk_tokens, "teacher_head": head.detach()}
+        value = method_loss_from_hidden(name, student.requires_grad_(), teacher, head, ids, mask, **more)
         forward = [size for size in expected for _ in ("student", "teacher")]
         assert sizes == forward
         value.backward()
@@ -355,12 +334,8 @@ def test_table_6_changes_one_cell(reduction):
 @pytest.mark.parametrize(
     "name, options, word",
     [
-        ("dpo", {}, "pwopsd"),
-        ("opsd", {"reduction": "sum"}, "token_mean"),
         ("opsd", {"temperature": 0.0}, "distill_temperature"),
         ("opsd", {"clip": -1.0}, "tau_clip"),
-        ("opsd", {"beta": 1.5}, "beta"),
-        ("pwopsd", {"schedule": "steep"}, "schedule"),
         ("opsd", {"w_min": 0.5}, "uniform"),
         ("reopold", {"tau": 0.5}, "add --schedule"),
         ("opsd", {"no_such_option": 1}, "no_such_option"),

@@ -334,10 +334,7 @@ def test_a_vision_tower_is_refused_with_a_way_that_works(tmp_path, kind):
     add_lora(model, 2, 4.0)
 
 
-DROPPING = ("qwen2_drops", "phi3_drops", "opt_drops", "gpt_neox_drops", "falcon_drops", "mixtral_drops")
-
-
-@pytest.mark.parametrize("kind", DROPPING)
+@pytest.mark.parametrize("kind", ["qwen2_drops", "opt_drops", "mixtral_drops"])
 @pytest.mark.parametrize("rank", [2, 0])
 def test_only_the_adapters_own_dropout_draws(tmp_path, kind, rank):
     """With and without gradient checkpointing: whatever the base's config drops, skips or jitters while training."""

@@ -28,6 +28,10 @@ def together() -> None:
     sum_over_ranks(tensors)
     assert calls == [511], calls  # all of them in one piece
     assert all((tensor == 3.0).all() for tensor in tensors)
+    turned, half = torch.arange(12.0).view(3, 4).T, torch.ones(2, 3, dtype=torch.bfloat16)
+    sum_over_ranks([turned, half])  # in place, whatever their strides and dtypes
+    assert torch.equal(turned, 2.0 * torch.arange(12.0).view(3, 4).T) and half.dtype == torch.bfloat16
+    assert (half == 2.0).all()
     calls.clear()
     ranks.BUCKET_BYTES = 32
     sum_over_ranks(tensors)
@@ -43,6 +47,9 @@ def together() -> None:
 
 
 def test_sums_go_in_few_pieces_and_another_start_is_named(tmp_path):
+    alone = [torch.ones(2, 3)]
+    sum_over_ranks(alone)
+    assert torch.equal(alone[0], torch.ones(2, 3))
     run_ranks(tmp_path, together)
 
 

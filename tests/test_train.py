@@ -22,7 +22,7 @@ from problems import load_problems, tiny_problems
 from rollout import Response, Sampling
 from runtime.checkpoint import damage
 from runtime.engines import GenerateEngine
-from runtime.ranks import rank, start_ranks, stop_ranks, sum_over_ranks
+from runtime.ranks import rank
 from teacher import EVALUATION_PROMPT
 from train import PRESETS, Rollout, TrainConfig, build, micro_batches, parse_config, step_problems
 
@@ -208,25 +208,6 @@ def test_two_ranks_equal_one(tmp_path, run_main, method):
     assert largest_difference(adapter(tmp_path / "one", 1), adapter(tmp_path / "two", 1)) < 1e-5
     assert (tmp_path / "one/samples.jsonl").read_text() == (tmp_path / "two/samples.jsonl").read_text()
     assert json.loads((tmp_path / "two/config.json").read_text())["ranks"] == 2
-
-
-def sums_of_two_ranks() -> None:
-    start_ranks("cpu")
-    scale = 1.0 + 9.0 * rank()  # 1 and 10: a sum is 11
-    wide = scale * torch.arange(12.0).view(3, 4)
-    tensors = [torch.tensor(scale), scale * torch.ones(2, 3), wide.T, (scale * torch.ones(2)).to(torch.bfloat16)]
-    sum_over_ranks(tensors)
-    expected = [torch.tensor(11.0), torch.full((2, 3), 11.0), 11.0 * torch.arange(12.0).view(3, 4).T]
-    for tensor, total in zip(tensors, [*expected, torch.full((2,), 11.0, dtype=torch.bfloat16)], strict=True):
-        assert tensor.dtype == total.dtype and torch.equal(tensor, total), (tensor, total)
-    stop_ranks()
-
-
-def test_tensors_of_all_shapes_are_summed_over_ranks_in_place(tmp_path):
-    alone = [torch.ones(()), torch.ones(2, 3)]
-    sum_over_ranks(alone)
-    assert torch.equal(alone[0], torch.ones(())) and torch.equal(alone[1], torch.ones(2, 3))
-    run_ranks(tmp_path, sums_of_two_ranks)
 
 
 @pytest.mark.parametrize("method", ["opsd", "pwopsd", "eopd", "reopold"])
