@@ -4,15 +4,7 @@ import pytest
 import torch
 
 from loss import TokenScores
-from runtime.metrics import (
-    COLLAPSE_WINDOW,
-    Observer,
-    Watch,
-    collapse_warning,
-    gap_warning,
-    repeats,
-    rollout_metrics,
-)
+from runtime.metrics import COLLAPSE_WINDOW, Observer, Watch, collapse_warning, gap_warning, repeats, rollout_metrics
 
 HEALTHY = {"accuracy": 0.6, "eos_rate": 1.0, "mean_length": 30.0, "repetition": 0.1}
 

@@ -85,15 +85,6 @@ def test_rendered_prompts_of_the_three_families(checkpoint, family, thinking):
     assert tokenizer.decode(ids, skip_special_tokens=False) == expected
 
 
-def test_one_bos_where_the_template_brings_one(checkpoint, family):
-    tokenizer = load_tokenizer(checkpoint)
-    bos = tokenizer.bos_token_id
-    for prompt in (student_prompt(tokenizer, PROBLEM), teacher_prompt(tokenizer, PROBLEM)):
-        assert prompt.count(bos) == (1 if family == "llama" else 0)
-    if family == "llama":  # this tokenizer would add a second one if it were asked
-        assert tokenizer.encode("x")[0] == bos
-
-
 @pytest.mark.parametrize(
     "broken", [None, "{{ raise_exception('no') }}", "{% if %}", "{{ messages[7].content }}", "{{ 1 / 0 }}"]
 )
