@@ -42,7 +42,7 @@ from runtime.loading import context_length, load_model, load_tokenizer
 from runtime.ranks import gather_objects, rank, say, start_ranks, stop_ranks
 from runtime.records import RowFile, do_jobs
 from teacher import PAPER_PROMPTS, Prompts, check_prompts, encode_prompt, load_prompts
-from viability import LabelRule, by_spine, labels, table1, table1_lines, to_columns, truncated_entropy, uncertainty
+from viability import LabelRule, labels, table1, table1_lines, to_columns, truncated_entropy, uncertainty
 
 # Streams of random numbers, told apart by the second entry of their key (rollout.py); train.py uses 1 to 4.
 PICK_STREAM, SPINE_STREAM, DROPOUT_STREAM, CONTINUATION_STREAM = 11, 12, 13, 14
@@ -69,7 +69,6 @@ class DiagnoseConfig:
     context: int = option(32768, "tokens of prompt, prefix and continuation together", "data", least=2)
     student_thinking: bool = option(True, "the student's prompts think; the paper's numbers say so", SPINES)
     spine_tokens: int = option(16384, "length limit of a spine", SPINES, least=1)
-    incorrect_spines: bool = option(False, "follow wrong spines, too, reported apart", CANDIDATES)
     candidates: int = option(5, "C: at most this many per problem", CANDIDATES, least=1)
     min_spacing: int = option(64, "C: least distance of two candidates, in tokens", CANDIDATES, least=1)
     children: int = option(3, "K, tokens forced at a candidate", ROLLOUTS, within=(2, TOP_VALID))
@@ -195,7 +194,7 @@ def teacher_pass(run: Diagnosis, spine_rows: list[dict]) -> list[dict]:
     """
     model, K = run.model.eval(), run.config.children
     valid_V = valid_tokens(model, run.tokenizer).to(model.device)
-    spine_of = {row["problem"]: row["ids"] for row in spine_rows if row["correct"] or run.config.incorrect_spines}
+    spine_of = {row["problem"]: row["ids"] for row in spine_rows if row["correct"]}
 
     def score(prompt: list[int], ids: list[int]) -> tuple[list[float], list[list[float]], list[list[int]]]:
         columns: tuple[list, list, list] = ([], [], [])
@@ -242,7 +241,7 @@ def candidates(run: Diagnosis, spine_rows: list[dict], teacher_rows: list[dict])
         end = first_boxed(run.tokenizer, spine["ids"])
         found = [
             {"position": t, "length": len(spine["ids"]), "h_trunc": row["h_trunc"][t], "teacher_p": row["teacher_p"][t],
-             "teacher": row["teacher_ids"][t], "student": row["student_ids"][t], "spine_correct": spine["correct"]}
+             "teacher": row["teacher_ids"][t], "student": row["student_ids"][t]}
             for t in pick_positions(row["h_trunc"], row["teacher_p"], end, run.config)
         ]  # fmt: skip
         return {"candidates": found}
@@ -385,9 +384,9 @@ def diagnose(run: Diagnosis) -> None:
     print(f"{len(spine_rows)} problems, {right} spines right, {len(continuation_rows)} continuations, "
           f"grader {run.config.grader}, {stopped} comparisons stopped at a limit, {refused} refused")  # fmt: skip
     results = {"rule": asdict(rule)}
-    for name, members in by_spine(rows).items():
-        results[name] = table1(to_columns(members, rule))
-        print(f"\n{name}: " + "\n".join(table1_lines(results[name])))
+    if rows:
+        results |= table1(to_columns(rows, rule))
+        print("\n".join(table1_lines(results)))
     records.write_atomically(run.folder / "table1.json", json.dumps(results, indent=2) + "\n")
     print(f"\ncontrols, null, Figure 1, schedule: python -m experiments.diagnose_report {run.folder}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import torch
@@ -36,14 +37,15 @@ class Sampling:
     max_new_tokens: int
 
     def __post_init__(self) -> None:
-        if self.temperature != 0.0 and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
-            raise InputError(f"--temperature {self.temperature}: must be 0 (greedy) or at least {LEAST_TEMPERATURE}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"--top_p {self.top_p}: must lie in (0, 1]")
-        if self.top_k < 0:
-            raise InputError(f"--top_k {self.top_k}: must be at least 0 (0 is off)")
-        if self.max_new_tokens < 1:
-            raise InputError(f"--max_new_tokens {self.max_new_tokens}: must be at least 1")
+        T = self.temperature
+        for name, is_fine, range_ in (
+            ("temperature", T == 0.0 or LEAST_TEMPERATURE <= T < inf, f"be 0 (greedy) or at least {LEAST_TEMPERATURE}"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "lie in (0, 1]"),
+            ("top_k", self.top_k >= 0, "be at least 0 (0 is off)"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "be at least 1"),
+        ):
+            if not is_fine:
+                raise InputError(f"--{name} {getattr(self, name)}: must {range_}")
 
 
 @dataclass(frozen=True)

@@ -205,8 +205,6 @@ class Teacher:
             "live": (model, nullcontext),
             "other": (other, nullcontext),
         }
-        if kind not in kinds:
-            raise InputError(f"--teacher {kind}: choose one of {', '.join(kinds)}")
         self.scorer, self.state = kinds[kind]
 
     @contextmanager

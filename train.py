@@ -205,9 +205,7 @@ class TrainConfig(loss.LossOptions):
 
     preset: str | None = option(None, "tiny (the default without --model), qwen3-4b, dsr1-llama-8b, olmo3-7b", "method")
     method: str = option("pwopsd", "opsd, pwopsd, eopd or reopold", "method")
-    reference: str = option(
-        "own", "own, other, answer or none: what the teacher sees", "method", choices=teacher.REFERENCES
-    )
+    reference: str = option("own", "own, other, answer or none: what the teacher sees", "method")
     teacher: str = option("fixed", "whose weights score: fixed, ema, live, or those of another model", "method")
     ema_decay: float = option(0.99, "decay per step of --teacher ema", "method", within=(0, 1))
     student_thinking: bool = option(False, "thinking mode of the student's context", "method")
@@ -462,8 +460,7 @@ def train(
     if device.type != "cpu":
         rehearse(run, longest, config)
     start = checkpoint.resume(folder, run.model, run.teacher, run.optimizer, run.scheduler) if config.resume else 0
-    ranks.check_same_start(list(run.model.named_parameters()))
-    ranks.wait_for_all()  # every rank has read before rank 0 writes
+    ranks.check_same_start(list(run.model.named_parameters()))  # all have read before rank 0 writes
     with closing(run.engine), closing(run.grader):
         take_steps(start, run, kept, held_out, folder, config)
     engines.withdraw(folder)

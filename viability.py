@@ -117,13 +117,6 @@ PAPER = {"H(p)": "0.51 [.50,.84]", "MI": "0.51 [.50,.62]", "log kappa": "0.54 [.
          POSITION: "0.83 [.66,.95]"}  # fmt: skip
 
 
-def by_spine(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows of phase F on right spines, the paper's, and on wrong ones, reported apart; only kinds that have rows."""
-    parts = {"right spines": [row for row in rows if row["spine_correct"]],
-             "wrong spines": [row for row in rows if not row["spine_correct"]]}  # fmt: skip
-    return {name: members for name, members in parts.items() if members}
-
-
 def to_columns(rows: list[dict], rule: LabelRule) -> Candidates:
     """Rows of phase F as columns, with the five scores of Table 1."""
 

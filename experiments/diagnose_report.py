@@ -345,8 +345,8 @@ def draw_reliability(axes, data: Candidates, result: dict) -> None:
 # The script
 
 
-def analyse_run(run: Path) -> dict[str, tuple[Candidates, dict]]:
-    """Analyses of a run folder, by kind of spine, written there as controls.json."""
+def analyse_run(run: Path) -> tuple[Candidates, dict]:
+    """The analysis of a run folder, written there as controls.json."""
     try:
         rows = [json.loads(line) for line in (run / "F_labels.jsonl").read_text(encoding="utf-8").splitlines()]
         rule = LabelRule(**json.loads((run / "table1.json").read_text(encoding="utf-8"))["rule"])
@@ -354,10 +354,9 @@ def analyse_run(run: Path) -> dict[str, tuple[Candidates, dict]]:
         raise InputError(f"{run}: no finished run of diagnose.py ({type(error).__name__}: {error})") from None
     if not rows:
         raise InputError(f"{run}: its run found no candidate")
-    analyses = {name: analyse(members, rule) for name, members in viability.by_spine(rows).items()}
-    results = {name: result for name, (_, result) in analyses.items()}
-    write_atomically(run / "controls.json", json.dumps(results, indent=2) + "\n")
-    return analyses
+    data, result = analyse(rows, rule)
+    write_atomically(run / "controls.json", json.dumps(result, indent=2) + "\n")
+    return data, result
 
 
 def write_report(runs: list[Path], output_dir: Path) -> str:
@@ -369,8 +368,7 @@ def write_report(runs: list[Path], output_dir: Path) -> str:
         name = run.resolve().name
         if name in titled:
             raise InputError(f"{run}: another of the runs is in a folder named {name}, too; give it a name of its own")
-        for kind, analysis in analyse_run(run).items():
-            titled[name if kind == "right spines" else f"{name}, {kind}"] = analysis
+        titled[name] = analyse_run(run)
     columns = [column(result) for _, result in titled.values()]
     lines = table([["", *titled], *([name, *(entry[name] for entry in columns)] for name in columns[0])])
     for title, (_, result) in titled.items():

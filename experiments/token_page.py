@@ -69,7 +69,7 @@ def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         kind = type(error).__name__
         raise InputError(f"{run}: no run folder of this version of train.py ({kind}: {error})") from None
-    checkpoint, _ = newest_checkpoint(run)
+    checkpoint = newest_checkpoint(run)
     if checkpoint is None or config.lora_rank == 0:
         raise InputError(f"{run}: no checkpoint with an adapter to sample from")
     model, tokenizer = load_model(config.model, config.dtype, device=config.device), load_tokenizer(config.model)

@@ -224,9 +224,7 @@ def _without_folders(text: str) -> str:
 
 def resume(run: Path, model: PreTrainedModel, teacher: Teacher, optimizer: Optimizer, scheduler: LRScheduler) -> int:
     """Load a run's newest whole checkpoint; the number of steps behind it, 0 where there is none."""
-    newest, damaged = newest_checkpoint(run)
-    for line in damaged:
-        say(line)
+    newest = newest_checkpoint(run)
     if newest is None:
         say("no checkpoint to go on from: starting anew")
         return 0
@@ -234,16 +232,15 @@ def resume(run: Path, model: PreTrainedModel, teacher: Teacher, optimizer: Optim
     return load_checkpoint(newest, model, teacher, optimizer, scheduler)
 
 
-def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and one line for each newer one that had to be passed over."""
-    damaged = []
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run; says, of each newer one, why it was passed over."""
     steps = [path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*")]
     for step in sorted(map(int, filter(str.isdecimal, steps)), reverse=True):
         path = run / f"checkpoint-{step}"
         if (wrong := damage(path)) is None:
-            return path, damaged
-        damaged.append(f"{path}: {wrong}; using the checkpoint before it")
-    return None, damaged
+            return path
+        say(f"{path}: {wrong}; using the checkpoint before it")
+    return None
 
 
 def damage(checkpoint: Path) -> str | None:

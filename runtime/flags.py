@@ -5,42 +5,29 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import traceback
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, field, fields
 from math import inf
-from pathlib import Path
 
-import torch
 from transformers import HfArgumentParser
 
 from errors import InputError
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a flag's value must satisfy; `check` raises InputError, naming the flag."""
-
-    least: float | None = None
-    positive: bool = False
-    within: tuple[float, float] | None = None
-    choices: tuple[str, ...] | None = None
-
-    def check(self, name: str, value: object) -> None:
-        if self.least is not None and not value >= self.least:
-            raise InputError(f"--{name} {value}: must be at least {self.least}")
-        if self.positive and not 0.0 < value < inf:
-            raise InputError(f"--{name} {value}: must be positive")
-        if self.within is not None and not self.within[0] <= value <= self.within[1]:
-            raise InputError(f"--{name} {value}: must lie in [{self.within[0]:g}, {self.within[1]:g}]")
-        if self.choices is not None and value not in self.choices:
-            raise InputError(f"--{name} {value}: choose one of {', '.join(self.choices)}")
+def check_limits(name: str, value: object, least=None, positive=False, within=None) -> None:
+    """Raise InputError, naming the flag, for a value beyond the limits of its `option`."""
+    if least is not None and not value >= least:
+        raise InputError(f"--{name} {value}: must be at least {least}")
+    if positive and not 0.0 < value < inf:
+        raise InputError(f"--{name} {value}: must be positive")
+    if within is not None and not within[0] <= value <= within[1]:
+        raise InputError(f"--{name} {value}: must lie in [{within[0]:g}, {within[1]:g}]")
 
 
 def option(default: object, text: str, group: str = "run", parse: Callable | None = None, **limits: object) -> object:
     """A field of a script's dataclass: its default, its line and group in --help, how its text is read, its limits."""
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**factory, metadata={"help": text, "group": group, "parse": parse, "limits": Limits(**limits)})
+    return field(**factory, metadata={"help": text, "group": group, "parse": parse, "limits": limits})
 
 
 class FlagParser(HfArgumentParser):
@@ -82,7 +69,7 @@ class FlagParser(HfArgumentParser):
             values = getattr(config, f.name)
             for value in values if isinstance(values, list) else [values]:
                 if value is not None and "limits" in f.metadata:
-                    f.metadata["limits"].check(f.name, value)
+                    check_limits(f.name, value, **f.metadata["limits"])
         return config
 
 
@@ -96,37 +83,29 @@ def departures(config: object, presets: dict[str, dict]) -> str:
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """`main` for the shell, its result the exit status; what ends it otherwise is one line and 1 (130 for Ctrl-C).
+    """`main` for the shell, its result the exit status; what a user can do something about is one line and 1.
 
-    The traceback of what is no mistake of the user's is in the run folder's error.log, which the line names; before
-    there is a folder the line says where the error arose.
+    Ctrl-C is one line and 130. Any other exception ends with Python's traceback: it belongs into a report.
     """
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print(
-            "stopped; what was written stays, and the same command goes on there (train.py, diagnose.py: --resume)",
-            file=sys.stderr,
-        )
+        goes_on = "the same command goes on there (train.py, diagnose.py: --resume)"
+        print(f"stopped; what was written stays, and {goes_on}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        sys.exit(f"error: {describe(error)}")
-
-
-def describe(error: Exception) -> str:
-    """One line for an exception: what the user can do about it, or its type, its words and where it arose."""
-    text = " ".join(str(error).split()) or "without a word"
-    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []) if note.startswith("traceback: "))
-    if isinstance(error, (InputError, FloatingPointError)):
-        return " ".join(str(error).splitlines()) + notes
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(text):
-        text = f"out of memory ({text[:200]}); what helps: a lower --micro_batch_size, --batch_size or --max_new_tokens"
-    elif isinstance(error, OSError):
-        text = str(error)  # with the file's name
-    else:
-        text = f"{type(error).__name__}: {text[:400]}"
-    frames = traceback.extract_tb(error.__traceback__)
-    return text + (notes or f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else notes)
+        if line := describe(error):
+            sys.exit(f"error: {line}")
+        raise
 
 
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+
+
+def describe(error: Exception) -> str | None:
+    """A user's mistake, numbers that overflow, a fault of a disk or a lack of memory in one line; else None."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
+        helps = "a lower --micro_batch_size, --batch_size or --max_new_tokens"
+        return f"out of memory ({text[:200]}); what helps: {helps}"
+    return text if isinstance(error, (InputError, FloatingPointError, OSError)) else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -151,21 +153,17 @@ def collapse_warning(history: list[dict], limit: int) -> str | None:
     if not windows:
         return None
     if all(step["mean_length"] >= limit for step in windows[-1]):
-        return f"every rollout of the last {COLLAPSE_WINDOW} steps was cut at --max_new_tokens {limit}"
-
-    def means(name: str) -> list[float]:
-        return [sum(step.get(name) or 0.0 for step in window) / COLLAPSE_WINDOW for window in windows]
-
-    over = f"(means over {COLLAPSE_WINDOW} steps)"
-    for name in ("accuracy", "eos_rate"):
-        values = means(name)
-        if values[-1] <= max(values) / 2 > 0.0:
-            return f"{name} fell from {max(values):.2f} to {values[-1]:.2f} {over}"
-    length, loops = means("mean_length"), means("repetition")
-    if length[-1] <= SHORT * length[0]:
-        return f"mean_length fell from {length[0]:.1f} at the start to {length[-1]:.1f} tokens {over}"
-    if loops[-1] >= loops[0] + LOOPING:
-        return f"repetition rose from {loops[0]:.2f} at the start to {loops[-1]:.2f} of the rollouts {over}"
+        return f"the run looks collapsed: all rollouts of {COLLAPSE_WINDOW} steps were cut at --max_new_tokens {limit}"
+    for name, start_of, is_bad in (
+        ("accuracy", max, lambda start, now: now <= start / 2 > 0.0),
+        ("eos_rate", max, lambda start, now: now <= start / 2 > 0.0),
+        ("mean_length", itemgetter(0), lambda start, now: now <= SHORT * start),
+        ("repetition", itemgetter(0), lambda start, now: now >= start + LOOPING),
+    ):
+        means = [sum(step.get(name) or 0.0 for step in window) / COLLAPSE_WINDOW for window in windows]
+        if is_bad(start := start_of(means), now := means[-1]):
+            over = f"from {start:.2f} to {now:.2f} (means over {COLLAPSE_WINDOW} steps)"
+            return f"the run looks collapsed: {name} went {over}"
     return None
 
 
@@ -177,14 +175,13 @@ class Watch:
 
     def __init__(self, limit: int, lora_dropout: float, dtype: torch.dtype, earlier: list[dict]) -> None:
         self.history = list(earlier)
-        self.kinds = {"collapse": lambda: collapse_warning(self.history, limit)}
+        self.kinds = [partial(collapse_warning, limit=limit)]
         if lora_dropout == 0.0:  # with it the trainer's own log-probabilities are of another adapter
-            self.kinds["gap"] = lambda: gap_warning(self.history, dtype)
+            self.kinds.append(partial(gap_warning, dtype=dtype))
 
     def see(self, metrics: dict) -> list[str]:
         """Warnings that a step's metrics bring, one line each."""
         self.history.append(metrics)
-        said = {kind: text for kind, warning in self.kinds.items() if (text := warning())}
-        self.kinds = {kind: warning for kind, warning in self.kinds.items() if kind not in said}
-        looks = {"collapse": "the run looks collapsed: ", "gap": ""}
-        return [f"warning: after step {metrics['step'] + 1}: {looks[kind]}{text}" for kind, text in said.items()]
+        said = [(warning, text) for warning in self.kinds if (text := warning(self.history))]
+        self.kinds = [warning for warning in self.kinds if warning not in dict(said)]
+        return [f"warning: after step {metrics['step'] + 1}: {text}" for _, text in said]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
@@ -58,27 +58,10 @@ def gather_objects(value: object) -> list:
     return gathered
 
 
-BUCKET_BYTES = 2**30  # an adapter's gradients go over the ranks in one piece, those of all weights in a few
-
-
-def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors in groups of at most BUCKET_BYTES (a larger tensor alone)."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and sum(t.numel() * t.element_size() for t in [*bucket, tensor]) > BUCKET_BYTES:
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    yield bucket
-
-
 def sum_over_ranks(tensors: list[Tensor]) -> None:
-    """Sum float32 tensors in place over all ranks, joined into one all-reduce (full fine-tuning: a few)."""
-    for bucket in buckets(tensors) if dist.is_initialized() else ():
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
-        dist.all_reduce(flat)
-        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+    """Sum tensors in place over all ranks."""
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.all_reduce(tensor)
 
 
 def check_same_start(named: list[tuple[str, Tensor]]) -> None:

@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -76,12 +75,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def make_folder(folder: Path, flag: str = "output_dir") -> Path:
+def make_folder(folder: Path) -> Path:
     """A folder for results, made before the work that fills it. Raises InputError where it cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--{flag} {folder}: cannot be written ({error.strerror})") from None
+        raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
     return folder
 
 
@@ -89,8 +88,8 @@ def make_folder(folder: Path, flag: str = "output_dir") -> Path:
 # Run folders
 
 
-RECORD, LOCK, ERROR_LOG, TRIAL = "config.json", ".lock", "error.log", ".trial"
-LEFTOVERS = {RECORD, f".{RECORD}.partial", LOCK, ERROR_LOG, TRIAL}  # of a start that failed
+RECORD, LOCK, TRIAL = "config.json", ".lock", ".trial"
+LEFTOVERS = {RECORD, f".{RECORD}.partial", LOCK, TRIAL}  # of a start that failed
 
 
 def new_folder(output_dir: str | None, name: str) -> Path:
@@ -112,20 +111,11 @@ def open_run(folder: Path, script: str, resume: bool) -> Iterator[dict | None]:
     """Hold a run folder, from before the slow work to the end; yields its config.json, None for a run that begins.
 
     Raises InputError, naming --output_dir, where the folder holds another run without `resume`, one of another script,
-    files of another program or a run that is under way, and where a run could not write. An exception that is no
-    mistake of the user's leaves its traceback in error.log. A folder in which nothing was written is taken away again.
+    files of another program or a run that is under way, and where a run could not write. A folder in which nothing
+    was written is taken away again.
     """
     with _locked(folder, script, resume) if rank() == 0 else nullcontext() as record:
-        record = gather_objects(record)[0]
-        try:
-            yield record
-        except Exception as error:
-            if not isinstance(error, InputError) or error.__cause__ is not None:
-                log = folder / ERROR_LOG
-                with suppress(OSError), log.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                    file.write("".join(traceback.format_exception(error)) + "\n")
-                    error.add_note(f"traceback: {log}")
-            raise
+        yield gather_objects(record)[0]
 
 
 @contextmanager

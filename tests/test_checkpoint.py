@@ -93,7 +93,7 @@ def test_loading_gives_back_every_bit_and_the_next_step_is_the_same(qwen3, tmp_p
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("harm", ["flip", "truncate", "empty", "delete"])
-def test_any_harmed_file_is_noticed_and_the_checkpoint_before_is_used(run, name, harm):
+def test_any_harmed_file_is_noticed_and_the_checkpoint_before_is_used(run, name, harm, capsys):
     path = run / "checkpoint-2" / name
     content = bytearray(path.read_bytes())
     if harm == "flip" and name == "manifest.json":
@@ -103,16 +103,16 @@ def test_any_harmed_file_is_noticed_and_the_checkpoint_before_is_used(run, name,
     elif harm == "truncate":
         content = content[: len(content) // 2]
     path.unlink() if harm == "delete" else path.write_bytes(b"" if harm == "empty" else content)
-    newest, lines = checkpoints.newest_checkpoint(run)
-    assert newest == run / "checkpoint-1"
-    assert len(lines) == 1 and "checkpoint-2" in lines[0] and "using the checkpoint before it" in lines[0]
+    assert checkpoints.newest_checkpoint(run) == run / "checkpoint-1"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "checkpoint-2" in line and "using the checkpoint before it" in line
 
 
 @pytest.mark.parametrize("manifest", ["[]", '{"step": 2, "sha256": {}}', '{"step": 2, "sha256": 1}', "{}", "\0"])
 def test_a_manifest_that_vouches_for_nothing_is_no_checkpoint(run, manifest):
     (run / "checkpoint-2" / "manifest.json").write_text(manifest)
     assert checkpoints.damage(run / "checkpoint-2") is not None
-    assert checkpoints.newest_checkpoint(run)[0] == run / "checkpoint-1"
+    assert checkpoints.newest_checkpoint(run) == run / "checkpoint-1"
 
 
 def test_the_newest_checkpoint_is_the_newest_by_number_and_no_partial_one(run):
@@ -120,11 +120,11 @@ def test_the_newest_checkpoint_is_the_newest_by_number_and_no_partial_one(run):
         manifest = json.loads((run / "checkpoint-1" / "manifest.json").read_text())
         shutil.copytree(run / "checkpoint-1", run / f"checkpoint-{step}")
         (run / f"checkpoint-{step}" / "manifest.json").write_text(json.dumps({**manifest, "step": step}))
-    assert checkpoints.newest_checkpoint(run) == (run / "checkpoint-100", [])
+    assert checkpoints.newest_checkpoint(run) == run / "checkpoint-100"
     (run / "checkpoint-100").rename(run / ".partial-100")
     (run / "checkpoint-best").mkdir()
-    assert checkpoints.newest_checkpoint(run) == (run / "checkpoint-75", [])
-    assert checkpoints.newest_checkpoint(run / "nowhere") == (None, [])
+    assert checkpoints.newest_checkpoint(run) == run / "checkpoint-75"
+    assert checkpoints.newest_checkpoint(run / "nowhere") is None
 
 
 FULL = {
@@ -149,7 +149,7 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(qwen3, run
         Trained(qwen3).save(run, 3)
     monkeypatch.undo()
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-1", "checkpoint-2"]
-    assert checkpoints.newest_checkpoint(run) == (run / "checkpoint-2", [])
+    assert checkpoints.newest_checkpoint(run) == run / "checkpoint-2"
 
 
 def save_with_small_files(base: str, run: str) -> None:
@@ -163,7 +163,7 @@ def save_with_small_files(base: str, run: str) -> None:
 def test_a_really_full_disk(qwen3, run, tmp_path):
     """The kernel's own limit on a file's size, in a process of its own, stands in for a disk without room."""
     run_ranks(tmp_path, save_with_small_files, str(qwen3), str(run), ranks=1)
-    assert checkpoints.newest_checkpoint(run) == (run / "checkpoint-2", [])
+    assert checkpoints.newest_checkpoint(run) == run / "checkpoint-2"
     assert not (run / ".partial-3").exists()
 
 
@@ -174,7 +174,7 @@ def test_links_to_somewhere_else_are_not_followed(qwen3, run, tmp_path, name):
     (outside / "kept").write_text("mine")
     (run / name).symlink_to(outside)
     Trained(qwen3).save(run, 3)
-    assert checkpoints.newest_checkpoint(run) == (run / "checkpoint-3", []) and not (run / "checkpoint-3").is_symlink()
+    assert checkpoints.newest_checkpoint(run) == run / "checkpoint-3" and not (run / "checkpoint-3").is_symlink()
     assert [path.name for path in outside.iterdir()] == ["kept"]
 
 
@@ -185,7 +185,7 @@ def test_a_checkpoint_is_saved_where_modes_cannot_be_set(qwen3, run, monkeypatch
     monkeypatch.setattr(Path, "chmod", refuse)
     monkeypatch.setattr(os, "chmod", refuse)
     Trained(qwen3).save(run, 3)
-    assert checkpoints.newest_checkpoint(run) == (run / "checkpoint-3", [])
+    assert checkpoints.newest_checkpoint(run) == run / "checkpoint-3"
 
 
 class Code:
@@ -467,8 +467,7 @@ def test_sigterm_to_the_process_writes_a_checkpoint_and_exits_with_143(tmp_path)
     finally:
         process.kill()
     assert "stopped by a signal, saved after step" in (tmp_path / "log").read_text()
-    newest, lines = checkpoints.newest_checkpoint(run)
-    assert lines == [] and len(metrics(run)) == int(newest.name.removeprefix("checkpoint-"))
+    assert len(metrics(run)) == int(checkpoints.newest_checkpoint(run).name.removeprefix("checkpoint-"))
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_numbers(tmp_path):

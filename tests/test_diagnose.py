@@ -318,13 +318,11 @@ def test_student_thinking_reaches_the_prompts_of_phases_a_b_and_e(fresh, checkpo
     assert not any("</think>" in text for text in texts if "privileged" in text)
 
 
-def test_wrong_spines_stay_out_unless_asked_for(fresh, tmp_path):
-    for asked, expected in ((False, [1]), (True, [0, 1])):
-        run = replace(fresh(config=small(incorrect_spines=asked)), folder=tmp_path / str(asked))
-        run.folder.mkdir()
-        ids = run.tokenizer.encode("3+8=11;\\boxed{11}", add_special_tokens=False)
-        rows = [{"problem": 0, "ids": ids, "correct": False}, {"problem": 1, "ids": ids, "correct": True}]
-        assert [row["problem"] for row in diagnose.teacher_pass(run, rows)] == expected
+def test_wrong_spines_stay_out(fresh):
+    run = fresh()
+    ids = run.tokenizer.encode("3+8=11;\\boxed{11}", add_special_tokens=False)
+    rows = [{"problem": 0, "ids": ids, "correct": False}, {"problem": 1, "ids": ids, "correct": True}]
+    assert [row["problem"] for row in diagnose.teacher_pass(run, rows)] == [1]
 
 
 def test_continuations_have_streams_of_their_own_and_end_at_the_context(small_run, fresh):
@@ -348,7 +346,7 @@ def test_continuations_have_streams_of_their_own_and_end_at_the_context(small_ru
 
 def test_labels_of_every_arm_by_hand():
     rule = LabelRule(children=2, rollouts=2)
-    found = {"position": 3, "teacher": [7, 8], "student": [8, 9], "length": 10, "spine_correct": True}
+    found = {"position": 3, "teacher": [7, 8], "student": [8, 9], "length": 10}
     right = {7: [1, 1], 8: [1, 1], 9: [0, 1], None: [0, 1, 0, 0]}
     E = [{"problem": 0, "position": 3, "token": v, "sample": n, "correct": bool(x)}
          for v, xs in right.items() for n, x in enumerate(xs)]  # fmt: skip
@@ -442,7 +440,7 @@ def test_a_run_ends_with_table_1_and_names_the_report(script_with, tmp_path, cap
         script_with("--num_problems 8 --rollouts 2 --seed 3" + more)
         output = capsys.readouterr().out
         tables.append(json.loads((tmp_path / "run/table1.json").read_text()))
-        assert f"{tables[-1]['right spines']['labels']['diversity']} diversity" in output
+        assert f"{tables[-1]['labels']['diversity']} diversity" in output
         assert f"python -m experiments.diagnose_report {tmp_path / 'run'}" in output
     assert tables[0] == tables[1] and "(0 of them from before" not in output
     assert tables[0]["rule"] == asdict(LabelRule(children=2, rollouts=2))

@@ -36,7 +36,7 @@ def a_world(teacher_factor=lambda r: 1.0, problems=60, seed=0, base=lambda r: 0.
             chance = {"teacher": base(r) * teacher_factor(r), "student": base(r), "unforced": base(r)}
             viability = {arm: (draw.binomial(6, p, 3) / 6).tolist() for arm, p in chance.items()}
             rows.append({
-                "problem": problem, "position": position, "length": length, "spine_correct": True,
+                "problem": problem, "position": position, "length": length,
                 "h_trunc": draw.random(), "entropy": draw.random(), "mutual_information": draw.random(),
                 "log_kappa": draw.normal(), "viability": viability,
                 "teacher": [7, 8, 9], "student": [7, 9, 8] if r > 0.5 else [7, 8, 5],
@@ -111,7 +111,7 @@ def test_differences_are_paired_by_resample():
 
 def test_one_class_gives_no_number_but_a_report(tmp_path):
     text = write_report([a_folder(tmp_path, a_world(base=lambda r: 0.99))], tmp_path)
-    result = json.loads((tmp_path / "controls.json").read_text())["right spines"]
+    result = json.loads((tmp_path / "controls.json").read_text())
     assert result["table1"][POSITION] is None and result["labels"]["real-uncertain"] == 0
     assert f"| {POSITION} | - | - | - | - |" in text
 
@@ -147,17 +147,6 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
         report.main()
 
 
-def test_wrong_spines_are_reported_apart(tmp_path):
-    rows = a_world(problems=20)
-    wrong = [{**row, "problem": row["problem"] + 100, "spine_correct": False} for row in a_world(problems=7, seed=5)]
-    text = write_report([a_folder(tmp_path / "both", rows + wrong)], tmp_path / "both")
-    results = json.loads((tmp_path / "both/controls.json").read_text())
-    assert (results["right spines"]["problems"], results["wrong spines"]["problems"]) == (20, 7)
-    assert "| | both | both, wrong spines |" in text
-    write_report([a_folder(tmp_path / "alone", rows)], tmp_path / "alone")
-    assert json.loads((tmp_path / "alone/controls.json").read_text())["right spines"] == results["right spines"]
-
-
 def test_runs_side_by_side_have_the_numbers_that_each_has_alone(tmp_path):
     runs = [a_folder(tmp_path / name, a_world(seed=seed, problems=20)) for name, seed in (("one", 0), ("two", 7))]
     cells = [write_report([run], run).splitlines() for run in runs]
@@ -171,7 +160,7 @@ def test_runs_side_by_side_have_the_numbers_that_each_has_alone(tmp_path):
 
 def test_the_schedules_flags_are_what_training_reads(tmp_path):
     text = write_report([a_folder(tmp_path, a_world())], tmp_path)
-    result = json.loads((tmp_path / "controls.json").read_text())["right spines"]
+    result = json.loads((tmp_path / "controls.json").read_text())
     content, (flags,) = result["schedule"]["teacher"], re.findall("`(--schedule .*)`", text)
     schedule, r = resolve_method("pwopsd", parse_config(flags.split())).token_weight, relative_position([50])
     w = content["w_min"] + (1 - content["w_min"]) / (1 + np.exp(-(r.numpy() - content["tau"]) / content["s"]))

@@ -1,4 +1,4 @@
-"""How errors end a script: one line, whatever went wrong, and where its traceback is."""
+"""How errors end a script: one line for what a user can do something about, else a traceback."""
 
 import errno
 import re
@@ -12,7 +12,6 @@ import torch
 from errors import InputError
 from runtime import stopping
 from runtime.flags import run_script
-from runtime.records import open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,29 +34,22 @@ def line_of(capsys, error) -> str:
         (InputError("two\nlines"), "error: two lines$"),
         (FloatingPointError("step 3: loss nan"), "error: step 3: loss nan$"),
         (OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"), "No space left .*metrics.jsonl"),
-        (KeyError("k_proj"), r"error: KeyError: 'k_proj' \(test_errors.py, line \d+\)"),
-        (AssertionError(), r"error: AssertionError: without a word \(test_errors.py"),
-        (RuntimeError("many\n  lines\nof CUDA"), "error: RuntimeError: many lines of CUDA"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory .*--micro_batch_size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "error: out of memory"),
         (MemoryError(), "error: out of memory"),
-        (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), "error: UnicodeEncodeError"),
     ],
 )
-def test_each_exception_is_one_line(capsys, error, said):
+def test_what_a_user_can_mend_is_one_line(capsys, error, said):
     assert re.search(said, line_of(capsys, error))
 
 
-def test_the_line_names_the_traceback_in_the_run_folder(tmp_path):
+@pytest.mark.parametrize("error", [KeyError("k_proj"), RuntimeError("of CUDA"), AssertionError()])
+def test_a_fault_of_ours_keeps_its_traceback(error):
     def main():
-        with open_run(tmp_path / "run", "train", False):
-            raise KeyError("k_proj")
+        raise error
 
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(type(error)):
         run_script(main)
-    log = tmp_path / "run" / "error.log"
-    assert caught.value.code == f"error: KeyError: 'k_proj'; traceback: {log}"
-    assert 'raise KeyError("k_proj")' in log.read_text()
 
 
 def ctrl_c():

@@ -17,12 +17,12 @@ def history(*changes: dict) -> list[dict]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"accuracy": 0.3}, "accuracy fell from 0.60 to 0.30"),
-        ({"accuracy": 0.0}, "accuracy fell from 0.60 to 0.00"),
-        ({"eos_rate": 0.4}, "eos_rate fell from 1.00 to 0.40"),
+        ({"accuracy": 0.3}, "accuracy went from 0.60 to 0.30"),
+        ({"accuracy": 0.0}, "accuracy went from 0.60 to 0.00"),
+        ({"eos_rate": 0.4}, "eos_rate went from 1.00 to 0.40"),
         ({"mean_length": 96.0}, "cut at --max_new_tokens 96"),
-        ({"mean_length": 7.5}, "mean_length fell from 30.0 at the start to 7.5 tokens"),
-        ({"repetition": 0.36}, "repetition rose from 0.10 at the start to 0.36 of the rollouts"),
+        ({"mean_length": 7.5}, "mean_length went from 30.00 to 7.50"),
+        ({"repetition": 0.36}, "repetition went from 0.10 to 0.36"),
     ],
 )
 def test_a_collapse_is_told(change, words):
@@ -51,7 +51,7 @@ def test_the_start_is_the_runs_and_not_that_after_a_resume():
         watch = Watch(96, 0.0, torch.float32, earlier)
         lines = [line for step in short for line in watch.see(step)]
         assert len(lines) == told
-        assert all("the run looks collapsed: mean_length fell from 30.0 at the start to 7.5" in line for line in lines)
+        assert all("the run looks collapsed: mean_length went from 30.00 to 7.50" in line for line in lines)
 
 
 def test_a_run_of_twenty_tokens_that_stands_twice_is_a_repetition():

@@ -74,7 +74,7 @@ def test_a_folder_that_is_not_ours_is_refused_and_stays_as_it_is(tmp_path, files
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", [records.LOCK, records.ERROR_LOG, ".config.json.partial", "heldout.jsonl"])
+@pytest.mark.parametrize("name", [records.LOCK, ".config.json.partial", "heldout.jsonl"])
 def test_a_link_to_somewhere_else_is_not_ours(tmp_path, name):
     (tmp_path / "outside").write_text("mine")
     (tmp_path / "run").mkdir()
@@ -88,7 +88,6 @@ def test_what_failed_or_killed_starts_left_is_in_nobodys_way(tmp_path):
     for name in (records.LOCK, ".config.json.partial"):  # a kill or a full disk while config.json was written
         (tmp_path / name).write_text("{")
     (tmp_path / ".trial" / "partial").mkdir(parents=True)
-    (tmp_path / records.ERROR_LOG).write_text("Traceback")
     start_run(tmp_path)
     assert records.read_record(tmp_path) is not None and not (tmp_path / ".trial").exists()
 
@@ -109,17 +108,6 @@ def test_a_start_that_fails_before_the_first_row_leaves_nothing(tmp_path, error,
         raise error
     assert not (tmp_path / "run").exists()
     start_run(tmp_path / "run")
-
-
-def test_the_traceback_of_an_unexpected_error_is_kept(tmp_path):
-    with pytest.raises(ZeroDivisionError) as caught, records.open_run(tmp_path / "run", "train", False):
-        1 / 0  # noqa: B018
-    assert "1 / 0" in (tmp_path / "run" / records.ERROR_LOG).read_text()
-    assert caught.value.__notes__ == [f"traceback: {tmp_path / 'run' / records.ERROR_LOG}"]
-    start_run(tmp_path / "run")  # and it is in nobody's way
-    with pytest.raises(InputError), records.open_run(tmp_path / "run", "train", True):
-        raise InputError("a full disk") from OSError("No space left")
-    assert "No space left" in (tmp_path / "run" / records.ERROR_LOG).read_text()
 
 
 def test_a_run_that_is_under_way_is_left_alone(tmp_path):

@@ -88,7 +88,7 @@ def test_resamples_draw_as_many_problems_as_there_are_and_repeat_with_the_seed()
 def a_row(problem, position, teacher, **changes):
     return {
         "problem": problem, "position": position, "length": 10, "h_trunc": 0.5, "entropy": 0.5, "log_kappa": 1.0,
-        "mutual_information": 0.5, "spine_correct": True, "viability": {arm: [0.5] for arm in ARMS},
+        "mutual_information": 0.5, "viability": {arm: [0.5] for arm in ARMS},
         "label": {"teacher": teacher, "student": "gray", "unforced": "gray"},
     } | changes  # fmt: skip
 
@@ -132,9 +132,3 @@ def test_a_class_without_candidates_has_no_number():
     )
     assert set(result["table1"].values()) == {None}
     assert "no candidate of one class" in viability.table1_lines(result)[2]
-
-
-def test_right_and_wrong_spines_are_told_apart():
-    rows = [a_row(0, 1, "gray"), a_row(1, 1, "gray", spine_correct=False)]
-    assert viability.by_spine(rows) == {"right spines": rows[:1], "wrong spines": rows[1:]}
-    assert viability.by_spine(rows[:1]) == {"right spines": rows[:1]}
