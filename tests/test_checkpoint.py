@@ -312,17 +312,16 @@ def test_pefts_own_defaults_are_understood(tmp_path):
     }  # the table names real fields
 
 
-@pytest.mark.parametrize("config", [[], {"peft_type": "LORA"}, {"lora_alpha": 8}, {"r": 4}, {**PLAIN, "r": 16.5}])
+NO_SIZES = [{**PLAIN, name: value} for name in ("r", "lora_alpha", "lora_dropout")
+            for value in ("4", -1, float("nan"), float("inf"), True, [4], None)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config", [[], {"peft_type": "LORA"}, {"lora_alpha": 8}, {"r": 4}, {**PLAIN, "r": 16.5}, *NO_SIZES]
+)
 def test_a_config_that_is_no_adapters(tmp_path, config):
-    with pytest.raises(InputError, match=r"adapter_config\.json (describes no|has (None|16\.5) for)"):
+    with pytest.raises(InputError, match=r"adapter_config\.json (describes no|has .* for (r|lora_alpha|lora_dropout))"):
         checkpoints.check_adapter_fields(config, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["r", "lora_alpha", "lora_dropout"])
-@pytest.mark.parametrize("value", ["4", -1, float("nan"), float("inf"), True, [4], None])
-def test_a_value_that_is_no_size_is_named(tmp_path, name, value):
-    with pytest.raises(InputError, match=rf"adapter_config\.json has .* for {name}"):
-        checkpoints.check_adapter_fields({**PLAIN, name: value}, tmp_path)
 
 
 def test_the_base_is_named_for_every_folder(model, checkpoint, tmp_path, monkeypatch):

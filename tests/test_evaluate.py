@@ -37,20 +37,15 @@ def tiny():
 # Metrics
 
 
-def test_avg_and_pass_by_hand():
+def test_avg_and_pass_by_hand_at_their_limits_and_by_enumeration():
     assert evaluate.avg_at_n([True, False, True, True]) == 0.75 and evaluate.avg_at_n([False]) == 0.0
     assert evaluate.pass_at_n([False, False, True]) == 1.0 and evaluate.pass_at_n([False, False]) == 0.0
-
-
-def test_pass_at_k_by_hand_at_its_limits_and_by_enumeration():
     assert evaluate.pass_at_k([True, False, False, False], 2) == pytest.approx(0.5)  # 1 - C(3,2) / C(4,2)
     correct = [True, False, True, False, False, False]
     for k in range(1, 7):
         draws = list(itertools.combinations(correct, k))
         assert evaluate.pass_at_k(correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
-    assert evaluate.pass_at_k(correct, 1) == pytest.approx(evaluate.avg_at_n(correct)) and evaluate.pass_at_k(
-        correct, 6
-    ) == evaluate.pass_at_n(correct)
+    assert evaluate.pass_at_k(correct, 1) == pytest.approx(evaluate.avg_at_n(correct))
 
 
 @pytest.mark.parametrize(
@@ -129,9 +124,8 @@ def test_streams_differ_by_seed_benchmark_problem_and_sample_only():
     keys = [key for part in (problems, others) for key in evaluate.stream_keys(part, jobs)]
     streams = {tuple(np.random.SeedSequence(key).generate_state(4).tolist()) for key in keys}
     assert len(streams) == 16
-    assert (
-        evaluate.stream_keys(problems, [(0, 1, 0)]) == evaluate.stream_keys(list(problems), [(0, 0, 0), (0, 1, 0)])[1:]
-    )
+    keys = evaluate.stream_keys(list(problems), [(0, 0, 0), (0, 1, 0)])
+    assert evaluate.stream_keys(problems, [(0, 1, 0)]) == keys[1:]
 
 
 def test_a_sample_is_the_same_whatever_is_sampled_beside_it(tiny):
