@@ -393,8 +393,10 @@ def ask(url, count=12, in_flight=3, on_finished=None, settings=SETTINGS, ends=(1
 
 
 def test_a_signal_ends_sampling_at_once_as_itself_and_cancels_what_is_in_flight(fake):
+    rows = []
+
     def ctrl_c():
-        while fake.open < 4:
+        while len(rows) < 2 or fake.open < 4:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -404,7 +406,6 @@ def test_a_signal_ends_sampling_at_once_as_itself_and_cancels_what_is_in_flight(
     fake.faults += ["ok", "ok"] + ["hang"] * 100
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Thread(target=ctrl_c, daemon=True).start()
-    rows = []
     try:
         with pytest.raises(KeyboardInterrupt):
             ask(fake.url, 40, 4, on_finished=lambda row, response: rows.append(row))
