@@ -15,7 +15,7 @@ from train import PRESETS, TrainConfig, parse_config
 # One value out of range for each flag whose value is checked before anything is loaded.
 WRONG = {
     TrainConfig: {
-        "preset": "qwen", "method": "dpo", "teacher": "frozen", "ema_decay": "1.5", "reference": "mine",
+        "preset": "qwen", "method": "dpo", "teacher": "frozen", "ema_decay": "1.5",
         "prompts": "nowhere.json", "chat_template_kwargs": "[1]", "max_length": "0", "eval_steps": "-1",
         "max_new_tokens": "0", "temperature": "-1", "top_p": "0", "top_k": "-1", "num_steps": "0",
         "batch_size": "0", "micro_batch_size": "0", "learning_rate": "nan", "max_grad_norm": "0", "lora_rank": "-1",
