@@ -1,4 +1,3 @@
-import os
 import sys
 from pathlib import Path
 
@@ -8,14 +7,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import families
-
-
-def pytest_collection_modifyitems(items):
-    """Tests marked `slow` run where CI is set."""
-    if not os.environ.get("CI"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: runs where the variable CI is set"))
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +24,9 @@ def family(request) -> str:
 def checkpoint(family, tmp_path_factory) -> Path:
     """A random checkpoint of each family in turn."""
     return families.make_checkpoint(family, tmp_path_factory.mktemp("models") / family)
+
+
+@pytest.fixture(scope="session")
+def qwen3(tmp_path_factory) -> Path:
+    """A random checkpoint of one family, which tests only read."""
+    return families.make_checkpoint("qwen3", tmp_path_factory.mktemp("models") / "qwen3")

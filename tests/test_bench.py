@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from experiments import first_gpu_hour
-from experiments.bench import alternate, loss_functions, peak_bytes
+from experiments.bench import loss_functions, peak_bytes
 from experiments.first_gpu_hour import SHAPES
 
 CPU = torch.device("cpu")
@@ -38,12 +38,6 @@ def test_peak_memory_by_hand():
         return b * 2
 
     assert peak_bytes(work, CPU) == pytest.approx(8e6, rel=0.01)
-
-
-def test_alternating_keeps_the_smallest_time():
-    calls = []
-    times = alternate([lambda: calls.append("a"), lambda: sum(range(300_000)) and calls.append("b")], CPU, turns=3)
-    assert calls == ["a", "b"] * 4 and times[0] < times[1]
 
 
 @pytest.mark.parametrize("preset, billions", [("qwen3-4b", 4.02), ("dsr1-llama-8b", 8.03), ("olmo3-7b", 7.30)])

@@ -176,18 +176,13 @@ def test_the_schedules_flags_are_what_training_reads(tmp_path):
 def test_figure_and_its_absence(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(report, "figure", FIGURE)
-    run = a_folder(tmp_path / "run", a_world(problems=20))
-    write_report([run], run)
-    assert (run / "figure1.png").read_bytes()[:4] == b"\x89PNG"
-    svg = (run / "figure1.svg").read_text()
-    write_report([run], run)
-    assert (run / "figure1.svg").read_text() == svg  # the same picture, to the byte
+    write_report([a_folder(tmp_path, a_world(problems=20))], tmp_path)
+    assert (tmp_path / "figure1.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "figure1.svg").exists()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    other = a_folder(tmp_path / "without", a_world(problems=20))
+    (tmp_path / "report.md").unlink()
     with pytest.raises(InputError, match="pip install matplotlib"):
-        write_report([other], other)
-    assert (other / "report.md").exists() and (other / "controls.json").exists()
-    assert not (other / "figure1.png").exists()
+        write_report([tmp_path], tmp_path)
+    assert (tmp_path / "report.md").exists()
 
 
 # --- statistics, the null, the fit ------------------------------------------------------------------------------
@@ -218,11 +213,8 @@ def test_null_world_gives_position_an_auroc_without_any_teacher_fault():
     assert values.min() > 0.95
     flat = report.simulate_null(np.full(300, 0.5), remaining, problem, RULE, 200, seed=0)
     assert abs(np.nanmean(flat) - 0.5) < 0.03
-
-
-def test_a_null_world_without_both_classes_has_no_number():
-    """Every child reaches the answer: all are diversity."""
-    assert np.isnan(report.simulate_null(np.ones(4), np.arange(4.0), np.zeros(4, int), RULE, 3, seed=0)).all()
+    one_class = report.simulate_null(np.ones(4), np.arange(4.0), np.zeros(4, int), RULE, 3, seed=0)
+    assert np.isnan(one_class).all()
 
 
 def test_survival_is_recovered():
@@ -270,15 +262,6 @@ def test_the_two_centrings_by_hand():
     assert result["arms"]["teacher"]["problems_with_both_classes"] == 0
     data.label["teacher"][:] = GRAY
     assert auroc_of(data, data.score[POSITION], over_all=True) is None
-
-
-def test_the_centrings_agree_where_no_candidate_is_gray():
-    rows = a_world(problems=20)
-    for number, row in enumerate(rows):
-        row["label"] = dict.fromkeys(row["label"], ("real-uncertain", "diversity")[(number + number // 5) % 2])
-    for arm in analysed(rows)["arms"].values():
-        assert arm["problems_with_both_classes"] == 20
-        assert arm["auroc"]["all"] == arm["auroc"]["labelled"]
 
 
 def test_the_control_stands_in_the_table(tmp_path):

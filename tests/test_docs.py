@@ -1,6 +1,5 @@
-"""The promises of README.md and docs/: names, links, files, commands, examples and the study's numbers hold."""
+"""The promises of README.md and docs/: files, commands, examples and the study's numbers hold."""
 
-import ast
 import importlib
 import json
 import re
@@ -16,7 +15,6 @@ import evaluate
 import loss
 import train
 import weighting
-from errors import InputError
 from runtime.flags import FlagParser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,58 +34,23 @@ def fences(page: str, language: str) -> list[str]:
     return [match[2] for match in FENCE.finditer(PAGES[page]) if match[1] == language]
 
 
-# --- names, links, files ----------------------------------------------------------------------------------------
-
-
-def defined_in(path: Path) -> set[str]:
-    """The functions, classes and names at the top of a Python file."""
-    names = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-        for target in node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]:
-            names |= {item.id for item in ast.walk(target) if isinstance(item, ast.Name)} if target else set()
-    return names
+# --- links, files -----------------------------------------------------------------------------------------------
 
 
 @every_page
-def test_every_name_exists(page):
-    for file, name in set(re.findall(r"([\w/.-]+\.py)::(\w+)", PAGES[page])):
-        assert (ROOT / file).is_file(), f"{page}: {file} does not exist"
-        assert name in defined_in(ROOT / file), f"{page}: {file} has no {name}"
-
-
-def heading_anchors(text: str) -> set[str]:
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@every_page
-def test_every_link_and_picture_exists(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
-        if target.startswith(("https://", "http://")):
-            continue
-        file, _, anchor = target.partition("#")
-        there = (ROOT / page).parent / file if file else ROOT / page
-        assert there.exists(), f"{page}: {target} does not exist"
-        assert not anchor or anchor in heading_anchors(there.read_text(encoding="utf-8")), f"{page}: no {target}"
-
-
-@every_page
-def test_every_file_named_by_its_folder_exists(page):
+def test_every_file_and_name_that_a_page_mentions_exists(page):
+    """In links, by their folder, in the README's tree, and as FILE.py::NAME."""
+    for target in re.findall(r"\]\((?!https?://|#)([^)\s#]+)", prose(page)):
+        assert ((ROOT / page).parent / target).exists(), f"{page}: {target} does not exist"
     folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "runs")
-    for file in re.findall(rf"`((?:{folders})/[\w./-]*)`", PAGES[page]):
+    tree = re.findall(r"^(\S+) ", PAGES[page].partition("## Files")[2].partition("\n## ")[0], re.MULTILINE)
+    files = [file for file in tree if "/" in file or "." in file] if page == "README.md" else []
+    assert len(files) >= 10 or page != "README.md"
+    for file in files + re.findall(rf"`((?:{folders})/[\w./-]*)`", PAGES[page]):
         assert (ROOT / file).exists(), f"{page}: {file} does not exist"
-
-
-def test_every_file_of_the_tree_exists():
-    (tree,) = FENCE.findall(PAGES["README.md"].split("## Files")[1].split("\n## ")[0])
-    files = re.findall(r"^(\S+) ", tree[1], re.MULTILINE)
-    assert len(files) >= 10
-    for file in files:
-        assert (ROOT / file).exists(), file
-    unnamed = [path.name for path in ROOT.glob("*.py") if path.name not in tree[1]]
-    assert not unnamed, f"not in the README's tree of files: {unnamed}"
+    for file, name in set(re.findall(r"([\w/.-]+\.py)::(\w+)", PAGES[page])):
+        code = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^(class |def )?{name}\b", code, re.MULTILINE), f"{page}: {file} has no {name}"
 
 
 # --- commands ---------------------------------------------------------------------------------------------------
@@ -150,15 +113,6 @@ def test_commands_parse(page, monkeypatch, capsys):
         check_command(words, monkeypatch, capsys)
 
 
-def test_a_wrong_command_is_found(monkeypatch, capsys):
-    for command in ("python train.py --clip 1", "python evaluate.py --benchmark tiny --output x"):
-        with pytest.raises(InputError):
-            check_command(command.split(), monkeypatch, capsys)
-    for command in ("python -m experiments.study.plots --output x", "python trian.py", "make"):
-        with pytest.raises(AssertionError):
-            check_command(command.split(), monkeypatch, capsys)
-
-
 @every_page
 def test_flags_in_prose_exist(page):
     """A flag in backticks is one of the three scripts', or of a command that the same page shows."""
@@ -192,12 +146,6 @@ def test_the_examples_of_new_methods_run(monkeypatch):
     first_half_changed[:, :3] += torch.randn(2, 3, 9)
     torch.testing.assert_close(loss.method_loss("late_opsd", first_half_changed, teacher, ids, mask), late)
     assert 0 < loss.method_loss("hellinger", student, teacher, ids, mask).item() < 1
-
-
-@every_page
-def test_python_blocks_are_python(page):
-    for block in fences(page, "python"):
-        ast.parse(block)
 
 
 # --- the study's numbers ----------------------------------------------------------------------------------------

@@ -37,20 +37,15 @@ def tiny():
 # Metrics
 
 
-def test_avg_and_pass_by_hand():
+def test_avg_and_pass_by_hand_at_their_limits_and_by_enumeration():
     assert evaluate.avg_at_n([True, False, True, True]) == 0.75 and evaluate.avg_at_n([False]) == 0.0
     assert evaluate.pass_at_n([False, False, True]) == 1.0 and evaluate.pass_at_n([False, False]) == 0.0
-
-
-def test_pass_at_k_by_hand_at_its_limits_and_by_enumeration():
     assert evaluate.pass_at_k([True, False, False, False], 2) == pytest.approx(0.5)  # 1 - C(3,2) / C(4,2)
     correct = [True, False, True, False, False, False]
     for k in range(1, 7):
         draws = list(itertools.combinations(correct, k))
         assert evaluate.pass_at_k(correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
-    assert evaluate.pass_at_k(correct, 1) == pytest.approx(evaluate.avg_at_n(correct)) and evaluate.pass_at_k(
-        correct, 6
-    ) == evaluate.pass_at_n(correct)
+    assert evaluate.pass_at_k(correct, 1) == pytest.approx(evaluate.avg_at_n(correct))
 
 
 @pytest.mark.parametrize(
@@ -129,9 +124,8 @@ def test_streams_differ_by_seed_benchmark_problem_and_sample_only():
     keys = [key for part in (problems, others) for key in evaluate.stream_keys(part, jobs)]
     streams = {tuple(np.random.SeedSequence(key).generate_state(4).tolist()) for key in keys}
     assert len(streams) == 16
-    assert (
-        evaluate.stream_keys(problems, [(0, 1, 0)]) == evaluate.stream_keys(list(problems), [(0, 0, 0), (0, 1, 0)])[1:]
-    )
+    keys = evaluate.stream_keys(list(problems), [(0, 0, 0), (0, 1, 0)])
+    assert evaluate.stream_keys(problems, [(0, 1, 0)]) == keys[1:]
 
 
 def test_a_sample_is_the_same_whatever_is_sampled_beside_it(tiny):
@@ -238,7 +232,7 @@ def test_another_regime_is_refused_and_names_its_field(run):
 
 
 def test_a_model_that_changes_under_its_name_is_refused(run):
-    """What a sample depends on is pinned by content: config, EOS ids, tokenizer, template, weights, adapter."""
+    """By content: test_records.py has the files that count."""
     model, adapter = run.folder / "model", run.folder / "adapter"
     shutil.copytree(TINY_MODEL, model)
     adapted = load_model("tiny", device="cpu")
@@ -247,23 +241,10 @@ def test_a_model_that_changes_under_its_name_is_refused(run):
     given = ("--model", model, "--adapter", adapter)
     summary, lines = run("pinned", *given)
 
-    def edit(path, **values):
-        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-    for name, change in (
-        ("config.json", lambda path: edit(path, rms_norm_eps=1e-5)),
-        ("generation_config.json", lambda path: edit(path, eos_token_id=[1, 2, 3])),
-        ("tokenizer_config.json", lambda path: edit(path, padding_side="left")),
-        ("tokenizer.json", lambda path: path.write_text(path.read_text() + "\n")),
-        ("chat_template.jinja", lambda path: path.write_text(path.read_text() + "{# #}")),
-        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\1")),
-        ("adapter_model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\1")),
-    ):
-        path = (adapter if "adapter" in name else model) / name
+    for flag, path in (("model", model / "model.safetensors"), ("adapter", adapter / "adapter_model.safetensors")):
         before = path.read_bytes()
-        change(path)
-        flag = "adapter" if "adapter" in name else "model"
-        with pytest.raises(InputError, match=f"what --{flag} .* names has changed .*{name}"):
+        path.write_bytes(before[:-1] + b"\1")
+        with pytest.raises(InputError, match=f"what --{flag} .* names has changed .*{path.name}"):
             run("pinned", *given, "--num_samples", 3)
         path.write_bytes(before)
     shutil.move(model, run.folder / "moved")  # content counts, not the name
@@ -283,13 +264,6 @@ def test_a_response_stays_within_the_context(run, capsys):
     with pytest.raises(InputError, match=r"--benchmark .*, row 1: a prompt of 5\d\d tokens and a response of 1 exceed"):
         run("longer")
     assert not (run.folder / "longer").exists()
-
-
-@pytest.mark.parametrize("given", ["--seeds 0 0", "--seeds", "--top_p 0", "--adapter nowhere", "--bogus 1"])
-def test_what_cannot_work_is_named_and_writes_nothing(run, given):
-    with pytest.raises(InputError, match=given.split()[0]):
-        run("nothing", *given.split())
-    assert not (run.folder / "nothing").exists()
 
 
 class Calculator:

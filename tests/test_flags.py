@@ -15,7 +15,7 @@ from train import PRESETS, TrainConfig, parse_config
 # One value out of range for each flag whose value is checked before anything is loaded.
 WRONG = {
     TrainConfig: {
-        "preset": "qwen", "method": "dpo", "teacher": "frozen", "ema_decay": "1.5", "reference": "mine",
+        "preset": "qwen", "method": "dpo", "teacher": "frozen", "ema_decay": "1.5",
         "prompts": "nowhere.json", "chat_template_kwargs": "[1]", "max_length": "0", "eval_steps": "-1",
         "max_new_tokens": "0", "temperature": "-1", "top_p": "0", "top_k": "-1", "num_steps": "0",
         "batch_size": "0", "micro_batch_size": "0", "learning_rate": "nan", "max_grad_norm": "0", "lora_rank": "-1",
@@ -25,17 +25,6 @@ WRONG = {
     EvaluationConfig: {
         "adapter": "nowhere", "num_samples": "0", "seeds": "-1", "temperature": "-1", "top_p": "1.1", "top_k": "-1",
         "max_new_tokens": "0", "batch_size": "0", "device": "abacus", "limit": "0", "chat_template_kwargs": "[1]",
-    },
-}  # fmt: skip
-# Flags that any value suits, and those whose value only the work itself can judge: files, models, devices, graders.
-FREE = {
-    TrainConfig: {
-        "model", "data", "eval_data", "output_dir", "resume", "grader", "gradient_checkpointing", "device", "dtype",
-        "student_thinking", "teacher_thinking", "switch_step", "server", "served_model", "columns",
-    },
-    EvaluationConfig: {
-        "benchmark", "model", "enable_thinking", "prompts", "grader", "output_dir", "dtype", "server",
-        "served_model", "columns",
     },
 }  # fmt: skip
 CASES = [(config, flag, value) for config, wrong in WRONG.items() for flag, value in wrong.items()]
@@ -48,11 +37,6 @@ def parse(config: type, *arguments: str) -> object:
     parsed = FlagParser(config, None).parse(arguments=list(arguments))
     evaluate.check_config(parsed)
     return parsed
-
-
-@pytest.mark.parametrize("config", WRONG)
-def test_every_flag_is_checked_or_free(config):
-    assert {f.name for f in fields(config)} == set(WRONG[config]) ^ FREE[config]
 
 
 @pytest.mark.parametrize(("config", "flag", "value"), CASES, ids=[f"{c.__name__}-{flag}" for c, flag, _ in CASES])
@@ -74,6 +58,7 @@ def test_a_wrong_value_names_the_flag_that_was_typed(config, flag, value, tmp_pa
         (TrainConfig, ["--num_steps", "many"]),
         (TrainConfig, ["--micro_batch_size", "half"]),
         (TrainConfig, ["--resume", "perhaps"]),
+        (TrainConfig, ["--batch", "8"]),
         (TrainConfig, ["--clip", "0.05"]),
         (TrainConfig, ["--rollout_temperature", "1.0"]),
         (EvaluationConfig, ["--seeds", "zero"]),
@@ -86,28 +71,13 @@ def test_what_is_no_flag_or_no_number_is_one_line(config, words):
     assert "\n" not in str(caught.value) and "--help" in str(caught.value)
 
 
-@pytest.mark.parametrize("module", [train, evaluate])
-def test_help_keeps_the_docstrings_lines_and_has_groups(module, monkeypatch, capsys):
+@pytest.mark.parametrize(("module", "config"), [(train, TrainConfig), (evaluate, EvaluationConfig)])
+def test_help_has_the_docstring_and_every_flag(module, config, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit):
         module.main()
     text = capsys.readouterr().out
-    assert ended.value.code == 0 and module.__doc__.strip() in text
-    config = TrainConfig if module is train else EvaluationConfig
-    sections = {"": ""}
-    for line in text.splitlines():
-        if line and not line.startswith(" ") and line.endswith(":"):
-            sections[line.removesuffix(":")] = ""
-        else:
-            name = list(sections)[-1]
-            sections[name] += f"{line}\n"
-    for f in fields(config):
-        group = f.metadata.get("group", "loss")
-        assert f"  --{f.name}" in sections[group], f"--{f.name} is not under {group}"
-        assert f.metadata["help"].split()[0] in sections[group]
-    groups = {f.metadata.get("group", "loss") for f in fields(config)}
-    assert groups == {"data", "sampling", "run"} | ({"method", "loss", "optimisation"} if module is train else set())
+    assert module.__doc__.strip() in text and all(f"  --{f.name} " in text for f in fields(config))
 
 
 def test_presets_name_flags_and_values_that_pass():
@@ -130,8 +100,3 @@ def test_a_number_that_would_fill_the_memory_is_refused():
     for config, flag in ((TrainConfig, "--batch_size"), (EvaluationConfig, "--num_samples")):
         with pytest.raises(InputError, match=f"{flag} 1000000000000: must lie in"):
             parse(config, flag, "1000000000000")
-
-
-def test_a_flag_is_not_completed_from_its_beginning():
-    with pytest.raises(InputError, match="unrecognized arguments: --batch 8"):
-        parse_config(["--batch", "8"])

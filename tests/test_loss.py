@@ -47,17 +47,7 @@ def random_case(seed=0, lengths=(6, 3, 1), V=11, D=None):
 
 
 def method_loss_from_hidden(
-    name,
-    student_BTD,
-    teacher_BTD,
-    head_VD,
-    ids_BT,
-    mask_BT,
-    *,
-    chunk_tokens=None,
-    step=0,
-    teacher_head=None,
-    **overrides,
+    name, student_BTD, teacher_BTD, head_VD, ids_BT, mask_BT, chunk_tokens=None, step=0, teacher_head=None, **overrides
 ):
     """`method_loss` made of what training uses: `score_tokens_from_hidden` on the valid tokens' hidden states."""
     options = losses._options(overrides)
@@ -80,15 +70,12 @@ def value_and_gradient(name, student, teacher, ids, mask, **options):
 @pytest.mark.parametrize("key", CALLS)
 def test_golden(case, key):
     golden, (name, options) = GOLDEN[case], CALLS[key]
+    assert golden["expected"].keys() <= CALLS.keys()  # all are used
     ids = torch.tensor(golden["response_ids"])
     student, teacher = torch.tensor(golden["student_logits"]), torch.tensor(golden["teacher_logits"])
     loss, gradient = value_and_gradient(name, student, teacher, ids, ids != -100, **options)
     assert loss == pytest.approx(golden["expected"][key]["loss"], abs=1e-5)
     torch.testing.assert_close(gradient, torch.tensor(golden["expected"][key]["grad"]), atol=1e-6, rtol=0)
-
-
-def test_goldens_are_all_used():
-    assert {key for golden in GOLDEN for key in golden["expected"]} == set(CALLS)
 
 
 def test_eq1_by_hand():
@@ -216,17 +203,8 @@ def test_chunks_of_hidden_states_equal_whole_logits(name, options, chunk_tokens,
     for chunked in (False, True):
         hidden, weight = student.clone().requires_grad_(), head.clone().requires_grad_(train_head)
         if chunked:
-            loss = method_loss_from_hidden(
-                name,
-                hidden,
-                teacher,
-                weight,
-                ids,
-                mask,
-                chunk_tokens=chunk_tokens,
-                teacher_head=head,
-                **options,
-            )
+            more = {"chunk_tokens": chunk_tokens, "teacher_head": head, **options}
+            loss = method_loss_from_hidden(name, hidden, teacher, weight, ids, mask, **more)
         else:
             loss = method_loss(name, hidden @ weight.T, teacher @ head.T, ids, mask, **options)
         (3.0 * loss).backward()
@@ -251,24 +229,12 @@ def test_no_chunk_is_larger_than_asked(name, train_head, monkeypatch):
     for chunk_tokens, chunk_bytes, expected in ((4, 2**30, [4, 4, 2]), (None, 3 * 4 * 11, [3, 3, 3, 1])):
         monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_bytes)
         sizes.clear()
-        value = method_loss_from_hidden(
-            name, student.requires_grad_(), teacher, head, ids, mask, chunk_tokens=chunk_tokens,
-            teacher_head=head.detach(),
-        )  # fmt: skip
+        more = {"chunk_tokens": chunk_tokens, "teacher_head": head.detach()}
+        value = method_loss_from_hidden(name, student.requires_grad_(), teacher, head, ids, mask, **more)
         forward = [size for size in expected for _ in ("student", "teacher")]
         assert sizes == forward
         value.backward()
         assert sorted(sizes) == sorted((2 if train_head else 1) * forward)
-
-
-def test_without_a_gradient_nothing_is_computed_twice(monkeypatch):
-    student, teacher, ids, mask = random_case(D=5)
-    head, calls, linear = torch.randn(11, 5), [], model.F.linear
-    monkeypatch.setattr(model.F, "linear", lambda *args: calls.append(args) or linear(*args))
-    with torch.no_grad():
-        value = method_loss_from_hidden("pwopsd", student, teacher, head, ids, mask, chunk_tokens=4)
-    assert len(calls) == 6
-    torch.testing.assert_close(value, method_loss("pwopsd", student @ head.T, teacher @ head.T, ids, mask))
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -341,14 +307,6 @@ def test_a_weight_may_look_at_the_rows_outcome_and_at_agreement(monkeypatch):
     torch.testing.assert_close(method_loss("agree", student, teacher, ids, mask), torch.stack(losses_M).mean())
 
 
-def test_no_gradient_reaches_the_teacher():
-    student, teacher, ids, mask = random_case()
-    teacher.requires_grad_()
-    for name in PAPERS:
-        method_loss(name, student.requires_grad_(), teacher, ids, mask).backward()
-        assert teacher.grad is None
-
-
 def test_no_gradient_reaches_the_teachers_hidden_states_or_head():
     student, teacher, ids, mask = random_case(D=5)
     heads = torch.randn(2, 11, 5).requires_grad_()
@@ -373,12 +331,8 @@ def test_table_6_changes_one_cell(reduction):
 @pytest.mark.parametrize(
     "name, options, word",
     [
-        ("dpo", {}, "pwopsd"),
-        ("opsd", {"reduction": "sum"}, "token_mean"),
         ("opsd", {"temperature": 0.0}, "distill_temperature"),
         ("opsd", {"clip": -1.0}, "tau_clip"),
-        ("opsd", {"beta": 1.5}, "beta"),
-        ("pwopsd", {"schedule": "steep"}, "schedule"),
         ("opsd", {"w_min": 0.5}, "uniform"),
         ("reopold", {"tau": 0.5}, "add --schedule"),
         ("opsd", {"no_such_option": 1}, "no_such_option"),

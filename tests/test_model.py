@@ -22,7 +22,6 @@ from model import (
     response_mask,
     trained_parameters,
 )
-from rollout import until_eos
 from runtime.checkpoint import load_adapter, save_adapter
 from runtime.loading import check_head, find_checkpoint, load_config, load_model, load_tokenizer, pick_device
 
@@ -112,17 +111,13 @@ def test_eos_ids_join_the_checkpoints_and_the_tokenizers(model, checkpoint):
 
 
 def test_a_checkpoint_that_lists_several_eos_ids_keeps_them_all(checkpoint, tmp_path):
-    """As Llama 3 does; a response ends at each of them."""
+    """As Llama 3 does."""
     shutil.copytree(checkpoint, tmp_path / "m")
     path = tmp_path / "m" / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [7, 9], "temperature": 0.3}))
     loaded, tokenizer = load_model(str(tmp_path / "m"), device="cpu"), load_tokenizer(str(tmp_path / "m"))
     assert loaded.generation_config.temperature is None
     assert eos_ids(loaded.generation_config, tokenizer) == sorted({7, 9, tokenizer.eos_token_id})
-    assert [until_eos([4, end, 5], eos_ids(loaded.generation_config, tokenizer)).ids for end in (7, 9)] == [
-        [4, 7],
-        [4, 9],
-    ]
 
 
 def test_a_base_model_ends_where_its_template_ends_a_turn(qwen3):
@@ -142,13 +137,10 @@ def test_a_base_model_ends_where_its_template_ends_a_turn(qwen3):
         assert end_of_turn(tokenizer) is None
 
 
-@pytest.mark.parametrize("name", ["/no/such/dir", "./nothing", "just-a-name"])
-def test_what_is_no_checkpoint_is_said(name):
-    with pytest.raises(InputError, match=name):
-        find_checkpoint(name)
-
-
-def test_a_directory_without_config_and_an_unknown_device_are_said(tmp_path):
+def test_what_is_no_checkpoint_and_an_unknown_device_are_said(tmp_path):
+    for name in ("/no/such/dir", "./nothing", "just-a-name"):
+        with pytest.raises(InputError, match=name):
+            find_checkpoint(name)
     with pytest.raises(InputError, match=r"config\.json"):
         load_model(tmp_path)
     with pytest.raises(InputError, match="device"):
@@ -171,12 +163,6 @@ def test_the_gpu_gets_an_index_and_dtypes_have_names(checkpoint, monkeypatch):
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="bfloat16"):
         load_model(checkpoint, "bf16", device="cpu")
-
-
-def test_an_adapter_put_on_an_evaluating_model_does_not_drop(model):
-    add_lora(model, rank=4, alpha=8.0, dropout=0.5)
-    randomise(model)
-    assert torch.equal(response_hidden(model, PROMPTS, RESPONSES), response_hidden(model, PROMPTS, RESPONSES))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -340,10 +326,7 @@ def test_a_vision_tower_is_refused_with_a_way_that_works(tmp_path, kind):
     add_lora(model, 2, 4.0)
 
 
-DROPPING = ("qwen2_drops", "phi3_drops", "opt_drops", "gpt_neox_drops", "falcon_drops", "mixtral_drops")
-
-
-@pytest.mark.parametrize("kind", DROPPING)
+@pytest.mark.parametrize("kind", ["qwen2_drops", "opt_drops", "mixtral_drops"])
 @pytest.mark.parametrize("rank", [2, 0])
 def test_only_the_adapters_own_dropout_draws(tmp_path, kind, rank):
     """With and without gradient checkpointing: whatever the base's config drops, skips or jitters while training."""
@@ -397,11 +380,3 @@ def test_checkpointing_computes_the_blocks_again_with_the_same_draws(model):
         gradients.append([p.grad.clone() for p in lora_parameters(model)])
         model.zero_grad()
     assert all(map(torch.equal, *gradients)) and sizes[1] < sizes[0] / 2
-
-
-def test_biases_and_norms_may_stay_frozen(tmp_path):
-    """Qwen2 has biases at q, k and v: vectors, as PEFT leaves them too."""
-    families.make_odd("qwen2", tmp_path / "qwen2")
-    model = load_model(tmp_path / "qwen2", device="cpu")
-    add_lora(model, 2, 4.0)
-    assert len(lora_layers(model)) == 2 * len(SEVEN)

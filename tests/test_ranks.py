@@ -24,6 +24,10 @@ def together() -> None:
     tensors = [torch.full((n,), 1.0 + ranks.rank()) for n in (1, 500)]
     sum_over_ranks(tensors)
     assert all((tensor == 3.0).all() for tensor in tensors)
+    turned, half = torch.arange(12.0).view(3, 4).T, torch.ones(2, 3, dtype=torch.bfloat16)
+    sum_over_ranks([turned, half])  # in place, whatever their strides and dtypes
+    assert torch.equal(turned, 2.0 * torch.arange(12.0).view(3, 4).T) and half.dtype == torch.bfloat16
+    assert (half == 2.0).all()
 
     ranks.check_same_start([("lora_A", torch.arange(4.0)), ("lora_B", torch.zeros(3, dtype=torch.bfloat16))])
     turned = torch.arange(4.0) if ranks.rank() else torch.arange(4.0).flip(0)
@@ -34,6 +38,9 @@ def together() -> None:
 
 
 def test_sums_are_over_all_ranks_and_another_start_is_named(tmp_path):
+    alone = [torch.ones(2, 3)]
+    sum_over_ranks(alone)
+    assert torch.equal(alone[0], torch.ones(2, 3))
     run_ranks(tmp_path, together)
 
 

@@ -51,16 +51,6 @@ def test_a_run_is_recorded_and_goes_on_where_asked(tmp_path):
     refused("holds another run, of train", run, "evaluate", resume=True)
 
 
-def test_what_a_flag_names_counts_by_content_and_not_by_name(tmp_path):
-    inputs, config = {"model": {"config.json": "1", "model.safetensors": "2"}, "data": "3"}, {"model": "m", "data": "d"}
-    begin(tmp_path, None, config, inputs=inputs)
-    record = records.read_record(tmp_path)
-    begin(tmp_path, record, {"model": "moved/m", "data": "d"}, inputs=inputs)
-    for flag, changed in (("model", {"config.json": "9", "model.safetensors": "2"}), ("data", "4")):
-        with pytest.raises(InputError, match=f"what --{flag} . names has changed"):
-            begin(tmp_path, record, config, inputs={**inputs, flag: changed})
-
-
 FOREIGN = {
     "another trainer's run": {"checkpoint-1/model.safetensors": "", "metrics.jsonl": ""},
     "a model": {"config.json": '{"model_type": "qwen3"}', "model.safetensors": ""},
@@ -213,12 +203,6 @@ def test_a_run_does_without_what_its_file_system_does_not_offer(tmp_path, monkey
     assert records.read_record(tmp_path / "run")["config"]["seed"] == 1
     told = "run: cannot be locked" in capsys.readouterr().out
     assert told == (name == "flock" and number != errno.ENOSYS)
-
-
-def test_an_older_filelock_without_locks_is_told(tmp_path, monkeypatch, capsys):
-    refuse(monkeypatch, filelock.FileLock, "acquire", None)
-    start_run(tmp_path / "run")
-    assert "run: cannot be locked (no flock)" in capsys.readouterr().out
 
 
 CANNOT = [(os, "fsync", errno.EIO), (os, "fsync", errno.ENOSPC), (Path, "replace", errno.EPERM), (Path, "rename", 18)]

@@ -161,25 +161,20 @@ def test_the_eos_counts_as_a_token_also_where_pad_is_eos(loaded, family):
         assert response.finished or len(response.ids) == SETTINGS.max_new_tokens
 
 
-def test_sampling_leaves_the_models_mode(loaded):
+@pytest.mark.parametrize("mode", [True, False])
+def test_sampling_leaves_the_models_mode_also_where_it_fails(loaded, monkeypatch, mode):
     model, tokenizer = loaded
-    for mode in (True, False):
-        model.train(mode)
-        sample(model, tokenizer, [student_prompt(tokenizer, PROBLEMS[0])], [(0,)], SETTINGS)
-        assert model.training is mode
-
-
-def test_sampling_that_fails_leaves_the_models_mode(loaded, monkeypatch):
-    model, tokenizer = loaded
+    model.train(mode)
+    sample(model, tokenizer, [student_prompt(tokenizer, PROBLEMS[0])], [(0,)], SETTINGS)
+    assert model.training is mode
 
     def broken(*args, **kwargs):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(model, "forward", broken)
-    model.train()
     with pytest.raises(torch.OutOfMemoryError):
         sample(model, tokenizer, [student_prompt(tokenizer, PROBLEMS[0])], [(0,)], SETTINGS)
-    assert model.training
+    assert model.training is mode
 
 
 def test_logits_that_are_not_numbers_stop_the_run(loaded):

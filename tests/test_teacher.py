@@ -85,36 +85,13 @@ def test_rendered_prompts_of_the_three_families(checkpoint, family, thinking):
     assert tokenizer.decode(ids, skip_special_tokens=False) == expected
 
 
-def test_one_bos_where_the_template_brings_one(checkpoint, family):
-    tokenizer = load_tokenizer(checkpoint)
-    bos = tokenizer.bos_token_id
-    for prompt in (student_prompt(tokenizer, PROBLEM), teacher_prompt(tokenizer, PROBLEM)):
-        assert prompt.count(bos) == (1 if family == "llama" else 0)
-    if family == "llama":  # this tokenizer would add a second one if it were asked
-        assert tokenizer.encode("x")[0] == bos
-
-
-def test_contexts_use_the_right_prompt_and_flag(checkpoint):
-    tokenizer = load_tokenizer(checkpoint)
-    assert student_prompt(tokenizer, PROBLEM) == encode_prompt(tokenizer, STUDENT_PROMPT, PROBLEM, False)
-    assert teacher_prompt(tokenizer, PROBLEM) == encode_prompt(tokenizer, TEACHER_PROMPT, PROBLEM, True)
-    assert PROBLEM.solution not in tokenizer.decode(student_prompt(tokenizer, PROBLEM))
-
-
-def test_a_tokenizer_without_template_is_said(checkpoint):
-    tokenizer = load_tokenizer(checkpoint)
-    tokenizer.chat_template = None
-    with pytest.raises(InputError, match="chat template"):
-        student_prompt(tokenizer, PROBLEM)
-
-
 @pytest.mark.parametrize(
-    "broken", ["{{ raise_exception('no') }}", "{% if %}", "{{ messages[7].content }}", "{{ 1 / 0 }}"]
+    "broken", [None, "{{ raise_exception('no') }}", "{% if %}", "{{ messages[7].content }}", "{{ 1 / 0 }}"]
 )
 def test_a_template_that_fails_is_said_in_one_line(checkpoint, broken):
     tokenizer = load_tokenizer(checkpoint)
     tokenizer.chat_template = broken
-    with pytest.raises(InputError, match="the chat template fails") as caught:
+    with pytest.raises(InputError, match="chat template" if broken is None else "the chat template fails") as caught:
         student_prompt(tokenizer, PROBLEM)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -152,16 +129,6 @@ def test_a_problem_without_control_tokens_is_encoded_in_one_piece(checkpoint):
         )
         expected = tokenizer.encode(whole, add_special_tokens=False)
         assert encode_prompt(tokenizer, STUDENT_PROMPT, problem, enable_thinking=True) == expected
-
-
-def test_the_embedded_models_tokenizer_spells_its_control_token():
-    """A control token in a problem is read character by character, and ends no turn."""
-    tokenizer = load_tokenizer("tiny")
-    ids = student_prompt(tokenizer, Problem("What is <|im_end|>?", "s", "2"))
-    assert "What is <|im_end|>?" in tokenizer.decode(ids)
-    assert ids.count(tokenizer.eos_token_id) == student_prompt(tokenizer, Problem("x", "s", "2")).count(
-        tokenizer.eos_token_id
-    )
 
 
 # What a chat template does besides
@@ -205,7 +172,7 @@ def test_a_thinking_mode_without_effect_is_said(checkpoint, template, kwargs, wo
 def test_arguments_of_the_template_reach_both_contexts(checkpoint):
     tokenizer = load_tokenizer(checkpoint)
     tokenizer.chat_template = "{{ reasoning_effort }}: {{ messages[0].content }}"
-    prompts = replace(PAPER_PROMPTS, chat=Chat({"reasoning_effort": "high"}))
+    prompts = load_prompts(None, '{"reasoning_effort": "high"}')
     for prompt in (student_prompt, teacher_prompt):
         assert tokenizer.decode(prompt(tokenizer, PROBLEM, prompts)).startswith("high: Problem: What is")
     for name in ("tokenize", "conversation"):
@@ -216,7 +183,7 @@ def test_arguments_of_the_template_reach_both_contexts(checkpoint):
 def test_the_date_of_a_template_stands_still(checkpoint):
     tokenizer = load_tokenizer(checkpoint)
     tokenizer.chat_template = "Today is {{ strftime_now('%d %b %Y') }}. {{ messages[0].content }}{{ enable_thinking }}"
-    prompts = replace(PAPER_PROMPTS, chat=Chat(date="2026-02-03"))
+    prompts = load_prompts(None, None, "2026-02-03")
     assert tokenizer.decode(student_prompt(tokenizer, PROBLEM, prompts)).startswith("Today is 03 Feb 2026. Problem:")
     assert check_prompts(tokenizer, prompts) == ["the chat template shows the date: 2026-02-03"]
     assert "each day" in check_prompts(tokenizer, PAPER_PROMPTS)[0]
@@ -520,22 +487,16 @@ def test_wrong_templates_name_file_and_template(tmp_path, content, words):
     assert str(path) in str(caught.value) and words in str(caught.value)
 
 
-def test_each_context_thinks_as_asked(checkpoint):
+def test_contexts_have_their_own_prompt_and_each_thinks_as_asked(checkpoint):
     tokenizer = load_tokenizer(checkpoint)
     swapped = replace(PAPER_PROMPTS, student_thinking=True, teacher_thinking=False)
-    assert student_prompt(tokenizer, PROBLEM, swapped) == encode_prompt(tokenizer, STUDENT_PROMPT, PROBLEM, True)
-    assert teacher_prompt(tokenizer, PROBLEM, swapped) == encode_prompt(tokenizer, TEACHER_PROMPT, PROBLEM, False)
+    for prompts, on in ((PAPER_PROMPTS, False), (swapped, True)):
+        assert student_prompt(tokenizer, PROBLEM, prompts) == encode_prompt(tokenizer, STUDENT_PROMPT, PROBLEM, on)
+        assert teacher_prompt(tokenizer, PROBLEM, prompts) == encode_prompt(tokenizer, TEACHER_PROMPT, PROBLEM, not on)
+    assert PROBLEM.solution not in tokenizer.decode(student_prompt(tokenizer, PROBLEM))
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "3", '{"chat_template": "x"}'])
 def test_arguments_of_the_template_that_are_no_object_are_said(text):
     with pytest.raises(InputError, match="--chat_template_kwargs"):
         load_prompts(None, text)
-
-
-def test_arguments_of_the_template_and_the_date_reach_every_context(checkpoint):
-    tokenizer = load_tokenizer(checkpoint)
-    tokenizer.chat_template = "{{ strftime_now('%d.%m') }} {{ effort }}:" + tokenizer.chat_template
-    prompts = load_prompts(None, '{"effort": "high"}', "2024-02-29")
-    for encode in (student_prompt, teacher_prompt):
-        assert "29.02 high:" in tokenizer.decode(encode(tokenizer, Problem("1+1", "2", "2"), prompts))

@@ -3,7 +3,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,8 +22,7 @@ from problems import load_problems, tiny_problems
 from rollout import Response, Sampling
 from runtime.checkpoint import damage
 from runtime.engines import GenerateEngine
-from runtime.ranks import rank, start_ranks, stop_ranks, sum_over_ranks
-from runtime.records import new_folder, open_run
+from runtime.ranks import rank
 from teacher import EVALUATION_PROMPT
 from train import PRESETS, Rollout, TrainConfig, build, micro_batches, parse_config, step_problems
 
@@ -37,11 +35,6 @@ PROBLEMS = [
     for a in range(1, 6)
     for b in range(1, 4)
 ]
-
-
-@pytest.fixture(scope="module")
-def qwen3(tmp_path_factory):
-    return families.make_checkpoint("qwen3", tmp_path_factory.mktemp("models") / "qwen3")
 
 
 @pytest.fixture
@@ -136,37 +129,11 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
     assert plain.preset is None and plain.max_new_tokens == 1024
 
 
-@pytest.mark.parametrize(
-    "arguments, word",
-    [
-        (["--preset", "qwen"], "qwen3-4b"),
-        (["--method", "dpo"], "reopold"),
-        (["--schedule", "steep"], "aggressive"),
-        (["--w_min", "2"], "w_min"),
-        (["--num_steps", "0"], "num_steps"),
-        (["--micro_batch_size", "0"], "micro_batch_size"),
-        (["--clip", "0.05"], "--clip"),
-        (["--rollout_temperature", "1"], "--rollout_temperature"),
-        (["--num_steps", "many"], "num_steps"),
-        (["--learning_rate", "nan"], "learning_rate"),
-        (["--no_such_flag", "1"], "no_such_flag"),
-        (["--resume"], "output_dir"),
-    ],
-)
-def test_wrong_flags_are_named_in_one_line(arguments, word):
-    with pytest.raises(InputError, match=word) as caught:
-        parse_config(arguments)
-    assert "\n" not in str(caught.value)
-
-
-def test_the_script_prints_one_line_and_exits_with_1(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "train.py", "--data", str(tmp_path / "missing.jsonl"), "--output_dir", str(tmp_path / "run")],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-1] == f"error: {tmp_path}/missing.jsonl: no such data file"
-    assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+def test_the_script_ends_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", f"train.py --data {tmp_path}/no.jsonl --output_dir {tmp_path}/run".split())
+    with pytest.raises(SystemExit) as ended:
+        train.cli()
+    assert ended.value.code == f"error: {tmp_path}/no.jsonl: no such data file" and not (tmp_path / "run").exists()
 
 
 def test_columns_are_for_the_data_and_the_held_out_problems(tmp_path, monkeypatch):
@@ -210,20 +177,15 @@ def uneven_rollouts(monkeypatch):
 
 @pytest.mark.parametrize("method", ["opsd", "pwopsd", "eopd", "reopold"])
 def test_micro_batches_do_not_change_the_step(qwen3, data, tmp_path, run_main, uneven_rollouts, method):
-    """Accumulation is exact: rows of different lengths, one by one, 3 + 1 or all at once, give the same parameters."""
-    for size in (1, 3, 4):
-        run_main(
-            flags(
-                qwen3, data, tmp_path / f"run{size}", "--method", method, "--micro_batch_size", size, "--num_steps", 1
-            )
-        )
+    """Accumulation is exact: rows of different lengths, 3 + 1 or all at once, give the same parameters."""
+    for size in (3, 4):
+        more = ("--method", method, "--micro_batch_size", size, "--num_steps", 1)
+        run_main(flags(qwen3, data, tmp_path / f"run{size}", *more))
         assert lengths(tmp_path / f"run{size}") == [3, 4, 5, 6]
-    whole = metrics(tmp_path / "run4")[0]
-    for size in (1, 3):
-        parts = metrics(tmp_path / f"run{size}")[0]
-        assert parts["loss"] == pytest.approx(whole["loss"], abs=1e-6)
-        assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
-        assert largest_difference(adapter(tmp_path / f"run{size}", 1), adapter(tmp_path / "run4", 1)) < 1e-5
+    parts, whole = metrics(tmp_path / "run3")[0], metrics(tmp_path / "run4")[0]
+    assert parts["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+    assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
+    assert largest_difference(adapter(tmp_path / "run3", 1), adapter(tmp_path / "run4", 1)) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["opsd", "pwopsd"])
@@ -233,15 +195,10 @@ def test_two_ranks_equal_one(tmp_path, run_main, method):
     (tmp_path / "five.jsonl").write_text("".join(rows))
     (tmp_path / "one.jsonl").write_text(rows[0])
 
-    def arguments(run):
-        return [
-            "--preset", "tiny", "--method", method, "--num_steps", "1", "--batch_size", "5", "--max_new_tokens", "48",
-            "--data", str(tmp_path / "five.jsonl"), "--eval_data", str(tmp_path / "one.jsonl"), "--device", "cpu",
-            "--output_dir", str(tmp_path / run),
-        ]  # fmt: skip
-
-    run_main(arguments("one"))
-    run_ranks(tmp_path, script, "train.py", arguments("two"))
+    words = f"--method {method} --num_steps 1 --batch_size 5 --max_new_tokens 48 --data {tmp_path}/five.jsonl "
+    words += f"--eval_data {tmp_path}/one.jsonl --device cpu --output_dir {tmp_path}/"
+    run_main((words + "one").split())
+    run_ranks(tmp_path, script, "train.py", (words + "two").split())
     by_row = lengths(tmp_path / "one")
     assert len(set(by_row)) > 1 and sum(by_row[::2]) / 3 != sum(by_row[1::2]) / 2
     one, two = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
@@ -251,25 +208,6 @@ def test_two_ranks_equal_one(tmp_path, run_main, method):
     assert largest_difference(adapter(tmp_path / "one", 1), adapter(tmp_path / "two", 1)) < 1e-5
     assert (tmp_path / "one/samples.jsonl").read_text() == (tmp_path / "two/samples.jsonl").read_text()
     assert json.loads((tmp_path / "two/config.json").read_text())["ranks"] == 2
-
-
-def sums_of_two_ranks() -> None:
-    start_ranks("cpu")
-    scale = 1.0 + 9.0 * rank()  # 1 and 10: a sum is 11
-    wide = scale * torch.arange(12.0).view(3, 4)
-    tensors = [torch.tensor(scale), scale * torch.ones(2, 3), wide.T, (scale * torch.ones(2)).to(torch.bfloat16)]
-    sum_over_ranks(tensors)
-    expected = [torch.tensor(11.0), torch.full((2, 3), 11.0), 11.0 * torch.arange(12.0).view(3, 4).T]
-    for tensor, total in zip(tensors, [*expected, torch.full((2,), 11.0, dtype=torch.bfloat16)], strict=True):
-        assert tensor.dtype == total.dtype and torch.equal(tensor, total), (tensor, total)
-    stop_ranks()
-
-
-def test_tensors_of_all_shapes_are_summed_over_ranks_in_place(tmp_path):
-    alone = [torch.ones(()), torch.ones(2, 3)]
-    sum_over_ranks(alone)
-    assert torch.equal(alone[0], torch.ones(())) and torch.equal(alone[1], torch.ones(2, 3))
-    run_ranks(tmp_path, sums_of_two_ranks)
 
 
 @pytest.mark.parametrize("method", ["opsd", "pwopsd", "eopd", "reopold"])
@@ -363,12 +301,11 @@ def test_the_optimizer_is_the_papers(qwen3, data, tmp_path):
 
 def test_gradients_are_clipped_to_max_grad_norm(qwen3, data, tmp_path, run_main):
     """AdamW hardly sees a common factor, but it does where a clipped gradient is as small as its eps."""
-    for run, norm in (("loose", 0.1), ("looser", 1e6), ("tight", 1e-6)):
+    for run, norm in (("loose", 1e6), ("tight", 1e-6)):
         run_main(flags(qwen3, data, tmp_path / run, "--max_grad_norm", norm))
-    loose, looser, tight = (metrics(tmp_path / run)[0] for run in ("loose", "looser", "tight"))
-    assert loose["grad_norm"] == looser["grad_norm"] == tight["grad_norm"] > 1e-6  # the norm before clipping is logged
-    difference = largest_difference(adapter(tmp_path / "loose", 2), adapter(tmp_path / "tight", 2))
-    assert difference > 1e-4
+    loose, tight = (metrics(tmp_path / run)[0] for run in ("loose", "tight"))
+    assert loose["grad_norm"] == tight["grad_norm"] > 1e-6  # the norm before clipping is logged
+    assert largest_difference(adapter(tmp_path / "loose", 2), adapter(tmp_path / "tight", 2)) > 1e-4
 
 
 def test_the_teachers_weights_are_the_chosen_ones(qwen3, data, tmp_path, run_main):
@@ -488,20 +425,10 @@ def test_the_grader_that_auto_has_found_is_kept(qwen3, data, tmp_path, run_main,
             run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1, "--resume"))
 
 
-def test_resume_with_another_option_is_refused(qwen3, data, tmp_path, run_main):
-    run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
-    with pytest.raises(InputError, match="holds another run"):
-        run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
-    with pytest.raises(InputError, match=r"--tau_clip 0\.05, not 0\.2"):
-        run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1, "--tau_clip", 0.2, "--resume"))
-    assert len(metrics(tmp_path / "run")) == 1
-
-
-def test_a_resumed_run_wants_the_files_it_began_with(qwen3, data, tmp_path, run_main):
+def test_a_resumed_run_wants_the_files_it_began_with(qwen3, data, held_out, tmp_path, run_main):
     """By content, though each keeps its name: data, base weights, template, held-out problems, prompts."""
-    model, held_out, prompts = tmp_path / "model", tmp_path / "held_out.jsonl", tmp_path / "prompts.json"
+    model, prompts = tmp_path / "model", tmp_path / "prompts.json"
     shutil.copytree(qwen3, model)
-    held_out.write_text(json.dumps({"problem": "1+1", "answer": "2"}) + "\n")
     prompts.write_text(json.dumps({"student": "Sum: {problem}"}))
     given = ("--num_steps", 1, "--eval_data", held_out, "--prompts", prompts)
     run_main(flags(model, data, tmp_path / "run", *given))
@@ -579,13 +506,18 @@ def test_a_signal_for_one_of_two_ranks_stops_both_at_the_same_step(qwen3, data, 
     assert len(metrics(tmp_path / "run")) == 1 and damage(tmp_path / "run/checkpoint-1") is None
 
 
+@pytest.fixture
+def held_out(tmp_path):
+    """A file with one held-out problem."""
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"problem": "1+1?", "answer": "2"}) + "\n")
+    return tmp_path / "held_out.jsonl"
+
+
 @pytest.mark.parametrize(("call", "behind"), [(2, 0), (4, 1), (10, 3)])
 def test_sigterm_while_held_out_problems_are_scored_ends_at_once_and_is_made_up_for(
-    qwen3, data, tmp_path, run_main, monkeypatch, call, behind
+    qwen3, data, held_out, tmp_path, run_main, monkeypatch, call, behind
 ):
     """Before the first step, on the way and at the end: two calls to score (sampled, greedy), one for a step."""
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text(json.dumps({"problem": "1+1?", "answer": "2"}) + "\n")
 
     def arguments(run):
         return flags(qwen3, data, run, "--num_steps", 3, "--eval_data", held_out, "--eval_steps", 1)
@@ -628,8 +560,7 @@ def test_all_weights_in_half_precision_are_refused(dtype):
         parse_config(["--dtype", dtype, "--lora_rank", "0"])
 
 
-@pytest.mark.parametrize("reference", ["other", "none", "answer"])
-def test_another_reference_changes_the_teachers_context_alone(qwen3, data, tmp_path, run_main, monkeypatch, reference):
+def test_another_reference_changes_the_teachers_context_alone(qwen3, data, tmp_path, run_main, monkeypatch):
     """The engine gets the very prompts of the paper's run, whatever the teacher is shown."""
     original, sampled = GenerateEngine.sample, []
 
@@ -638,17 +569,11 @@ def test_another_reference_changes_the_teachers_context_alone(qwen3, data, tmp_p
         return original(self, prompts, *args)
 
     monkeypatch.setattr(GenerateEngine, "sample", spy)
-    losses = {}
-    for kind in ("own", reference):
+    losses = set()
+    for kind in ("own", "other", "none", "answer"):
         run_main(flags(qwen3, data, tmp_path / kind, "--num_steps", 1, "--reference", kind))
-        losses[kind] = metrics(tmp_path / kind)[0]["loss"]
-    assert sampled[0] == sampled[1] and losses["own"] != losses[reference]
-
-
-def test_equal_prompts_and_a_fresh_adapter_give_loss_zero(qwen3, data, tmp_path, run_main, monkeypatch):
-    monkeypatch.setattr(train.teacher, "teacher_prompt", train.teacher.student_prompt)
-    run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 1))
-    assert metrics(tmp_path / "run")[0]["loss"] == 0.0
+        losses.add(metrics(tmp_path / kind)[0]["loss"])
+    assert sampled == 4 * sampled[:1] and len(losses) == 4
 
 
 def test_a_loss_that_is_not_a_number_stops_with_step_and_problems(qwen3, data, tmp_path, run_main, monkeypatch):
@@ -687,7 +612,7 @@ def test_problems_that_are_too_long_are_left_out_and_the_others_keep_their_numbe
         assert row["correct"] == (row["text"].endswith(wanted["solution"]))
 
 
-def test_a_prompt_that_just_fits_is_kept(qwen3, data, tmp_path, run_main):
+def test_a_prompt_that_just_fits_is_kept_and_a_longer_one_is_named(qwen3, data, held_out, tmp_path, run_main):
     """The longer context with its response may fill --max_length, and may not exceed it."""
     tokenizer = train.loading.load_tokenizer(str(qwen3))
     longest = max(len(train.teacher.teacher_prompt(tokenizer, problem)) for problem in load_problems(str(data)))
@@ -697,14 +622,10 @@ def test_a_prompt_that_just_fits_is_kept(qwen3, data, tmp_path, run_main):
     with pytest.raises(InputError, match=r"--data .*: no prompt leaves room for 10 new tokens in 20"):
         run_main(flags(qwen3, data, tmp_path / "none", "--max_length", 20))
     assert not (tmp_path / "none/config.json").exists()  # the folder is free for the same command, mended
-
-
-def test_a_held_out_prompt_that_fills_the_context_is_named(qwen3, data, tmp_path, run_main):
-    held_out = tmp_path / "held_out.jsonl"
-    rows = [{"problem": "1+1", "answer": "2"}, {"problem": "long " * 2000, "answer": "2"}]
-    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with held_out.open("a") as file:
+        file.write(json.dumps({"problem": "long " * 2000, "answer": "2"}))
     with pytest.raises(InputError, match=r"--eval_data .*, row 1: a prompt of \d+ tokens .* context of 2048"):
-        run_main(flags(qwen3, data, tmp_path / "run", "--eval_data", held_out))
+        run_main(flags(qwen3, data, tmp_path / "held_out", "--eval_data", held_out))
 
 
 def test_the_rehearsal_changes_nothing_and_names_what_helps(qwen3, data, tmp_path, monkeypatch):
@@ -729,14 +650,16 @@ def test_the_rehearsal_changes_nothing_and_names_what_helps(qwen3, data, tmp_pat
 
 
 def test_reopold_resumes_with_its_own_micro_batch_only(qwen3, data, tmp_path, run_main):
-    """Its quantile is over a micro-batch, so the size is part of the method."""
-    reopold = ("--method", "reopold", "--num_steps", 1)
-    run_main(flags(qwen3, data, tmp_path / "run", *reopold))
-    with pytest.raises(InputError, match="--micro_batch_size 3, not 2"):
-        run_main(flags(qwen3, data, tmp_path / "run", *reopold, "--micro_batch_size", 2, "--resume"))
+    """Its quantile is over a micro-batch, so the size is part of the method, as other options are of any."""
+    reopold = flags(qwen3, data, tmp_path / "run", "--method", "reopold", "--num_steps", 1)
+    run_main(reopold)
+    for changed, told in ((["--micro_batch_size", "2"], "--micro_batch_size 3, not 2"),
+                          (["--tau_clip", "0.2"], r"--tau_clip 0\.05, not 0\.2")):  # fmt: skip
+        with pytest.raises(InputError, match=told):
+            run_main([*reopold, *changed, "--resume"])
 
 
-def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, tmp_path, run_main, monkeypatch):
+def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, held_out, tmp_path, run_main, monkeypatch):
     """By the evaluation protocol and greedy, whatever the rollouts' sampling."""
     original, calls = train.evaluate.solve, []
 
@@ -745,8 +668,6 @@ def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, tmp_path, r
         return original(engine, tokenizer, problems, jobs, settings, prompts=prompts)
 
     monkeypatch.setattr(train.evaluate, "solve", spy)
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text(json.dumps({"problem": "1+1?", "answer": "2"}) + "\n")
     apart = ("--temperature", 0.7, "--distill_temperature", 1.3, "--top_k", 7, "--top_p", 0.8)
     run = tmp_path / "run"
     output = run_main(flags(qwen3, data, run, "--eval_data", held_out, *apart))
@@ -769,14 +690,13 @@ def test_held_out_accuracy_on_the_way_is_kept_once(tmp_path, run_main):
     held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def arguments(run, *more):
-        words = ["--num_steps", 3, "--batch_size", 2, "--eval_steps", 1, "--save_steps", 1, "--max_new_tokens", 64,
-                 "--eval_data", held_out, "--device", "cpu", "--output_dir", run, *more]  # fmt: skip
-        return [str(word) for word in words]
+        words = "--num_steps 2 --batch_size 2 --eval_steps 1 --save_steps 1 --max_new_tokens 48 --device cpu"
+        return [*words.split(), "--eval_data", str(held_out), "--output_dir", str(run), *more]
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_main(arguments(whole))
     evaluation = json.loads((whole / "evaluation.json").read_text())
-    assert list(evaluation) == ["0", "1", "2", "3"]
+    assert list(evaluation) == ["0", "1", "2"]
     samples = [json.loads(line) for line in (whole / "heldout.jsonl").read_text().splitlines()]
     for step, accuracies in evaluation.items():
         for decoding, accuracy in accuracies.items():
@@ -784,44 +704,12 @@ def test_held_out_accuracy_on_the_way_is_kept_once(tmp_path, run_main):
             assert len(marks) == 4 and accuracy == sum(marks) / 4
     assert any(row["correct"] for row in samples)
     shutil.copytree(whole, broken)
-    for step in (2, 3):
-        shutil.rmtree(broken / f"checkpoint-{step}")
+    shutil.rmtree(broken / "checkpoint-2")
     output = run_main(arguments(broken, "--resume"))
-    assert "after 0 steps" not in output and "after 2 steps" in output and "all 3 steps are done" not in output
-    assert "all 3 steps are done" in run_main(arguments(broken, "--resume"))
+    assert "after 0 steps" not in output and "after 2 steps" in output and "all 2 steps are done" not in output
+    assert "all 2 steps are done" in run_main(arguments(broken, "--resume"))
     assert json.loads((broken / "evaluation.json").read_text()) == evaluation
     assert (broken / "heldout.jsonl").read_text() == (whole / "heldout.jsonl").read_text()
-
-
-def test_a_folder_in_use_or_of_another_program_is_refused(qwen3, data, tmp_path, run_main):
-    with (
-        open_run(tmp_path / "busy", "train", resume=False),
-        pytest.raises(InputError, match="another process is running in it"),
-    ):
-        run_main(flags(qwen3, data, tmp_path / "busy"))
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign/thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"--output_dir .*foreign: is not empty and holds no run of ours"):
-        run_main(flags(qwen3, data, tmp_path / "foreign"))
-    assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.txt"]
-
-
-def test_the_default_folder_is_one_that_no_run_has_taken(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert new_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42")
-    assert new_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42-2")  # the first is taken by the call
-    Path("runs/tiny-pwopsd-seed42-3").mkdir()
-    assert new_folder(None, "tiny-pwopsd-seed42") == Path("runs/tiny-pwopsd-seed42-4")
-    assert new_folder("mine", "tiny-pwopsd-seed42") == Path("mine")
-
-
-def test_problems_of_the_embedded_world_are_split_cleanly():
-    train_sums, heldout_sums = (
-        {tuple(sorted(problem.problem.split("+"))) for problem in tiny_problems(split, 400)}
-        for split in ("train", "heldout")
-    )
-    assert not train_sums & heldout_sums
-    assert all(sum(map(int, p.problem.split("+"))) == int(p.answer) for p in tiny_problems("train", 50))
 
 
 def test_a_template_with_the_date_renders_the_runs_first_day(qwen3, data, tmp_path, run_main):

@@ -23,12 +23,8 @@ def test_labels_by_hand():
     sixths_CK = np.array([(5, 5, 0), (4, 4, 6), (2, 2, 2), (2, 2, 3), (0, 0, 6)])
     found = viability.label_children(sixths_CK / 6, LabelRule())
     assert found.tolist() == [DIVERSITY, GRAY, UNCERTAIN, GRAY, GRAY]
-
-
-def test_label_thresholds_are_closed_above_and_open_below():
-    rule = LabelRule(diversity_viability=0.5, uncertain_viability=0.5)
-    assert viability.label_children(np.array([0.5, 0.5, 0.0]), rule) == DIVERSITY
-    assert viability.label_children(np.array([0.5, 0.0, 0.0]), rule) == GRAY
+    rule = LabelRule(diversity_viability=0.5, uncertain_viability=0.5)  # closed above, open below
+    assert viability.label_children(np.array([[0.5, 0.5, 0.0], [0.5, 0.0, 0.0]]), rule).tolist() == [DIVERSITY, GRAY]
 
 
 def test_midranks_and_auroc_by_hand():

@@ -9,7 +9,6 @@ import torch
 from experiments import walkthrough
 from experiments.study.worlds import WORLDS, believed_result
 from loss import LossOptions, clipped_divergence
-from train import PRESETS
 
 PAGE = walkthrough.PAGE.read_text(encoding="utf-8")
 DECIMAL = re.compile(r"-?\d+\.\d+")
@@ -29,21 +28,6 @@ def test_the_page_holds_the_printed_numbers(walk):
         for here, there in zip(DECIMAL.findall(text), DECIMAL.findall(printed[name]), strict=True):
             digits = len(here.split(".")[1])
             assert float(here) == pytest.approx(float(there), abs=2.01 * 10**-digits), name
-
-
-def test_prose_holds_no_number_of_its_own():
-    """Measured numbers stand in the tables alone; the prose names the two presets' clips."""
-    prose = walkthrough.BLOCK.sub("", PAGE)
-    clips = {str(PRESETS["tiny"]["tau_clip"]), str(LossOptions().tau_clip)}
-    assert set(DECIMAL.findall(prose)) == clips == {str(clip) for clip in walkthrough.CLIPS[1:]}
-
-
-def test_writing_keeps_the_prose_and_every_table():
-    shown = walkthrough.page_blocks(PAGE)
-    assert walkthrough.fill_in(PAGE, shown) == PAGE
-    changed = walkthrough.fill_in(PAGE, dict.fromkeys(shown, "x"))
-    assert set(walkthrough.page_blocks(changed).values()) == {"x"}
-    assert walkthrough.BLOCK.sub("", changed) == walkthrough.BLOCK.sub("", PAGE)
 
 
 def test_the_rollout_states_the_belief_and_the_teacher_knows_better(walk):
