@@ -110,7 +110,7 @@ class ServerEngine:
         """
         longest = max(prompts, key=lambda prompt: len(prompt) + settings.limit(prompt), default=[])
         if self.context is not None and len(longest) + settings.limit(longest) > self.context:
-            what = f"a prompt of {len(longest)} and {settings.limit(longest)} new tokens, --max_new_tokens, (vLLM: --max-model-len)"
+            what = f"a prompt of {len(longest)} and {settings.limit(longest)} new tokens (vLLM: --max-model-len)"
             raise InputError(f"--server {self.server}: its context of {self.context} tokens does not hold {what}")
         responses: list[Response | None] = [None] * len(prompts)
         rows = iter(range(len(prompts)))

@@ -200,7 +200,7 @@ def test_the_same_command_grades_again_without_loading_a_model(run, monkeypatch)
     monkeypatch.setattr(evaluate, "load_model", None)
     assert run("graded") == (summary, lines)
     run.benchmark.write_text(run.benchmark.read_text().splitlines(True)[0])
-    with pytest.raises(InputError, match="what --benchmark .* names has changed"):
+    with pytest.raises(InputError, match=r"what --benchmark .* names has changed"):
         run("graded")
     (run.folder / "graded" / "samples.jsonl").write_bytes(lines[0] + b'{"note": 1, ' + lines[1][1:])
     with pytest.raises(InputError, match=r"samples\.jsonl, line 2: not a row of this program's .unknown note"):
