@@ -54,7 +54,7 @@ class GenerateEngine(Engine):
             except torch.OutOfMemoryError:
                 if end - start == 1 or in_parts:  # the other ranks are in the midst of this batch
                     raise InputError(
-                        f"out of GPU memory with {end - start} rows of up to {settings.max_new_tokens} new tokens: "
+                        f"out of GPU memory with {end - start} row(s) of up to {settings.max_new_tokens} new tokens: "
                         "lower --max_new_tokens, or sample by a --server"
                     ) from None
                 self.batch_size = (end - start) // 2  # what fits now fits later, too

@@ -31,7 +31,7 @@ WRONG = {
 FREE = {
     TrainConfig: {
         "model", "data", "eval_data", "output_dir", "resume", "grader", "gradient_checkpointing", "device", "dtype",
-        "student_thinking", "teacher_thinking", "switch_step", "server", "served_model", "columns",
+        "student_thinking", "teacher_thinking", "switch_step", "server", "served_model", "columns", "shard",
     },
     EvaluationConfig: {
         "benchmark", "model", "enable_thinking", "prompts", "grader", "grade_only", "output_dir", "dtype", "server",
