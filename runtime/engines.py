@@ -9,7 +9,6 @@ from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.distributed.fsdp import is_fsdp_managed_module
 
 from errors import InputError
 from rollout import OnFinished, Response, Sampling, StreamKey, sample
@@ -41,8 +40,8 @@ class GenerateEngine(Engine):
         self, prompts: list[list[int]], keys: Sequence[StreamKey], settings: Sampling,
         on_finished: OnFinished | None = None,
     ) -> list[Response]:  # fmt: skip
-        responses, rows, in_parts = [], len(prompts), is_fsdp_managed_module(self.model)
-        if in_parts:  # all ranks make the same passes, with as many rows: those of one token are for nothing else
+        responses, rows, in_parts = [], len(prompts), getattr(self.model, "_is_fsdp_managed_module", False)
+        if in_parts:  # all ranks make the same passes (ranks.shard): prompts of one token fill up their batches
             spare = max(gather_objects(rows)) - rows
             prompts, keys = prompts + [[self.tokenizer.eos_token_id]] * spare, [*keys, *[(0,)] * spare]
         while len(responses) < len(prompts):
