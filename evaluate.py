@@ -98,8 +98,6 @@ def solve(
     enable_thinking: bool = True, on_sample: Callable[[Sample], None] | None = None, prompts: Prompts = PAPER_PROMPTS,
 ) -> list[Sample]:  # fmt: skip
     """Sample the jobs, each with its own random stream; `on_sample` sees each sample as soon as the engine is done."""
-    if not jobs:
-        return []
     encoded = encode(tokenizer, [problems[index] for _, index, _ in jobs], enable_thinking, prompts)
     samples: dict[int, Sample] = {}
 

@@ -234,6 +234,7 @@ class TrainConfig(loss.LossOptions):
     seed: int = option(42, "of every random draw: adapter, data order, rollouts, evaluation", within=(0, 2**63))
     save_steps: int = option(25, "steps between checkpoints; the last step is always saved", least=1)
     grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
+    shard: bool = option(False, "each rank holds its part of the frozen blocks, not all of them")
     gradient_checkpointing: bool | None = option(None, "default: on a GPU only")
     device: str = option("auto", "auto, cpu, cuda, ...")
     dtype: str = option("auto", "auto (bfloat16 on a GPU, else float32; float32 without LoRA) or its name")
@@ -258,7 +259,7 @@ PRESETS: dict[str, dict] = {
 # tokens, and LoRA dropout other masks under another micro_batch_size.
 FREE_ON_RESUME = {
     "resume", "output_dir", "device", "micro_batch_size", "gradient_checkpointing", "save_steps", "server",
-    "served_model",
+    "served_model", "shard",
 }  # fmt: skip
 
 
@@ -274,6 +275,8 @@ def check_config(config: TrainConfig) -> None:
     loss.resolve_method(config.method, config)
     if config.server and config.lora_rank == 0:
         raise InputError("--server samples from an adapter that it loads by name: --lora_rank must be above 0")
+    if config.shard and config.lora_rank == 0:
+        raise InputError("--shard splits frozen weights: --lora_rank must be above 0; all weights: verl or ms-swift")
     _ = config.sampling  # checks itself
     teacher.load_prompts(config.prompts, config.chat_template_kwargs)
     if config.teacher not in teacher.KINDS:
@@ -339,7 +342,8 @@ def build(
     prompts: teacher.Prompts = teacher.PAPER_PROMPTS,
 ) -> Training:
     """Model with its adapter, teacher, optimizer and learning-rate schedule, all at their start."""
-    student, tokenizer = loading.load_model(config.model, config.dtype, device), loading.load_tokenizer(config.model)
+    student = loading.load_model(config.model, config.dtype, device, config.shard)
+    tokenizer = loading.load_tokenizer(config.model)
     torch.manual_seed(config.seed)
     if config.lora_rank > 0:
         model.add_lora(student, config.lora_rank, config.lora_alpha, config.lora_dropout)
@@ -348,7 +352,7 @@ def build(
     if config.teacher in teacher.KINDS:
         scorer = teacher.Teacher(student, config.teacher, config.ema_decay)
     else:
-        other = loading.load_other(config.teacher, student, tokenizer, prompts)
+        other = loading.load_other(config.teacher, student, tokenizer, prompts, config.shard)
         scorer = teacher.Teacher(student, "other", other=other)
     # Parameter by parameter (foreach False): updating all at once would take as much memory again.
     optimizer = torch.optim.AdamW(
@@ -360,9 +364,11 @@ def build(
             config.server, config.model, config.served_model, tokenizer, in_flight=200, needs_ids=True
         )
     else:
-        engine = engines.GenerateEngine(student, tokenizer)
+        rows = config.batch_size // ranks.world_size() if config.shard else 200
+        engine = engines.GenerateEngine(student, tokenizer, rows)
     method = loss.resolve_method(config.method, config)
-    return Training(student, tokenizer, scorer, method, engine, optimizer, scheduler, grader, prompts)
+    stop = Stop(config.shard)
+    return Training(student, tokenizer, scorer, method, engine, optimizer, scheduler, grader, prompts, stop)
 
 
 def rehearse(run: Training, longest: list[list[int]], config: TrainConfig) -> None:
@@ -412,6 +418,8 @@ def main() -> int:
     device = ranks.start_ranks(config.device)
     if config.batch_size < ranks.world_size():
         raise InputError(f"--batch_size {config.batch_size}: fewer prompts than the {ranks.world_size()} ranks")
+    if config.shard and (ranks.world_size() == 1 or config.batch_size % ranks.world_size()):
+        raise InputError(f"--shard: needs ranks, two or more that divide --batch_size, not {ranks.world_size()}")
     loading.find_checkpoint(config.model)  # a wrong --model is told before the data are looked for
     data = problems.load_problems(config.data, columns=config.columns)
     held_out = problems.load_problems(config.eval_data, False, config.columns) if config.eval_data else []

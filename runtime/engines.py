@@ -40,29 +40,30 @@ class GenerateEngine(Engine):
         self, prompts: list[list[int]], keys: Sequence[StreamKey], settings: Sampling,
         on_finished: OnFinished | None = None,
     ) -> list[Response]:  # fmt: skip
-        responses: list[Response] = []
+        responses, rows, in_parts = [], len(prompts), getattr(self.model, "_is_fsdp_managed_module", False)
+        if in_parts:  # all ranks make the same passes (ranks.shard): prompts of one token fill up their batches
+            spare = max(gather_objects(rows)) - rows
+            prompts, keys = prompts + [[self.tokenizer.eos_token_id]] * spare, [*keys, *[(0,)] * spare]
         while len(responses) < len(prompts):
             start, end = len(responses), min(len(responses) + self.batch_size, len(prompts))
             try:
-                with progress(
-                    total=max(map(settings.limit, prompts[start:end])), desc="tokens of a batch", leave=False
-                ) as bar:
-                    rows = (prompts[start:end], keys[start:end])
-                    batch = sample(self.model, self.tokenizer, *rows, settings, on_token=bar.update)
+                batch = (prompts[start:end], keys[start:end])
+                longest = max(map(settings.limit, batch[0]))
+                with progress(total=longest, desc="tokens of a batch", leave=False) as bar:
+                    responses += sample(self.model, self.tokenizer, *batch, settings, on_token=bar.update)
             except torch.OutOfMemoryError:
-                if end - start == 1:
+                if end - start == 1 or in_parts:  # the other ranks are in the midst of this batch
                     raise InputError(
-                        f"out of GPU memory with one row of up to {settings.max_new_tokens} new tokens: lower "
-                        "--max_new_tokens, or sample by a --server"
+                        f"out of GPU memory with {end - start} row(s) of up to {settings.max_new_tokens} new tokens: "
+                        "lower --max_new_tokens, or sample by a --server"
                     ) from None
                 self.batch_size = (end - start) // 2  # what fits now fits later, too
                 torch.cuda.empty_cache()
                 continue
             if on_finished is not None:
-                for row, response in enumerate(batch, start=start):
-                    on_finished(row, response)
-            responses += batch
-        return responses
+                for row in range(start, min(end, rows)):
+                    on_finished(row, responses[row])
+        return responses[:rows]
 
 
 def connect(

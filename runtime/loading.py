@@ -22,6 +22,7 @@ from transformers import (
 from errors import InputError, one_line, some
 from model import response_hidden
 from problems import Problem
+from runtime.ranks import pick_device, shard
 from teacher import Prompts, student_prompt, teacher_prompt
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name of it
@@ -30,8 +31,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 TINY_MODEL = Path(__file__).resolve().parent.parent / "tiny-model"  # the embedded model, `tiny`
 
 
-def load_model(name: str, dtype: str = "auto", device: str | torch.device = "auto") -> PreTrainedModel:
-    """Load a causal LM, in evaluation mode. `dtype`: auto (bfloat16 on a GPU, else float32) or its name.
+def load_model(
+    name: str, dtype: str = "auto", device: str | torch.device = "auto", in_parts: bool = False
+) -> PreTrainedModel:
+    """Load a causal LM, in evaluation mode. `dtype`: auto (bfloat16 on a GPU, else float32) or its name. `in_parts`:
+    frozen, and shared over the ranks (runtime/ranks.py::shard).
 
     Sampling defaults that the checkpoint brings are dropped, so that only our own flags decide; its EOS ids are kept.
     Raises InputError where there is no checkpoint, it is more than a language model, its weights are not exactly the
@@ -60,7 +64,7 @@ def load_model(name: str, dtype: str = "auto", device: str | torch.device = "aut
     model.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
     )
-    model = model.to(device)
+    model = shard(model, device) if in_parts else model.to(device)
     check_head(model, name)
     return model
 
@@ -177,29 +181,15 @@ def find_checkpoint(name: str, said: str = "") -> str:
     return name
 
 
-def pick_device(name: str | torch.device) -> torch.device:
-    """`auto` is the GPU where there is one. Raises InputError for a device that this machine lacks."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name}: not on this machine") from None
-    return device
-
-
 def load_other(
-    name: str, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts
+    name: str, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, in_parts: bool = False
 ) -> PreTrainedModel:
     """The model of `--teacher NAME`, in the student's dtype and on its device, to score the student's own token ids.
 
     Raises InputError where it reads them otherwise.
     """
     check_same_tokens(tokenizer, load_tokenizer(name), prompts, name)
-    other = load_model(name, str(student.dtype).removeprefix("torch."), student.device)
+    other = load_model(name, str(student.dtype).removeprefix("torch."), student.device, in_parts)
     match_heads(student, other)
     return other
 

@@ -10,11 +10,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from errors import InputError
-from runtime.loading import pick_device
 
 
 def start_ranks(device_name: str) -> torch.device:
@@ -29,6 +33,20 @@ def start_ranks(device_name: str) -> torch.device:
     if distributed and not dist.is_initialized():
         # Ranks wait for the slowest, in an evaluation for hours: torch would give up after 10 or 30 minutes.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    return device
+
+
+def pick_device(name: str | torch.device) -> torch.device:
+    """`auto` is the GPU where there is one. Raises InputError for a device that this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: not on this machine") from None
     return device
 
 
@@ -73,6 +91,7 @@ def check_same_start(named: list[tuple[str, Tensor]]) -> None:
     """
     if world_size() == 1:
         return
+    named = [(name, tensor) for name, tensor in named if not isinstance(tensor, DTensor)]  # `shard` has compared those
     sums = [int(tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64)) for _, tensor in named]
     ordered = [float(tensor.detach().flatten()[::7].double().sum()) for _, tensor in named]
     everyone = gather_objects(list(zip(sums, ordered, strict=True)))
@@ -83,6 +102,23 @@ def check_same_start(named: list[tuple[str, Tensor]]) -> None:
                     f"rank {other} starts with another {name} than rank 0: all ranks need the same model files, "
                     "versions and kind of GPU"
                 )
+
+
+def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Bring a loaded model to the device, frozen, and of each block only this rank's part: torch's FSDP2 puts a block
+    together where it runs, forward and backward. Embedding, norm and head stay whole.
+
+    From then on all ranks have to make the same passes: one pass more or less on one of them, and parts of different
+    blocks would meet.
+    """
+    decoder, mesh = model.requires_grad_(False).get_decoder(), init_device_mesh(device.type, (world_size(),))
+    for name, block in decoder.named_modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            check_same_start([(f"{name}.{part}", weight) for part, weight in block.to(device).named_parameters()])
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(decoder, mesh=mesh, ignored_params={p for p in decoder.parameters() if not isinstance(p, DTensor)})
+    model._is_fsdp_managed_module = True  # `generate` then goes on until the last rank's rows are done
+    return model.to(device)
 
 
 def wait_for_all() -> None:

@@ -20,11 +20,13 @@ class Stop:
 
     Nothing of a step is kept before its update, and its draws are functions of (seed, step, slot), so a step is left
     wherever it stands: StoppedError rises out of whatever is under way. From `hold` to `release` a signal waits
-    instead; what several ranks do together lies between the two. A second Ctrl-C ends the process at once.
+    instead; what several ranks do together lies between the two: all of a step where a model is `sharded`. A second
+    Ctrl-C ends the process at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sharded: bool = False) -> None:
         self.asked, self._since, self._held = 0, 0.0, True  # asked: the signal's number
+        self._sharded = sharded
 
     def listen(self) -> Stop:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
@@ -36,12 +38,18 @@ class Stop:
         """Signals wait from here on. Raises StoppedError, on every rank, where one of them was asked before."""
         if not self._held:
             self._held = True
-            if asked := max(gather_objects(self.asked)):  # a signal during the wait stays noted, for `release`
-                self.asked = asked
-                raise StoppedError
+            self._agree()
+
+    def _agree(self) -> None:
+        if asked := max(gather_objects(self.asked)):  # a signal during the wait stays noted, for `release`
+            self.asked = asked
+            raise StoppedError
 
     def release(self) -> None:
         """Signals stop the run again; raises StoppedError where one has come meanwhile."""
+        if self._sharded:
+            self._agree()
+            return
         self._held = False
         if self.asked:
             raise StoppedError
