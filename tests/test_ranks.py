@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from forked import run_ranks
 from torch.distributed.tensor import DTensor
 
