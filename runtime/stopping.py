@@ -24,7 +24,7 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self.asked, self._since, self._held = 0, 0.0, True  # asked: the signal's number
+        self.asked, self._since, self.held = 0, 0.0, True  # asked: the signal's number; held: signals wait
 
     def listen(self) -> Stop:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
@@ -34,15 +34,15 @@ class Stop:
 
     def hold(self) -> None:
         """Signals wait from here on. Raises StoppedError, on every rank, where one of them was asked before."""
-        if not self._held:
-            self._held = True
+        if not self.held:
+            self.held = True
             if asked := max(gather_objects(self.asked)):  # a signal during the wait stays noted, for `release`
                 self.asked = asked
                 raise StoppedError
 
     def release(self) -> None:
         """Signals stop the run again; raises StoppedError where one has come meanwhile."""
-        self._held = False
+        self.held = False
         if self.asked:
             raise StoppedError
 
@@ -57,5 +57,5 @@ class Stop:
                 raise KeyboardInterrupt
             return
         self.asked, self._since = number, time.monotonic()
-        if not self._held:
+        if not self.held:
             raise StoppedError

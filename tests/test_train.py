@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -151,6 +152,11 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
         (["--learning_rate", "nan"], "learning_rate"),
         (["--no_such_flag", "1"], "no_such_flag"),
         (["--resume"], "output_dir"),
+        (["--method", "eopd", "--tau_clip", "0.2"], r"--tau_clip 0\.2: counts only with --method opsd"),
+        (["--method", "reopold", "--beta", "1"], "--beta 1.0: counts only"),
+        (["--switch_step", "3"], "--switch_step 3: counts only with --method reopold"),
+        (["--ema_decay", "0.5"], "--ema_decay 0.5: counts only with --teacher ema"),
+        (["--served_model", "a"], "--served_model a: counts only with --server"),
     ],
 )
 def test_wrong_flags_are_named_in_one_line(arguments, word):
@@ -275,7 +281,8 @@ def test_tensors_of_all_shapes_are_summed_over_ranks_in_place(tmp_path):
 @pytest.mark.parametrize("method", ["opsd", "pwopsd", "eopd", "reopold"])
 def test_the_gradient_of_a_step_is_that_of_the_plain_loss(qwen3, data, tmp_path, monkeypatch, uneven_rollouts, method):
     """Its scale included: autograd of `method_loss` on whole logits of both contexts, all rows in one batch."""
-    words = ("--method", method, "--lora_dropout", 0, "--tau_clip", 0.5, "--micro_batch_size", 4)
+    words = ["--method", method, "--lora_dropout", 0, "--micro_batch_size", 4]
+    words += ["--tau_clip", 0.5] if method in ("opsd", "pwopsd") else []
     config = parse_config(flags(qwen3, data, tmp_path / "run", *words))
     run, seen = build(config, torch.device("cpu"), ExactGrader()), []
     for layer in lora_parameters(run.model)[1::2]:  # B: an adapter that has learned something
@@ -547,24 +554,27 @@ def test_a_signal_keeps_the_last_finished_step(qwen3, data, tmp_path, run_main, 
     assert largest_difference(adapter(tmp_path / "run", 3), adapter(tmp_path / "whole", 3)) == 0.0
 
 
-def stopped_on_two_ranks(data: str, model: str, run: str, victim: int) -> None:
-    """A signal for one rank alone, while it samples the second step: both stop there, with the first one saved."""
+def stopped_on_two_ranks(data: str, model: str, run: str, victim: int, fails: bool) -> None:
+    """A signal or an error on one rank alone, while it samples the second step: both stop, with the first one saved."""
     original, calls = train.rollout.sample, []
 
     def preempted(*args, **more):
         calls.append(args)
         if len(calls) == 2 and rank() == victim:
+            if fails:
+                raise InputError("no answer")
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **more)
 
     train.engines.sample = preempted
     sys.argv = ["train.py", *flags(model, data, run, "--num_steps", 3)]
-    assert train.main() == 128 + signal.SIGTERM
+    with pytest.raises((InputError, RuntimeError)) if fails else nullcontext():
+        assert train.main() == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_signal_for_one_of_two_ranks_stops_both_at_the_same_step(qwen3, data, tmp_path, victim):
-    run_ranks(tmp_path, stopped_on_two_ranks, str(data), str(qwen3), str(tmp_path / "run"), victim)
+@pytest.mark.parametrize(("victim", "fails"), [(0, False), (1, False), (1, True)])
+def test_what_stops_one_of_two_ranks_stops_both_at_the_same_step(qwen3, data, tmp_path, victim, fails):
+    run_ranks(tmp_path, stopped_on_two_ranks, str(data), str(qwen3), str(tmp_path / "run"), victim, fails)
     assert len(metrics(tmp_path / "run")) == 1 and damage(tmp_path / "run/checkpoint-1") is None
 
 
@@ -658,7 +668,7 @@ def test_a_loss_that_is_not_a_number_stops_with_step_and_problems(qwen3, data, t
     monkeypatch.setattr(train, "seed_step", count)
     expected = sorted(step_problems(len(PROBLEMS), 4, 42, 1))
     with pytest.raises(FloatingPointError) as caught:
-        run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3, "--save_steps", 1))
+        run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3))
     assert "step 1: loss nan" in str(caught.value) and str(expected) in str(caught.value)
     assert len(metrics(tmp_path / "run")) == 1 and (tmp_path / "run/checkpoint-1").is_dir()
 
@@ -850,3 +860,6 @@ def test_another_models_weights_may_score(qwen3, data, tmp_path, run_main):
         parse_config(["--teacher", "frozen"])
     with pytest.raises(InputError, match=r"--teacher .*: its vocabulary is not the student's"):
         run_main(flags("tiny", data, tmp_path / "tiny", "--num_steps", 1, "--teacher", other))
+    (other / "model.safetensors").write_text("torn")
+    with pytest.raises(InputError, match=r"^--teacher .*other: cannot be loaded"):
+        run_main(flags(qwen3, data, tmp_path / "torn", "--num_steps", 1, "--teacher", other))

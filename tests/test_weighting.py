@@ -42,6 +42,7 @@ def test_w_min_one_is_uniform_and_s_to_zero_is_the_step():
     r = relative_position([50])
     torch.testing.assert_close(get_schedule("moderate", w_min=1.0)(r), SCHEDULES["uniform"](r))
     torch.testing.assert_close(get_schedule("moderate", s=1e-6)(r), SCHEDULES["step"](r))
+    assert SCHEDULES["step"](relative_position([5])).tolist() == [0.25, 1.0, 1.0, 1.0, 1.0]  # r = tau at the second
 
 
 def test_reversed_mirrors_moderate():
