@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 
+import diagnose
 import evaluate
 import train
 from errors import InputError
@@ -130,6 +131,14 @@ def test_a_number_that_would_fill_the_memory_is_refused():
     for config, flag in ((TrainConfig, "--batch_size"), (EvaluationConfig, "--num_samples")):
         with pytest.raises(InputError, match=f"{flag} 1000000000000: must lie in"):
             parse(config, flag, "1000000000000")
+
+
+def test_only_what_changes_no_number_may_change_on_resume():
+    free = {"output_dir", "device", "served_model"}
+    training = {"resume", "micro_batch_size", "gradient_checkpointing", "save_steps", "server"}
+    assert free | training == train.FREE_ON_RESUME
+    assert free | {"num_samples", "seeds", "batch_size", "grader", "grade_only"} == evaluate.FREE_ON_RESUME
+    assert free | {"resume", "server", "batch_size"} == diagnose.FREE_ON_RESUME
 
 
 def test_a_flag_is_not_completed_from_its_beginning():

@@ -514,6 +514,7 @@ def test_templates_from_a_file(checkpoint, tmp_path):
         ('{"student": "{question}"}', "student: {problem} is missing"),
         ('{"student": "{problem} \\\\boxed{answer}"}', "student: must not show {answer}"),
         ('{"evaluation": "{problem} {solution}"}', "evaluation: must not show {solution}"),
+        ('{"evaluation": "{problem} {answer}"}', "evaluation: must not show {answer}"),
         ('{"diagnostic": "{problem}"}', "diagnostic: {answer} is missing"),
     ],
 )

@@ -8,6 +8,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import pytest
@@ -318,7 +319,7 @@ def test_the_gradient_of_a_step_is_that_of_the_plain_loss(qwen3, data, tmp_path,
 
 
 def test_a_step_samples_and_scores_with_its_own_settings(qwen3, data, tmp_path, run_main, monkeypatch):
-    sampled, scored = [], []
+    sampled, scored, published = [], [], []
     sample, score = GenerateEngine.sample, train.loss.score_tokens_from_hidden
 
     def spy_on_sampling(self, *args):
@@ -331,10 +332,11 @@ def test_a_step_samples_and_scores_with_its_own_settings(qwen3, data, tmp_path, 
 
     monkeypatch.setattr(GenerateEngine, "sample", spy_on_sampling)
     monkeypatch.setattr(train.loss, "score_tokens_from_hidden", spy_on_scoring)
+    monkeypatch.setattr(train.engines, "publish", lambda *args: published.append(args[-1]))
     apart = ("--temperature", 0.7, "--distill_temperature", 1.3, "--top_k", 7, "--top_p", 0.8)
     run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3, *apart))
     problems = load_problems(str(data))
-    assert len(sampled) == 3
+    assert len(sampled) == 3 and published == [0, 1, 2, 3]  # a server samples from the weights of each step
     for step, (tokenizer, prompts, keys, settings) in enumerate(sampled):
         picked = [problems[index] for index in step_problems(len(problems), 4, 42, step)]
         assert prompts == [train.teacher.student_prompt(tokenizer, problem) for problem in picked]
@@ -625,6 +627,9 @@ def test_a_wrong_model_is_named_before_any_data_is_looked_for(run_main):
 def test_all_weights_in_half_precision_are_refused(dtype):
     with pytest.raises(InputError, match=r"--lora_rank 0: updates .* what helps: --dtype float32, or LoRA"):
         parse_config(["--dtype", dtype, "--lora_rank", "0"])
+    for rank_, chosen in ((0, "float32"), (8, "bfloat16")):
+        on_gpu = train.on_device(TrainConfig(lora_rank=rank_), torch.device("cuda"))
+        assert (on_gpu.dtype, on_gpu.gradient_checkpointing) == (chosen, True)
 
 
 @pytest.mark.parametrize("reference", ["other", "none", "answer"])
@@ -684,6 +689,12 @@ def test_problems_that_are_too_long_are_left_out_and_the_others_keep_their_numbe
     for row in rows:
         wanted = json.loads(data.read_text().splitlines()[row["problem"]])
         assert row["correct"] == (row["text"].endswith(wanted["solution"]))
+
+
+def test_a_problem_without_an_answer_is_not_graded():
+    run = SimpleNamespace(tokenizer=train.loading.load_tokenizer("tiny"), grader=ExactGrader())
+    share = train.Share(range(1), [train.problems.Problem("1+1", "so two", "")], [])
+    assert train.sample_rows(0, share, [Response([5], True)], run)[0]["correct"] is None
 
 
 def test_a_prompt_that_just_fits_is_kept(qwen3, data, tmp_path, run_main):
