@@ -111,6 +111,29 @@ def test_help_keeps_the_docstrings_lines_and_has_groups(module, monkeypatch, cap
     assert groups == {"data", "sampling", "run"} | ({"method", "loss", "optimisation"} if module is train else set())
 
 
+@pytest.mark.parametrize(
+    ("words", "with_"),
+    [
+        ("--method eopd --tau_clip 0.2", "--method opsd or pwopsd"),
+        ("--method reopold --beta 1.0", "--method opsd or pwopsd"),
+        ("--switch_step 3", "--method reopold"),
+        ("--ema_decay 0.5", "--teacher ema"),
+        ("--served_model a", "--server"),
+    ],
+)
+def test_a_flag_that_would_change_nothing_is_refused(words, with_):
+    with pytest.raises(InputError, match=f"{' '.join(words.split()[-2:])}: counts only with {with_}"):
+        parse_config(words.split())
+
+
+def test_only_what_changes_no_number_may_change_on_resume():
+    free = {"output_dir", "device", "served_model"}
+    training = {"resume", "micro_batch_size", "gradient_checkpointing", "save_steps", "server"}
+    assert free | training == train.FREE_ON_RESUME
+    assert free | {"num_samples", "seeds", "batch_size", "grader", "grade_only"} == evaluate.FREE_ON_RESUME
+    assert free | {"resume", "server", "batch_size"} == diagnose.FREE_ON_RESUME
+
+
 def test_presets_name_flags_and_values_that_pass():
     names = {f.name for f in fields(TrainConfig)}
     for preset, values in PRESETS.items():
@@ -131,14 +154,6 @@ def test_a_number_that_would_fill_the_memory_is_refused():
     for config, flag in ((TrainConfig, "--batch_size"), (EvaluationConfig, "--num_samples")):
         with pytest.raises(InputError, match=f"{flag} 1000000000000: must lie in"):
             parse(config, flag, "1000000000000")
-
-
-def test_only_what_changes_no_number_may_change_on_resume():
-    free = {"output_dir", "device", "served_model"}
-    training = {"resume", "micro_batch_size", "gradient_checkpointing", "save_steps", "server"}
-    assert free | training == train.FREE_ON_RESUME
-    assert free | {"num_samples", "seeds", "batch_size", "grader", "grade_only"} == evaluate.FREE_ON_RESUME
-    assert free | {"resume", "server", "batch_size"} == diagnose.FREE_ON_RESUME
 
 
 def test_a_flag_is_not_completed_from_its_beginning():
