@@ -5,7 +5,7 @@ import torch
 
 from errors import InputError
 from problems import Problem
-from rollout import Sampling, choose_tokens, sample, uniforms, until_eos
+from rollout import Sampling, StreamSampler, choose_tokens, sample, uniforms, until_eos
 from runtime.loading import load_model, load_tokenizer
 from teacher import student_prompt
 
@@ -187,6 +187,14 @@ def test_logits_that_are_not_numbers_stop_the_run(loaded):
     model.get_input_embeddings().weight.data[:] = float("nan")
     with pytest.raises(FloatingPointError, match="finite"):
         sample(model, tokenizer, [student_prompt(tokenizer, PROBLEMS[0])], [(0,)], SETTINGS)
+
+
+def test_one_number_that_is_none_in_one_row_at_the_first_token_is_seen():
+    sampler, scores = StreamSampler(torch.zeros(2, 2), 1, SETTINGS, lambda: None), torch.zeros(2, 8)
+    scores[1, 3] = float("nan")
+    sampler(torch.zeros(2, 1), scores)
+    sampler(torch.zeros(2, 2), torch.zeros(2, 8))
+    assert not sampler.finite
 
 
 @pytest.mark.parametrize(
