@@ -271,8 +271,17 @@ def parse_config(arguments: list[str] | None = None) -> TrainConfig:
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raise InputError, naming the flag, for values that cannot work."""
+    """Raise InputError, naming the flag, for values that cannot work, or change nothing beside the others."""
     loss.resolve_method(config.method, config)
+    for flag, counts, with_ in (
+        ("tau_clip", config.method not in ("eopd", "reopold"), "--method opsd or pwopsd"),
+        ("beta", config.method not in ("eopd", "reopold"), "--method opsd or pwopsd"),
+        ("switch_step", config.method not in ("opsd", "pwopsd", "eopd"), "--method reopold"),
+        ("ema_decay", config.teacher == "ema", "--teacher ema"),
+        ("served_model", config.server, "--server"),
+    ):
+        if not counts and f"--{flag}" in departures(config, PRESETS).split():
+            raise InputError(f"--{flag} {getattr(config, flag)}: counts only with {with_}")
     if config.server and config.lora_rank == 0:
         raise InputError("--server samples from an adapter that it loads by name: --lora_rank must be above 0")
     if config.shard and config.lora_rank == 0:
@@ -491,26 +500,32 @@ def take_steps(
                 ranks.say(line)
             if done % config.save_steps == 0 or done == config.num_steps:
                 save(folder, done, run, config)
+                ranks.wait_for_all()  # none runs ahead of the one that writes, which may fail
             engines.publish(run.engine, run.model, folder, done)
             run.stop.release()
         score_held_out(log, config.num_steps, run, held_out, config)
         run.stop.hold()
     except StoppedError:
-        run.stop.meet()
         if done > start:
-            save(folder, done, run, config)
+            save(folder, done, run, config)  # before any rank is waited for: an error may have ended it
+        run.stop.meet()
+        ranks.wait_for_all()
         where = f"saved after step {done}" if done else "before the first step was done"
         ranks.say(f"stopped by a signal, {where}; the same command with --resume --output_dir {folder} goes on")
+    except Exception:
+        run.stop.held = True  # torchrun ends the other ranks by a signal
+        if done > start and {int(state["step"]) for state in run.optimizer.state.values()} == {done}:
+            save(folder, done, run, config)  # no weight has moved since then
+        raise
     else:
         ranks.say(f"weights: {folder}/checkpoint-{config.num_steps}")
 
 
 def save(folder: Path, step: int, run: Training, config: TrainConfig) -> None:
-    """Write the checkpoint after `step` steps, unless it is there, whole; no rank runs ahead of one that may fail."""
+    """The first rank writes the checkpoint after `step` steps, unless it is there, whole."""
     if ranks.rank() == 0 and checkpoint.damage(folder / f"checkpoint-{step}") is not None:
         base = loading.find_checkpoint(config.model)
         checkpoint.save_checkpoint(folder, step, run.model, base, run.teacher, run.optimizer, run.scheduler)
-    ranks.wait_for_all()
 
 
 def cli() -> None:

@@ -188,8 +188,12 @@ def load_other(
 
     Raises InputError where it reads them otherwise.
     """
-    check_same_tokens(tokenizer, load_tokenizer(name), prompts, name)
-    other = load_model(name, str(student.dtype).removeprefix("torch."), student.device, in_parts)
+    try:
+        theirs = load_tokenizer(name)
+        other = load_model(name, str(student.dtype).removeprefix("torch."), student.device, in_parts)
+    except InputError as error:
+        raise InputError(str(error).replace("--model", "--teacher", 1)) from error.__cause__
+    check_same_tokens(tokenizer, theirs, prompts, name)
     match_heads(student, other)
     return other
 

@@ -414,6 +414,8 @@ class RunLog:
             raise InputError(f"{self.file}: not the accuracies of a run ({error})") from None
         rows = [self._cut(name, start) for name in ("metrics.jsonl", "samples.jsonl")] if rank() == 0 else [None]
         self.earlier: list[dict] = gather_objects(rows[0])[0]
+        if [row["step"] for row in self.earlier] != list(range(start)):
+            say(f"{run / 'metrics.jsonl'}: does not hold each of the {start} steps before, and never will")
 
     def append(self, metrics: dict, samples: list[dict]) -> None:
         if rank() == 0:

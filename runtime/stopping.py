@@ -25,7 +25,7 @@ class Stop:
     """
 
     def __init__(self, sharded: bool = False) -> None:
-        self.asked, self._since, self._held = 0, 0.0, True  # asked: the signal's number
+        self.asked, self._since, self.held = 0, 0.0, True  # asked: the signal's number; held: signals wait
         self._sharded = sharded
 
     def listen(self) -> Stop:
@@ -36,8 +36,8 @@ class Stop:
 
     def hold(self) -> None:
         """Signals wait from here on. Raises StoppedError, on every rank, where one of them was asked before."""
-        if not self._held:
-            self._held = True
+        if not self.held:
+            self.held = True
             self._agree()
 
     def _agree(self) -> None:
@@ -50,7 +50,7 @@ class Stop:
         if self._sharded:
             self._agree()
             return
-        self._held = False
+        self.held = False
         if self.asked:
             raise StoppedError
 
@@ -65,5 +65,5 @@ class Stop:
                 raise KeyboardInterrupt
             return
         self.asked, self._since = number, time.monotonic()
-        if not self._held:
+        if not self.held:
             raise StoppedError

@@ -172,6 +172,8 @@ def test_uncertainty_by_hand_and_at_its_limits():
     same = uncertainty(one)
     assert same["entropy"].item() == pytest.approx(math.log(2)) and abs(same["mutual_information"].item()) < 1e-6
     assert same["log_kappa"].item() > 50  # no variance: a precision without bound
+    apart = uncertainty(torch.tensor([[[0.9, 0.1]], [[0.5, 0.5]]]))  # mu = (.7, .3), unbiased variance .08 each
+    assert apart["log_kappa"].exp().item() == pytest.approx(2 * 0.21 / 0.16 - 1)
     opposed = uncertainty(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
     assert opposed["mutual_information"].item() == pytest.approx(math.log(2), abs=1e-6)
     # mu = 1/2, unbiased variance 1/2 each: kappa = 0.5 / 1 - 1 < 0, floored at 1e-6.

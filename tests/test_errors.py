@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,15 @@ def test_every_rank_knows_the_signal_that_one_was_sent(monkeypatch):
     with pytest.raises(stopping.StoppedError):
         stop.hold()
     assert stop.asked == signal.SIGTERM
+
+
+def test_one_ctrl_c_that_comes_twice_counts_once_and_a_later_one_ends_at_once(monkeypatch):
+    stop, now = stopping.Stop(), iter([10.0, 10.5, 12.0])
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    for _ in range(2):
+        stop._note(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        stop._note(signal.SIGINT, None)
 
 
 def test_what_nohup_ignores_stays_ignored(monkeypatch):

@@ -89,6 +89,7 @@ def test_summary_by_hand():
     assert avg["by_seed"] == [0.25, 0.75] and avg["std_over_seeds"] == pytest.approx(0.125**0.5)
     assert avg["interval"] == [0.25, 0.75]  # problems at 3/4 and 1/4
     assert summary["per_problem"]["avg"] == [[0.5, 0.0], [1.0, 0.5]] and summary["seeds"] == [0, 1]
+    assert summary["per_problem"]["maj"] == [[1.0, 0.0], [1.0, 0.0]]
     alone = evaluate.summarise([s for s in samples if s.seed == 0], problems)["metrics"]["avg"]
     assert alone["std_over_seeds"] is None and alone["mean"] == 0.25
 

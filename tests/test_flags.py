@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 
+import diagnose
 import evaluate
 import train
 from errors import InputError
@@ -78,6 +79,29 @@ def test_help_has_the_docstring_and_every_flag(module, config, monkeypatch, caps
         module.main()
     text = capsys.readouterr().out
     assert module.__doc__.strip() in text and all(f"  --{f.name} " in text for f in fields(config))
+
+
+@pytest.mark.parametrize(
+    ("words", "with_"),
+    [
+        ("--method eopd --tau_clip 0.2", "--method opsd or pwopsd"),
+        ("--method reopold --beta 1.0", "--method opsd or pwopsd"),
+        ("--switch_step 3", "--method reopold"),
+        ("--ema_decay 0.5", "--teacher ema"),
+        ("--served_model a", "--server"),
+    ],
+)
+def test_a_flag_that_would_change_nothing_is_refused(words, with_):
+    with pytest.raises(InputError, match=f"{' '.join(words.split()[-2:])}: counts only with {with_}"):
+        parse_config(words.split())
+
+
+def test_only_what_changes_no_number_may_change_on_resume():
+    free = {"output_dir", "device", "served_model"}
+    training = {"resume", "micro_batch_size", "gradient_checkpointing", "save_steps", "server"}
+    assert free | training == train.FREE_ON_RESUME
+    assert free | {"num_samples", "seeds", "batch_size", "grader", "grade_only"} == evaluate.FREE_ON_RESUME
+    assert free | {"resume", "server", "batch_size"} == diagnose.FREE_ON_RESUME
 
 
 def test_presets_name_flags_and_values_that_pass():

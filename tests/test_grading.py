@@ -85,6 +85,7 @@ def test_refusals_are_counted(monkeypatch, tmp_path):
     monkeypatch.setattr(grading, "WORKER", worker)
     grader = MathVerifyGrader()
     assert not grader.match("\\sqrt{12}", "3\\sqrt{2}+1") and grader.refused == 1 and grader.stopped == 0
+    assert not grader.match("a+b", "a+c") and grader.refused == 1  # it is the next one's no more
     grader.close()
 
 

@@ -284,6 +284,8 @@ def test_reopold_by_hand():
     assert 0 < len(early) < len(y)
     expected = -sum(R[m] * log_s[m, y[m]].item() for m in early) / len(early)
     assert method_loss("reopold", student, teacher, ids, mask, step=49).item() == pytest.approx(expected, abs=1e-5)
+    of_batch = [losses.resolve_method("reopold", LossOptions(schedule=name)).over_batch for name in (None, "uniform")]
+    assert of_batch == [True, False]
     H = entropy(log_s)
     late = [m for m in range(len(y)) if H[m] >= torch.quantile(H, 0.8)]
     expected = -sum(max(R[m], floor) * log_s[m, y[m]].item() for m in late) / len(late)
@@ -292,13 +294,13 @@ def test_reopold_by_hand():
 
 def test_a_weight_may_look_at_the_rows_outcome_and_at_agreement(monkeypatch):
     student, teacher, ids, mask = random_case(lengths=(4, 2, 3))
-    right = lambda r_M, scores, lengths, step, options: torch.nan_to_num(scores.correct) * scores.finished  # noqa: E731
+    right = lambda r_M, scores, *_: torch.nan_to_num(scores.correct, nan=2.0) * scores.finished  # noqa: E731
     agree = lambda r_M, scores, lengths, step, options: scores.agreement  # noqa: E731
     monkeypatch.setitem(METHODS, "right", losses.Method(losses.clipped_divergence, right, losses.weighted_mean))
     monkeypatch.setitem(METHODS, "agree", losses.Method(losses.clipped_divergence, agree, losses.weighted_mean))
     given = method_loss("right", student, teacher, ids, mask, correct=[True, None, True], finished=[False, True, True])
-    alone = method_loss("opsd", student[2:], teacher[2:], ids[2:], mask[2:])
-    torch.testing.assert_close(given, alone)
+    of_1, of_2 = (method_loss("opsd", *(x[i : i + 1] for x in (student, teacher, ids, mask))) for i in (1, 2))
+    torch.testing.assert_close(given, (2 * 2 * of_1 + 3 * of_2) / 7)
     teacher[1] = student[1] + 0.3 * teacher[1]
     same = (student.argmax(-1) == teacher.argmax(-1)) & mask
     assert 0 < same.sum() < mask.sum()
@@ -387,7 +389,9 @@ def test_logits_of_half_precision_states_are_not_rounded():
     logits_MV = model.head_logits(x_MD, head_VD)
     assert logits_MV.dtype == torch.float32
     torch.testing.assert_close(logits_MV, x_MD.float() @ head_VD.float().T)
-    assert not torch.equal(logits_MV, logits_MV.bfloat16().float())
+    half_MV = logits_MV.detach().bfloat16()
+    assert not torch.equal(logits_MV, half_MV.float())
+    assert torch.equal(losses.log_probabilities(half_MV, 1.1), (half_MV.float() / 1.1).log_softmax(dim=-1))
     up_MV = torch.randn(5, V) / V**0.5
     (to_x,) = torch.autograd.grad(model.head_logits(x_MD, head_VD.detach()), x_MD, up_MV)  # the head is frozen
     torch.testing.assert_close(to_x, (up_MV @ head_VD.float()).bfloat16())

@@ -12,9 +12,11 @@ from transformers import GenerationConfig
 from chat import end_of_turn, eos_ids
 from errors import InputError
 from model import (
+    LoRALinear,
     adapter_disabled,
     adapter_dropout,
     add_lora,
+    cast_adapter,
     lora_layers,
     lora_parameters,
     recompute_activations,
@@ -361,6 +363,14 @@ def test_the_adapters_dropout_draws_inside_its_context_alone(model):
             assert torch.equal(response_hidden(model, PROMPTS, RESPONSES), still)
         assert not torch.equal(response_hidden(model, PROMPTS, RESPONSES), still)
     assert torch.equal(response_hidden(model, PROMPTS, RESPONSES), still)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("meta", torch.bfloat16)])
+def test_sampling_casts_the_adapter_to_the_models_dtype_but_on_a_cpu(device, dtype):
+    layer = LoRALinear(torch.nn.Linear(4, 3, dtype=torch.bfloat16, device=device), 2, 4.0, 0.0)
+    with cast_adapter(torch.nn.Sequential(layer)):
+        assert [part.dtype for part in layer.cast] == [dtype] * 2
+    assert layer.cast is None
 
 
 def test_checkpointing_computes_the_blocks_again_with_the_same_draws(model):

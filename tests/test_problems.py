@@ -253,6 +253,7 @@ def test_a_parquet_file_that_changes_is_read_anew(tmp_path):
         ({"question": "q", "answer": "so 1,000 #### 1,000\n"}, ("q", "so 1,000", "1,000")),
         ({"question": "q", "solution": "other", "answer": "so <<1=1>>1\n#### 1"}, ("q", "other", "1")),
         ({"question": "q", "solution": "so <<1=1>>1\n#### 1"}, ("q", "so 1", "1")),
+        ({"question": "q", "solution": "#### So\n1\n#### 7"}, ("q", "#### So\n1", "7")),
         ({"problem": "q", "solution": "#### First\nwe see", "answer": ""}, ("q", "#### First\nwe see", "")),
         ({"problem": "q", "solution": "x\n#### So \\boxed{3}"}, ("q", "x\n#### So \\boxed{3}", "3")),
         ({"problem": "q", "solution": "so <<1=1>>1 #### 1", "answer": "1"}, ("q", "so <<1=1>>1 #### 1", "1")),

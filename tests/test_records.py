@@ -301,7 +301,7 @@ def test_jobs_keep_their_order_and_are_done_once(tmp_path):
         records.do_jobs(records.RowFile(path, ("a", "b"), ("sum",)), [(4, 4)], short, 1)
 
 
-def test_a_training_runs_rows_are_cut_back_to_its_start(tmp_path):
+def test_a_training_runs_rows_are_cut_back_to_its_start(tmp_path, capsys):
     for name in ("metrics.jsonl", "samples.jsonl"):
         records.append_rows(tmp_path / name, [{"step": step, "slot": 0} for step in range(3)])
         with (tmp_path / name).open("a") as file:
@@ -310,7 +310,9 @@ def test_a_training_runs_rows_are_cut_back_to_its_start(tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps(scores))
     log = records.RunLog(tmp_path, 2)
     assert list(log.evaluation) == ["0", "2"]  # those behind the start are scored again
-    assert [row["step"] for row in log.earlier] == [0, 1]
+    assert [row["step"] for row in log.earlier] == [0, 1] and not capsys.readouterr().out
+    records.RunLog(tmp_path, 4)
+    assert "metrics.jsonl: does not hold each of the 4 steps" in capsys.readouterr().out
     log.append({"step": 2}, [{"step": 2, "slot": 1}, {"step": 2, "slot": 0}])
     assert [row["step"] for row in records.read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2]
     rows = records.read_rows(tmp_path / "samples.jsonl")

@@ -5,7 +5,7 @@ import torch
 
 from errors import InputError
 from problems import Problem
-from rollout import Sampling, choose_tokens, sample, uniforms, until_eos
+from rollout import Sampling, StreamSampler, choose_tokens, sample, uniforms, until_eos
 from runtime.loading import load_model, load_tokenizer
 from teacher import student_prompt
 
@@ -138,26 +138,26 @@ def test_greedy_equals_generates_greedy(loaded):
 
 
 def test_the_eos_counts_as_a_token_also_where_pad_is_eos(loaded, family):
-    """The head is bent so that EOS is likely: rows end with exactly one EOS at their last position, or are cut."""
+    """The head is bent so that two EOS are likely: rows end with exactly one at their last position, or are cut."""
     model, tokenizer = loaded
     assert (tokenizer.pad_token_id == tokenizer.eos_token_id) == (family == "llama")
-    forward = model.forward
+    forward, ends = model.forward, [tokenizer.eos_token_id, *tokenizer.encode("9", add_special_tokens=False)[-1:]]
+    model.generation_config.eos_token_id = ends[1:]  # the tokenizer's own counts besides
 
     def eager_to_end(*args, **kwargs):
         output = forward(*args, **kwargs)
-        output.logits[..., tokenizer.eos_token_id] = output.logits.max(dim=-1).values
+        output.logits[..., ends] = output.logits.max(dim=-1, keepdim=True).values
         return output
 
     model.forward = eager_to_end
     prompts = [student_prompt(tokenizer, problem) for problem in PROBLEMS] * 4
     responses = sample(model, tokenizer, prompts, [(1, i) for i in range(12)], SETTINGS)
-    eos = tokenizer.eos_token_id
-    assert any(response.finished for response in responses)
+    assert {response.ids[-1] for response in responses if response.finished} == set(ends)
     assert len({len(response.ids) for response in responses}) > 1
     for response in responses:
         assert len(response.ids) <= SETTINGS.max_new_tokens
-        assert response.ids.count(eos) == (1 if response.finished else 0)
-        assert response.finished == (response.ids[-1] == eos)
+        assert sum(map(response.ids.count, ends)) == (1 if response.finished else 0)
+        assert response.finished == (response.ids[-1] in ends)
         assert response.finished or len(response.ids) == SETTINGS.max_new_tokens
 
 
@@ -182,6 +182,14 @@ def test_logits_that_are_not_numbers_stop_the_run(loaded):
     model.get_input_embeddings().weight.data[:] = float("nan")
     with pytest.raises(FloatingPointError, match="finite"):
         sample(model, tokenizer, [student_prompt(tokenizer, PROBLEMS[0])], [(0,)], SETTINGS)
+
+
+def test_one_number_that_is_none_in_one_row_at_the_first_token_is_seen():
+    sampler, scores = StreamSampler(torch.zeros(2, 2), 1, SETTINGS, lambda: None), torch.zeros(2, 8)
+    scores[1, 3] = float("nan")
+    sampler(torch.zeros(2, 1), scores)
+    sampler(torch.zeros(2, 2), torch.zeros(2, 8))
+    assert not sampler.finite
 
 
 @pytest.mark.parametrize(

@@ -337,9 +337,10 @@ def test_padding_rows_of_another_head_are_cut_and_missing_ones_are_said(student,
 def test_another_vocabulary_or_template_is_said(checkpoint):
     mine, theirs = load_tokenizer(checkpoint), load_tokenizer(checkpoint)
     check_same_tokens(mine, theirs, PAPER_PROMPTS, "other")
-    theirs.chat_template = "{{ bos_token }}Q: " + theirs.chat_template
-    with pytest.raises(InputError, match=r"--teacher other: .*encodes a prompt otherwise"):
-        check_same_tokens(mine, theirs, PAPER_PROMPTS, "other")
+    for more in ("{{ bos_token }}Q: ", "{% if enable_thinking %}Think.{% endif %}"):  # the teacher alone thinks
+        theirs.chat_template = more + mine.chat_template
+        with pytest.raises(InputError, match=r"--teacher other: .*encodes a prompt otherwise"):
+            check_same_tokens(mine, theirs, PAPER_PROMPTS, "other")
     theirs = load_tokenizer(checkpoint)
     theirs.add_tokens(["<more>"])
     for one, two in ((mine, theirs), (theirs, mine)):
@@ -476,6 +477,7 @@ def test_templates_from_a_file(checkpoint, tmp_path):
         ('{"student": "{question}"}', "student: {problem} is missing"),
         ('{"student": "{problem} \\\\boxed{answer}"}', "student: must not show {answer}"),
         ('{"evaluation": "{problem} {solution}"}', "evaluation: must not show {solution}"),
+        ('{"evaluation": "{problem} {answer}"}', "evaluation: must not show {answer}"),
         ('{"diagnostic": "{problem}"}', "diagnostic: {answer} is missing"),
     ],
 )

@@ -4,8 +4,10 @@ import os
 import shutil
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import pytest
@@ -213,18 +215,8 @@ def test_two_ranks_equal_one(tmp_path, run_main, method):
 @pytest.mark.parametrize("method", ["opsd", "pwopsd", "eopd", "reopold"])
 def test_the_gradient_of_a_step_is_that_of_the_plain_loss(qwen3, data, tmp_path, monkeypatch, uneven_rollouts, method):
     """Its scale included: autograd of `method_loss` on whole logits of both contexts, all rows in one batch."""
-    words = (
-        "--method",
-        method,
-        "--lora_dropout",
-        0,
-        "--tau_clip",
-        0.5,
-        "--micro_batch_size",
-        4,
-        "--max_grad_norm",
-        1e9,
-    )
+    words = ["--method", method, "--lora_dropout", 0, "--micro_batch_size", 4, "--max_grad_norm", 1e9]
+    words += ["--tau_clip", 0.5] if method in ("opsd", "pwopsd") else []
     config = parse_config(flags(qwen3, data, tmp_path / "run", *words))
     run, seen = build(config, torch.device("cpu"), ExactGrader()), []
     for layer in lora_parameters(run.model)[1::2]:  # B: an adapter that has learned something
@@ -260,7 +252,7 @@ def test_the_gradient_of_a_step_is_that_of_the_plain_loss(qwen3, data, tmp_path,
 
 
 def test_a_step_samples_and_scores_with_its_own_settings(qwen3, data, tmp_path, run_main, monkeypatch):
-    sampled, scored = [], []
+    sampled, scored, published = [], [], []
     sample, score = GenerateEngine.sample, train.loss.score_tokens_from_hidden
 
     def spy_on_sampling(self, *args):
@@ -273,10 +265,11 @@ def test_a_step_samples_and_scores_with_its_own_settings(qwen3, data, tmp_path, 
 
     monkeypatch.setattr(GenerateEngine, "sample", spy_on_sampling)
     monkeypatch.setattr(train.loss, "score_tokens_from_hidden", spy_on_scoring)
+    monkeypatch.setattr(train.engines, "publish", lambda *args: published.append(args[-1]))
     apart = ("--temperature", 0.7, "--distill_temperature", 1.3, "--top_k", 7, "--top_p", 0.8)
     run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3, *apart))
     problems = load_problems(str(data))
-    assert len(sampled) == 3
+    assert len(sampled) == 3 and published == [0, 1, 2, 3]  # a server samples from the weights of each step
     for step, (tokenizer, prompts, keys, settings) in enumerate(sampled):
         picked = [problems[index] for index in step_problems(len(problems), 4, 42, step)]
         assert prompts == [train.teacher.student_prompt(tokenizer, problem) for problem in picked]
@@ -485,24 +478,27 @@ def test_a_signal_keeps_the_last_finished_step(qwen3, data, tmp_path, run_main, 
     assert largest_difference(adapter(tmp_path / "run", 3), adapter(tmp_path / "whole", 3)) == 0.0
 
 
-def stopped_on_two_ranks(data: str, model: str, run: str, victim: int) -> None:
-    """A signal for one rank alone, while it samples the second step: both stop there, with the first one saved."""
+def stopped_on_two_ranks(data: str, model: str, run: str, victim: int, fails: bool) -> None:
+    """A signal or an error on one rank alone, while it samples the second step: both stop, with the first one saved."""
     original, calls = train.rollout.sample, []
 
     def preempted(*args, **more):
         calls.append(args)
         if len(calls) == 2 and rank() == victim:
+            if fails:
+                raise InputError("no answer")
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **more)
 
     train.engines.sample = preempted
     sys.argv = ["train.py", *flags(model, data, run, "--num_steps", 3)]
-    assert train.main() == 128 + signal.SIGTERM
+    with pytest.raises((InputError, RuntimeError)) if fails else nullcontext():
+        assert train.main() == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_signal_for_one_of_two_ranks_stops_both_at_the_same_step(qwen3, data, tmp_path, victim):
-    run_ranks(tmp_path, stopped_on_two_ranks, str(data), str(qwen3), str(tmp_path / "run"), victim)
+@pytest.mark.parametrize(("victim", "fails"), [(0, False), (1, False), (1, True)])
+def test_what_stops_one_of_two_ranks_stops_both_at_the_same_step(qwen3, data, tmp_path, victim, fails):
+    run_ranks(tmp_path, stopped_on_two_ranks, str(data), str(qwen3), str(tmp_path / "run"), victim, fails)
     assert len(metrics(tmp_path / "run")) == 1 and damage(tmp_path / "run/checkpoint-1") is None
 
 
@@ -558,6 +554,15 @@ def test_a_wrong_model_is_named_before_any_data_is_looked_for(run_main):
 def test_all_weights_in_half_precision_are_refused(dtype):
     with pytest.raises(InputError, match=r"--lora_rank 0: updates .* what helps: --dtype float32, or LoRA"):
         parse_config(["--dtype", dtype, "--lora_rank", "0"])
+    for rank_, chosen in ((0, "float32"), (8, "bfloat16")):
+        on_gpu = train.on_device(TrainConfig(lora_rank=rank_), torch.device("cuda"))
+        assert (on_gpu.dtype, on_gpu.gradient_checkpointing) == (chosen, True)
+
+
+def test_a_problem_without_an_answer_is_not_graded():
+    run = SimpleNamespace(tokenizer=train.loading.load_tokenizer("tiny"), grader=ExactGrader())
+    share = train.Share(range(1), [train.problems.Problem("1+1", "so two", "")], [])
+    assert train.sample_rows(0, share, [Response([5], True)], run)[0]["correct"] is None
 
 
 def test_another_reference_changes_the_teachers_context_alone(qwen3, data, tmp_path, run_main, monkeypatch):
@@ -594,7 +599,7 @@ def test_a_loss_that_is_not_a_number_stops_with_step_and_problems(qwen3, data, t
     monkeypatch.setattr(train, "seed_step", count)
     expected = sorted(step_problems(len(PROBLEMS), 4, 42, 1))
     with pytest.raises(FloatingPointError) as caught:
-        run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3, "--save_steps", 1))
+        run_main(flags(qwen3, data, tmp_path / "run", "--num_steps", 3))
     assert "step 1: loss nan" in str(caught.value) and str(expected) in str(caught.value)
     assert len(metrics(tmp_path / "run")) == 1 and (tmp_path / "run/checkpoint-1").is_dir()
 
@@ -749,3 +754,6 @@ def test_another_models_weights_may_score(qwen3, data, tmp_path, run_main):
         parse_config(["--teacher", "frozen"])
     with pytest.raises(InputError, match=r"--teacher .*: its vocabulary is not the student's"):
         run_main(flags("tiny", data, tmp_path / "tiny", "--num_steps", 1, "--teacher", other))
+    (other / "model.safetensors").write_text("torn")
+    with pytest.raises(InputError, match=r"^--teacher .*other: cannot be loaded"):
+        run_main(flags(qwen3, data, tmp_path / "torn", "--num_steps", 1, "--teacher", other))
