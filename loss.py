@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from errors import InputError
+from errors import InputError, require
 from model import head_logits
 from weighting import get_schedule, relative_position
 
@@ -277,13 +277,10 @@ class LossOptions:
     switch_step: int = _option(50, "REOPOLD: step from which the entropy mask is used")
 
     def __post_init__(self) -> None:
-        for name, is_fine, range_ in (
-            ("distill_temperature", 0.0 < self.distill_temperature < inf, "be positive"),
-            ("tau_clip", self.tau_clip > 0.0, "be positive (inf for none)"),
-            ("beta", 0.0 <= self.beta <= 1.0, "lie in [0, 1]"),
-        ):
-            if not is_fine:
-                raise InputError(f"--{name} {getattr(self, name)}: must {range_}")
+        T = self.distill_temperature
+        require(0.0 < T < inf, "distill_temperature", T, "be positive")
+        require(self.tau_clip > 0.0, "tau_clip", self.tau_clip, "be positive (inf for none)")
+        require(0.0 <= self.beta <= 1.0, "beta", self.beta, "lie in [0, 1]")
 
 
 def resolve_method(name: str, options: LossOptions) -> Method:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from chat import eos_ids
-from errors import InputError
+from errors import require
 from model import cast_adapter
 
 StreamKey = tuple[int, ...]  # (seed, purpose, step or problem, slot or sample): what a row's random numbers depend on
@@ -43,14 +43,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         T = self.temperature
-        for name, is_fine, range_ in (
-            ("temperature", T == 0.0 or LEAST_TEMPERATURE <= T < inf, f"be 0 (greedy) or at least {LEAST_TEMPERATURE}"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "lie in (0, 1]"),
-            ("top_k", self.top_k >= 0, "be at least 0 (0 is off)"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "be at least 1"),
-        ):
-            if not is_fine:
-                raise InputError(f"--{name} {getattr(self, name)}: must {range_}")
+        is_fine = T == 0.0 or LEAST_TEMPERATURE <= T < inf
+        require(is_fine, "temperature", T, f"be 0 (greedy) or at least {LEAST_TEMPERATURE}")
+        require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "lie in (0, 1]")
+        require(self.top_k >= 0, "top_k", self.top_k, "be at least 0 (0 is off)")
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "be at least 1")
 
 
 @dataclass(frozen=True)

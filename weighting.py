@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from errors import InputError
+from errors import InputError, require
 
 Schedule = Callable[[Tensor], Tensor]  # r_M -> w_M
 
@@ -64,6 +64,6 @@ def get_schedule(name: str, **given: float | None) -> Schedule:
         raise InputError(f"--w_min, --tau, --s: the schedule {name} has none; those that do: {', '.join(SIGMOIDS)}")
     # r runs from 0 to 1; below the least s, (r - tau) / s would be 0 / 0 in float32 at r = tau.
     for key, low, high in (("w_min", 0.0, 1.0), ("tau", -10.0, 10.0), ("s", 1e-6, 1e6)):
-        if key in given and not low <= given[key] <= high:
-            raise InputError(f"--{key} {given[key]}: must lie in [{low:g}, {high:g}]")
+        if key in given:
+            require(low <= given[key] <= high, key, given[key], f"lie in [{low:g}, {high:g}]")
     return partial(SCHEDULES[name], **given)

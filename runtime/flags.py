@@ -11,17 +11,15 @@ from math import inf
 
 from transformers import HfArgumentParser
 
-from errors import InputError
+from errors import InputError, require
 
 
 def check_limits(name: str, value: object, least=None, positive=False, within=None) -> None:
     """Raise InputError, naming the flag, for a value beyond the limits of its `option`."""
-    if least is not None and not value >= least:
-        raise InputError(f"--{name} {value}: must be at least {least}")
-    if positive and not 0.0 < value < inf:
-        raise InputError(f"--{name} {value}: must be positive")
-    if within is not None and not within[0] <= value <= within[1]:
-        raise InputError(f"--{name} {value}: must lie in [{within[0]:g}, {within[1]:g}]")
+    require(least is None or value >= least, name, value, f"be at least {least}")
+    require(not positive or 0.0 < value < inf, name, value, "be positive")
+    if within is not None:
+        require(within[0] <= value <= within[1], name, value, f"lie in [{within[0]:g}, {within[1]:g}]")
 
 
 def option(default: object, text: str, group: str = "run", **limits: object) -> object:
