@@ -98,9 +98,9 @@ def test_a_flag_that_would_change_nothing_is_refused(words, with_):
 
 def test_only_what_changes_no_number_may_change_on_resume():
     free = {"output_dir", "device", "served_model"}
-    training = {"resume", "micro_batch_size", "gradient_checkpointing", "save_steps", "server"}
+    training = {"resume", "micro_batch_size", "gradient_checkpointing", "save_steps", "server", "shard"}
     assert free | training == train.FREE_ON_RESUME
-    assert free | {"num_samples", "seeds", "batch_size", "grader", "grade_only"} == evaluate.FREE_ON_RESUME
+    assert free | {"num_samples", "seeds", "batch_size", "grader"} == evaluate.FREE_ON_RESUME
     assert free | {"resume", "server", "batch_size"} == diagnose.FREE_ON_RESUME
 
 
