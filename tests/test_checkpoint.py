@@ -396,8 +396,8 @@ def test_files_have_the_mode_that_the_umask_asks_for(base, tmp_path, mask):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path, monkeypatch, lora):
-    """No path of this machine; the code of the card is what others run, from another folder."""
+def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path, lora):
+    """No path of this machine; the code of the card is what others run, where their copy of the base is."""
     data = f"{tmp_path}/sums.jsonl"
     command = f"train.py --data {data} --prompts='{tmp_path}/a b' --x Qwen/Q"
     facts = {"config": {"method": "pwopsd", "data": data}, "versions": {"torch": "2"}, "git_commit": "abc"}
@@ -408,7 +408,6 @@ def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path,
     assert str(tmp_path) not in card and "`train.py --data sums.jsonl --prompts='a b' --x Qwen/Q`" in card
     for fact in ("- base: base\n", "- data: sums.jsonl\n", "pwopsd, step 1", "commit abc; torch 2"):
         assert fact in card, fact
-    monkeypatch.chdir("/")
     code = card.split("```python\n")[1].split("```")[0].replace("THIS_DIRECTORY", str(checkpoint))
     check_logits(
         eval(code, {"transformers": transformers, "peft": pytest.importorskip("peft") if lora else None}), logits

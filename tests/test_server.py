@@ -352,7 +352,12 @@ def completion(body, usage=(), model=None, **changes) -> dict:
     tokens = {"token_ids": [5, 1], "finish_reason": "stop", "logprobs": {"token_logprobs": [-0.5, 0.0]}}
     if body["max_tokens"] == 1:
         tokens = {"token_ids": [5], "finish_reason": "length", "logprobs": {"token_logprobs": [-0.5]}}
-    usage = {"prompt_tokens": 1, "completion_tokens": len(tokens["token_ids"]), **dict(usage)}
+    asked = body["prompt"]
+    usage = {
+        "prompt_tokens": len(asked) if isinstance(asked, list) else 1,
+        "completion_tokens": len(tokens["token_ids"]),
+        **dict(usage),
+    }
     if "generation_config" in body:
         tokens["token_ids"] = tokens["logprobs"] = None
     return {"model": model or body["model"], "choices": [{"text": "", **tokens, **changes}], "usage": usage}

@@ -659,7 +659,7 @@ def test_reopold_resumes_with_its_own_micro_batch_only(qwen3, data, tmp_path, ru
     reopold = flags(qwen3, data, tmp_path / "run", "--method", "reopold", "--num_steps", 1)
     run_main(reopold)
     for changed, told in ((["--micro_batch_size", "2"], "--micro_batch_size 3, not 2"),
-                          (["--tau_clip", "0.2"], r"--tau_clip 0\.05, not 0\.2")):  # fmt: skip
+                          (["--temperature", "0.5"], r"--temperature 1\.1, not 0\.5")):  # fmt: skip
         with pytest.raises(InputError, match=told):
             run_main([*reopold, *changed, "--resume"])
 
