@@ -1,4 +1,4 @@
-"""The `server` engine: sampling by any OpenAI-compatible server (vLLM, SGLang, `transformers serve`), adapters by name.
+"""The `server` engine: sampling by an OpenAI-compatible server (vLLM, `transformers serve`), adapters by name.
 
 Prompts go out as token ids, and token ids come back with their log-probabilities where the server can (vLLM). A server
 that knows text only gets each prompt as the text that its tokenizer turns into exactly those ids.
