@@ -147,8 +147,8 @@ body { margin: 0 auto; padding: 1.2rem 1rem 60vh; max-width: 64rem; overflow-wra
 h1 { font-size: 1.35rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .2rem } p { margin: .2rem 0 .5rem }
 .right { color: light-dark(#19713a, #6dd58c) } .wrong { color: light-dark(#b3261e, #ff8a80) }
 .rollout { font: 1.05rem/2.1 ui-monospace, monospace }
-.t { background: rgb(214 69 0 / var(--a)); border: 0; border-radius: .2rem; padding: .12rem .06rem; color: inherit;
-  font: inherit; white-space: pre-wrap; cursor: pointer }
+.t { background: rgb(214 69 0 / var(--a)); border-radius: .2rem; padding: .12rem .06rem; color: inherit;
+  white-space: pre-wrap; cursor: pointer }
 .t:hover, .t:focus-visible, .t.on { outline: 2px solid LinkText }
 #key { display: inline-block; width: 9rem; height: .8rem; border: 1px solid; vertical-align: middle;
   background: linear-gradient(90deg, transparent, rgb(214 69 0 / .85)) }
@@ -157,7 +157,9 @@ h1 { font-size: 1.35rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .2rem } p { 
 </style></head><body>
 <h1>$title</h1>
 <p>Each token of a student's solution, coloured by its divergence from the teacher times its weight. Point at a token,
-or move to it with Tab, for the five most likely tokens in both contexts. 0 <span id="key"></span> $top</p>
+or move to it with Tab, for the five most likely tokens in both contexts.</p>
+<p>0 <span id="key"></span> $top nats, a square-root scale: the middle of the bar is $middle; negative numbers count by
+their size.</p>
 $sections
 <pre id="panel" aria-live="polite"></pre>
 <script>
@@ -180,17 +182,19 @@ def render(rollouts: list[RolloutView], title: str) -> str:
     sections = []
     for view in rollouts:
         verdict, problem = "right" if view.correct else "wrong", view.problem
-        buttons = (
-            f'<button class="t" style="--a:{shade(token, top):.3f}" data-shown="{html.escape(panel(view, t))}">'
-            f"{html.escape(token.text) or '&#8709;'}</button><wbr>"
+        marks = (
+            f'<mark class="t" tabindex="0" style="--a:{shade(token, top):.3f}" '
+            f'data-shown="{html.escape(panel(view, t))}">'
+            f"{html.escape(token.text) or '&#8709;'}</mark><wbr>"
             for t, token in enumerate(view.tokens)
         )
         sections.append(
             f'<h2>{html.escape(view.title)}: <span class="{verdict}">{verdict}</span></h2>\n'
             f"<p>{html.escape(problem.problem)} &nbsp; answer {html.escape(problem.answer)}</p>\n"
-            f'<div class="rollout">{"".join(buttons)}</div>'
+            f'<div class="rollout">{"".join(marks)}</div>'
         )
-    return PAGE.substitute(title=html.escape(title), top=f"{top:.3f}", sections="\n".join(sections))
+    scale = {"top": f"{top:.3f}", "middle": f"{top / 4:.3f}"}
+    return PAGE.substitute(title=html.escape(title), sections="\n".join(sections), **scale)
 
 
 def panel(view: RolloutView, t: int) -> str:

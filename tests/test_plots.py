@@ -107,7 +107,7 @@ def test_page_is_whole_and_escapes_what_the_model_wrote():
     reader = Reader()
     reader.feed(page)
     assert reader.open == []
-    assert "".join(reader.texts["button"]) == "".join(texts)
+    assert "".join(reader.texts["mark"]) == "".join(texts)
     assert "alert" not in "".join(reader.texts["script"])
     shown = [value.splitlines() for _, name, value in reader.attributes if name == "data-shown"]
     assert shown[1][0] == f"token 2 of 6: {texts[1]} \u00b7 divergence 0.1000 \u00d7 weight 0.500 = 0.0500"

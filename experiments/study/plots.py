@@ -13,19 +13,21 @@ import argparse
 import importlib.util
 import json
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 import experiments.study.rules  # noqa: F401  (registers its rows: a run of one can be drawn)
 from errors import InputError
-from experiments.token_page import RolloutView, TokenView, render, shade, view_rollouts
+from experiments.token_page import RolloutView, TokenView, render, shade, view_rollouts, visible
 from runtime.flags import run_script
 from runtime.records import make_folder, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SHOWN = 100  # characters of a solution in a picture
 SMOOTHING = 5  # steps; a step's accuracy is a mean over few rollouts
 CURVES = {"accuracy": "accuracy of the rollouts", "divergence": "token loss before weighting (nats)"}  # by step
 
@@ -85,23 +87,32 @@ def divergence_by_position(metrics: list[dict], label: str) -> Figure:
 
 
 def repair(before: RolloutView, after: RolloutView) -> Figure:
-    """A problem's solution before and after training, and what both contexts say at the token where the two part."""
+    """A problem's solution before and after training, and what both contexts say at the token where the two part.
+
+    Of long solutions the SHOWN characters around that token.
+    """
+    pairs = enumerate(zip(before.tokens, after.tokens, strict=False))
+    part = next((t for t, (a, b) in pairs if a.text != b.text), 0)
     drawn, axes = figure(9, 4.4, [["tokens", "tokens"], ["before", "after"]])
     strip, top = axes["tokens"], max(abs(t.divergence * t.weight) for v in (before, after) for t in v.tokens) or 1.0
-    strip.set(xlim=(0, max(sum(len(t.text) for t in v.tokens) for v in (before, after))), ylim=(-0.2, 3.9))
+    length = max(sum(len(t.text) for t in v.tokens) for v in (before, after))
+    first = max(0, min(sum(len(t.text) for t in before.tokens[:part]) - SHOWN // 2, length - SHOWN))
+    strip.set(xlim=(first, first + min(length, SHOWN)), ylim=(-0.2, 3.9))
+    strip.set_title(
+        f"colour: divergence x weight, from 0 to {top:.2f} nats, square-root scale", loc="right", fontsize=8
+    )
     strip.axis("off")
-    centred = {"family": "monospace", "ha": "center", "va": "center", "parse_math": False}
+    centred = {"family": "monospace", "ha": "center", "va": "center", "parse_math": False, "clip_on": True}
     for y, view in ((2, before), (0, after)):
-        label = f"{view.title}: {view.problem.problem}, {'right' if view.correct else 'wrong'}"
-        strip.text(0, y + 1.15, label, color="C2" if view.correct else "C3", fontsize=10)
+        problem = shorten(view.problem.problem, SHOWN // 2, placeholder=" ...")
+        label = f"{view.title}: {problem}, {'right' if view.correct else 'wrong'}"
+        strip.text(first, y + 1.15, label, color="C2" if view.correct else "C3", fontsize=10)
         x = 0
         for token in view.tokens:
             size = len(token.text)
             strip.broken_barh([(x, size)], (y, 0.9), color=(0.84, 0.27, 0.0, shade(token, top)), linewidth=0)
-            strip.text(x + size / 2, y + 0.45, token.text, **centred)
+            strip.text(x + size / 2, y + 0.45, visible(token.text), **centred)
             x += size
-    pairs = enumerate(zip(before.tokens, after.tokens, strict=False))
-    part = next((t for t, (a, b) in pairs if a.text != b.text), 0)
     for name, view in (("before", before), ("after", after)):
         bars(axes[name], view.tokens[part], f"token {part + 1}, {name} training: {view.tokens[part].text}")
     axes["before"].legend(fontsize=8, frameon=False)
