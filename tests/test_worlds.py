@@ -145,7 +145,7 @@ def test_guesses_lie_where_the_world_says(name):
     placed = [row for row in found if where(*row[:4])]
     assert all(row in placed for row in found if row[4] == "~")
     assert sum(row[4] == "~" for row in placed) / len(placed) == pytest.approx(world.teacher_guess, abs=0.03)
-    assert sum(row[4] == "~" for row in found) / 4000 == pytest.approx(0.8, abs=0.12)
+    assert sum(row[4] == "~" for row in found) / 4000 == pytest.approx(0.8, abs=0.15)
     assert all(total + addend == result for _, _, total, addend, _, result in found)
 
 
@@ -156,7 +156,8 @@ def test_the_students_guesses_are_anywhere_and_mostly_wrong():
         signs = [row[4] for row in found if row[1] == step]
         assert signs.count("~") / len(signs) == pytest.approx(WORLDS["placed-12"].guess, abs=0.015)
     right = [total + addend == result for _, _, total, addend, sign, result in found if sign == "~"]
-    assert sum(right) / len(right) == pytest.approx(GUESS_RIGHT, abs=0.03) and GUESS_RIGHT < math.exp(-1)
+    assert sum(right) / len(right) == pytest.approx(GUESS_RIGHT, abs=0.03)
+    assert math.exp(-1) > GUESS_RIGHT  # where the clip of 1.0 cuts it
     for _, _, total, addend, sign, result in found:
         assert sign == "=" or len(str(total + addend)) == len(str(result))  # r does not move
 
@@ -198,7 +199,8 @@ def test_leaps_and_strays_by_hand():
         assert not strays("3+8+5", text), text
     for text in (
         "3+8=11;\\boxed{11}", "3+8=11;11+5=16;16+5=21;",  # leaves 5 out, takes it twice
-        "3+8=11;11+7=18;", "3+7=10;10+~=16;", "4+8=12;12+5=17;", "3+8=11;11+7~18;",  # adds, or begins with, what is not there
+        "3+8=11;11+7=18;",
+        "3+7=10;10+~=16;", "4+8=12;12+5=17;", "3+8~11;11+7~18;",  # adds, or begins with, what is not there
     ):  # fmt: skip
         assert strays("3+8+5", text), text
 
