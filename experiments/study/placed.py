@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 
@@ -92,16 +93,12 @@ def predict(world: Path) -> dict:
     harm_C, counts_RC = mass_M.sum().item() * D_C, resamples(len(L), RESAMPLES, 0)[:, n_M[at_C]]
     harm = {}
     for arm in RISE:
-        w_M = token_weight(arm)(r_M, None, L, 0, None)
+        method = resolve_method(ARMS[arm]["method"], LossOptions(schedule=ARMS[arm].get("schedule")))
+        w_M = method.token_weight(r_M, None, L, 0, None)
         gap_C = ((w_M / (share_M * w_M).sum())[at_C].numpy() - 1.0) * harm_C
         harm[arm] = [float(gap_C.mean()), *interval((counts_RC @ gap_C) / counts_RC.sum(axis=1))]
     tenths = np.bincount((10 * r_M[at_C]).int(), harm_C / POSITIONS, minlength=10).tolist()
     return {"world": world.name, "model_id": model_id(str(world / "model")), "harm": harm, "harm_by_tenth": tenths}
-
-
-def token_weight(arm: str) -> Callable:
-    options = dict(ARMS[arm])
-    return resolve_method(options.pop("method"), LossOptions(**options)).token_weight
 
 
 def position_auroc(world: Path) -> dict[str, float]:
@@ -119,14 +116,9 @@ def position_auroc(world: Path) -> dict[str, float]:
     return {name: row[0]["auroc"] if row else 0.5 for name, row in found.items()}
 
 
-def side(low: float, high: float) -> int:
-    """1 for an interval above 0, -1 for one below, else 0."""
-    return int(low > 0) - int(high < 0)
-
-
 def with_claims(line: dict, auroc: dict[str, float]) -> dict:
     """The line with what each predictor says of each arm: ours, and its rivals, who know rising from falling only."""
-    ours = {arm: SIDES[-side(low, high)] for arm, (_, low, high) in line["harm"].items()}
+    ours = {arm: SIDES[-int(np.sign(low)) if low * high > 0 else 0] for arm, (_, low, high) in line["harm"].items()}
     rivals = {"always up": 1, "AUROC above .5": np.sign(auroc["teacher"] - 0.5),
               "AUROC above its null": np.sign(auroc["teacher"] - auroc["unforced"]), "none": 0}  # fmt: skip
     claims = {name: {arm: SIDES[int(sign * RISE[arm])] for arm in RISE} for name, sign in rivals.items()}
@@ -209,6 +201,7 @@ def write_report(output: Path) -> str:
             body[-1].append(f"{claim}; {d or '-'}" + (", hit" if measured == claim else ""))
             for name, hit in hits.items():
                 hit += [measured == line["claims"][name][arm]] if d else []
+        body[-1].append(minus(by_arm, line["world"], "Moderate", "reversed") or "-")
     intro = (
         f"# Predicted before training\n\n{len(lines)} of 16 base models predicted, {len(found)} of their "
         f"{len(lines) * len(RISE)} differences to uniform weights per sequence measured: what was predicted; what was "
@@ -216,7 +209,11 @@ def write_report(output: Path) -> str:
         "interval lies on the predicted side of 0, or for none, around it."
     )
     table = [[name, f"{sum(hit)} of {len(hit)}"] for name, hit in hits.items()]
-    parts = [intro, markdown(["base model", *RISE], body), markdown(["predictor", "hits"], table)]
+    parts = [
+        intro,
+        markdown(["base model", *RISE, "Moderate - reversed"], body),
+        markdown(["predictor", "hits"], table),
+    ]
     text = "\n\n".join([*parts, *across(lines, found, by_arm)]) + "\n"
     (output / "report.md").write_text(text, encoding="utf-8")
     return text
@@ -237,16 +234,12 @@ def across(lines: list[dict], found: dict[tuple[str, str], Difference], by_arm: 
             low, high = scipy_stats().ttest_1samp(values, 0.0).confidence_interval(0.90)
             said = "yes" if max(-low, high) < EQUIVALENT else "not shown"
             flat.append([arm, len(values), f"{mean(values):+.1f} [{low:+.1f}, {high:+.1f}]", said])
-    windows = []
-    for world, steps in ((line["world"], line["world"].split("-")[1]) for line in lines):
-        if len(steps) == 2 and (d := minus(by_arm, world, "Moderate", "reversed")):
-            windows.append([int(steps[0]) + 0.5, world, d])
-    rho = rank_correlation([(centre, d.mean) for centre, _, d in windows])
+    windows = [(int(line["world"][7]), d.mean) for line in lines if re.match(r"placed-\d\d-", line["world"])
+               and (d := minus(by_arm, line["world"], "Moderate", "reversed"))]  # fmt: skip
     return [
         "Rank correlation over base models of the predicted harm with the measured difference [95 %, resampled].",
         markdown(["arm", "base models", "Spearman"], harm),
-        f"Moderate - reversed by the window's centre, Spearman {rho}.",
-        markdown(["centre, step", "base model", "Moderate - reversed"], windows),
+        f"Moderate - reversed against the window's place: Spearman {rank_correlation(windows)}.",
         "Worlds `123456` and `random`, mean over base models [90 %]: two one-sided tests at 5 %.",
         markdown(["arm", "base models", "mean", f"within {EQUIVALENT:g} points"], flat),
     ]
@@ -276,12 +269,12 @@ def main() -> None:
                 append_rows(output / "predictions.jsonl", [with_claims(predict(world), position_auroc(world))])
     elif not done:
         raise InputError(f"--output_dir {output}: no predictions.jsonl there; make_world, then `predict`")
-    elif args.action == "report":
-        print(write_report(output))
+    elif args.action == "tune":
+        run_grid(tuning(output), output / "tuning", args.workers)
+    elif args.action == "measure":
+        run_grid(final(output), output / "final", args.workers)
     else:
-        of_action = {"tune": (tuning, "tuning"), "measure": (final, "final")}
-        make, part = of_action[args.action]
-        run_grid(make(output), output / part, args.workers)
+        print(write_report(output))
 
 
 if __name__ == "__main__":

@@ -210,9 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", default="embedded", help=f"{', '.join(GRIDS)} (grids.py)")
     parser.add_argument("--output_dir", type=Path, help="cells.jsonl and report.md; default runs/study-GRID")
-    parser.add_argument(
-        "--workers", type=int, default=0, help="cells at a time; default: one on a GPU, else one per core"
-    )
+    parser.add_argument("--workers", type=int, default=0, help="cells at a time; default: one on a GPU, else per core")
     parser.add_argument("--report_only", action="store_true", help="run nothing")
     args = parser.parse_args()
     if args.grid not in GRIDS:
