@@ -77,7 +77,12 @@ def test_the_papers_diagnostic_is_a_rival(world):
 
 def line(world, claim="up", harm=-0.01):
     claims = dict.fromkeys(ARMS, claim)
-    return {"world": world, "harm": {arm: [harm, harm, harm] for arm in ARMS}, "claims": {"harm": claims}}
+    return {
+        "world": world,
+        "model_id": f"{world} m",
+        "harm": {arm: [harm, harm, harm] for arm in ARMS},
+        "claims": {"harm": claims},
+    }
 
 
 def predicted(output, *worlds):
@@ -93,8 +98,9 @@ def write_cells(output, part, digest, scores):
     (output / part).mkdir(exist_ok=True)
     with (output / part / "cells.jsonl").open("a") as file:
         for (world, arm, rate, seed), accuracy in scores.items():
-            cell = {"row": f"{world} / {arm} / {rate:g}", "options": {}, "seed": seed, "model_id": "m", "error": None,
-                    "seconds": 1.0, "evaluation": {"20": {"sampled": accuracy}}, "predictions": digest}  # fmt: skip
+            evaluation = {"20": {"sampled": accuracy}}
+            cell = {"row": f"{world} / {arm} / {rate:g}", "options": {}, "seed": seed, "model_id": f"{world} m",
+                    "error": None, "seconds": 1.0, "evaluation": evaluation, "predictions": digest}  # fmt: skip
             file.write(json.dumps(cell) + "\n")
 
 

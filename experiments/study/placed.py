@@ -160,21 +160,21 @@ def final(output: Path) -> Grid:
 
 
 def read_predictions(output: Path) -> list[dict]:
-    return read_rows(output / "predictions.jsonl", ("world", "harm", "claims"))
+    return read_rows(output / "predictions.jsonl", ("world", "model_id", "harm", "claims"))
 
 
 def scores(output: Path, part: str) -> dict[tuple[str, str, float], dict[int, float]]:
     """(world, arm, rate) -> seed -> sampled accuracy after training, %.
 
-    Raises InputError for a cell whose world had no line in predictions.jsonl when it ran.
+    Raises InputError for a cell of a model that had no line in predictions.jsonl when it ran.
     """
     lines = (output / "predictions.jsonl").read_bytes().splitlines(keepends=True)
-    worlds = [row["world"] for row in read_predictions(output)]
-    known = {hashlib.sha256(b"".join(lines[:n])).hexdigest(): worlds[:n] for n in range(1, len(lines) + 1)}
+    models = [row["model_id"] for row in read_predictions(output)]
+    known = {hashlib.sha256(b"".join(lines[:n])).hexdigest(): models[:n] for n in range(1, len(lines) + 1)}
     found: dict[tuple[str, str, float], dict[int, float]] = {}
     for cell in read_cells(output / part / "cells.jsonl"):
         world, arm, rate = cell["row"].split(" / ")
-        if cell["predictions"] not in known or world not in known[cell["predictions"]]:
+        if cell["model_id"] not in known.get(cell["predictions"], ()):
             raise InputError(f"{output / part}: a cell of {world} that no line of predictions.jsonl came before")
         if cell["error"] is None:
             accuracy = 100 * cell["evaluation"][str(STEPS)]["sampled"]
