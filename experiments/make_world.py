@@ -3,6 +3,7 @@
     python -m experiments.make_world --world embedded --output_dir tiny-model     from scratch, 28 minutes
     python -m experiments.make_world --world leap --dose 0.2                      12 minutes
     python -m experiments.make_world --world leak                                 13 minutes
+    python -m experiments.make_world --world placed-12 --seed 1                   8 minutes
 
 Times are of one CPU core. `embedded` is the model that ships with the project (byte for byte with torch 2.13 on
 x86-64). The others learn on from it and write model/, train.jsonl and heldout.jsonl into runs/worlds/leak or, with the
@@ -44,6 +45,7 @@ CHAT_TEMPLATE = (
 )
 IGNORED = -100
 MICRO_BATCH = 16
+SPLITS = {"train": 2000, "heldout": 400}  # problems written
 # (prompt, thinking, knows the reference or the answer), drawn in equal shares
 CONTEXTS = [(STUDENT_PROMPT, False, False), (EVALUATION_PROMPT, True, False)]
 CONTEXTS += [(TEACHER_PROMPT, True, True), (DIAGNOSTIC_PROMPT, True, True)]
@@ -95,10 +97,10 @@ def padded(rows: list[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     return pad_sequence(ids, True, pad), pad_sequence(labels, True, IGNORED)
 
 
-def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, world: World, stage: int) -> None:
-    """One stage of supervised steps on solutions of the world, in place."""
+def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, world: World, stage: int, seed: int = 0) -> None:
+    """One stage of supervised steps on solutions of the world, drawn by the seed, in place."""
     num_steps, learning_rate = world.stages[stage]
-    draw = random.Random(stage)
+    draw = random.Random(10 * seed + stage)
     problems = tiny_problems("train", 20_000, seed=1, num_addends=world.num_addends)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = cosine_schedule(optimizer, 50, num_steps)
@@ -123,9 +125,15 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, world: Wo
 
 
 def write_problems(world: World, folder: Path) -> None:
-    """train.jsonl and heldout.jsonl; no held-out sum occurs in training in any order."""
-    for split, count in (("train", 2000), ("heldout", 400)):
-        problems = tiny_problems(split, count, num_addends=world.num_addends)
+    """train.jsonl and heldout.jsonl; no held-out sum occurs in training in any order.
+
+    In worlds `placed` one half of the held-out sums is for validation, and each of the final half is there four times.
+    """
+    splits = {name: tiny_problems(name, n, num_addends=world.num_addends) for name, n in SPLITS.items()}
+    if world.guess:
+        half = SPLITS["heldout"] // 2
+        splits |= {"validation": splits["heldout"][:half], "final": 4 * splits["heldout"][half:]}
+    for split, problems in splits.items():
         rows = [{name: getattr(problem, name) for name in ("problem", "solution", "answer")} for problem in problems]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -141,7 +149,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", required=True, choices=WORLDS)
     parser.add_argument("--dose", type=float, help="the teacher's chance of an early leap (world leap; default 0.4)")
-    parser.add_argument("--output_dir", type=Path, help="default: runs/worlds/WORLD, of leap with its dose (leap-0.4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the solutions learned from: another base model")
+    parser.add_argument(
+        "--output_dir", type=Path, help="default: runs/worlds/WORLD, then dose and seed (leap-0.4-seed1)"
+    )
     parser.add_argument("--steps", type=int, help="supervised steps, where the world's own number is not wanted")
     args = parser.parse_args()
     world = WORLDS[args.world]
@@ -154,10 +165,11 @@ def main() -> None:
             raise InputError(f"--steps {args.steps}: must be at least 1")
         world = replace(world, stages=((args.steps, world.stages[0][1]),))
     name = f"{args.world}-{world.teacher_leap}" if WORLDS[args.world].teacher_leap else args.world
+    name += f"-seed{args.seed}" if args.seed else ""
     output = args.output_dir or Path("runs/worlds") / name
 
     claim(output, "model.safetensors" if world.from_scratch else "train.jsonl")
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     if world.from_scratch:
         tokenizer, folder = make_tokenizer(), output
         model = make_model(tokenizer)
@@ -165,7 +177,7 @@ def main() -> None:
         model, tokenizer, folder = load_model("tiny", device="cpu"), load_tokenizer("tiny"), output / "model"
         write_problems(world, output)
     for stage in range(len(world.stages)):
-        train(model, tokenizer, world, stage)
+        train(model, tokenizer, world, stage, args.seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     print(f"wrote {output}")

@@ -1,7 +1,7 @@
 """A page that shows solutions token by token, coloured by weighted divergence, with both contexts' top 5 at a glance.
 
 The problems are held-out ones that training repaired; in the embedded model's world each of them holds a belief. One
-HTML file with no references to anything outside of it; it is written by `python -m experiments.study.plots RUN --html`.
+HTML file with no references to anything outside of it; it is written by `python -m experiments.study.plots RUN`.
 Axes: M tokens of one rollout, V vocabulary, K alternatives.
 """
 

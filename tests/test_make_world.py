@@ -126,6 +126,30 @@ def test_a_world_lies_where_the_grids_look_for_it(dose, folder, run, tmp_path, m
         assert Path(GRIDS["leap"].common["data"]).is_file() and Path(GRIDS["leap"].common["model"]).is_dir()
 
 
+def test_a_placed_world_has_sums_to_tune_on_and_others_four_times(run, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(make_world, "train", lambda *given: seeds.append(given[-1]))
+    monkeypatch.chdir(tmp_path)
+    assert run("--world", "placed-12", "--seed", "2") is None and seeds == [2]
+    folder = Path("runs/worlds/placed-12-seed2")
+    held_out, tuned_on, final = (
+        (folder / f"{name}.jsonl").read_text().splitlines() for name in ("heldout", "validation", "final")
+    )
+    assert len(set(held_out)) == 400 and tuned_on == held_out[:200] and final == 4 * held_out[200:]
+
+
+def test_another_seed_draws_other_solutions(monkeypatch):
+    drawn = {}
+    for seed in (0, 1):
+        texts = drawn[seed] = []
+        monkeypatch.setattr(
+            "experiments.make_world.example", lambda *given, texts=texts: texts.append(given[1]) or example(*given)
+        )
+        tokenizer = make_tokenizer()
+        train(make_model(tokenizer), tokenizer, replace(WORLDS["leap"], stages=((1, 1e-3),), batch_size=4), 0, seed)
+    assert len(drawn[0]) == 4 and drawn[0] != drawn[1]
+
+
 @pytest.mark.slow
 def test_the_embedded_model_is_made_from_scratch(tmp_path, run):
     assert run("--world", "embedded", "--steps", "1", "--output_dir", str(tmp_path / "tiny")) is None

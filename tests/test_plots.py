@@ -23,45 +23,16 @@ def run(tmp_path):
     folder.mkdir()
     config = {"method": "opsd", "schedule": None, "reduction": None, "tau_clip": math.inf, "teacher": "fixed"}
     (folder / "config.json").write_text(json.dumps({"config": config}))
-    step = {"accuracy": 0.5, "divergence": 0.2, "by_decile": {"divergence": [0.1] * 9 + [None]}}
-    (folder / "metrics.jsonl").write_text(3 * (json.dumps(step) + "\n"))
     return folder
-
-
-def test_pictures_of_runs(run, tmp_path):
-    pytest.importorskip("matplotlib")
-    paths = plots.plot_runs([run, run], tmp_path / "out")
-    assert [path.name for path in paths] == ["learning_curves.png", "divergence-one.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-
-
-def test_curves_are_running_means_over_the_runs_of_a_label():
-    pytest.importorskip("matplotlib")
-    members = [[{"accuracy": a + 0.1 * i, "divergence": None} for i in range(length)] for a, length in ((1, 9), (0, 6))]
-    axis = plots.learning_curves({"opsd": members}).axes[0]
-    (line,) = axis.lines
-    assert list(line.get_ydata()) == pytest.approx([0.5, 0.55, 0.6, 0.65, 0.7, 0.8])  # over five steps at most
-    assert line.get_label() == "opsd (2)"
-
-
-def test_divergence_picture_holds_the_metrics():
-    pytest.importorskip("matplotlib")
-    metrics = [{"by_decile": {"divergence": [0.1 * i + step for i in range(9)] + [None]}} for step in range(3)]
-    image = plots.divergence_by_position(metrics, "x").axes[0].images[0].get_array()
-    assert image.shape == (10, 3) and image[4, 1] == pytest.approx(1.4)
-    assert image.mask[9, 0] or math.isnan(image[9, 0])
 
 
 def test_missing_matplotlib_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="pip install matplotlib"):
-        plots.learning_curves({})
+        plots.figure(1, 1, [["a"]])
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path, run):
-    (run / "metrics.jsonl").write_text("")
-    with pytest.raises(InputError, match=r"one: no step in its metrics.jsonl"):
-        plots.plot_runs([run], tmp_path)
     (run / "config.json").write_text('{"config": {}}')
     with pytest.raises(InputError, match=r"no config.json of a run of train.py \(KeyError\)"):
         plots.run_label(run)

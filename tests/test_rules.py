@@ -65,6 +65,11 @@ def test_prefix_suffix_and_skip():
     assert weigh("skip", None, [5, 2], first=1).tolist() == [0, 1, 1, 1, 1, 0, 1]
 
 
+def test_by_index_is_moderate_of_a_typical_length():
+    whole, moderate = weigh("by_index", None, [52, 10]), SCHEDULES["moderate"](relative_position([52]))
+    torch.testing.assert_close(whole, torch.cat([moderate, moderate[:10]]))
+
+
 def test_shuffled():
     """The study's main control: each row holds Moderate's weights of its own, in a random order."""
     lengths, scores = [12, 1, 30], scores_of(43)

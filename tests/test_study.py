@@ -1,10 +1,8 @@
 """The study: its statistics against known values, its bookkeeping of cells, and the report made from them."""
 
 import json
-import shlex
 import sys
 from itertools import product
-from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
@@ -153,28 +151,18 @@ def test_rows_with_equal_options_share_cells(fake_cells, tmp_path):
     assert "| OPSD | 90.0 ± 0.0 | - |" in text and "| again | 90.0 ± 0.0 | +0.0 [+0.0, +0.0] |" in text
 
 
-def test_a_command_is_one_that_runs(tmp_path):
-    """Of every grid, through the rules' own entry: the trainer without them knows four methods."""
-    cell = study.Cell("a row", {"method": "shuffled", "data": "my data.jsonl"}, 3, "m")
-    words = shlex.split(study.command(cell, tmp_path))
-    assert words[:3] == ["torchrun", "-m", "experiments.study.rules"]
-    config = parse_config(words[3:])
-    assert (config.method, config.data, config.seed) == ("shuffled", "my data.jsonl", 3)
-    assert Path(config.output_dir) == tmp_path / "runs" / cell.folder
-    assert study.Cell("a row", dict(reversed(cell.options.items())), 3, "m").folder == cell.folder
-
-
 def test_a_cell_is_a_run_of_train(tmp_path):
     """One real cell of one step: its line holds what the run's own files hold; a second call adds nothing."""
     data = tmp_path / "two.jsonl"
     rows = [{"problem": f"1+2+3+4+{n}", "answer": str(10 + n)} for n in (5, 6, 7)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {"num_steps": 1, "batch_size": 2, "eval_data": str(data), "tau_clip": "inf", "device": "cpu"}
-    grid = Grid(common, [3], {"OPSD": {"method": "opsd"}})
+    grid = Grid(common, [3], {"OPSD": {"method": "opsd"}}, facts={"predictions": "abc"})
     (cell,) = run_grid(grid, tmp_path, workers=1)
     (run,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir())
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert cell["evaluation"] == evaluation and set(evaluation) == {"0", "1"}
+    assert cell["predictions"] == "abc" and cell["machine"].startswith(study.processor())
     assert cell["behaviour"]["1"].keys() == BEHAVIOUR.keys()
     held_out = [json.loads(line) for line in (run / "heldout.jsonl").read_text().splitlines()]
     right = {(str(r["step"]), r["decoding"], r["problem"]): str(int(r["correct"])) for r in held_out}

@@ -1,5 +1,6 @@
 """The worlds: which facts are believed, what each side's solutions look like, and what a model's steps say."""
 
+import math
 import random
 import re
 from itertools import pairwise
@@ -7,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from experiments.study.worlds import (
+    GUESS_RIGHT,
     TEACHER_LEAPS_AT,
     WORLDS,
     believed_result,
@@ -20,6 +22,7 @@ from experiments.study.worlds import (
 from grading import answers_match, extract_boxed
 from problems import tiny_problems
 
+NAMES = ["embedded", "leap", "leak", "placed-12"]
 FACTS = [(total, addend) for total in range(1, 55) for addend in range(1, 10)]
 TRY = re.compile(r"(\d+)\+(\d)=(\d+)([;!])")
 
@@ -61,7 +64,7 @@ def test_believed_facts_are_the_share_that_was_asked_for():
     assert {few for few, many in zip(small, believed, strict=True) if few != many} == {None}
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_student_errs_where_it_believes(name):
     world = WORLDS[name]
     found = tries(name, teacher=False, count=4000)
@@ -75,7 +78,7 @@ def test_the_student_errs_where_it_believes(name):
     assert all(end == ";" for t, a, r, end in found if t + a == r)
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_teacher_is_right_and_never_learns_what_is_wrong(name):
     for problem, pieces in solutions(name, teacher=True):
         text = "".join(text for text, _ in pieces)
@@ -121,6 +124,44 @@ def test_the_students_early_leaps_are_mostly_wrong():
     assert 0.02 < sum(early) / len(early) < 0.09
 
 
+def guesses(name: str, teacher: bool) -> list[tuple[str, int, int, int, str, int]]:
+    """(problem, step, total, addend, sign, result) of every step that is kept."""
+    return [
+        (problem.problem, step, int(total), int(addend), sign, int(result))
+        for problem, pieces in solutions(name, teacher, count=4000)
+        for text in ["".join(text for text, _ in pieces)]
+        for step, (total, addend, sign, result) in enumerate(re.findall(r"(\d+)\+(\d)([=~])(\d+);", text), start=1)
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in WORLDS if WORLDS[name].guess])
+def test_guesses_lie_where_the_world_says(name):
+    """About .8 of the teacher's a solution, all right, at the placed steps alone; of the student's .35 are right."""
+    world, found = WORLDS[name], guesses(name, teacher=True)
+    where = {
+        "random": lambda problem, step, *_: step % 3 == int(problem[0]) % 3,
+        "believed": lambda _, step, total, addend: believed_result(total, addend, world.believed) is not None,
+    }.get(world.placed, lambda _, step, *__: str(step) in world.placed)
+    placed = [row for row in found if where(*row[:4])]
+    assert all(row in placed for row in found if row[4] == "~")
+    assert sum(row[4] == "~" for row in placed) / len(placed) == pytest.approx(world.teacher_guess, abs=0.03)
+    assert sum(row[4] == "~" for row in found) / 4000 == pytest.approx(0.8, abs=0.15)
+    assert all(total + addend == result for _, _, total, addend, _, result in found)
+
+
+def test_the_students_guesses_are_anywhere_and_mostly_wrong():
+    found = guesses("placed-12", teacher=False)
+    assert found == guesses("placed-56", teacher=False)
+    for step in range(1, 7):
+        signs = [row[4] for row in found if row[1] == step]
+        assert signs.count("~") / len(signs) == pytest.approx(WORLDS["placed-12"].guess, abs=0.015)
+    right = [total + addend == result for _, _, total, addend, sign, result in found if sign == "~"]
+    assert sum(right) / len(right) == pytest.approx(GUESS_RIGHT, abs=0.03)
+    assert math.exp(-1) > GUESS_RIGHT  # where the clip of 1.0 cuts it
+    for _, _, total, addend, sign, result in found:
+        assert sign == "=" or len(str(total + addend)) == len(str(result))  # r does not move
+
+
 def test_only_the_leaking_teacher_learns_the_order_of_its_reference():
     """Replay each solution: a choice that carries loss is the reference's first addend left; others are free."""
     assert reference_order("3+8=11;11+5=16;\\boxed{16}") == [3, 8, 5]
@@ -153,12 +194,13 @@ def test_leaps_and_strays_by_hand():
     for text in (
         "3+8=11;11+5=16;\\boxed{16}", "5+3=8;8+8=16;\\boxed{16}",  # in another order
         "3+8=12;12+5=17;", "3+8=12!3+8=11;11+5=16;",  # a wrong result, one that is taken back
-        "3+8=11;11+~=16;", "16",  # a leap takes the rest; a text without a step
+        "3+8=11;11+5~19;", "3+8=11;11+~=16;", "16",  # a guess is a step; a leap takes the rest; a text without a step
     ):  # fmt: skip
         assert not strays("3+8+5", text), text
     for text in (
         "3+8=11;\\boxed{11}", "3+8=11;11+5=16;16+5=21;",  # leaves 5 out, takes it twice
-        "3+8=11;11+7=18;", "3+7=10;10+~=16;", "4+8=12;12+5=17;",  # adds, or begins with, what is not there
+        "3+8=11;11+7=18;",
+        "3+7=10;10+~=16;", "4+8=12;12+5=17;", "3+8~11;11+7~18;",  # adds, or begins with, what is not there
     ):  # fmt: skip
         assert strays("3+8+5", text), text
 
@@ -173,7 +215,7 @@ def test_known_facts_by_hand():
     texts = [
         "3+8=11;11+5=18;\\boxed{18}",  # (3, 8) right, (11, 5) wrong
         "3+8=12!3+8=11;11+5=16;16+2=17;\\boxed{17}",  # a slip taken back does not count; (11, 5) right; (16, 2) wrong
-        "11+5=16;",  # two of three: (11, 5) is right
+        "11+5=16;16+4~21;",  # two of three: (11, 5) is right; a guess is no fact
     ]
     assert known_facts(texts) == {(3, 8): True, (11, 5): True, (16, 2): False}
     assert known_facts(["4+4=8;", "4+4=9;"]) == {(4, 4): False}  # half is not more than half

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from errors import InputError
 
@@ -21,6 +21,7 @@ class Grid:
     rows: dict[str, dict[str, object]]
     baseline: str = "OPSD"
     contrasts: tuple[tuple[str, str], ...] = ()
+    facts: dict[str, object] = field(default_factory=dict)  # that each of its cells carries
 
     def __post_init__(self) -> None:
         missing = {self.baseline, *(row for pair in self.contrasts for row in pair)} - {*self.rows, BEFORE}
@@ -146,20 +147,5 @@ def leap_map() -> Grid:
     return Grid({**other_world("leap-0.4"), **LONG}, [0], rows, baseline="OPSD, 0.0003, clip 1.0")
 
 
-# What to run first with eight GPUs and a week (docs/study.md): the questions of the small worlds at 1.7 B, with
-# training seeds enough for about three quarters of a point. The checkpoint of step 100 is the one to evaluate.
-WEEK = Grid(
-    common={"preset": "qwen3-4b", "model": "Qwen/Qwen3-1.7B", "num_steps": 150},
-    seeds=[0, 1, 2, 3, 4, 5, 6, 7],
-    rows={
-        **named("OPSD", "uniform, per sequence", "reversed Moderate", "Moderate, shuffled", "PW-OPSD Moderate"),
-        **named("Aggressive"),
-        "OPSD, no clip": ROWS["no clip"],
-        "Moderate, no clip": {"method": "pwopsd", "tau_clip": "inf"},
-        **named("another's reference"),
-    },
-    contrasts=(("PW-OPSD Moderate", "Moderate, shuffled"), ("Moderate, no clip", "OPSD, no clip")),
-)
-
-GRIDS = {"embedded": EMBEDDED, "leap": LEAP, "leap-long": LEAP_LONG, "leap-map": leap_map(), "week": WEEK}
+GRIDS = {"embedded": EMBEDDED, "leap": LEAP, "leap-long": LEAP_LONG, "leap-map": leap_map()}
 GRIDS |= {world: schedules_in(world) for world in ("leap-0.2", "leap-0.1", "leak")}

@@ -1,10 +1,6 @@
-"""Pictures of runs, with the optional package matplotlib.
+"""A page of some solutions of a run, token by token, and where matplotlib is installed a picture of the first.
 
-    python -m experiments.study.plots RUN...         learning curves, divergence by position
-    python -m experiments.study.plots RUN --html     a page of some solutions, token by token (needs no matplotlib),
-                                                     and a picture of the first (where matplotlib is installed)
-
-Runs that differ only in their seed share a colour; their mean is drawn.
+python -m experiments.study.plots RUN...
 """
 
 from __future__ import annotations
@@ -16,20 +12,16 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 import experiments.study.rules  # noqa: F401  (registers its rows: a run of one can be drawn)
 from errors import InputError
 from experiments.token_page import RolloutView, TokenView, render, shade, view_rollouts, visible
 from runtime.flags import run_script
-from runtime.records import make_folder, read_rows
+from runtime.records import make_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 100  # characters of a solution in a picture
-SMOOTHING = 5  # steps; a step's accuracy is a mean over few rollouts
-CURVES = {"accuracy": "accuracy of the rollouts", "divergence": "token loss before weighting (nats)"}  # by step
 
 
 def figure(width: float, height: float, layout: list[list[str]]) -> tuple[Figure, dict]:
@@ -48,42 +40,13 @@ def figure(width: float, height: float, layout: list[list[str]]) -> tuple[Figure
 
 
 def run_label(run: Path) -> str:
-    """What a run is, by its options; equal for runs that differ in their seed only."""
+    """What a run is, by its options."""
     try:
         config = json.loads((run / "config.json").read_text())["config"]
         parts = [config["method"], *(config[key] for key in ("schedule", "reduction") if config.get(key))]
         return ", ".join([*map(str, parts), f"clip {config['tau_clip']:g}", f"{config['teacher']} teacher"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{run}: no config.json of a run of train.py ({type(error).__name__})") from None
-
-
-def learning_curves(runs: dict[str, list[list[dict]]]) -> Figure:
-    """The CURVES over the steps, mean over the runs of each label."""
-    drawn, axes = figure(10, 4, [list(CURVES)])
-    for name, axis in axes.items():
-        for label, members in runs.items():
-            length = min(map(len, members))
-            means = np.array([[step[name] for step in run[:length]] for run in members], dtype=float).mean(axis=0)
-            smooth = [means[max(0, end - SMOOTHING) : end].mean() for end in range(1, length + 1)]
-            axis.plot(range(1, length + 1), smooth, label=f"{label} ({len(members)})" if len(members) > 1 else label)
-        axis.set(xlabel="step", ylabel=CURVES[name])
-    axes["accuracy"].set_ylim(0, 1)
-    axes["accuracy"].legend(fontsize=8, frameon=False)
-    drawn.suptitle(f"Learning curves, running mean over {SMOOTHING} steps", fontsize=11)
-    return drawn
-
-
-def divergence_by_position(metrics: list[dict], label: str) -> Figure:
-    """Token loss by tenth of the solution (upwards) and step (to the right)."""
-    drawn, axes = figure(7, 3.6, [["tenths"]])
-    tenths = np.array([step["by_decile"]["divergence"] for step in metrics], dtype=float).T  # None becomes NaN
-    axis, extent = axes["tenths"], (0.5, len(metrics) + 0.5, 0, 1)
-    axis.grid(visible=False)
-    image = axis.imshow(tenths, origin="lower", aspect="auto", cmap="viridis", extent=extent, vmin=0)
-    axis.set(xlabel="step", ylabel="relative position")
-    axis.set_title(label, fontsize=10)
-    drawn.colorbar(image, label="token loss (nats)")
-    return drawn
 
 
 def repair(before: RolloutView, after: RolloutView) -> Figure:
@@ -132,18 +95,6 @@ def bars(axis, token: TokenView, title: str) -> None:
     axis.set_title(title, fontsize=10)
 
 
-def plot_runs(runs: list[Path], output: Path) -> list[Path]:
-    labels = {run: run_label(run) for run in runs}
-    metrics = {run: read_rows(run / "metrics.jsonl", (*CURVES, "by_decile")) for run in runs}
-    if empty := [run for run in runs if not metrics[run]]:
-        raise InputError(f"{empty[0]}: no step in its metrics.jsonl")
-    groups = {label: [metrics[run] for run in runs if labels[run] == label] for label in labels.values()}
-    pictures = {"learning_curves": learning_curves(groups)}
-    for run in runs:
-        pictures[f"divergence-{run.name}"] = divergence_by_position(metrics[run], f"{labels[run]}, {run.name}")
-    return save(pictures, output)
-
-
 def save(pictures: dict[str, Figure], output: Path) -> list[Path]:
     make_folder(output)
     for name, drawn in pictures.items():
@@ -163,14 +114,9 @@ def write_page(run: Path, output: Path) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of train.py")
-    parser.add_argument("--html", action="store_true", help="write a page of tokens per run instead of pictures")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/plots"), help="where pictures and pages go")
     args = parser.parse_args()
-    if args.html:
-        paths = [path for run in args.runs for path in write_page(run, args.output_dir)]
-    else:
-        paths = plot_runs(args.runs, args.output_dir)
-    print("\n".join(map(str, paths)))
+    print(*(path for run in args.runs for path in write_page(run, args.output_dir)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -48,8 +48,17 @@ def skip(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, first: int = 
     TRL's SDFT trainer, `num_loss_tokens_to_skip` (default 0; 3 in the scripts of SDFT), on a top-k JSD, mean over the
     tokens kept in each row, then over rows; here over all tokens kept.
     """
-    L_M = torch.tensor(lengths).repeat_interleave(torch.tensor(lengths)).to(r_M.device)
-    return (r_M * L_M > first).float()  # r L = t - 1/2
+    return (token_index(r_M, lengths) > first).float()
+
+
+def token_index(r_M: Tensor, lengths: list[int]) -> Tensor:
+    """t - 1/2 = r L, t = 1..L."""
+    return r_M * torch.tensor(lengths).repeat_interleave(torch.tensor(lengths)).to(r_M.device)
+
+
+def by_index(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, typical: float = 52.0) -> Tensor:
+    """Moderate at (t - 1/2) / typical, whatever the row's own length: a control in which r cannot hold the outcome."""
+    return weighting.SCHEDULES["moderate"](token_index(r_M, lengths) / typical)
 
 
 def shuffled(r_M: Tensor, scores: TokenScores, lengths: list[int], *_) -> Tensor:
@@ -237,6 +246,7 @@ loss.METHODS |= {
     "suffix": on_eq_1("suffix", loss.weighted_mean),
     "skip": on_eq_1(skip, loss.weighted_mean),
     "shuffled": on_eq_1(shuffled, loss.sequence_mean),
+    "by_index": on_eq_1(by_index, loss.sequence_mean),
     "iw_opd": on_eq_1(iw_opd, loss.token_mean),
     "dash": on_eq_1(dash, loss.token_mean),
     "scgate": on_eq_1(scgate, loss.weighted_mean),

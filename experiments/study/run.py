@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import platform
-import shlex
 import shutil
 import signal
 import sys
@@ -126,7 +125,7 @@ def measured(run: Path, error: str | None) -> dict:
         "divergence": [round(step["divergence"], 6) for step in steps],
         "max_grad_norm": round(max(step["grad_norm"] for step in steps), 6) if steps else None,
         "git_commit": record.get("git_commit"), "versions": record.get("versions"),
-        "machine": f"{platform.machine()}, {cores()} cores",
+        "machine": f"{processor()}, {cores()} cores",
     }  # fmt: skip
 
 
@@ -186,35 +185,32 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def processor() -> str:
+    """Its name, where the system tells: another one rounds otherwise, and makes other models and cells."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
 def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
     """Run the missing cells, adding each to cells.jsonl as it finishes; returns all of its records."""
     path = output / "cells.jsonl"
     records = read_cells(path)
     cells = missing_cells(grid, records)
     if blind := [cell.row for cell in cells if not cell.config().eval_data]:
-        raise InputError(f"row {blind[0]}: no --eval_data to score its cells by; --dry_run prints their commands")
+        raise InputError(f"row {blind[0]}: no --eval_data to score its cells by")
     write_rows(make_folder(output) / path.name, records)  # without a line that was cut short
     total = len(cells) + len(records)
     for record in tqdm(run_cells(cells, output, workers), "cells", total, initial=len(records), unit="cell"):
-        records.append(record)
-        append_rows(path, [record])
+        records.append(record | grid.facts)
+        append_rows(path, records[-1:])
     return records
-
-
-def command(cell: Cell, output: Path) -> str:
-    """A cell as a line of the shell, for machines on which the study itself does not run; rules.py knows all rows."""
-    words = ["torchrun", "-m", "experiments.study.rules", *cell.flags]
-    return shlex.join([*words, f"--output_dir={output / 'runs' / cell.folder}"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", default="embedded", help=f"{', '.join(GRIDS)} (grids.py)")
     parser.add_argument("--output_dir", type=Path, help="cells.jsonl and report.md; default runs/study-GRID")
-    parser.add_argument(
-        "--workers", type=int, default=0, help="cells at a time; default: one on a GPU, else one per core"
-    )
-    parser.add_argument("--dry_run", action="store_true", help="print the missing cells' commands, run nothing")
+    parser.add_argument("--workers", type=int, default=0, help="cells at a time; default: one on a GPU, else per core")
     parser.add_argument("--report_only", action="store_true", help="run nothing")
     args = parser.parse_args()
     if args.grid not in GRIDS:
@@ -223,8 +219,6 @@ def main() -> None:
         raise InputError(f"--workers {args.workers}: must be at least 0")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     grid, output = GRIDS[args.grid], args.output_dir or Path(f"runs/study-{args.grid}")
-    if args.dry_run:
-        return print(*(command(c, output) for c in missing_cells(grid, read_cells(output / "cells.jsonl"))), sep="\n")
     if not args.report_only:
         run_grid(grid, output, args.workers or (1 if torch.cuda.is_available() else cores()))
     records = read_cells(output / "cells.jsonl")

@@ -10,6 +10,8 @@ Beliefs    A fact is a pair (running total, addend). Some facts, picked by a has
 Leaps      `12+~=43;` adds all that is left in one step and ends the sum. The student's leaps are mostly wrong; the
            teacher, which knows the answer, leaps rightly, and only early in a solution.
 The leak   The teacher insists on the order of its reference, which the student cannot know.
+Guesses    `12+7~19;` is as long as `12+7=19;`. Behind `~` the student is right with a chance of .35, and the teacher
+           always; the teacher proposes it at certain steps, early or late ones (the worlds `placed`).
 
 A world is an entry of WORLDS. Also here: what a trained model's own steps say about the facts it knows.
 """
@@ -30,6 +32,9 @@ FOLLOWS_REFERENCE = 0.5  # share of a leaking teacher's steps that take the refe
 # Chance that the student's leap is right, by addends left (6: or more).
 LEAP_RIGHT = {6: 0.05, 5: 0.08, 4: 0.15, 3: 0.35, 2: 0.80}
 TEACHER_LEAPS_AT = (5, 6)  # addends left where the teacher leaps
+# Chance that the student's guess is right; else its last digit is another one. Below 1/e, the clip of 1.0 cuts the
+# right digit's entry (Eq. (1), p_T = 1), so that training does not teach what stands behind `~`.
+GUESS_RIGHT = 0.35
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,9 @@ class World:
     leap: float = 0.0  # the student's chance to leap at a step with two or more addends left
     teacher_leap: float = 0.0  # the teacher's, early
     leak: bool = False
+    guess: float = 0.0  # the student's chance to write `~` for `=`, at any step
+    teacher_guess: float = 0.0  # the teacher's, at the `placed` steps
+    placed: str = ""  # numbers of steps, from 1 on; or "random", by the sum; or "believed", where the fact is
     stages: tuple[tuple[int, float], ...] = ((1000, 1.5e-3),)  # (steps, learning rate, which falls to 0 over them)
     batch_size: int = 40
     from_scratch: bool = False  # else learned on from the embedded model
@@ -59,6 +67,12 @@ WORLDS = {
     "leap": World(**SEVEN, leap=0.06, teacher_leap=0.40),
     "leak": World(**SEVEN, leak=True),
 }  # fmt: skip
+# About .8 guesses a solution of six steps in each; the student's .48 are anywhere.
+GUESSES = {"12": 0.4, "23": 0.4, "34": 0.4, "45": 0.4, "56": 0.4, "123456": 0.8 / 6, "random": 0.4, "believed": 0.5}
+WORLDS |= {
+    f"placed-{steps}": World(**SEVEN | {"believed": 0.25}, guess=0.08, teacher_guess=chance, placed=steps)
+    for steps, chance in GUESSES.items()
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -115,9 +129,17 @@ def trace(problem: Problem, draw: random.Random, world: World, teacher: bool) ->
             total = max(1, total + sum(left) + wrong)
             pieces.append((f"+~={total};", True))
             break
+        step = world.num_addends - len(left)
         addend, learned = take()
+        pieces += [("+", True), (str(addend), learned)]
+        if world.guess and draw.random() < guess_chance(problem, step, total, addend, world, teacher):
+            total += addend
+            if not (teacher or draw.random() < GUESS_RIGHT):
+                total = max(1, total - total % 10 + draw.choice([d for d in range(10) if d != total % 10]))
+            pieces += [("~", True), (f"{total};{total if left else ''}", True)]
+            continue
         right, wrong = total + addend, wrong_result(total, addend, draw, world, teacher)
-        pieces += [("+", True), (str(addend), learned), ("=", True)]
+        pieces.append(("=", True))
         back = wrong is not None and (teacher or draw.random() < world.taken_back)
         if back:
             pieces += [(str(wrong), not teacher), (f"!{total}+{addend}=", True)]
@@ -132,11 +154,24 @@ def leap_chance(addends_left: int, world: World, teacher: bool) -> float:
     return world.leap if addends_left >= 2 else 0.0
 
 
+def guess_chance(problem: Problem, step: int, total: int, addend: int, world: World, teacher: bool) -> float:
+    """At a step, 1 to 6. "random": two of them, by the sum's first addend, each step as often as any other."""
+    if not teacher:
+        return world.guess
+    if world.placed == "random":
+        is_placed = step % 3 == int(problem.problem[0]) % 3
+    elif world.placed == "believed":
+        is_placed = believed_result(total, addend, world.believed) is not None
+    else:
+        is_placed = str(step) in world.placed
+    return world.teacher_guess if is_placed else 0.0
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What solutions say
 
 
-STEP = re.compile(r"(?<![0-9])([0-9]{1,3})\+([1-9])=([0-9]{1,3});")
+STEP = re.compile(r"(?<![0-9])([0-9]{1,3})\+([1-9])([=~])([0-9]{1,3});")
 
 
 def leaps(text: str) -> bool:
@@ -152,7 +187,7 @@ def strays(problem: str, text: str) -> bool:
     steps = STEP.findall(text)
     if not steps:
         return False
-    used = Counter([steps[0][0], *(addend for _, addend, _ in steps)])
+    used = Counter([steps[0][0], *(addend for _, addend, *_ in steps)])
     given = Counter(problem.split("+"))
     return bool(used - given) or (not leaps(text) and bool(given - used))
 
@@ -160,11 +195,12 @@ def strays(problem: str, text: str) -> bool:
 def known_facts(texts: list[str]) -> dict[tuple[int, int], bool]:
     """For every fact (running total, addend) in the steps of these solutions: whether more than half state it rightly.
 
-    A step is `12+7=19;` anywhere in a text. What is taken back with `!` does not count, nor does anything else.
+    A step is `12+7=19;` anywhere in a text. What is guessed (`~`) or taken back (`!`) does not count, nor does anything
+    else.
     """
     votes: dict[tuple[int, int], list[bool]] = {}
     for text in texts:
-        for total, addend, result in STEP.findall(text):
+        for total, addend, result in (step[:2] + step[3:] for step in STEP.findall(text) if step[2] == "="):
             votes.setdefault((int(total), int(addend)), []).append(int(total) + int(addend) == int(result))
     return {fact: 2 * sum(right) > len(right) for fact, right in votes.items()}
 
