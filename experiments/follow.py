@@ -3,8 +3,8 @@
     python -m experiments.follow runs/RUN --to trackio
 
 Started at any time, it sends the rows of metrics.jsonl from the first one on, with the held-out accuracies, and ends
-with the run. Each step is sent once: the same steps that a resumed run makes again are not. Started again, it replaces
-what it has sent before. Training does not know of it, waits for nothing and cannot fail with it.
+with the run. Each step is sent once: the same steps that a resumed run makes again are not. Started again, it sends all
+as another run there. Training does not know of it, waits for nothing and cannot fail with it.
 """
 
 from __future__ import annotations
@@ -13,46 +13,26 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 
 from errors import InputError
 from runtime.flags import run_script
 from runtime.records import read_record, read_rows
 
-PROJECT = "pw-opsd"
 SECONDS = 2.0  # between looks at the run
 
 
-def to_trackio(run: Path, config: dict) -> tuple[Callable, Callable]:
-    import trackio
+def tracker(name: str, run: Path, config: dict) -> tuple[Callable, Callable]:
+    """What takes a row, (row, step=), and what ends it; trackio has the functions of wandb."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-    folder = str(run.resolve())
-    with suppress(ValueError):  # there is no such project yet
-        for old in trackio.Api().runs(PROJECT):
-            if (old.config or {}).get("folder") == folder:
-                old.delete()
-    trackio.init(PROJECT, run.name, config=config | {"folder": folder}, auto_log_gpu=False, auto_log_cpu=False)
-    return trackio.log, trackio.finish
-
-
-def to_tensorboard(run: Path, config: dict) -> tuple[Callable, Callable]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(run / "tensorboard"), purge_step=0)  # what was sent before is not shown
-    return lambda row, step: [writer.add_scalar(name, x, step) for name, x in row.items()], writer.close
-
-
-def to_wandb(run: Path, config: dict) -> tuple[Callable, Callable]:
-    import wandb
-
-    number = sha256(str(run.resolve()).encode()).hexdigest()[:16]  # a run that is known drops steps that it has
-    wandb.init(project=PROJECT, name=run.name, id=number, resume="allow", config=config, dir=run)
-    return wandb.log, wandb.finish
-
-
-TRACKERS = {"trackio": to_trackio, "tensorboard": to_tensorboard, "wandb": to_wandb}
+        writer = SummaryWriter(str(run / "tensorboard"), purge_step=0)  # what was sent before is not shown
+        return lambda row, step: [writer.add_scalar(name, x, step) for name, x in row.items()], writer.close
+    module = import_module(name)
+    module.init(project="pw-opsd", name=f"{run.name} {time.strftime('%m-%d %H:%M:%S')}", config=config)
+    return module.log, module.finish
 
 
 def numbers(run: Path, num_steps: int) -> dict[int, dict[str, float]]:
@@ -68,14 +48,14 @@ def numbers(run: Path, num_steps: int) -> dict[int, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train.py")
-    parser.add_argument("--to", choices=TRACKERS, required=True)
+    parser.add_argument("--to", choices=("trackio", "tensorboard", "wandb"), required=True)
     args = parser.parse_args()
     record = read_record(args.run)
     if record is None or record["script"] != "train":
         raise InputError(f"{args.run}: no run folder of train.py")
     config, last = record["config"], -1
     try:
-        log, finish = TRACKERS[args.to](args.run, config)
+        log, finish = tracker(args.to, args.run, config)
     except ImportError:
         raise InputError(f"--to {args.to} needs `pip install {args.to}`") from None
     while True:

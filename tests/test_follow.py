@@ -16,7 +16,7 @@ def sent(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(config))
     rows, ended = [], []
     tracker = (lambda row, step: rows.append((step, row)), lambda: ended.append(True))
-    monkeypatch.setitem(follow.TRACKERS, "trackio", lambda run, config: tracker)
+    monkeypatch.setattr(follow, "tracker", lambda name, run, config: tracker)
     monkeypatch.setattr(sys, "argv", ["follow", str(tmp_path), "--to", "trackio"])
 
     def write(steps: int, *scored: int) -> None:
