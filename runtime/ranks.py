@@ -112,10 +112,13 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     blocks would meet.
     """
     decoder, mesh = model.requires_grad_(False).get_decoder(), init_device_mesh(device.type, (world_size(),))
-    for name, block in decoder.named_modules():
-        if isinstance(block, GradientCheckpointingLayer):
-            check_same_start([(f"{name}.{part}", weight) for part, weight in block.to(device).named_parameters()])
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    modules = decoder.named_modules()
+    blocks = {name: module for name, module in modules if isinstance(module, GradientCheckpointingLayer)}
+    if not blocks:
+        raise InputError(f"--shard: {type(model).__name__} has no blocks of the kind that transformers splits")
+    for name, block in blocks.items():
+        check_same_start([(f"{name}.{part}", weight) for part, weight in block.to(device).named_parameters()])
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(decoder, mesh=mesh, ignored_params={p for p in decoder.parameters() if not isinstance(p, DTensor)})
     model._is_fsdp_managed_module = True  # `generate` then goes on until the last rank's rows are done
     return model.to(device)
