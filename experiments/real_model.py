@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import resource
+import os
+import re
 import subprocess
 import sys
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +27,24 @@ from errors import InputError
 from evaluate import bootstrap_interval
 from experiments.study.report import paired_difference
 from grading import extract_boxed
-from problems import load_problems
+from problems import Problem, load_problems
 from runtime.flags import run_script
 from runtime.records import make_folder, write_atomically
 
 ROOT = Path(__file__).parent.parent
-TASK = " in at most four short lines of arithmetic, then write the final answer as \\boxed{number}."
+AT_ONCE = 2  # cells at a time, each on the threads of OMP_NUM_THREADS: two of one thread beat one of two on a CPU
+EXAMPLE = (
+    "Q: 3 boxes of 12 eggs, 20 are eaten. How many are left?\nA: 3*12 = 36, 36-20 = 16. The answer is \\boxed{16}."
+)
+ASKED = "\n\nAnswer like this, in one line.\nQ: {problem}\nA:"
+# The teacher's example is this very problem: its context differs by what is known, not by what is asked.
 PROMPTS = {
-    "student": "Problem: {problem}\n\nSolve it" + TASK,
-    "teacher": "Problem: {problem}\n\nThe correct solution is: {solution}\n\nWrite this solution down" + TASK,
-    "evaluation": "Problem: {problem}\n\nSolve it" + TASK,
-}
-NEW_TOKENS = 128
+    "student": EXAMPLE + ASKED, "teacher": "Q: {problem}\nA: {solution}" + ASKED, "evaluation": EXAMPLE + ASKED,
+}  # fmt: skip
+NEW_TOKENS = 40
 TRAINING = {
-    "max_new_tokens": NEW_TOKENS, "num_steps": 8, "batch_size": 12, "micro_batch_size": 4, "learning_rate": 2e-4,
-    "tau_clip": "inf", "temperature": 1.0, "distill_temperature": 1.0, "top_k": 0, "save_steps": 2,
+    "max_new_tokens": NEW_TOKENS, "num_steps": 6, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 5e-4,
+    "tau_clip": "inf", "temperature": 1.0, "distill_temperature": 1.0, "top_k": 0, "save_steps": 3,
 }  # fmt: skip
 UNTRAINED = "untrained"
 ARMS = {
@@ -47,34 +52,48 @@ ARMS = {
     "PW-OPSD Moderate": {"method": "pwopsd"},
     "uniform, per sequence": {"method": "opsd", "reduction": "sequence_mean"},
     "reversed Moderate": {"method": "pwopsd", "schedule": "reversed"},
+    "OPSD, clip .05": {"method": "opsd", "tau_clip": 0.05},
+    "Moderate, clip .05": {"method": "pwopsd", "tau_clip": 0.05},
 }
 # In the order of importance: what is missing at the end of the time is at the end of the list.
 CELLS = [
-    (UNTRAINED, 0), *((arm, seed) for seed in (1, 2) for arm in list(ARMS)[:2]),
-    *((arm, seed) for seed in (1, 2) for arm in list(ARMS)[2:]), *((arm, 3) for arm in ARMS),
+    (UNTRAINED, 0), *((arm, seed) for seed in (1, 2, 3) for arm in list(ARMS)[:2]),
+    *((arm, 1) for arm in list(ARMS)[2:]),
 ]  # fmt: skip
+NUMBER = r"\$?(?:\d+(?:[.,]\d+)*|\.\d+)"
+EQUATION = re.compile(rf"{NUMBER}(?:\s*[-+*/x]\s*{NUMBER})+\s*=\s*{NUMBER}")
 DECODINGS = {"greedy": 0.0, "sampled": 1.0}
 CONTRASTS = [(arm, UNTRAINED) for arm in ARMS] + [(arm, "OPSD") for arm in list(ARMS)[1:]]
 
 
 def shortest(source: str, count: int, path: Path) -> None:
-    """Write the `count` problems of a file whose texts are shortest, the solution counted in, in the file's order."""
-    problems = load_problems(source)
+    """Write the `count` shortest problems of a file, solution counted in, in the file's order.
+
+    Only those whose solution's equations end in the answer; they are the solution here, in the style of EXAMPLE.
+    """
+    problems = [replace(item, solution=short) for item in load_problems(source) if (short := one_line(item))]
     if len(problems) < count:
-        raise InputError(f"{source}: has {len(problems)} problems, {count} are asked for")
+        raise InputError(f"{source}: has {len(problems)} problems with equations, {count} are asked for")
     kept = sorted(problems, key=lambda problem: len(problem.problem) + len(problem.solution))[:count]
     rows = [asdict(problem) for problem in sorted(kept, key=lambda problem: problem.row)]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def one_line(problem: Problem) -> str | None:
+    """`48/2 = 24, 48+24 = 72. The answer is \\boxed{72}.`; None where the last equation does not give the answer."""
+    found = [re.sub(r"[\s$]", "", text).replace("x", "*") for text in EQUATION.findall(problem.solution)]
+    if not found or found[-1].partition("=")[2].replace(",", "") != problem.answer.replace(",", ""):
+        return None
+    return f"{', '.join(found).replace('=', ' = ')}. The answer is \\boxed{{{problem.answer}}}."
+
+
 def call(script: str, **flags: object) -> float:
     """Run a script of ours as a command; its CPU seconds. Raises InputError where it fails, after its own line."""
     words = [sys.executable, str(ROOT / script), *(f"--{name}={value}" for name, value in flags.items())]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if subprocess.run(words, check=False).returncode:
+    _, status, usage = os.wait4(subprocess.Popen(words).pid, 0)
+    if status:
         raise InputError(f"{script} has stopped; the same command goes on")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return usage.ru_utime + usage.ru_stime
 
 
 def measure(row: str, seed: int, decoding: str, model: str, folder: Path) -> dict:
@@ -82,7 +101,7 @@ def measure(row: str, seed: int, decoding: str, model: str, folder: Path) -> dic
     run, cell = folder / "runs" / f"{row.replace(' ', '-')}-{seed}", {"row": row, "seed": seed, "decoding": decoding}
     common = {"model": model, "prompts": folder / "prompts.json"}
     scoring = {
-        "benchmark": folder / "test.jsonl", "temperature": DECODINGS[decoding], "num_samples": 1, "batch_size": 50,
+        "benchmark": folder / "test.jsonl", "temperature": DECODINGS[decoding], "num_samples": 1, "batch_size": 100,
         "max_new_tokens": NEW_TOKENS, "output_dir": run.with_name(f"{run.name}-{decoding}"), **common,
     }  # fmt: skip
     if row != UNTRAINED:
@@ -164,12 +183,17 @@ def main() -> None:
     write_atomically(folder / "prompts.json", json.dumps(PROMPTS))
     cells = read_cells(path)
     write_atomically(path, "".join(json.dumps(cell) + "\n" for cell in cells))
-    for decoding, (row, seed) in [(decoding, cell) for decoding in DECODINGS for cell in CELLS]:
-        if not any((cell["row"], cell["seed"], cell["decoding"]) == (row, seed, decoding) for cell in cells):
-            cells.append(measure(row, seed, decoding, args.model, folder))
+    done = {(cell["row"], cell["seed"], cell["decoding"]) for cell in cells}
+    jobs = [(*cell, decoding) for decoding in DECODINGS for cell in CELLS if (*cell, decoding) not in done]
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        for job in as_completed([pool.submit(measure, *job, args.model, folder) for job in jobs]):
+            cells.append(job.result())
             with path.open("a") as file:
                 file.write(json.dumps(cells[-1]) + "\n")
             print(report(cells), flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return print(report(cells))
 
 
