@@ -43,8 +43,8 @@ PROMPTS = {
 }  # fmt: skip
 NEW_TOKENS = 40
 TRAINING = {
-    "max_new_tokens": NEW_TOKENS, "num_steps": 6, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 5e-4,
-    "tau_clip": "inf", "temperature": 1.0, "distill_temperature": 1.0, "top_k": 0, "save_steps": 3,
+    "max_new_tokens": NEW_TOKENS, "num_steps": 4, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-4,
+    "tau_clip": "inf", "temperature": 1.0, "distill_temperature": 1.0, "top_k": 0, "save_steps": 2,
 }  # fmt: skip
 UNTRAINED = "untrained"
 ARMS = {

@@ -9,6 +9,7 @@ import evaluate
 import train
 from errors import InputError
 from experiments import real_model
+from problems import Problem
 
 
 @pytest.fixture
@@ -21,6 +22,7 @@ def run(monkeypatch, tmp_path):
         return main() or 0.0
 
     monkeypatch.setattr(real_model, "call", call)
+    monkeypatch.setattr(real_model, "AT_ONCE", 1)
     monkeypatch.setattr(real_model, "TRAINING", {"num_steps": 1, "batch_size": 2, "max_new_tokens": 8, "top_k": 0})
     monkeypatch.setattr(real_model, "NEW_TOKENS", 48)
     monkeypatch.setattr(real_model, "CELLS", [("untrained", 0), ("OPSD", 1)])
@@ -71,8 +73,18 @@ def test_the_table_pairs_problems_and_seeds():
 def test_what_cannot_run_says_so(run):
     with pytest.raises(InputError, match="name all three"):
         run("--model", "tiny")
-    with pytest.raises(InputError, match="tiny:heldout: has 400 problems, 401 are asked for"):
+    with pytest.raises(InputError, match="tiny:heldout: has 400 problems with equations, 401 are asked for"):
         real_model.shortest("tiny:heldout", 401, None)
+
+
+@pytest.mark.parametrize(("solution", "answer", "line"), [
+    ("He pays 20 x $50=$1,000.\nSo 1,000*.5 = $500", "500", "20*50 = 1,000, 1,000*.5 = 500. The answer is \\boxed{500}."),
+    ("90-.5*40=70\nHe has 1200+70 = 1,270", "1270", "90-.5*40 = 70, 1200+70 = 1,270. The answer is \\boxed{1270}."),
+    ("He has 4+3 = 7. Then he loses two.", "5", None),
+    ("4x+7 = 15, so x = 2", "2", None),
+])  # fmt: skip
+def test_a_solution_becomes_its_equations(solution, answer, line):
+    assert real_model.one_line(Problem("", solution, answer)) == line
 
 
 def test_a_script_that_fails_ends_the_run(tmp_path, capfd):
