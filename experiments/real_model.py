@@ -43,7 +43,7 @@ PROMPTS = {
 }  # fmt: skip
 NEW_TOKENS = 40
 TRAINING = {
-    "max_new_tokens": NEW_TOKENS, "num_steps": 4, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-4,
+    "max_new_tokens": NEW_TOKENS, "num_steps": 4, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-5,
     "tau_clip": "inf", "temperature": 1.0, "distill_temperature": 1.0, "top_k": 0, "save_steps": 2,
 }  # fmt: skip
 UNTRAINED = "untrained"
@@ -54,16 +54,19 @@ ARMS = {
     "reversed Moderate": {"method": "pwopsd", "schedule": "reversed"},
     "OPSD, clip .05": {"method": "opsd", "tau_clip": 0.05},
     "Moderate, clip .05": {"method": "pwopsd", "tau_clip": 0.05},
+    "OPSD, 1e-4": {"method": "opsd", "learning_rate": 1e-4},
+    "Moderate, 1e-4": {"method": "pwopsd", "learning_rate": 1e-4},
 }
 # In the order of importance: what is missing at the end of the time is at the end of the list.
 CELLS = [
     (UNTRAINED, 0), *((arm, seed) for seed in (1, 2, 3) for arm in list(ARMS)[:2]),
-    *((arm, 1) for arm in list(ARMS)[2:]),
+    *((arm, 1) for arm in list(ARMS)[2:6]), *((arm, seed) for seed in (1, 2) for arm in list(ARMS)[6:]),
 ]  # fmt: skip
 NUMBER = r"\$?(?:\d+(?:[.,]\d+)*|\.\d+)"
 EQUATION = re.compile(rf"{NUMBER}(?:\s*[-+*/x]\s*{NUMBER})+\s*=\s*{NUMBER}")
 DECODINGS = {"greedy": 0.0, "sampled": 1.0}
-CONTRASTS = [(arm, UNTRAINED) for arm in ARMS] + [(arm, "OPSD") for arm in list(ARMS)[1:]]
+CONTRASTS = [(arm, UNTRAINED) for arm in ARMS] + [(arm, "OPSD") for arm in list(ARMS)[1:6]]
+CONTRASTS += [("Moderate, 1e-4", "OPSD, 1e-4")]
 
 
 def shortest(source: str, count: int, path: Path) -> None:
