@@ -163,7 +163,22 @@ def report(cells: list[dict]) -> str:
             mean = (a_SP - b_SP).mean()
             lines.append(f"| {left} - {right} | {decoding} | {', '.join(map(str, seeds))} | "
                          f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] | {over_seeds} |")  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join(lines + training_lines(rows))
+
+
+def training_lines(rows: dict) -> list[str]:
+    """What metrics.jsonl says of each arm's steps, from the first to the last, as means over seeds."""
+    names = ["mean_length", "eos_rate", "repetition", "divergence", "student_entropy", "teacher_entropy"]
+    lines = ["", f"| row | seeds | {' | '.join(names)} | divergence by tenth, first step | last |", "|---" * 10 + "|"]
+    for (row, _), by_seed in rows.items():
+        if runs := [cell["steps"] for cell in by_seed.values() if "steps" in cell]:
+            parts = [np.mean([[step[name] for step in run] for run in runs], axis=0) for name in names]
+            for i in (0, -1):
+                tenths = zip(*(run[i]["by_decile"]["divergence"] for run in runs), strict=True)
+                parts.append([np.mean([d for d in tenth if d is not None] or [np.nan]) for tenth in tenths])
+            shown = " | ".join(", ".join(f"{value:.2f}" for value in part) for part in parts)
+            lines.append(f"| {row} | {', '.join(map(str, by_seed))} | {shown} |")
+    return lines
 
 
 def main() -> None:
