@@ -3,9 +3,9 @@
     python -m experiments.real_model --model DIR --train gsm8k_train.jsonl --test gsm8k_test.jsonl
     python -m experiments.real_model --report experiments/results/real-model/cells.jsonl
 
-Both prompts ask for few lines, and the problems are the shortest of their files, so that answers can end within the
-limit. The first command can be killed and goes on; a finished cell is a line of cells.jsonl: what is right, boxed and
-finished of each problem, no text. docs/real-model.md says what came out.
+Both prompts ask for one line of arithmetic, and the problems are the shortest of their files, so that answers can end
+within the limit. The first command can be killed and goes on; a finished cell is a line of cells.jsonl: what is right,
+boxed and finished of each problem, no text. docs/real-model.md says what came out.
 """
 
 from __future__ import annotations
