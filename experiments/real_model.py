@@ -3,9 +3,9 @@
     python -m experiments.real_model --model DIR --train gsm8k_train.jsonl --test gsm8k_test.jsonl
     python -m experiments.real_model --report experiments/results/real-model/cells.jsonl
 
-Both prompts ask for few lines, and the problems are the shortest of their files, so that answers can end within the
-limit. The first command can be killed and goes on; a finished cell is a line of cells.jsonl: what is right, boxed and
-finished of each problem, no text. docs/real-model.md says what came out.
+Both prompts ask for one line of arithmetic, and the problems are the shortest of their files, so that answers can end
+within the limit. The first command can be killed and goes on; a finished cell is a line of cells.jsonl: what is right,
+boxed and finished of each problem, no text. docs/real-model.md says what came out.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import resource
+import os
+import re
 import subprocess
 import sys
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,20 +27,23 @@ from errors import InputError
 from evaluate import bootstrap_interval
 from experiments.study.report import paired_difference
 from grading import extract_boxed
-from problems import load_problems
+from problems import Problem, load_problems
 from runtime.flags import run_script
 from runtime.records import make_folder, write_atomically
 
 ROOT = Path(__file__).parent.parent
-TASK = " in at most four short lines of arithmetic, then write the final answer as \\boxed{number}."
+AT_ONCE = 2  # cells at a time, each on the threads of OMP_NUM_THREADS: two of one thread beat one of two on a CPU
+EXAMPLE = (
+    "Q: 3 boxes of 12 eggs, 20 are eaten. How many are left?\nA: 3*12 = 36, 36-20 = 16. The answer is \\boxed{16}."
+)
+ASKED = "\n\nAnswer like this, in one line.\nQ: {problem}\nA:"
+# The teacher's example is this very problem: its context differs by what is known, not by what is asked.
 PROMPTS = {
-    "student": "Problem: {problem}\n\nSolve it" + TASK,
-    "teacher": "Problem: {problem}\n\nThe correct solution is: {solution}\n\nWrite this solution down" + TASK,
-    "evaluation": "Problem: {problem}\n\nSolve it" + TASK,
-}
-NEW_TOKENS = 128
+    "student": EXAMPLE + ASKED, "teacher": "Q: {problem}\nA: {solution}" + ASKED, "evaluation": EXAMPLE + ASKED,
+}  # fmt: skip
+NEW_TOKENS = 40
 TRAINING = {
-    "max_new_tokens": NEW_TOKENS, "num_steps": 8, "batch_size": 12, "micro_batch_size": 4, "learning_rate": 2e-4,
+    "max_new_tokens": NEW_TOKENS, "num_steps": 4, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-5,
     "tau_clip": "inf", "temperature": 1.0, "distill_temperature": 1.0, "top_k": 0, "save_steps": 2,
 }  # fmt: skip
 UNTRAINED = "untrained"
@@ -47,34 +52,51 @@ ARMS = {
     "PW-OPSD Moderate": {"method": "pwopsd"},
     "uniform, per sequence": {"method": "opsd", "reduction": "sequence_mean"},
     "reversed Moderate": {"method": "pwopsd", "schedule": "reversed"},
+    "OPSD, clip .05": {"method": "opsd", "tau_clip": 0.05},
+    "Moderate, clip .05": {"method": "pwopsd", "tau_clip": 0.05},
+    "OPSD, 1e-4": {"method": "opsd", "learning_rate": 1e-4},
+    "Moderate, 1e-4": {"method": "pwopsd", "learning_rate": 1e-4},
 }
 # In the order of importance: what is missing at the end of the time is at the end of the list.
 CELLS = [
-    (UNTRAINED, 0), *((arm, seed) for seed in (1, 2) for arm in list(ARMS)[:2]),
-    *((arm, seed) for seed in (1, 2) for arm in list(ARMS)[2:]), *((arm, 3) for arm in ARMS),
+    (UNTRAINED, 0), *((arm, seed) for seed in (1, 2, 3) for arm in list(ARMS)[:2]),
+    *((arm, 1) for arm in list(ARMS)[2:6]), *((arm, seed) for seed in (1, 2) for arm in list(ARMS)[6:]),
 ]  # fmt: skip
+NUMBER = r"\$?(?:\d+(?:[.,]\d+)*|\.\d+)"
+EQUATION = re.compile(rf"{NUMBER}(?:\s*[-+*/x]\s*{NUMBER})+\s*=\s*{NUMBER}")
 DECODINGS = {"greedy": 0.0, "sampled": 1.0}
-CONTRASTS = [(arm, UNTRAINED) for arm in ARMS] + [(arm, "OPSD") for arm in list(ARMS)[1:]]
+CONTRASTS = [(arm, UNTRAINED) for arm in ARMS] + [(arm, "OPSD") for arm in list(ARMS)[1:6]]
+CONTRASTS += [("Moderate, 1e-4", "OPSD, 1e-4")]
 
 
 def shortest(source: str, count: int, path: Path) -> None:
-    """Write the `count` problems of a file whose texts are shortest, the solution counted in, in the file's order."""
-    problems = load_problems(source)
+    """Write the `count` shortest problems of a file, solution counted in, in the file's order.
+
+    Only those whose solution's equations end in the answer; they are the solution here, in the style of EXAMPLE.
+    """
+    problems = [replace(item, solution=short) for item in load_problems(source) if (short := one_line(item))]
     if len(problems) < count:
-        raise InputError(f"{source}: has {len(problems)} problems, {count} are asked for")
+        raise InputError(f"{source}: has {len(problems)} problems with equations, {count} are asked for")
     kept = sorted(problems, key=lambda problem: len(problem.problem) + len(problem.solution))[:count]
     rows = [asdict(problem) for problem in sorted(kept, key=lambda problem: problem.row)]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def one_line(problem: Problem) -> str | None:
+    """`48/2 = 24, 48+24 = 72. The answer is \\boxed{72}.`; None where the last equation does not give the answer."""
+    found = [re.sub(r"[\s$]", "", text).replace("x", "*") for text in EQUATION.findall(problem.solution)]
+    if not found or found[-1].partition("=")[2].replace(",", "") != problem.answer.replace(",", ""):
+        return None
+    return f"{', '.join(found).replace('=', ' = ')}. The answer is \\boxed{{{problem.answer}}}."
+
+
 def call(script: str, **flags: object) -> float:
     """Run a script of ours as a command; its CPU seconds. Raises InputError where it fails, after its own line."""
     words = [sys.executable, str(ROOT / script), *(f"--{name}={value}" for name, value in flags.items())]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if subprocess.run(words, check=False).returncode:
+    _, status, usage = os.wait4(subprocess.Popen(words).pid, 0)
+    if status:
         raise InputError(f"{script} has stopped; the same command goes on")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return usage.ru_utime + usage.ru_stime
 
 
 def measure(row: str, seed: int, decoding: str, model: str, folder: Path) -> dict:
@@ -82,7 +104,7 @@ def measure(row: str, seed: int, decoding: str, model: str, folder: Path) -> dic
     run, cell = folder / "runs" / f"{row.replace(' ', '-')}-{seed}", {"row": row, "seed": seed, "decoding": decoding}
     common = {"model": model, "prompts": folder / "prompts.json"}
     scoring = {
-        "benchmark": folder / "test.jsonl", "temperature": DECODINGS[decoding], "num_samples": 1, "batch_size": 50,
+        "benchmark": folder / "test.jsonl", "temperature": DECODINGS[decoding], "num_samples": 1, "batch_size": 100,
         "max_new_tokens": NEW_TOKENS, "output_dir": run.with_name(f"{run.name}-{decoding}"), **common,
     }  # fmt: skip
     if row != UNTRAINED:
@@ -141,7 +163,22 @@ def report(cells: list[dict]) -> str:
             mean = (a_SP - b_SP).mean()
             lines.append(f"| {left} - {right} | {decoding} | {', '.join(map(str, seeds))} | "
                          f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] | {over_seeds} |")  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join(lines + training_lines(rows))
+
+
+def training_lines(rows: dict) -> list[str]:
+    """What metrics.jsonl says of each arm's steps, from the first to the last, as means over seeds."""
+    names = ["mean_length", "eos_rate", "repetition", "divergence", "student_entropy", "teacher_entropy"]
+    lines = ["", f"| row | seeds | {' | '.join(names)} | divergence by tenth, first step | last |", "|---" * 10 + "|"]
+    for (row, _), by_seed in rows.items():
+        if runs := [cell["steps"] for cell in by_seed.values() if "steps" in cell]:
+            parts = [np.mean([[step[name] for step in run] for run in runs], axis=0) for name in names]
+            for i in (0, -1):
+                tenths = zip(*(run[i]["by_decile"]["divergence"] for run in runs), strict=True)
+                parts.append([np.mean([d for d in tenth if d is not None] or [np.nan]) for tenth in tenths])
+            shown = " | ".join(", ".join(f"{value:.2f}" for value in part) for part in parts)
+            lines.append(f"| {row} | {', '.join(map(str, by_seed))} | {shown} |")
+    return lines
 
 
 def main() -> None:
@@ -164,12 +201,17 @@ def main() -> None:
     write_atomically(folder / "prompts.json", json.dumps(PROMPTS))
     cells = read_cells(path)
     write_atomically(path, "".join(json.dumps(cell) + "\n" for cell in cells))
-    for decoding, (row, seed) in [(decoding, cell) for decoding in DECODINGS for cell in CELLS]:
-        if not any((cell["row"], cell["seed"], cell["decoding"]) == (row, seed, decoding) for cell in cells):
-            cells.append(measure(row, seed, decoding, args.model, folder))
+    done = {(cell["row"], cell["seed"], cell["decoding"]) for cell in cells}
+    jobs = [(*cell, decoding) for decoding in DECODINGS for cell in CELLS if (*cell, decoding) not in done]
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        for job in as_completed([pool.submit(measure, *job, args.model, folder) for job in jobs]):
+            cells.append(job.result())
             with path.open("a") as file:
                 file.write(json.dumps(cells[-1]) + "\n")
             print(report(cells), flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return print(report(cells))
 
 

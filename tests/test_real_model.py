@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import Executor, Future
 
 import pytest
 
@@ -9,6 +10,19 @@ import evaluate
 import train
 from errors import InputError
 from experiments import real_model
+from problems import Problem
+
+
+class Inline(Executor):
+    """Does the work where it is handed in: signals, which the scripts catch, reach the main thread alone."""
+
+    def __init__(self, workers):
+        pass
+
+    def submit(self, work, *arguments):
+        future = Future()
+        future.set_result(work(*arguments))
+        return future
 
 
 @pytest.fixture
@@ -21,6 +35,7 @@ def run(monkeypatch, tmp_path):
         return main() or 0.0
 
     monkeypatch.setattr(real_model, "call", call)
+    monkeypatch.setattr(real_model, "ThreadPoolExecutor", Inline)
     monkeypatch.setattr(real_model, "TRAINING", {"num_steps": 1, "batch_size": 2, "max_new_tokens": 8, "top_k": 0})
     monkeypatch.setattr(real_model, "NEW_TOKENS", 48)
     monkeypatch.setattr(real_model, "CELLS", [("untrained", 0), ("OPSD", 1)])
@@ -40,12 +55,15 @@ def run(monkeypatch, tmp_path):
 def test_a_killed_run_goes_on_and_says_the_same(run, capsys):
     path = run() / "cells.jsonl"
     whole = path.read_text()
-    untrained, trained = map(json.loads, whole.splitlines())
-    assert (untrained["row"], trained["row"], len(trained["steps"])) == ("untrained", "OPSD", 1)
+    cells = {(cell := json.loads(line))["row"]: cell for line in whole.splitlines()}
+    untrained, trained = cells["untrained"], cells["OPSD"]
+    assert len(cells) == 2 and len(trained["steps"]) == 1
     assert all(len(cell[name]) == 8 for cell in (untrained, trained) for name in ("correct", "boxed", "finished"))
     assert trained["train"]["method"] == "opsd" and trained["ground"] == untrained["ground"]
-    assert "| OPSD - untrained | greedy | 1 |" in capsys.readouterr().out
-    path.write_text(whole[:-50])  # the second line is torn
+    out, step = capsys.readouterr().out, trained["steps"][0]
+    assert "| OPSD - untrained | greedy | 1 |" in out
+    assert f"| OPSD | 1 | {step['mean_length']:.2f} | {step['eos_rate']:.2f} | {step['repetition']:.2f} |" in out
+    path.write_text(whole[:-50])  # the last line is torn
     run()
     assert path.read_text() == whole
 
@@ -71,8 +89,18 @@ def test_the_table_pairs_problems_and_seeds():
 def test_what_cannot_run_says_so(run):
     with pytest.raises(InputError, match="name all three"):
         run("--model", "tiny")
-    with pytest.raises(InputError, match="tiny:heldout: has 400 problems, 401 are asked for"):
+    with pytest.raises(InputError, match="tiny:heldout: has 400 problems with equations, 401 are asked for"):
         real_model.shortest("tiny:heldout", 401, None)
+
+
+@pytest.mark.parametrize(("solution", "answer", "line"), [
+    ("He pays 20 x $50=$1,000.\nSo 1,000*.5 = $5", "5", "20*50 = 1,000, 1,000*.5 = 5. The answer is \\boxed{5}."),
+    ("90-.5*40=70\nHe has 1200+70 = 1,270", "1270", "90-.5*40 = 70, 1200+70 = 1,270. The answer is \\boxed{1270}."),
+    ("He has 4+3 = 7. Then he loses two.", "5", None),
+    ("4x+7 = 15, so x = 2", "2", None),
+])  # fmt: skip
+def test_a_solution_becomes_its_equations(solution, answer, line):
+    assert real_model.one_line(Problem("", solution, answer)) == line
 
 
 def test_a_script_that_fails_ends_the_run(tmp_path, capfd):
