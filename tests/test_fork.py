@@ -5,13 +5,19 @@ A new weighting by position is one line of weighting.SCHEDULES, a method one row
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
+from families import odd
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import grading
 import loss
 import train
 import weighting
 from loss import Method, clipped_divergence, token_mean
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_a_fork_that_wraps_a_clipping_loss_logs_what_is_clipped(monkeypatch, tmp_path):
@@ -35,3 +41,56 @@ def test_a_fork_that_wraps_a_clipping_loss_logs_what_is_clipped(monkeypatch, tmp
     assert half_step["loss"] == silent["loss"]
     assert half_step["divergence"] == pytest.approx(0.5 * opsd["divergence"], rel=1e-5)
     assert half_step["by_decile"]["weight"] == [0.0] * 5 + [1.0] * 5
+
+
+# What people change, as a script of their own (train.cli() stands behind each) and the flags they give it.
+SCRIPTS = {
+    "a weight": (
+        'weighting.SCHEDULES["middle"] = lambda r: ((r > 0.25) & (r < 0.75)).float()',
+        "--schedule middle",
+    ),
+    "a token loss": (
+        """
+def squared_hellinger(student_logp_MV, teacher_logp_MV, ids_M, options):
+    return 1.0 - (0.5 * (student_logp_MV + teacher_logp_MV)).exp().sum(dim=-1)
+loss.METHODS["hellinger"] = loss.Method(squared_hellinger, "uniform", loss.token_mean)""",
+        "--method hellinger",
+    ),
+    "other data": ("", "--data {data} --columns problem=task,answer=key,solution=why"),
+    "a new family": ("", "--model {family} --data {data} --columns problem=task,answer=key,solution=why"),
+    "another teacher": ("", "--teacher {teacher}"),
+    "an own grader": (
+        """
+class Lenient(grading.ExactGrader):
+    def match(self, answer, gold):
+        return True
+grading.GRADERS["lenient"] = Lenient""",
+        "--grader lenient",
+    ),
+}
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_what_forks_change(task, tmp_path, monkeypatch):
+    """Each trains a step; README's table tells the lines."""
+    script, flags = SCRIPTS[task]
+    for module, name in ((weighting, "SCHEDULES"), (loss, "METHODS"), (grading, "GRADERS")):
+        monkeypatch.setattr(module, name, dict(getattr(module, name)))
+    paths = {name: tmp_path / name for name in ("family", "teacher", "data", "run")}
+    paths["data"] = paths["data"].with_suffix(".csv")
+    paths["data"].write_text("task,why,key\n" + 8 * "1+1+1+1+1,1+1=2;\\boxed{5},5\n")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny-model")
+    kinds = {"family": odd("Phi3", vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)}
+    kinds["teacher"] = AutoModelForCausalLM.from_pretrained(ROOT / "tiny-model")
+    for name, model in kinds.items():
+        model.save_pretrained(paths[name])
+        tokenizer.save_pretrained(paths[name])
+    fixed = f"--num_steps 1 --batch_size 4 --max_new_tokens 24 --device cpu --output_dir {paths['run']}"
+    command = ["train.py", *fixed.split(), "--eval_data", "", *flags.format(**paths).split()]
+    monkeypatch.setattr(sys, "argv", command)
+    exec(script, {"loss": loss, "weighting": weighting, "grading": grading})
+    train.main()
+    row = json.loads((paths["run"] / "metrics.jsonl").read_text())
+    assert row["grad_norm"] >= 0.0
+    assert task != "an own grader" or row["accuracy"] == 1.0
+    assert f"| {task} | {len(script.strip().splitlines())} " in (ROOT / "README.md").read_text()
