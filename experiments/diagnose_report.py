@@ -8,7 +8,6 @@
 - Centrings: a score minus its problem's mean over the labelled candidates, or over all of them. The paper does not say.
 - The null: in a world where only what remains to be done matters, early candidates fail more often with no fault of
   the teacher's at all.
-- The children: how viable they are by rank and by token, which names a culprit.
 - The fit: the schedule that the measured viability supports.
 
 Each run's folder gets controls.json (all numbers); --output_dir, by default the folder of a single run, gets report.md,
@@ -20,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from dataclasses import replace
 from itertools import product
 from math import comb
@@ -37,7 +35,6 @@ from weighting import SIGMOIDS
 
 REMAINING = "remaining length"
 SIMULATIONS = 1000  # worlds drawn for the null
-COMMON = 5  # tokens whose children are counted apart
 TAU_GRID, S_GRID = np.linspace(-0.5, 1.0, 76), np.geomspace(0.01, 1.0, 41)  # of Eq. (5), searched
 CENTRINGS = {"labelled": False, "all": True}  # over which candidates a problem's mean is taken
 Measured = tuple[dict, np.ndarray] | None  # a row of `viability.auroc_of`
@@ -59,7 +56,6 @@ def analyse(rows: list[dict], rule: LabelRule) -> tuple[Candidates, dict]:
         **viability.table1(data),
         "position_minus_remaining": difference(auroc_of(data, data.score[POSITION]), auroc_of(data, rival_C)),
         "arms": {arm: analyse_arm(data, arm) for arm in ARMS},
-        "children": analyse_children(rows, data, rule),
         "null": analyse_null(data, rule),
         "schedule": {arm: analyse_fit(data, arm) for arm in ("teacher", "unforced")},
     }
@@ -84,36 +80,6 @@ def analyse_arm(data: Candidates, arm: str) -> dict:
         },
         "position_teacher_minus_arm": difference(teacher, position),
     }
-
-
-def analyse_children(rows: list[dict], data: Candidates, rule: LabelRule) -> dict:
-    """Counts behind the means: who forced what where, and the viability behind it by child's rank and by token id.
-
-    By token: the COMMON most frequent of an arm's children there, each beside the mean of all its other children.
-    """
-    forced = sum(len({*row["teacher"], *row["student"]}) for row in rows)
-    result = {
-        "continuations": (forced + rule.children * len(rows)) * rule.rollouts,
-        "mean_spine_tokens": float(np.mean(list({row["problem"]: row["length"] for row in rows}.values()))),
-        "candidates_behind_0.6": int((data.r > 0.6).sum()),
-    }
-    for part, where_C in (("early", data.r < 0.5), ("late", data.r >= 0.5)):
-        here = [row for row, inside in zip(rows, where_C, strict=True) if inside]
-        same = sum({*row["teacher"]} == {*row["student"]} for row in here)
-        result[part] = {"candidates": len(here), "same_tokens_in_both_arms": same}
-        for arm in ("teacher", "student"):
-            value = np.array([row["viability"][arm] for row in here])
-            token = np.array([row[arm] for row in here])
-            common = [t for t, _ in Counter(token.ravel().tolist()).most_common(COMMON)]
-            result[part][arm] = {
-                "by_rank": value.mean(axis=0).tolist() if here else [],
-                "by_token": {str(t): beside_others(value[token == t], value[token != t]) for t in common},
-            }
-    return result
-
-
-def beside_others(value: np.ndarray, others: np.ndarray) -> dict:
-    return {"n": len(value), "mean": float(value.mean()), "others": float(others.mean()) if len(others) else None}
 
 
 def analyse_null(data: Candidates, rule: LabelRule) -> dict:

@@ -116,24 +116,6 @@ def test_one_class_gives_no_number_but_a_report(tmp_path):
     assert f"| {POSITION} | - | - | - | - |" in text
 
 
-def test_children_by_hand():
-    """Two candidates of one problem, early and late, two children; token 7 fails wherever it is forced."""
-    early, late = a_world(problems=1)[:2]
-    early |= {"position": 1, "length": 10, "teacher": [7, 8], "student": [8, 5]}
-    late |= {"position": 8, "length": 10, "teacher": [8, 7], "student": [7, 8]}
-    early["viability"] = {"teacher": [0.0, 1.0], "student": [1.0, 0.5], "unforced": [0.5, 0.5]}
-    late["viability"] = {"teacher": [1.0, 0.5], "student": [0.5, 1.0], "unforced": [0.5, 0.5]}
-    rule = LabelRule(children=2, rollouts=4, bootstraps=20)
-    found = report.analyse([early, late], rule)[1]["children"]
-    assert found["continuations"] == 4 * (3 + 2 + 2 + 2)  # tokens 7, 8, 5; tokens 7, 8; unforced twice
-    assert (found["mean_spine_tokens"], found["candidates_behind_0.6"]) == (10.0, 1)
-    assert [found[part]["same_tokens_in_both_arms"] for part in ("early", "late")] == [0, 1]
-    assert found["early"]["teacher"]["by_rank"] == [0.0, 1.0] and found["late"]["student"]["by_rank"] == [0.5, 1.0]
-    assert found["early"]["teacher"]["by_token"]["7"] == {"n": 1, "mean": 0.0, "others": 1.0}
-    none_late = report.analyse([early], rule)[1]["children"]["late"]
-    assert none_late["candidates"] == 0 and none_late["teacher"] == {"by_rank": [], "by_token": {}}
-
-
 def test_mistakes_are_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"no finished run of diagnose\.py"):
         write_report([tmp_path], tmp_path)
