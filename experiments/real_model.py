@@ -74,7 +74,7 @@ def shortest(source: str, count: int, path: Path) -> None:
 
     Only those whose solution's equations end in the answer; they are the solution here, in the style of EXAMPLE.
     """
-    problems = [replace(item, solution=short) for item in load_problems(source) if (short := one_line(item))]
+    problems = [replace(item, solution=short) for item in load_problems(source) if (short := as_equations(item))]
     if len(problems) < count:
         raise InputError(f"{source}: has {len(problems)} problems with equations, {count} are asked for")
     kept = sorted(problems, key=lambda problem: len(problem.problem) + len(problem.solution))[:count]
@@ -82,7 +82,7 @@ def shortest(source: str, count: int, path: Path) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def one_line(problem: Problem) -> str | None:
+def as_equations(problem: Problem) -> str | None:
     """`48/2 = 24, 48+24 = 72. The answer is \\boxed{72}.`; None where the last equation does not give the answer."""
     found = [re.sub(r"[\s$]", "", text).replace("x", "*") for text in EQUATION.findall(problem.solution)]
     if not found or found[-1].partition("=")[2].replace(",", "") != problem.answer.replace(",", ""):

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from errors import InputError
+from experiments import draw_run
 from experiments.study import plots
 from experiments.token_page import RolloutView, TokenView, render, repaired, view_rollouts
 from problems import Problem
@@ -30,6 +31,32 @@ def test_missing_matplotlib_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="pip install matplotlib"):
         plots.figure(1, 1, [["a"]])
+
+
+def test_a_run_is_drawn_with_what_it_wrote(run, monkeypatch):
+    """Each column in its panel over the steps; what a step could not measure is a gap; held-out scores at their steps."""
+    pytest.importorskip("matplotlib")
+    with pytest.raises(InputError, match="no step in its metrics"):
+        draw_run.draw(run)
+    names = [name for columns in draw_run.PANELS.values() for name in columns]
+    rows = [{"step": step} | {name: i + step / 10 for i, name in enumerate(names)} for step in range(3)]
+    rows[1]["accuracy"] = None
+    tenths = [{"by_decile": {"divergence": [float(step)] * 9 + [None]}} for step in range(3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(a | b) + "\n" for a, b in zip(rows, tenths, strict=True)))
+    (run / "evaluation.json").write_text(json.dumps({step: {"sampled": 0.25, "greedy": 0.5} for step in (0, 3)}))
+    axes, figure = {}, plots.figure
+    monkeypatch.setattr(draw_run, "figure", lambda *a: (drawn := figure(*a), axes.update(drawn[1]))[0])
+    assert draw_run.draw(run).stat().st_size > 0
+    for title, columns in draw_run.PANELS.items():
+        for name, line in zip(columns, axes[title].lines, strict=True):
+            wanted = [math.nan if row[name] is None else row[name] for row in rows]
+            assert line.get_ydata().tolist() == pytest.approx(wanted, nan_ok=True) and list(line.get_xdata()) == [
+                0,
+                1,
+                2,
+            ]
+    greedy = axes[draw_run.HELD_OUT].lines[1]
+    assert (list(greedy.get_xdata()), list(greedy.get_ydata())) == ([0, 3], [0.5, 0.5])
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path, run):

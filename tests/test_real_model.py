@@ -100,7 +100,7 @@ def test_what_cannot_run_says_so(run):
     ("4x+7 = 15, so x = 2", "2", None),
 ])  # fmt: skip
 def test_a_solution_becomes_its_equations(solution, answer, line):
-    assert real_model.one_line(Problem("", solution, answer)) == line
+    assert real_model.as_equations(Problem("", solution, answer)) == line
 
 
 def test_a_script_that_fails_ends_the_run(tmp_path, capfd):
