@@ -34,7 +34,7 @@ def test_missing_matplotlib_is_one_line(monkeypatch):
 
 
 def test_a_run_is_drawn_with_what_it_wrote(run, monkeypatch):
-    """Each column in its panel over the steps; what a step could not measure is a gap; held-out scores at their steps."""
+    """Each column in its panel over the steps; what a step could not measure is a gap; held-out scores too."""
     pytest.importorskip("matplotlib")
     with pytest.raises(InputError, match="no step in its metrics"):
         draw_run.draw(run)
@@ -50,11 +50,8 @@ def test_a_run_is_drawn_with_what_it_wrote(run, monkeypatch):
     for title, columns in draw_run.PANELS.items():
         for name, line in zip(columns, axes[title].lines, strict=True):
             wanted = [math.nan if row[name] is None else row[name] for row in rows]
-            assert line.get_ydata().tolist() == pytest.approx(wanted, nan_ok=True) and list(line.get_xdata()) == [
-                0,
-                1,
-                2,
-            ]
+            assert line.get_ydata().tolist() == pytest.approx(wanted, nan_ok=True)
+            assert list(line.get_xdata()) == [0, 1, 2]
     greedy = axes[draw_run.HELD_OUT].lines[1]
     assert (list(greedy.get_xdata()), list(greedy.get_ydata())) == ([0, 3], [0.5, 0.5])
 
