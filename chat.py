@@ -69,8 +69,7 @@ def apply_template(
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **arguments)
     except Exception as error:  # a template is a program: it may raise anything
-        words = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"{tokenizer.name_or_path}: the chat template fails ({words})") from error
+        raise InputError(f"{tokenizer.name_or_path}: the chat template fails ({one_line(repr(error))})") from error
 
 
 CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
@@ -98,31 +97,25 @@ def cut_control_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[s
 
 
 def template_notes(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[str]:
-    """What a user should know about the template, one line each: a thinking mode without effect, a date."""
+    """What a user should know about the template, one line each."""
     off, on = (render_turn(tokenizer, "Hi", thinking, chat)[0] for thinking in (False, True))
     then = render_turn(tokenizer, "Hi", True, replace(chat, date="1999-12-31"))[0]
-    notes = []
-    if off == on:
-        notes.append(
-            "the chat template renders both thinking modes alike, so that turning it on or off changes nothing; an "
-            "argument of its own may (--chat_template_kwargs '{\"NAME\": VALUE}')"
-        )
-    if then != on:
-        notes.append(f"the chat template shows the date: {chat.date or 'the one of each day it is rendered on'}")
-    return notes
+    alike = "the chat template renders both thinking modes alike; an argument of its own: --chat_template_kwargs"
+    dated = f"the chat template shows the date: {chat.date or 'the one of each day it is rendered on'}"
+    return [note for note, is_so in ((alike, off == on), (dated, then != on)) if is_so]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that the template puts behind an assistant's message, which a base model's EOS is not."""
-    said = "Done."
-    messages = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": said}]
+    messages = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "Done."}]
     try:
         text = apply_template(tokenizer, messages, False, Chat(), prompt=False)
     except InputError:
         return None  # no template, or one that takes no assistant's message
-    behind = tokenizer.encode(text.rpartition(said)[2].lstrip(), add_special_tokens=False) if said in text else []
-    token = tokenizer.added_tokens_decoder.get(behind[0]) if behind else None
-    return behind[0] if token is not None and token.special else None
+    _, said, behind = text.rpartition("Done.")
+    first = tokenizer.encode(behind.lstrip(), add_special_tokens=False)[:1] if said else []
+    added = tokenizer.added_tokens_decoder
+    return next((token for token in first if token in added and added[token].special), None)
 
 
 def eos_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:

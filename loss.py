@@ -69,7 +69,6 @@ def sequence_mean(l_M: Tensor, w_M: Tensor, lengths: list[int]) -> tuple[Tensor,
 # ---------------------------------------------------------------------------------------------------------------
 # EOPD (arXiv 2603.07079) and REOPOLD (arXiv 2603.11137)
 
-
 ENTROPY_GATE = 0.8  # nats: EOPD adds the forward KL where the teacher's entropy is above it
 GATE_TOP_K = 16  # teacher's most likely tokens in that KL
 RATIO_CLIP = 0.2  # eps, of the importance ratio
@@ -236,18 +235,16 @@ def method_loss(
     `mask_BT` is True on each row's response tokens, a prefix of the row; `correct` and `finished` are the rows'
     outcomes, for weights that look at them. `overrides` are fields of LossOptions, with `clip` (None for none) and
     `temperature` short for tau_clip and distill_temperature. The gradient flows into the student's logits only. Raises
-    InputError (a ValueError) for unknown names, options out of range, or tensors whose shapes do not fit.
+    InputError (a ValueError) for an unknown method, options out of range, or tensors whose shapes do not fit.
     """
     options = _options(overrides)
     method = resolve_method(name, options)
-    if student_logits_BTV.shape != teacher_logits_BTV.shape:
-        raise InputError(f"logits differ in shape: {student_logits_BTV.shape}, {teacher_logits_BTV.shape}")
-    lengths = valid_lengths(mask_BT, response_ids_BT, student_logits_BTV)
+    lengths = valid_lengths(mask_BT, response_ids_BT, student_logits_BTV, teacher_logits_BTV)
     student_logp_MV = log_probabilities(student_logits_BTV[mask_BT], options.distill_temperature)
     teacher_logp_MV = log_probabilities(teacher_logits_BTV[mask_BT].detach(), options.distill_temperature)
     scores = score_tokens(method, student_logp_MV, teacher_logp_MV, response_ids_BT[mask_BT], options)
-    outcomes = {"correct": correct, "finished": finished}
-    scores = of_rows(scores, lengths, **{name: rows for name, rows in outcomes.items() if rows is not None})
+    unknown = [None] * len(lengths)
+    scores = of_rows(scores, lengths, correct=correct or unknown, finished=finished or unknown)
     return reduce_tokens(method, scores, lengths, step, options)
 
 
@@ -288,12 +285,10 @@ def resolve_method(name: str, options: LossOptions) -> Method:
 
     Raises InputError for unknown names and numbers out of range.
     """
-    if name not in METHODS:
-        raise InputError(f"--method {name}: choose one of {', '.join(METHODS)}")
+    require(name in METHODS, "method", name, f"be one of {', '.join(METHODS)}")
     row, numbers = METHODS[name], {"w_min": options.w_min, "tau": options.tau, "s": options.s}
     if options.reduction is not None:
-        if options.reduction not in REDUCTIONS:
-            raise InputError(f"--reduction {options.reduction}: choose one of {', '.join(REDUCTIONS)}")
+        require(options.reduction in REDUCTIONS, "reduction", options.reduction, f"be one of {', '.join(REDUCTIONS)}")
         row = replace(row, reduction=REDUCTIONS[options.reduction])
     weight = options.schedule or row.token_weight
     if isinstance(weight, str):
@@ -309,15 +304,11 @@ def _options(overrides: dict) -> LossOptions:
     given = {renamed.get(name, name): value for name, value in overrides.items()}
     if given.get("tau_clip", 1.0) is None:
         given["tau_clip"] = inf
-    try:
-        return LossOptions(**given)
-    except TypeError as error:
-        raise InputError(f"unknown loss option ({error})") from None
+    return LossOptions(**given)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The same from hidden states, a chunk of tokens at a time: whole logits of a step would take many GiB
-
 
 # Of one float32 tensor of logits: 51 tokens at Qwen3's vocabulary, all of a small one's. From 32 MiB on the C library
 # maps every tensor anew, page by page, which costs as much as the mathematics on them.
@@ -367,11 +358,11 @@ def _score_chunk(method, student_MD, teacher_MD, ids_M, head_VD, teacher_head_VD
     return score_tokens(method, student_logp_MV, teacher_logp_MV, ids_M, options)
 
 
-def valid_lengths(mask_BT: Tensor, response_ids_BT: Tensor, values_BTX: Tensor) -> list[int]:
+def valid_lengths(mask_BT: Tensor, response_ids_BT: Tensor, student_BTX: Tensor, teacher_BTX: Tensor) -> list[int]:
     """Valid lengths L_i of the rows; InputError unless each row's mask is a prefix of at least one token."""
-    if mask_BT.dtype != torch.bool or mask_BT.shape != response_ids_BT.shape or mask_BT.shape != values_BTX.shape[:2]:
-        shapes = [tuple(x.shape) for x in (mask_BT, response_ids_BT, values_BTX)]
-        raise InputError(f"mask (bool), response ids and states must agree on [B, T]: {mask_BT.dtype}, {shapes}")
+    shapes = [tuple(x.shape) for x in (mask_BT, response_ids_BT, student_BTX, teacher_BTX)]
+    if mask_BT.dtype != torch.bool or len({shape[:2] for shape in shapes}) > 1 or shapes[2] != shapes[3]:
+        raise InputError(f"mask (bool), ids and both contexts must agree in shape: {mask_BT.dtype}, {shapes}")
     lengths_B = mask_BT.sum(dim=1)
     is_prefix = torch.equal(mask_BT, torch.arange(mask_BT.shape[1], device=mask_BT.device) < lengths_B[:, None])
     lengths = lengths_B.tolist()

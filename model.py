@@ -55,15 +55,15 @@ def response_mask(lengths: list[int], device: torch.device | str = "cpu") -> Ten
 
 def recompute_activations(model: PreTrainedModel) -> None:
     """Gradient checkpointing of each block. The library's own works in training mode only, where its dropout draws."""
+
+    def recomputed(forward, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
     for block in model.modules():
         if isinstance(block, GradientCheckpointingLayer):
-            block.forward = partial(_recomputed, block.forward)
-
-
-def _recomputed(forward, *args, **kwargs):
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            block.forward = partial(recomputed, block.forward)
 
 
 HEAD_ROWS = 512  # of a half-precision head in float32 at a time: they fit into a CPU's cache
@@ -117,11 +117,10 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
-        self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
-        self.dropout, self.cast = dropout, None  # cast: A and B as cast_adapter holds them
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.base, self.rank, self.alpha, self.dropout, self.enabled = base, rank, alpha, dropout, True
+        self.cast: tuple[Tensor, Tensor] | None = None  # A and B as cast_adapter holds them
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # PEFT's initialisation; B = 0, so the update starts at 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,23 +141,19 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     # An embedding stays as it is, and so does a filter of a few taps on each channel alone, the vector that it is.
-    spared = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is head or is_channelwise(m)]
-    reached = {id(module.weight) for module in [*found.values(), *spared]}
+    filters = [m for m in model.modules() if isinstance(m, nn.Conv1d) and m.groups == m.out_channels]
+    spared = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is head]
+    reached = {id(module.weight) for module in [*found.values(), *spared, *filters]}
     left = [name for name, weight in model.named_parameters() if weight.dim() > 1 and id(weight) not in reached]
     # PEFT takes no adapter of a Mamba block, whose kernels read the projections' weights past any adapter.
     left += [name for name, m in model.named_modules() if "mamba" in f"{name} {type(m).__name__}".lower()]
     if left or not found:
-        raise InputError(
-            f"LoRA would leave {some(left)} of {type(model).__name__} frozen; --lora_rank 0 trains all weights"
-        )
+        where = f"{some(left)} of {type(model).__name__}"
+        raise InputError(f"LoRA would leave {where} frozen; --lora_rank 0 trains all weights")
     model.requires_grad_(False)
     for name, linear in found.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoRALinear(linear, rank, alpha, dropout).eval())
-
-
-def is_channelwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv1d) and module.groups == module.in_channels == module.out_channels
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

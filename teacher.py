@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chat import Chat, encode_turn, render_turn, template_notes
-from errors import InputError
+from errors import InputError, require
 from model import LoRALinear, adapter_disabled, adapter_dropout, held, lora_layers, lora_parameters, trained_parameters
-from problems import SURROGATE, Problem
+from problems import Problem
 
 # ---------------------------------------------------------------------------------------------------------------
 # The prompts of both contexts, quoted from the paper: single user turn, no system message of ours
@@ -61,12 +61,7 @@ class Prompts:
 
 PAPER_PROMPTS = Prompts()
 # Fields that a template must show, and fields that it must not: only the teachers may see solution and answer.
-REQUIRED = {
-    "student": {"problem"},
-    "teacher": {"problem"},
-    "evaluation": {"problem"},
-    "diagnostic": {"problem", "answer"},
-}
+REQUIRED = {name: {"problem"} for name in ("student", "teacher", "evaluation")} | {"diagnostic": {"problem", "answer"}}
 FORBIDDEN = {"student": {"solution", "answer"}, "evaluation": {"solution", "answer"}}
 
 
@@ -76,32 +71,24 @@ def load_prompts(path: str | None, chat_template_kwargs: str | None = None, date
     Fields are {problem}, {solution} and {answer}, each filled wherever it stands; any other brace is text. The other
     two are for the chat template (chat.py::Chat). Raises InputError, naming file and template.
     """
+    flag, value = "chat_template_kwargs", chat_template_kwargs
     try:
         kwargs = json.loads(chat_template_kwargs or "{}")
-    except ValueError as error:
-        raise InputError(f"--chat_template_kwargs {chat_template_kwargs}: cannot be read as JSON ({error})") from None
-    if not isinstance(kwargs, dict) or "chat_template" in kwargs:
-        raise InputError(f"--chat_template_kwargs {chat_template_kwargs}: must be an object, without a chat_template")
-    prompts = replace(PAPER_PROMPTS, chat=Chat(kwargs, date))
-    if path is None:
-        return prompts
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        flag, value = "prompts", path
+        given = json.loads(Path(path).read_text(encoding="utf-8-sig")) if path else {}
     except (OSError, ValueError) as error:
-        raise InputError(f"--prompts {path}: cannot be read as JSON ({error})") from None
-    if not isinstance(given, dict) or not given or not given.keys() <= REQUIRED.keys():
-        raise InputError(f"--prompts {path}: expected an object with some of {', '.join(REQUIRED)}")
+        raise InputError(f"--{flag} {value}: cannot be read as JSON ({error})") from None
+    is_fine = isinstance(kwargs, dict) and "chat_template" not in kwargs
+    require(is_fine, "chat_template_kwargs", chat_template_kwargs, "be an object, without a chat_template")
+    is_fine = isinstance(given, dict) and given.keys() <= REQUIRED.keys()
+    require(is_fine, "prompts", path, f"be an object with some of {', '.join(REQUIRED)}")
     for name, template in given.items():
-        if not isinstance(template, str):
-            raise InputError(f"--prompts {path}, {name}: must be a text")
-        if SURROGATE.search(template):
-            raise InputError(f"--prompts {path}, {name}: holds half of a surrogate pair, which is no text")
-        shown = set(FIELD.findall(template))
+        shown = set(FIELD.findall(template)) if isinstance(template, str) else set()
         if missing := REQUIRED[name] - shown:
             raise InputError(f"--prompts {path}, {name}: {{{min(missing)}}} is missing")
         if leaked := FORBIDDEN.get(name, set()) & shown:
             raise InputError(f"--prompts {path}, {name}: must not show {{{min(leaked)}}}")
-    return replace(prompts, **given)
+    return replace(PAPER_PROMPTS, **given, chat=Chat(kwargs, date))
 
 
 def student_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts: Prompts = PAPER_PROMPTS) -> list[int]:
@@ -115,9 +102,8 @@ def teacher_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, template: str, problem: Problem, enable_thinking: bool,
-    chat: Chat = PAPER_PROMPTS.chat,
-) -> list[int]:  # fmt: skip
+    tokenizer: PreTrainedTokenizerBase, template: str, problem: Problem, enable_thinking: bool, chat=PAPER_PROMPTS.chat
+) -> list[int]:
     """Token ids of one user turn with the problem in the template, ready for the response to follow (chat.py)."""
     return encode_turn(tokenizer, fill(template, problem), enable_thinking, chat)
 
@@ -154,12 +140,10 @@ def choose_reference(
     `answer`: the final answer alone. `none`: the student's prompt, in the teacher's thinking mode. Problem and answer
     stay what they are, so neither the student's context nor grading changes.
     """
-    if kind not in REFERENCES:
-        raise InputError(f"--reference {kind}: choose one of {', '.join(REFERENCES)}")
+    require(kind in REFERENCES, "reference", kind, f"be one of {', '.join(REFERENCES)}")
     references = [problem.solution for problem in problems]
     if kind == "other":
-        if len(problems) < 2:
-            raise InputError("--reference other: there is only one problem")
+        require(len(problems) > 1, "reference", kind, "have another problem, and there is only one")
         cycle = draw.permutation(len(problems))
         for here, there in zip(cycle, np.roll(cycle, 1), strict=True):
             references[here] = problems[there].solution
@@ -176,7 +160,6 @@ def choose_reference(
 
 # ---------------------------------------------------------------------------------------------------------------
 # Whose weights score
-
 
 KINDS = ("fixed", "ema", "live")
 

@@ -12,7 +12,7 @@ at the end gives the exact mean over the whole step, whatever the split.
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,27 +29,29 @@ import rollout
 import teacher
 import weighting
 from errors import InputError
+from problems import Problem
 from runtime import checkpoint, engines, lengths, loading, metrics, ranks, records
 from runtime.flags import FlagParser, departures, option, run_script
 from runtime.stopping import Stop, StoppedError
 
 
-def train_step(step: int, run: Training, data: list[problems.Problem], config: TrainConfig) -> tuple[dict, list[dict]]:
+def train_step(step: int, run: Training, data: list[Problem], config: TrainConfig) -> tuple[dict, list[dict]]:
     """Algorithm 1, one step over all ranks: sample, score, weigh, divide, update.
 
     Returns its metrics and this rank's rollouts, as rows for samples.jsonl. Up to `hold` nothing has changed, and a
     signal leaves the step. Raises FloatingPointError, naming step and problems, where the loss or its gradient is not
     finite.
     """
-    share, seen = step_share(step, data, config), metrics.Observer(run.model.device)
+    seen = metrics.Observer(run.model.device)
+    drawn, keys = step_share(step, data, config)
     seed_step(config.seed, step)
 
     # Sample y ~ pi_theta(. | x_stu), fixed data from here on.
-    x_stu = [teacher.student_prompt(run.tokenizer, problem, run.prompts) for problem in share.problems]
-    x_tch = [teacher.teacher_prompt(run.tokenizer, problem, run.prompts) for problem in share.problems]
-    y = run.engine.sample(x_stu, share.keys, config.sampling)
+    x_stu = [teacher.student_prompt(run.tokenizer, problem, run.prompts) for problem in drawn]
+    x_tch = [teacher.teacher_prompt(run.tokenizer, problem, run.prompts) for problem in drawn]
+    y = run.engine.sample(x_stu, keys, config.sampling)
     seen.lap("sampling")
-    samples = sample_rows(step, share, y, run)  # graded here: a weight may depend on the outcome
+    samples = sample_rows(drawn, keys, y, run)  # graded here: a weight may depend on the outcome
     rollouts = [Rollout(*row) for row in zip(x_stu, x_tch, y, samples, strict=True)]
     seen.lap("grading")
 
@@ -70,7 +72,7 @@ def train_step(step: int, run: Training, data: list[problems.Problem], config: T
     for parameter in run.parameters:
         parameter.grad /= denominator
     grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm)
-    check_finite(step, value, grad_norm, seen.broken, share)
+    check_finite(step, value, grad_norm, seen.broken, drawn)
     learning_rate = update(run)
     seen.lap("update")
 
@@ -129,10 +131,10 @@ def update(run: Training) -> float:
     return learning_rate
 
 
-def check_finite(step: int, value: Tensor, grad_norm: Tensor, broken: list[int], share: Share) -> None:
+def check_finite(step: int, value: Tensor, grad_norm: Tensor, broken: list[int], drawn: list[Problem]) -> None:
     """Raise FloatingPointError on every rank, naming the problems with a broken loss; the step's, where none has."""
     if not (value.isfinite() and grad_norm.isfinite()):
-        parts = ranks.gather_objects((broken, [problem.row for problem in share.problems]))
+        parts = ranks.gather_objects((broken, [problem.row for problem in drawn]))
         where = sorted(i for mine, _ in parts for i in mine) or sorted(i for _, mine in parts for i in mine)
         raise FloatingPointError(f"step {step}: loss {value:g}, gradient norm {grad_norm:g}, problems {where}")
 
@@ -140,38 +142,23 @@ def check_finite(step: int, value: Tensor, grad_norm: Tensor, broken: list[int],
 # ---------------------------------------------------------------------------------------------------------------
 # What a step draws: all of it a function of (seed, step, slot), whatever the ranks
 
-
 # Independent streams of random numbers of one seed: the second entry of a stream's key (rollout.py).
 ROLLOUT_STREAM, SHUFFLE_STREAM, DROPOUT_STREAM, REFERENCE_STREAM = 1, 2, 3, 4
 
 
-@dataclass(frozen=True)
-class Share:
-    """This rank's part of a step's problems."""
-
-    slots: range  # their places in the step's batch
-    problems: list[problems.Problem]
-    keys: list[rollout.StreamKey]  # of their rollouts
-
-
-def step_share(step: int, data: list[problems.Problem], config: TrainConfig) -> Share:
-    """This rank's slots of the step's batch; a rollout's key is (seed, purpose, step, slot), whatever the ranks."""
+def step_share(step: int, data: list[Problem], config: TrainConfig) -> tuple[list[Problem], list[rollout.StreamKey]]:
+    """This rank's problems of the step's batch, and the keys of their rollouts: (seed, purpose, step, slot)."""
     slots = range(ranks.rank(), config.batch_size, ranks.world_size())
     picked = step_problems(len(data), config.batch_size, config.seed, step)
-    keys = [(config.seed, ROLLOUT_STREAM, step, slot) for slot in slots]
-    return Share(slots, [data[picked[slot]] for slot in slots], keys)
+    return [data[picked[slot]] for slot in slots], [(config.seed, ROLLOUT_STREAM, step, slot) for slot in slots]
 
 
 def step_problems(num_problems: int, batch_size: int, seed: int, step: int) -> list[int]:
     """The problems of a step, a function of (seed, step) alone: epoch after epoch, each in a new order."""
-    orders: dict[int, np.ndarray] = {}
-    picked = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, offset = divmod(position, num_problems)
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng((seed, SHUFFLE_STREAM, epoch)).permutation(num_problems)
-        picked.append(int(orders[epoch][offset]))
-    return picked
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    epochs = {position // num_problems for position in positions}
+    orders = {e: np.random.default_rng((seed, SHUFFLE_STREAM, e)).permutation(num_problems) for e in epochs}
+    return [int(orders[position // num_problems][position % num_problems]) for position in positions]
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -179,7 +166,9 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, DROPOUT_STREAM, step, ranks.rank())).generate_state(1)[0]))
 
 
-def sample_rows(step: int, share: Share, y: list[rollout.Response], run: Training) -> list[dict]:
+def sample_rows(
+    drawn: list[Problem], keys: list[rollout.StreamKey], y: list[rollout.Response], run: Training
+) -> list[dict]:
     """This rank's rollouts as rows for samples.jsonl, graded."""
     texts = run.tokenizer.batch_decode([response.ids for response in y], skip_special_tokens=True)
     return [
@@ -188,7 +177,7 @@ def sample_rows(step: int, share: Share, y: list[rollout.Response], run: Trainin
             "tokens": len(response.ids), "finish_reason": "eos" if response.finished else "length",
             "correct": run.grader.match(grading.extract_boxed(text), problem.answer) if problem.answer else None,
         }
-        for slot, problem, response, text in zip(share.slots, share.problems, y, texts, strict=True)
+        for (_, _, step, slot), problem, response, text in zip(keys, drawn, y, texts, strict=True)
     ]  # fmt: skip
 
 
@@ -216,7 +205,6 @@ class TrainConfig(loss.LossOptions):
     eval_data: str | None = option(None, "held-out problems, scored before and after training", "data")
     eval_steps: int = option(0, "also score them every so many steps; 0 is off", "data", least=0)
     server: str | None = option(None, "address of a vLLM that serves --model with LoRA", "sampling")
-    served_model: str | None = option(None, "the server's name for --model, where it is another", "sampling")
     max_new_tokens: int = option(1024, "length limit of a rollout", "sampling")
     temperature: float = option(1.1, "of the rollouts; --distill_temperature is the loss's", "sampling")
     top_p: float = option(0.95, "nucleus of the rollouts; 1 is off", "sampling")
@@ -257,10 +245,8 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 # What may differ when a run is taken up again. It changes rounding only, with two exceptions: a server draws other
 # tokens, and LoRA dropout other masks under another micro_batch_size.
-FREE_ON_RESUME = {
-    "resume", "output_dir", "device", "micro_batch_size", "gradient_checkpointing", "save_steps", "server",
-    "served_model", "shard",
-}  # fmt: skip
+FREE_ON_RESUME = {"resume", "output_dir", "device", "micro_batch_size", "gradient_checkpointing", "save_steps",
+                  "server", "shard"}  # fmt: skip
 
 
 def parse_config(arguments: list[str] | None = None) -> TrainConfig:
@@ -278,7 +264,6 @@ def check_config(config: TrainConfig) -> None:
         ("beta", config.method not in ("eopd", "reopold"), "--method opsd or pwopsd"),
         ("switch_step", config.method not in ("opsd", "pwopsd", "eopd"), "--method reopold"),
         ("ema_decay", config.teacher == "ema", "--teacher ema"),
-        ("served_model", config.server, "--server"),
     ):
         if not counts and f"--{flag}" in departures(config, PRESETS).split():
             raise InputError(f"--{flag} {getattr(config, flag)}: counts only with {with_}")
@@ -291,20 +276,18 @@ def check_config(config: TrainConfig) -> None:
     if config.teacher not in teacher.KINDS:
         loading.find_checkpoint(config.teacher, f"--teacher {config.teacher}: none of {', '.join(teacher.KINDS)}, and")
     if config.dtype in ("bfloat16", "float16") and config.lora_rank == 0:
+        helps = "--dtype float32, or LoRA, whose adapter is float32 beside any --dtype"
         raise InputError(
-            f"--dtype {config.dtype} with --lora_rank 0: updates of --learning_rate's size vanish in its few digits; "
-            "what helps: --dtype float32, or LoRA (--lora_rank 64), whose adapter is float32 beside any --dtype"
+            f"--dtype {config.dtype} with --lora_rank 0: updates vanish in its few digits; what helps: {helps}"
         )
 
 
 def on_device(config: TrainConfig, device: torch.device) -> TrainConfig:
     """The options with what the device decides where the user did not."""
-    dtype, checkpointing = config.dtype, config.gradient_checkpointing
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and config.lora_rank > 0 else "float32"
-    if checkpointing is None:
-        checkpointing = device.type == "cuda"
-    return replace(config, dtype=dtype, gradient_checkpointing=checkpointing)
+    on_gpu, checkpointing = device.type == "cuda", config.gradient_checkpointing
+    auto = "bfloat16" if on_gpu and config.lora_rank > 0 else "float32"
+    dtype = auto if config.dtype == "auto" else config.dtype
+    return replace(config, dtype=dtype, gradient_checkpointing=on_gpu if checkpointing is None else checkpointing)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -324,7 +307,7 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     grader: grading.ExactGrader
     prompts: teacher.Prompts
-    stop: Stop = field(default_factory=Stop)
+    stop: Stop
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -332,8 +315,8 @@ class Training:
 
 
 def choose_prompts(
-    config: TrainConfig, data: list[problems.Problem], date: str | None = None
-) -> tuple[list[problems.Problem], teacher.Prompts]:
+    config: TrainConfig, data: list[Problem], date: str | None = None
+) -> tuple[list[Problem], teacher.Prompts]:
     """The problems with the reference that the teacher is shown, and the prompts of both contexts.
 
     `date`: of the run's start, for chat templates that show one; a resumed run keeps it.
@@ -345,10 +328,7 @@ def choose_prompts(
 
 
 def build(
-    config: TrainConfig,
-    device: torch.device,
-    grader: grading.ExactGrader,
-    prompts: teacher.Prompts = teacher.PAPER_PROMPTS,
+    config: TrainConfig, device: torch.device, grader: grading.ExactGrader, prompts=teacher.PAPER_PROMPTS
 ) -> Training:
     """Model with its adapter, teacher, optimizer and learning-rate schedule, all at their start."""
     student = loading.load_model(config.model, config.dtype, device, config.shard)
@@ -369,14 +349,11 @@ def build(
     )
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=config.num_steps)
     if config.server:
-        engine = engines.connect(
-            config.server, config.model, config.served_model, tokenizer, in_flight=200, needs_ids=True
-        )
+        engine = engines.connect(config.server, config.model, tokenizer, in_flight=200, needs_ids=True)
     else:
         rows = config.batch_size // ranks.world_size() if config.shard else 200
         engine = engines.GenerateEngine(student, tokenizer, rows)
-    method = loss.resolve_method(config.method, config)
-    stop = Stop(config.shard)
+    method, stop = loss.resolve_method(config.method, config), Stop(config.shard)
     return Training(student, tokenizer, scorer, method, engine, optimizer, scheduler, grader, prompts, stop)
 
 
@@ -395,18 +372,14 @@ def rehearse(run: Training, longest: list[list[int]], config: TrainConfig) -> No
             part.backward()
         del moments, part
     except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"{rows} rows with prompts of {len(x_stu)} and {len(x_tch)} tokens and {config.max_new_tokens} new ones do "
-            "not fit into the memory together; what helps: a lower --micro_batch_size, --gradient_checkpointing true, "
-            "a lower --max_length or --max_new_tokens, a smaller --lora_rank"
-        ) from error
+        what = f"{rows} rows with prompts of {len(x_stu)} and {len(x_tch)} tokens and {config.max_new_tokens} new ones"
+        helps = "--gradient_checkpointing true, a lower --micro_batch_size, --max_length, --max_new_tokens, --lora_rank"
+        raise InputError(f"{what} do not fit into the memory together; what helps: {helps}") from error
     finally:
         run.optimizer.zero_grad()
 
 
-def score_held_out(
-    log: records.RunLog, step: int, run: Training, data: list[problems.Problem], config: TrainConfig
-) -> None:
+def score_held_out(log: records.RunLog, step: int, run: Training, data: list[Problem], config: TrainConfig) -> None:
     """Avg@1 on held-out problems, by the evaluation protocol and greedy; nothing is kept where a signal comes."""
     if not data or str(step) in log.evaluation:
         return
@@ -432,21 +405,19 @@ def main() -> int:
     loading.find_checkpoint(config.model)  # a wrong --model is told before the data are looked for
     data = problems.load_problems(config.data, columns=config.columns)
     held_out = problems.load_problems(config.eval_data, False, config.columns) if config.eval_data else []
-    folder = records.new_folder(
-        config.output_dir, f"{config.preset or Path(config.model).name}-{config.method}-seed{config.seed}"
-    )
+    name = f"{config.preset or Path(config.model).name}-{config.method}-seed{config.seed}"
+    folder = records.new_folder(config.output_dir, name)
     with records.open_run(folder, "train", config.resume) as record:
-        ranks.say(
-            f"{config.method}, {departures(config, PRESETS) or 'the preset as it is'}; options: {folder}/config.json"
-        )
+        options = departures(config, PRESETS) or "the preset as it is"
+        ranks.say(f"{config.method}, {options}; options: {folder}/config.json")
         asked = train(on_device(config, device), device, folder, record, data, held_out)
     ranks.stop_ranks()
     return 128 + asked if asked else 0
 
 
 def train(
-    config: TrainConfig, device: torch.device, folder: Path, record: dict | None, data: list[problems.Problem],
-    held_out: list[problems.Problem],
+    config: TrainConfig, device: torch.device, folder: Path, record: dict | None, data: list[Problem],
+    held_out: list[Problem],
 ) -> int:  # fmt: skip
     """A run in a folder that is ours, from its start or from its newest checkpoint; the signal that ended it, or 0."""
     grader = grading.make_grader(config.grader, [problem.answer for problem in [*data, *held_out] if problem.answer])
@@ -455,7 +426,7 @@ def train(
     data, prompts = choose_prompts(config, data, date)
     run = build(config, device, grader, prompts)
     run.stop.listen()
-    contexts = ("student", "teacher", *(["evaluation"] if held_out else []))
+    contexts = ("student", "teacher", "evaluation") if held_out else ("student", "teacher")
     for note in teacher.check_prompts(run.tokenizer, prompts, contexts):
         ranks.say(note)
     kept, longest = lengths.fitting_problems(run, data, held_out, config)
@@ -479,9 +450,8 @@ def train(
 
 
 def take_steps(
-    start: int, run: Training, data: list[problems.Problem], held_out: list[problems.Problem], folder: Path,
-    config: TrainConfig,
-) -> None:  # fmt: skip
+    start: int, run: Training, data: list[Problem], held_out: list[Problem], folder: Path, config: TrainConfig
+) -> None:
     """The steps that are left, with what is logged, scored and saved between them."""
     log, done = records.RunLog(folder, start), start
     watch = metrics.Watch(config.max_new_tokens, config.lora_dropout, run.model.dtype, log.earlier)
@@ -496,8 +466,7 @@ def take_steps(
             row, samples = train_step(step, run, data, config)  # from its update on, signals wait
             done = step + 1
             log.append(row, [sample for part in ranks.gather_objects(samples) for sample in part])
-            for line in [metrics.step_line(row, config.num_steps), *watch.see(row)]:
-                ranks.say(line)
+            ranks.say("\n".join([metrics.step_line(row, config.num_steps), *watch.see(row)]))
             if done % config.save_steps == 0 or done == config.num_steps:
                 save(folder, done, run, config)
                 ranks.wait_for_all()  # none runs ahead of the one that writes, which may fail

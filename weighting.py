@@ -27,11 +27,6 @@ def position_weight(r: Tensor, w_min: float, tau: float, s: float) -> Tensor:
     return w_min + (1.0 - w_min) * torch.sigmoid((r - tau) / s)
 
 
-def step_weight(r: Tensor, w_min: float, tau: float) -> Tensor:
-    """The limit s -> 0 of Eq. (5): w_min before tau, 1 from tau on."""
-    return torch.where(r < tau, w_min, 1.0)
-
-
 # Paper Section 3.3 and Table 2: (w_min, tau, s). Moderate is the default, chosen before any result.
 SIGMOIDS: dict[str, tuple[float, float, float]] = {
     "mild": (0.50, 0.20, 0.20),
@@ -46,7 +41,7 @@ SCHEDULES: dict[str, Schedule] = {
     "reversed": lambda r: position_weight(1.0 - r, *SIGMOIDS["moderate"]),
     "linear_up": lambda r: 0.25 + 0.75 * r,
     "linear_down": lambda r: 1.0 - 0.75 * r,
-    "step": partial(step_weight, w_min=0.25, tau=0.30),
+    "step": lambda r: torch.where(r < 0.30, 0.25, 1.0),  # the limit s -> 0
 }
 
 
@@ -55,8 +50,7 @@ def get_schedule(name: str, **given: float | None) -> Schedule:
 
     Raises InputError for an unknown name, or values out of range (0 <= w_min <= 1, -10 <= tau <= 10, s >= 1e-6).
     """
-    if name not in SCHEDULES:
-        raise InputError(f"--schedule {name}: choose one of {', '.join(SCHEDULES)}")
+    require(name in SCHEDULES, "schedule", name, f"be one of {', '.join(SCHEDULES)}")
     given = {key: value for key, value in given.items() if value is not None}
     if not given:
         return SCHEDULES[name]

@@ -10,7 +10,6 @@ What draws within a step, LoRA's dropout, depends on the rank too.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -37,12 +36,10 @@ from teacher import Teacher
 # ---------------------------------------------------------------------------------------------------------------
 # Adapters: plain LoRA and nothing else
 
-
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Fields of PEFT's adapter_config.json whose value changes nothing in what is computed here ...
-ADAPTER_FREE = {"r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "revision",
-                "inference_mode", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size",
-                "runtime_config"}  # fmt: skip
+ADAPTER_FREE = {"target_modules", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
+                "peft_version", "megatron_core", "qalora_group_size", "runtime_config"}  # fmt: skip
 # ... and the values that are understood of others; of any that is not listed, only an empty or false one.
 ADAPTER_UNDERSTOOD = {
     "peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": ("none",),
@@ -59,13 +56,12 @@ def adapter_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 def save_adapter(model: PreTrainedModel, directory: Path, base: str) -> None:
     """Write the adapter; `peft.PeftModel.from_pretrained(base_model, directory)` reads it."""
     layers = lora_layers(model)
-    any_layer = next(iter(layers.values()))
+    layer = next(iter(layers.values()))
     base = str(Path(base).resolve()) if Path(base).is_dir() else base  # found from any folder of this machine
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-        "r": any_layer.rank, "lora_alpha": any_layer.alpha, "lora_dropout": any_layer.dropout, "bias": "none",
+        "r": layer.rank, "lora_alpha": layer.alpha, "lora_dropout": layer.dropout, "bias": "none",
         "target_modules": list(dict.fromkeys(name.rpartition(".")[2] for name in layers)),
-        "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
     }  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
@@ -81,12 +77,12 @@ def load_adapter(model: PreTrainedModel, directory: Path | str) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"--adapter {directory}: not an adapter ({one_line(error)})") from None
     check_adapter_fields(config, directory)
+    r, alpha = config["r"], config["lora_alpha"]
     if not lora_layers(model):
-        add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
-    for layer in lora_layers(model).values():
-        if (layer.rank, layer.alpha) != (config["r"], config["lora_alpha"]):
-            theirs = f"r {config['r']} and lora_alpha {config['lora_alpha']}"
-            raise InputError(f"--adapter {directory}: has {theirs}, not {layer.rank} and {layer.alpha}")
+        add_lora(model, r, alpha, config.get("lora_dropout", 0.0))
+    layer = next(iter(lora_layers(model).values()))
+    if (layer.rank, layer.alpha) != (r, alpha):
+        raise InputError(f"--adapter {directory}: r, lora_alpha are {r}, {alpha}, not {layer.rank}, {layer.alpha}")
     load_tensors(adapter_tensors(model), directory / ADAPTER_WEIGHTS)
 
 
@@ -106,20 +102,16 @@ def load_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def check_adapter_fields(config: object, directory: Path) -> None:
     """Raise InputError, naming the field, for an adapter that is anything but plain LoRA."""
-    if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
-        raise InputError(f"--adapter {directory}: {ADAPTER_CONFIG} describes no LoRA adapter")
+    if not isinstance(config, dict):
+        raise InputError(f"--adapter {directory}: {ADAPTER_CONFIG} describes no adapter")
     r, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
-    fits = {
-        "r": type(r) is int and r > 0,
-        "lora_alpha": type(alpha) in (int, float) and 0 < alpha < inf,
-        "lora_dropout": type(dropout) in (int, float) and 0 <= dropout < 1,
-    }
-    for name in (name for name, is_fit in fits.items() if not is_fit):
-        raise InputError(f"--adapter {directory}: {ADAPTER_CONFIG} has {config.get(name)!r} for {name}")
-    for name, value in config.items():
-        understood = value in ADAPTER_UNDERSTOOD[name] if name in ADAPTER_UNDERSTOOD else not value
-        if name not in ADAPTER_FREE and not understood:
-            raise InputError(f"--adapter {directory}: {name} {value!r} is not understood, only plain LoRA is")
+    is_fine = {name: not value for name, value in config.items() if name not in ADAPTER_FREE}
+    is_fine |= {name: config[name] in values for name, values in ADAPTER_UNDERSTOOD.items() if name in config}
+    is_fine["r"] = type(r) is int and r > 0
+    is_fine["lora_alpha"] = type(alpha) in (int, float) and 0 < alpha < inf
+    is_fine["lora_dropout"] = type(dropout) in (int, float) and 0 <= dropout < 1
+    for name in (name for name in is_fine if not is_fine[name]):
+        raise InputError(f"--adapter {directory}: {name} {config.get(name)!r} is not understood, only plain LoRA is")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -154,12 +146,10 @@ def save_checkpoint(
         digests = {path.relative_to(partial).as_posix(): sha256(path) for path in files}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=2) + "\n")
         (partial / CARD).write_text(model_card(run, step, base, is_adapter))
-        mask = os.umask(0)
-        os.umask(mask)
+        for path in files:  # weights are written readable to one user
+            with suppress(OSError):  # some file systems have no modes
+                path.chmod((partial / CARD).stat().st_mode)
         for path in [*partial.rglob("*"), partial]:
-            if path.is_file():  # weights are written readable to one user
-                with suppress(OSError):  # some file systems have no modes
-                    path.chmod(0o666 & ~mask)
             sync(path)
         remove(final)
         partial.rename(final)
@@ -225,11 +215,8 @@ def _without_folders(text: str) -> str:
 def resume(run: Path, model: PreTrainedModel, teacher: Teacher, optimizer: Optimizer, scheduler: LRScheduler) -> int:
     """Load a run's newest whole checkpoint; the number of steps behind it, 0 where there is none."""
     newest = newest_checkpoint(run)
-    if newest is None:
-        say("no checkpoint to go on from: starting anew")
-        return 0
-    say(f"going on from {newest}")
-    return load_checkpoint(newest, model, teacher, optimizer, scheduler)
+    say(f"going on from {newest}" if newest else "no checkpoint to go on from: starting anew")
+    return load_checkpoint(newest, model, teacher, optimizer, scheduler) if newest else 0
 
 
 def newest_checkpoint(run: Path) -> Path | None:

@@ -53,39 +53,37 @@ class GenerateEngine(Engine):
                     responses += sample(self.model, self.tokenizer, *batch, settings, on_token=bar.update)
             except torch.OutOfMemoryError:
                 if end - start == 1 or in_parts:  # the other ranks are in the midst of this batch
-                    raise InputError(
-                        f"out of GPU memory with {end - start} row(s) of up to {settings.max_new_tokens} new tokens: "
-                        "lower --max_new_tokens, or sample by a --server"
-                    ) from None
+                    what = f"{end - start} row(s) of up to {settings.max_new_tokens} new tokens"
+                    helps = "lower --max_new_tokens, or sample by a --server"
+                    raise InputError(f"out of GPU memory with {what}: {helps}") from None
                 self.batch_size = (end - start) // 2  # what fits now fits later, too
                 torch.cuda.empty_cache()
                 continue
-            if on_finished is not None:
-                for row in range(start, min(end, rows)):
-                    on_finished(row, responses[row])
+            for row in range(start, min(end, rows)) if on_finished else ():
+                on_finished(row, responses[row])
         return responses[:rows]
 
 
 def connect(
-    server: str, model: str, served: str | None, tokenizer: PreTrainedTokenizerBase, in_flight: int,
-    adapter: str | None = None, needs_ids: bool = False,
+    server: str, model: str, tokenizer: PreTrainedTokenizerBase, in_flight: int, adapter: str | None = None,
+    needs_ids: bool = False,
 ) -> Engine:  # fmt: skip
     """The engine of `--server`, with an adapter loaded there by name; every rank has a name of its own.
 
-    `model`: the checkpoint; `served`: the server's name for it, where it is another. `needs_ids`: training and
-    diagnosis are on the very tokens that were sampled. Raises InputError where the server cannot.
+    `needs_ids`: training and diagnosis are on the very tokens that were sampled. Raises InputError where the server
+    cannot.
     """
     from runtime.server import ServerEngine, ends_and_vocabulary
 
-    engine = ServerEngine(server, served or model, tokenizer, *ends_and_vocabulary(model, tokenizer), in_flight)
+    engine = ServerEngine(server, model, tokenizer, *ends_and_vocabulary(model, tokenizer), in_flight)
     try:
         if needs_ids and not engine.returns_ids:
             raise InputError(f"--server {server}: returns no token ids, which training and diagnosis need; vLLM does")
         if needs_ids and not engine.raw_logprobs:
-            raise InputError(
-                f"--server {server}: its log-probabilities are those after temperature, top_k and top_p; start vLLM "
-                "with --logprobs-mode raw_logprobs, with which sampler_gap compares"
+            what = (
+                "its log-probabilities are those after temperature, top_k and top_p, not what sampler_gap compares with"
             )
+            raise InputError(f"--server {server}: {what}; start vLLM with --logprobs-mode raw_logprobs")
         if adapter is not None:
             engine.use_adapter(Path(adapter), Path(adapter).name)
     except BaseException:

@@ -14,14 +14,6 @@ from transformers import HfArgumentParser
 from errors import InputError, require
 
 
-def check_limits(name: str, value: object, least=None, positive=False, within=None) -> None:
-    """Raise InputError, naming the flag, for a value beyond the limits of its `option`."""
-    require(least is None or value >= least, name, value, f"be at least {least}")
-    require(not positive or 0.0 < value < inf, name, value, "be positive")
-    if within is not None:
-        require(within[0] <= value <= within[1], name, value, f"lie in [{within[0]:g}, {within[1]:g}]")
-
-
 def option(default: object, text: str, group: str = "run", **limits: object) -> object:
     """A field of a script's dataclass: its default, its line and group in --help, its limits."""
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
@@ -33,10 +25,8 @@ class FlagParser(HfArgumentParser):
 
     def __init__(self, config_class: type, description: str | None) -> None:
         self._group_of_name: dict[str, argparse._ArgumentGroup] = {}
-        super().__init__(
-            config_class, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )  # fmt: skip
+        how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(config_class, description=description, **how)
 
     def add_argument(self, *names: str, group: str = "loss", limits=None, **settings):
         """The field's metadata arrive here, its group among them; fields of loss.py name none."""
@@ -54,8 +44,7 @@ class FlagParser(HfArgumentParser):
         given = self.parse_args(arguments)  # calls error() for a flag that does not exist
         preset = getattr(given, "preset", None) or ("tiny" if presets and given.model == "tiny" else None)
         if preset is not None:
-            if preset not in presets:
-                raise InputError(f"--preset {preset}: choose one of {', '.join(presets)}")
+            require(preset in presets, "preset", preset, f"be one of {', '.join(presets)}")
             self.set_defaults(**presets[preset], preset=preset)
         config = self.parse_args_into_dataclasses(arguments)[0]
         if getattr(config, "resume", False) and config.output_dir is None:
@@ -68,13 +57,21 @@ class FlagParser(HfArgumentParser):
         return config
 
 
+def check_limits(name: str, value: object, least=None, positive=False, within=None) -> None:
+    """Raise InputError, naming the flag, for a value beyond the limits of its `option`."""
+    require(least is None or value >= least, name, value, f"be at least {least}")
+    require(not positive or 0.0 < value < inf, name, value, "be positive")
+    if within is not None:
+        require(within[0] <= value <= within[1], name, value, f"lie in [{within[0]:g}, {within[1]:g}]")
+
+
 def departures(config: object, presets: dict[str, dict]) -> str:
     """What a run's options differ in from its preset (or, without one, from the defaults), as flags."""
     preset = getattr(config, "preset", None)
     base = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(config)}
     base |= {**presets.get(preset, {}), "preset": preset}
-    words = [f"--{f.name} {getattr(config, f.name)}" for f in fields(config) if getattr(config, f.name) != base[f.name]]
-    return " ".join(words)
+    now = {name: getattr(config, name) for name in base}
+    return " ".join(f"--{name} {value}" for name, value in now.items() if value != base[name])
 
 
 def run_script(main: Callable[[], int | None]) -> None:
@@ -85,8 +82,9 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        goes_on = "the same command goes on there (train.py, diagnose.py: --resume)"
-        print(f"stopped; what was written stays, and {goes_on}", file=sys.stderr)
+        print(
+            "stopped; what was written stays, and the same command goes on (train, diagnose: --resume)", file=sys.stderr
+        )
         sys.exit(130)
     except Exception as error:
         if line := describe(error):
@@ -101,6 +99,5 @@ def describe(error: Exception) -> str | None:
     """A user's mistake, numbers that overflow, a fault of a disk or a lack of memory in one line; else None."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
-        helps = "a lower --micro_batch_size, --batch_size or --max_new_tokens"
-        return f"out of memory ({text[:200]}); what helps: {helps}"
+        return f"out of memory ({text[:200]}); what helps: a lower --micro_batch_size, --batch_size or --max_new_tokens"
     return text if isinstance(error, (InputError, FloatingPointError, OSError)) else None

@@ -14,11 +14,9 @@ from teacher import encode_prompt, student_prompt, teacher_prompt
 
 def count_tokens(encode: Callable[[Problem], list[int]], problems: list[Problem]) -> list[int]:
     """Tokens of each problem's prompt; ranks share the work."""
-    mine = range(rank(), len(problems), world_size())
-    bar = progress(mine, desc="prompts measured", leave=False)
-    counted = {index: len(encode(problems[index])) for index in bar}
-    counted = {index: tokens for part in gather_objects(counted) for index, tokens in part.items()}
-    return [counted[index] for index in range(len(problems))]
+    mine = progress(range(rank(), len(problems), world_size()), desc="prompts measured", leave=False)
+    parts = gather_objects([(index, len(encode(problems[index]))) for index in mine])
+    return [tokens for _, tokens in sorted(pair for part in parts for pair in part)]
 
 
 def check_room(flag: str, problems: list[Problem], tokens: list[int], max_new_tokens: int, context: int) -> None:
@@ -42,16 +40,13 @@ def fitting_problems(
     limit = min(config.max_length, context)
     counts = list(zip(*(count_tokens(encode, data) for encode in contexts), strict=True))
     kept = [index for index, tokens in enumerate(counts) if max(tokens) + config.max_new_tokens <= limit]
-    if not kept:
-        raise InputError(
-            f"--data {config.data}: no prompt leaves room for {config.max_new_tokens} new tokens in {limit}"
-        )
+    room = f"leave room for {config.max_new_tokens} new tokens in {limit} behind some prompt"
+    require(kept, "data", config.data, room)
     left = [str(data[index].row) for index in sorted(set(range(len(data))) - set(kept))]
     note = f"; {len(left)} left out, with a response longer than {limit} tokens: row {some(left)}" if left else ""
     say(f"{len(kept)} problems of {config.data}{note}")
     longest = [encode(data[max(kept, key=lambda i: counts[i][n])]) for n, encode in enumerate(contexts)]
-    prompts = run.prompts
-    asked = partial(encode_prompt, run.tokenizer, prompts.evaluation, enable_thinking=True, chat=prompts.chat)
-    tokens = count_tokens(asked, held_out)
+    template, chat = run.prompts.evaluation, run.prompts.chat
+    tokens = count_tokens(lambda each: encode_prompt(run.tokenizer, template, each, True, chat), held_out)
     check_room(f"--eval_data {config.eval_data}", held_out, tokens, config.max_new_tokens, context)
     return [data[index] for index in kept], longest

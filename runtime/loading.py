@@ -8,18 +8,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)  # fmt: skip
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from errors import InputError, one_line, some
+from errors import InputError, one_line, require, some
 from model import response_hidden
 from problems import Problem
 from runtime.ranks import pick_device, shard
@@ -44,14 +37,13 @@ def load_model(
     device = pick_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype}: choose one of auto, {', '.join(DTYPES)}")
+    require(dtype in DTYPES, "dtype", dtype, f"be one of auto, {', '.join(DTYPES)}")
     name, config = find_checkpoint(name), load_config(name)
     try:
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("its weights are quantised, and only plain ones can be trained and scored")
         check_text_only(config, name)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
@@ -60,10 +52,8 @@ def load_model(
     except Exception as error:  # each library that may be asked has errors of its own
         raise InputError(f"--model {name}: cannot be loaded ({one_line(error)})") from error
     check_weights(model, name, found)
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
-        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
-    )
+    kept = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = transformers.GenerationConfig(**kept)
     model = shard(model, device) if in_parts else model.to(device)
     check_head(model, name)
     return model
@@ -76,22 +66,20 @@ def load_config(name: str) -> PreTrainedConfig:
     try:
         if defaults.is_file():  # where it is damaged, transformers would do without its EOS ids in silence
             json.loads(defaults.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"--model {name}: {defaults.name} is not valid JSON ({error})") from None
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # each library that may be asked has errors of its own
-        raise InputError(f"--model {name}: cannot be loaded ({one_line(error)})") from error
+        raise InputError(
+            f"--model {name}: its config or {defaults.name} cannot be loaded ({one_line(error)})"
+        ) from error
 
 
 def check_text_only(config: PreTrainedConfig, name: str) -> None:
     """Raise InputError for a model with a vision tower or the like: no tool would read an adapter of its text part."""
     if config.get_text_config() is not config:
-        raise InputError(
-            f"--model {name}: {config.model_type} is more than a language model; save its text part, and the tokenizer "
-            f"beside it: whole = transformers.AutoModelForCausalLM.from_pretrained({name!r}); "
-            "getattr(whole.model, 'language_model', whole).save_pretrained('DIRECTORY')"
-        )
+        way = f"whole = transformers.AutoModelForCausalLM.from_pretrained({name!r}); "
+        way += "getattr(whole.model, 'language_model', whole).save_pretrained('DIRECTORY')"
+        what = f"{config.model_type} is more than a language model"
+        raise InputError(f"--model {name}: {what}; save its text part, and the tokenizer beside it: {way}")
 
 
 def check_weights(model: PreTrainedModel, name: str, found: dict) -> None:
@@ -111,7 +99,7 @@ def check_weights(model: PreTrainedModel, name: str, found: dict) -> None:
 @torch.no_grad()
 def check_head(model: PreTrainedModel, name: str) -> None:
     """Raise InputError unless logits are head x hidden, as the losses compute them, compared with the model's own."""
-    head, ids = model.get_output_embeddings(), list(range(1, 1 + HEAD_TOKENS))
+    head, ids = model.get_output_embeddings(), list(range(1, 9))
     try:
         hidden_TD = response_hidden(model, [ids[:1]], [ids[1:]])[0]
         ours_TV = F.linear(hidden_TD, head.weight).float()
@@ -121,13 +109,8 @@ def check_head(model: PreTrainedModel, name: str) -> None:
     limit = 4 * torch.finfo(model.dtype).eps * theirs_TV.abs().max()  # the same operation, give or take its last bits
     off = (ours_TV - theirs_TV).abs().max()
     if getattr(head, "bias", None) is not None or not off <= limit:
-        raise InputError(
-            f"--model {name}: its logits are not head x hidden (a bias, a multiplier or a cap; {off:.2g} off), "
-            "which the losses rely on"
-        )
-
-
-HEAD_TOKENS = 8  # of the one forward pass that compares
+        what = f"its logits are not head x hidden (a bias, a multiplier or a cap; {off:.2g} off)"
+        raise InputError(f"--model {name}: {what}, which the losses rely on")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -135,15 +118,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     name = find_checkpoint(name)
     rows = load_config(name).get_text_config().vocab_size  # where this fails, its words are the clearer ones
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # each library that may be asked has errors of its own
         raise InputError(f"--model {name}: no tokenizer can be loaded ({one_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {name}: the tokenizer has no EOS token")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
-    beyond = [token for token, index in tokenizer.get_vocab().items() if index >= rows and can_occur(tokenizer, index)]
-    if beyond:
+    vocabulary = tokenizer.get_vocab().items()
+    if beyond := [token for token, index in vocabulary if index >= rows and can_occur(tokenizer, index)]:
         raise InputError(f"--model {name}: its embedding of {rows} rows has none for the token {some(sorted(beyond))}")
     back = tokenizer.decode(tokenizer.encode(MATHEMATICS, add_special_tokens=False))
     if back.strip() != MATHEMATICS:
@@ -202,8 +185,7 @@ def check_same_tokens(
     tokenizer: PreTrainedTokenizerBase, others: PreTrainedTokenizerBase, prompts: Prompts, name: str
 ) -> None:
     """Raise InputError unless another model reads the student's token ids as the student does, prompts included."""
-    differing = {token for token, _ in tokenizer.get_vocab().items() ^ others.get_vocab().items()}
-    if differing:
+    if differing := {token for token, _ in tokenizer.get_vocab().items() ^ others.get_vocab().items()}:
         raise InputError(f"--teacher {name}: its vocabulary is not the student's ({some(sorted(differing))})")
     probe = Problem("Let x = 12.\n\nWhat is $\\frac{x}{5} + 345$?", "It is \\boxed{347.4}.", "347.4")
     for encode in (student_prompt, teacher_prompt):

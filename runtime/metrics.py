@@ -27,8 +27,7 @@ class Observer:
     def __init__(self, device: torch.device) -> None:
         self.table, self.has_gap = torch.zeros(10, len(self.COLUMNS), device=device), False
         self.broken: list[int] = []
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._last = self._now()
+        self.seconds, self._last = defaultdict(float), self._now()
 
     def lap(self, part: str) -> None:
         """The seconds since the last call belong to `part`; waits for the GPU."""
@@ -77,8 +76,7 @@ def sampler_gap(student_MD: Tensor, head_VD: Tensor, ids_M: Tensor, responses: l
     size = max(1, CHUNK_BYTES // (4 * head_VD.shape[0]))
     chunks = zip(student_MD.split(size), ids_M.split(size), strict=True)
     logps = [log_probabilities(head_logits(x, head_VD), 1.0).gather(-1, y[:, None]) for x, y in chunks]
-    logp_M = torch.cat(logps)[:, 0]
-    return (sampler_logp_M - logp_M).abs()
+    return (sampler_logp_M - torch.cat(logps)[:, 0]).abs()
 
 
 def rollout_metrics(samples: list[dict], repeating: list[bool]) -> dict:
@@ -87,10 +85,8 @@ def rollout_metrics(samples: list[dict], repeating: list[bool]) -> dict:
     ended = [row["finish_reason"] == "eos" for row in samples]
     counts = [sum(graded), len(graded), sum(row["tokens"] for row in samples), sum(ended), sum(repeating), len(samples)]
     correct, count, tokens, eos, loops, rows = (sum(column) for column in zip(*gather_objects(counts), strict=True))
-    return {
-        "accuracy": correct / count if count else None, "mean_length": tokens / rows, "eos_rate": eos / rows,
-        "repetition": loops / rows,
-    }  # fmt: skip
+    shares = {"mean_length": tokens / rows, "eos_rate": eos / rows, "repetition": loops / rows}
+    return {"accuracy": correct / count if count else None, **shares}
 
 
 def repeats(ids: list[int], tail: int = 200, run: int = 20) -> bool:
@@ -113,7 +109,6 @@ def step_line(m: dict, num_steps: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 # Warnings
 
-
 # Measured: docs/servers.md, "Are the rollouts from the weights we think?"
 GAP_FLOAT32 = 1e-5
 GAP_16_BIT = 5e-2
@@ -130,12 +125,8 @@ def gap_warning(history: list[dict], dtype: torch.dtype) -> str | None:
     if gap is None or first is None:
         return None
     bound = GAP_FLOAT32 if dtype == torch.float32 else min(GAP_16_BIT, GAP_GROWTH * first)
-    if gap <= bound:
-        return None
-    return (
-        f"sampler_gap {gap:.1e} is above {bound:.1e}: the engine samples from other weights than those trained "
-        "(an adapter that is out of date, another checkpoint or precision on the server)"
-    )
+    why = "the engine samples from other weights than those trained (an adapter, checkpoint or precision of its own)"
+    return f"sampler_gap {gap:.1e} is above {bound:.1e}: {why}" if gap > bound else None
 
 
 COLLAPSE_WINDOW = 5  # steps; a single step's accuracy is a mean over few rollouts
@@ -149,8 +140,7 @@ def collapse_warning(history: list[dict], limit: int) -> str | None:
     Every rollout was cut at `limit` tokens; accuracy or the share that ends fell to half its best; the length fell to
     a quarter of its start; or the share that repeats itself rose by a quarter of all rollouts over its start.
     """
-    ends = range(COLLAPSE_WINDOW, len(history) + 1)
-    windows = [history[end - COLLAPSE_WINDOW : end] for end in ends]
+    windows = [history[end - COLLAPSE_WINDOW : end] for end in range(COLLAPSE_WINDOW, len(history) + 1)]
     if not windows:
         return None
     if all(step["mean_length"] >= limit for step in windows[-1]):
@@ -163,8 +153,7 @@ def collapse_warning(history: list[dict], limit: int) -> str | None:
     ):
         means = [sum(step.get(name) or 0.0 for step in window) / COLLAPSE_WINDOW for window in windows]
         if is_bad(start := start_of(means), now := means[-1]):
-            over = f"from {start:.2f} to {now:.2f} (means over {COLLAPSE_WINDOW} steps)"
-            return f"the run looks collapsed: {name} went {over}"
+            return f"the run looks collapsed: {name} went from {start:.2f} to {now:.2f} (over {COLLAPSE_WINDOW} steps)"
     return None
 
 
@@ -175,14 +164,13 @@ class Watch:
     """
 
     def __init__(self, limit: int, lora_dropout: float, dtype: torch.dtype, earlier: list[dict]) -> None:
-        self.history = list(earlier)
-        self.kinds = [partial(collapse_warning, limit=limit)]
+        self.history, self.kinds = list(earlier), [partial(collapse_warning, limit=limit)]
         if lora_dropout == 0.0:  # with it the trainer's own log-probabilities are of another adapter
             self.kinds.append(partial(gap_warning, dtype=dtype))
 
     def see(self, metrics: dict) -> list[str]:
         """Warnings that a step's metrics bring, one line each."""
         self.history.append(metrics)
-        said = [(warning, text) for warning in self.kinds if (text := warning(self.history))]
-        self.kinds = [warning for warning in self.kinds if warning not in dict(said)]
-        return [f"warning: after step {metrics['step'] + 1}: {text}" for _, text in said]
+        said = {warning: text for warning in self.kinds if (text := warning(self.history))}
+        self.kinds = [warning for warning in self.kinds if warning not in said]
+        return [f"warning: after step {metrics['step'] + 1}: {text}" for text in said.values()]

@@ -98,10 +98,8 @@ def check_same_start(named: list[tuple[str, Tensor]]) -> None:
     for other, theirs in enumerate(everyone):
         for (name, _), first, here in zip(named, everyone[0], theirs, strict=True):
             if first != here:
-                raise InputError(
-                    f"rank {other} starts with another {name} than rank 0: all ranks need the same model files, "
-                    "versions and kind of GPU"
-                )
+                need = "all ranks need the same model files, versions and kind of GPU"
+                raise InputError(f"rank {other} starts with another {name} than rank 0: {need}")
 
 
 def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -112,8 +110,7 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     blocks would meet.
     """
     decoder, mesh = model.requires_grad_(False).get_decoder(), init_device_mesh(device.type, (world_size(),))
-    modules = decoder.named_modules()
-    blocks = {name: module for name, module in modules if isinstance(module, GradientCheckpointingLayer)}
+    blocks = {name: m for name, m in decoder.named_modules() if isinstance(m, GradientCheckpointingLayer)}
     if not blocks:
         raise InputError(f"--shard: {type(model).__name__} has no blocks of the kind that transformers splits")
     for name, block in blocks.items():
@@ -142,7 +139,6 @@ def progress(items: Iterable | None = None, **settings) -> tqdm:
     settings = {"delay": 1.0, **settings}
     if not sys.stderr.isatty():
         words = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, at most {remaining} left\n"
-        settings |= {"bar_format": words, "position": 0} | dict.fromkeys(
-            ("delay", "mininterval", "maxinterval"), LOG_EVERY
-        )
+        settings |= dict.fromkeys(("delay", "mininterval", "maxinterval"), LOG_EVERY)
+        settings |= {"bar_format": words, "position": 0}
     return tqdm(items, disable=rank() > 0, **settings)
