@@ -73,7 +73,6 @@ class DiagnoseConfig:
     children: int = option(3, "K, tokens forced at a candidate", ROLLOUTS, within=(2, TOP_VALID))
     rollouts: int = option(6, "continuations of each child", ROLLOUTS, least=1)
     server: str | None = option(None, "address of a vLLM that serves --model", ROLLOUTS)
-    served_model: str | None = option(None, "the server's name for --model, where it is another", ROLLOUTS)
     batch_size: int = option(32, "sequences that a rank samples between two writes to the run folder", least=1)
     output_dir: str | None = option(None, "run folder; default runs/diagnose-PRESET, numbered if taken")
     resume: bool = option(False, "go on with the run in --output_dir, if there is one")
@@ -96,7 +95,7 @@ PRESETS: dict[str, dict] = {
     },
 }  # fmt: skip
 # What may differ when a run is taken up again: how it is computed.
-FREE_ON_RESUME = {"resume", "output_dir", "device", "server", "served_model", "batch_size"}
+FREE_ON_RESUME = {"resume", "output_dir", "device", "server", "batch_size"}
 
 # The file of each phase: what a row is known by, and what else it holds. A problem is known by its place in the draw.
 FILES = {
@@ -349,7 +348,7 @@ def prepare(config: DiagnoseConfig, device: torch.device, folder: Path, record: 
         say(note)
     config = replace(config, dtype=str(model.dtype).removeprefix("torch."), grader=f"{grader.name} {grader.version}")
     if config.server:  # samples in phases A and E; B and D pass through the model here
-        engine = connect(config.server, config.model, config.served_model, tokenizer, config.batch_size, needs_ids=True)
+        engine = connect(config.server, config.model, tokenizer, config.batch_size, needs_ids=True)
     else:
         engine = GenerateEngine(model, tokenizer, config.batch_size)
     run = Diagnosis(model, tokenizer, engine, grader, problems, config, folder, prompts)

@@ -158,7 +158,7 @@ def sample_missing(
 def open_engine(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
     """An engine in this process, with the model and its adapter, or the one of --server."""
     if config.server:
-        return connect(config.server, config.model, config.served_model, tokenizer, config.batch_size, config.adapter)
+        return connect(config.server, config.model, tokenizer, config.batch_size, config.adapter)
     model = load_model(config.model, config.dtype, device=config.device)
     if config.adapter:
         load_adapter(model, config.adapter)
@@ -245,7 +245,6 @@ class EvaluationConfig:
     prompts: str | None = option(None, "JSON file with a template of your own: evaluation", "sampling")
     chat_template_kwargs: str | None = option(None, "JSON of further arguments for the chat template", "sampling")
     server: str | None = option(None, "address of an OpenAI-compatible server of --model", "sampling")
-    served_model: str | None = option(None, "the server's name for --model, where it is another", "sampling")
     batch_size: int = option(256, "sequences sampled at once, or requests in flight", "sampling", least=1)
     grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
     output_dir: str = option("runs/evaluation", "samples.jsonl and summary.json; the same command goes on there")
@@ -254,7 +253,7 @@ class EvaluationConfig:
 
 
 # What may differ when an evaluation is taken up again: how many samples are asked for, how they are computed, graded.
-FREE_ON_RESUME = {"num_samples", "seeds", "served_model", "batch_size", "grader", "output_dir", "device"}
+FREE_ON_RESUME = {"num_samples", "seeds", "batch_size", "grader", "output_dir", "device"}
 
 
 def check_config(config: EvaluationConfig) -> None:

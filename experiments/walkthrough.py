@@ -48,8 +48,8 @@ class Walk:
         self.config = config = replace(given, dtype="float32", gradient_checkpointing=False)
         self.problems, self.T = load_problems(config.data), config.distill_temperature
         self.run = run = build(config, torch.device("cpu"), make_grader("exact", []))
-        share = step_share(STEP, self.problems, config)
-        self.problem, self.key = share.problems[SLOT], share.keys[SLOT]
+        drawn, keys = step_share(STEP, self.problems, config)
+        self.problem, self.key = drawn[SLOT], keys[SLOT]
         self.x_stu, self.x_tch = (prompt(run.tokenizer, self.problem) for prompt in (student_prompt, teacher_prompt))
         (y,) = sample(run.model, run.tokenizer, [self.x_stu], [self.key], config.sampling)
         self.y, self.L, self.text = y.ids, [len(y.ids)], run.tokenizer.decode(y.ids)

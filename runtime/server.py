@@ -151,16 +151,19 @@ class ServerEngine:
     async def _meet(self) -> None:
         """Look into /v1/models, then find out by a request for one token what the server takes and gives."""
         try:
-            served = {entry.id: entry for entry in (await self._quick.models.list()).data}
+            served = (await self._quick.models.list()).data
+            names = {name: entry for entry in served for name in (getattr(entry, "root", None), entry.id)}
         except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError):
             raise
         except (openai.APIError, AttributeError, TypeError, ValueError):  # `transformers serve` asks the hub for it
-            served = {}
-        if served and self.model not in served:
-            names = ", ".join(map(str, list(served)[:5]))
-            raise AnswerError(f"serves {names}, not {self.model} (--served_model names it)")
-        context = getattr(served.get(self.model), "max_model_len", None)
-        self.context = context if isinstance(context, int) else None
+            names = {}
+        if names:  # `root` is the checkpoint behind a name that vLLM was told
+            if self.model not in names:
+                served = ", ".join([str(name) for name in names if name is not None][:5])
+                raise AnswerError(f"serves {served}, not {self.model} (vLLM: --served-model-name {self.model})")
+            entry = names[self.model]
+            context, self.model = getattr(entry, "max_model_len", None), entry.id
+            self.context = context if isinstance(context, int) else None
         # With top_k 1 the token has probability 1 after the filters, and less before them.
         prompt, settings = self.tokenizer.encode("1"), Sampling(temperature=1.0, top_p=1.0, top_k=1, max_new_tokens=1)
         try:

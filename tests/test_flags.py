@@ -88,7 +88,6 @@ def test_help_has_the_docstring_and_every_flag(module, config, monkeypatch, caps
         ("--method reopold --beta 1.0", "--method opsd or pwopsd"),
         ("--switch_step 3", "--method reopold"),
         ("--ema_decay 0.5", "--teacher ema"),
-        ("--served_model a", "--server"),
     ],
 )
 def test_a_flag_that_would_change_nothing_is_refused(words, with_):
@@ -97,7 +96,7 @@ def test_a_flag_that_would_change_nothing_is_refused(words, with_):
 
 
 def test_only_what_changes_no_number_may_change_on_resume():
-    free = {"output_dir", "device", "served_model"}
+    free = {"output_dir", "device"}
     training = {"resume", "micro_batch_size", "gradient_checkpointing", "save_steps", "server", "shard"}
     assert free | training == train.FREE_ON_RESUME
     assert free | {"num_samples", "seeds", "batch_size", "grader"} == evaluate.FREE_ON_RESUME

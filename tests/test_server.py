@@ -552,6 +552,8 @@ def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
         ask(fake.url)
     with one_line("serves m, not other"):
         ServerEngine(fake.url, "other", Tokens(), [1], 9, 1)
+    fake.entry = {"id": "m", "root": "/models/other"}  # the checkpoint that is served under another name
+    assert ServerEngine(fake.url, "/models/other", Tokens(), [1], 9, 1).model == "m"
     for fake.refusal in ({"error": "Not now"}, {"error": {"message": "Not now"}}, {"detail": "Not now"}, "Not now"):
         fake.faults.append("401")
         with one_line(r"wants a key, which is read from OPENAI_API_KEY \(401 Not now\)"):

@@ -449,7 +449,7 @@ def test_wrong_references_are_said():
         chosen("hers")
     with pytest.raises(InputError, match="problem 0 has no answer"):
         choose_reference("answer", [Problem("a", "b", "")], PAPER_PROMPTS, np.random.default_rng(0))
-    with pytest.raises(InputError, match="only one problem"):
+    with pytest.raises(InputError, match="there is only one"):
         choose_reference("other", SUMS[:1], PAPER_PROMPTS, np.random.default_rng(0))
 
 
@@ -470,10 +470,9 @@ def test_templates_from_a_file(checkpoint, tmp_path):
     ("content", "words"),
     [
         ("not json", "cannot be read as JSON"),
-        ("[]", "expected an object with some of student, teacher"),
-        ('{"pupil": "{problem}"}', "expected an object"),
-        ('{"student": 1}', "student: must be a text"),
-        ('{"student": "{problem} \\ud800"}', "student: holds half of a surrogate pair"),
+        ("[]", "must be an object with some of student, teacher"),
+        ('{"pupil": "{problem}"}', "must be an object"),
+        ('{"student": 1}', "student: {problem} is missing"),
         ('{"student": "{question}"}', "student: {problem} is missing"),
         ('{"student": "{problem} \\\\boxed{answer}"}', "student: must not show {answer}"),
         ('{"evaluation": "{problem} {solution}"}', "evaluation: must not show {solution}"),

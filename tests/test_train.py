@@ -232,10 +232,10 @@ def test_the_gradient_of_a_step_is_that_of_the_plain_loss(qwen3, data, tmp_path,
     monkeypatch.setattr(GenerateEngine, "sample", lambda *a: sampled.append(sample(*a)) or sampled[-1])
     problems = load_problems(str(data))
     row, _ = train.train_step(0, run, problems, config)
-    share, ids = train.step_share(0, problems, config), [response.ids for response in sampled[0]]
+    drawn, ids = train.step_share(0, problems, config)[0], [response.ids for response in sampled[0]]
     head_VD = run.model.get_output_embeddings().weight
     x_stu, x_tch = (
-        [prompt(run.tokenizer, problem) for problem in share.problems]
+        [prompt(run.tokenizer, problem) for problem in drawn]
         for prompt in (train.teacher.student_prompt, train.teacher.teacher_prompt)
     )
     with run.teacher.scoring() as scorer:
@@ -561,8 +561,8 @@ def test_all_weights_in_half_precision_are_refused(dtype):
 
 def test_a_problem_without_an_answer_is_not_graded():
     run = SimpleNamespace(tokenizer=train.loading.load_tokenizer("tiny"), grader=ExactGrader())
-    share = train.Share(range(1), [train.problems.Problem("1+1", "so two", "")], [])
-    assert train.sample_rows(0, share, [Response([5], True)], run)[0]["correct"] is None
+    drawn, keys = [train.Problem("1+1", "so two", "")], [(42, train.ROLLOUT_STREAM, 0, 0)]
+    assert train.sample_rows(drawn, keys, [Response([5], True)], run)[0]["correct"] is None
 
 
 def test_another_reference_changes_the_teachers_context_alone(qwen3, data, tmp_path, run_main, monkeypatch):

@@ -59,7 +59,7 @@ def test_the_smallest_width_still_gives_numbers():
     "arguments, word",
     [
         ({"name": "steep"}, "moderate"),
-        ({"name": "moderate_mean1"}, "moderate_mean1: choose one of"),
+        ({"name": "moderate_mean1"}, "moderate_mean1: must be one of"),
         ({"name": "linear_up", "tau": 0.2}, "linear_up"),
         ({"name": "moderate", "s": 1e-46}, "--s 1e-46: must lie"),
         ({"name": "moderate", "s": float("inf")}, "--s inf"),
