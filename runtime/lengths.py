@@ -40,8 +40,9 @@ def fitting_problems(
     limit = min(config.max_length, context)
     counts = list(zip(*(count_tokens(encode, data) for encode in contexts), strict=True))
     kept = [index for index, tokens in enumerate(counts) if max(tokens) + config.max_new_tokens <= limit]
-    room = f"leave room for {config.max_new_tokens} new tokens in {limit} behind some prompt"
-    require(kept, "data", config.data, room)
+    if not kept:
+        room = f"room for {config.max_new_tokens} new tokens in {limit}"
+        raise InputError(f"--data {config.data}: no prompt leaves {room}")
     left = [str(data[index].row) for index in sorted(set(range(len(data))) - set(kept))]
     note = f"; {len(left)} left out, with a response longer than {limit} tokens: row {some(left)}" if left else ""
     say(f"{len(kept)} problems of {config.data}{note}")
