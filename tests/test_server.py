@@ -476,7 +476,7 @@ def test_a_request_as_text_says_everything_and_is_not_trained_on(fake, monkeypat
     fake.text_only = True
     monkeypatch.setattr(server, "ends_and_vocabulary", lambda *_: ([1], 9))
     with one_line("returns no token ids, which training and diagnosis need"):
-        engines.connect(fake.url, "m", None, Tokens(), 1, needs_ids=True)
+        engines.connect(fake.url, "m", Tokens(), 1, needs_ids=True)
     (response,) = ask(fake.url, 1)
     assert (response.ids, response.finished, response.tokens) == ([], True, 2)
     body = fake.seen[-1][1]
@@ -581,10 +581,10 @@ def test_log_probabilities_behind_the_filters_are_seen(fake, monkeypatch, told, 
     """Asked with top_k 1: --logprobs-mode processed_logprobs gives 0."""
     fake.first = {"logprobs": told if told is None else {"token_logprobs": [told]}}
     monkeypatch.setattr(server, "ends_and_vocabulary", lambda *_: ([1], 9))
-    engines.connect(fake.url, "m", None, Tokens(), 1).close()
+    engines.connect(fake.url, "m", Tokens(), 1).close()
     assert fake.seen[0][1]["top_k"] == 1
     with nullcontext() if raw else one_line("--logprobs-mode raw_logprobs"):
-        engines.connect(fake.url, "m", None, Tokens(), 1, needs_ids=True).close()
+        engines.connect(fake.url, "m", Tokens(), 1, needs_ids=True).close()
 
 
 def test_a_proxy_is_not_for_this_machine_and_is_named_elsewhere(fake, monkeypatch):
