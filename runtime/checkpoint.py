@@ -111,7 +111,8 @@ def check_adapter_fields(config: object, directory: Path) -> None:
     is_fine["lora_alpha"] = type(alpha) in (int, float) and 0 < alpha < inf
     is_fine["lora_dropout"] = type(dropout) in (int, float) and 0 <= dropout < 1
     for name in (name for name in is_fine if not is_fine[name]):
-        raise InputError(f"--adapter {directory}: {name} {config.get(name)!r} is not understood, only plain LoRA is")
+        has = f"{ADAPTER_CONFIG} has {config.get(name)!r} for {name}"
+        raise InputError(f"--adapter {directory}: {has}, and only plain LoRA is understood")
 
 
 # ---------------------------------------------------------------------------------------------------------------

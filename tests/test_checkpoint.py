@@ -253,7 +253,9 @@ def model(checkpoint):
     return load_model(checkpoint, device="cpu").eval()
 
 
-@pytest.mark.parametrize(("rank", "alpha", "told"), [(2, 8.0, "has r 4"), (4, 16.0, "lora_alpha 8.0, not 4 and 16.0")])
+@pytest.mark.parametrize(
+    ("rank", "alpha", "told"), [(2, 8.0, "r, lora_alpha are 4"), (4, 16.0, "lora_alpha are 4, 8.0, not 4, 16.0")]
+)
 def test_an_adapter_of_another_size_is_refused(model, checkpoint, tmp_path, rank, alpha, told):
     add_lora(model, rank=4, alpha=8.0)
     checkpoints.save_adapter(model, tmp_path, str(checkpoint))
@@ -299,7 +301,7 @@ PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
 )  # fmt: skip
 def test_more_than_plain_lora_is_refused_by_its_field(tmp_path, field, value):
     checkpoints.check_adapter_fields(PLAIN, tmp_path)
-    with pytest.raises(InputError, match=field if field != "peft_type" else "describes no LoRA"):
+    with pytest.raises(InputError, match=field):
         checkpoints.check_adapter_fields({**PLAIN, field: value}, tmp_path)
 
 
