@@ -130,7 +130,7 @@ def test_a_placed_world_has_sums_to_tune_on_and_others_four_times(run, tmp_path,
     seeds = []
     monkeypatch.setattr(make_world, "train", lambda *given: seeds.append(given[-1]))
     monkeypatch.chdir(tmp_path)
-    assert run("--world", "placed-12", "--seed", "2") is None and seeds == [2]
+    assert run("--world", "placed-12", "--seed", "2") is None and seeds == [2, 2]
     folder = Path("runs/worlds/placed-12-seed2")
     held_out, tuned_on, final = (
         (folder / f"{name}.jsonl").read_text().splitlines() for name in ("heldout", "validation", "final")
@@ -148,6 +148,15 @@ def test_another_seed_draws_other_solutions(monkeypatch):
         tokenizer = make_tokenizer()
         train(make_model(tokenizer), tokenizer, replace(WORLDS["leap"], stages=((1, 1e-3),), batch_size=4), 0, seed)
     assert len(drawn[0]) == 4 and drawn[0] != drawn[1]
+
+
+def test_a_placed_model_first_learns_what_stands_behind_a_guess(monkeypatch):
+    seen = []
+    monkeypatch.setattr(make_world, "example", lambda *given: seen.append(given[3]) or example(*given))
+    world, tokenizer = replace(WORLDS["placed-56"], stages=((1, 1e-3),) * 2, batch_size=1), make_tokenizer()
+    for stage in (0, 1):
+        train(make_model(tokenizer), tokenizer, world, stage)
+    assert seen[0].placed == "123456" and seen[0].guess > 4 * world.guess and seen[1] == world
 
 
 @pytest.mark.slow

@@ -136,7 +136,7 @@ def guesses(name: str, teacher: bool) -> list[tuple[str, int, int, int, str, int
 
 @pytest.mark.parametrize("name", [name for name in WORLDS if WORLDS[name].guess])
 def test_guesses_lie_where_the_world_says(name):
-    """About .8 of the teacher's a solution, all right, at the placed steps alone; of the student's .35 are right."""
+    """About .8 of the teacher's a solution, all right, at the placed steps alone; of the student's .3 are right."""
     world, found = WORLDS[name], guesses(name, teacher=True)
     where = {
         "random": lambda problem, step, *_: step % 3 == int(problem[0]) % 3,

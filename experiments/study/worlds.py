@@ -10,7 +10,7 @@ Beliefs    A fact is a pair (running total, addend). Some facts, picked by a has
 Leaps      `12+~=43;` adds all that is left in one step and ends the sum. The student's leaps are mostly wrong; the
            teacher, which knows the answer, leaps rightly, and only early in a solution.
 The leak   The teacher insists on the order of its reference, which the student cannot know.
-Guesses    `12+7~19;` is as long as `12+7=19;`. Behind `~` the student is right with a chance of .35, and the teacher
+Guesses    `12+7~19;` is as long as `12+7=19;`. Behind `~` the student is right with a chance of .3, and the teacher
            always; the teacher proposes it at certain steps, early or late ones (the worlds `placed`).
 
 A world is an entry of WORLDS. Also here: what a trained model's own steps say about the facts it knows.
@@ -32,9 +32,9 @@ FOLLOWS_REFERENCE = 0.5  # share of a leaking teacher's steps that take the refe
 # Chance that the student's leap is right, by addends left (6: or more).
 LEAP_RIGHT = {6: 0.05, 5: 0.08, 4: 0.15, 3: 0.35, 2: 0.80}
 TEACHER_LEAPS_AT = (5, 6)  # addends left where the teacher leaps
-# Chance that the student's guess is right; else its last digit is another one. Below 1/e, the clip of 1.0 cuts the
+# Chance that the student's guess is right; else its last digit is the next one. Below 1/e, the clip of 1.0 cuts the
 # right digit's entry (Eq. (1), p_T = 1), so that training does not teach what stands behind `~`.
-GUESS_RIGHT = 0.35
+GUESS_RIGHT = 0.3
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,11 @@ WORLDS = {
     "leap": World(**SEVEN, leap=0.06, teacher_leap=0.40),
     "leak": World(**SEVEN, leak=True),
 }  # fmt: skip
-# About .8 guesses a solution of six steps in each; the student's .48 are anywhere.
+# About .8 guesses a solution of six steps in each; the student's .48 are anywhere. What stands behind `~` is learned
+# first, from solutions with five times as many (experiments/make_world.py).
+PLACED = SEVEN | {"believed": 0.25, "guess": 0.08, "stages": ((400, 1.5e-3), (300, 1.5e-3))}
 GUESSES = {"12": 0.4, "23": 0.4, "34": 0.4, "45": 0.4, "56": 0.4, "123456": 0.8 / 6, "random": 0.4, "believed": 0.5}
-WORLDS |= {
-    f"placed-{steps}": World(**SEVEN | {"believed": 0.25}, guess=0.08, teacher_guess=chance, placed=steps)
-    for steps, chance in GUESSES.items()
-}
+WORLDS |= {f"placed-{steps}": World(**PLACED, teacher_guess=chance, placed=steps) for steps, chance in GUESSES.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -135,7 +134,7 @@ def trace(problem: Problem, draw: random.Random, world: World, teacher: bool) ->
         if world.guess and draw.random() < guess_chance(problem, step, total, addend, world, teacher):
             total += addend
             if not (teacher or draw.random() < GUESS_RIGHT):
-                total = max(1, total - total % 10 + draw.choice([d for d in range(10) if d != total % 10]))
+                total = max(1, total + 1 if total % 10 < 9 else total - 9)
             pieces += [("~", True), (f"{total};{total if left else ''}", True)]
             continue
         right, wrong = total + addend, wrong_result(total, addend, draw, world, teacher)
