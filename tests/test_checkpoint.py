@@ -420,6 +420,7 @@ def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path,
     check_logits(here["model"], logits)
     example = Problem("What is 2+3?", "", "")
     assert here["inputs"]["input_ids"][0].tolist() == encode_prompt(here["tokenizer"], asked, example, True)
+    assert 'dtype="float32"' in python
     request = json.loads(serve.partition("<<'END'\n")[2].partition("\nEND")[0])
     assert request["messages"] == here["messages"] and request["max_tokens"] == 4
     model = "base --enable-lora --max-lora-rank 8 --lora-modules pw=." if lora else ". --served-model-name pw"
