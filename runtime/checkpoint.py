@@ -16,6 +16,7 @@ import shutil
 from contextlib import suppress
 from math import inf
 from pathlib import Path
+from string import Template
 
 import torch
 from safetensors import SafetensorError
@@ -31,7 +32,7 @@ from model import add_lora, lora_layers
 from runtime.loading import ADAPTER_CONFIG, find_checkpoint, load_model
 from runtime.ranks import say
 from runtime.records import read_record, remove, sha256, sync
-from teacher import Teacher
+from teacher import EVALUATION_PROMPT, Teacher
 
 # ---------------------------------------------------------------------------------------------------------------
 # Adapters: plain LoRA and nothing else
@@ -121,6 +122,7 @@ def check_adapter_fields(config: object, directory: Path) -> None:
 
 MANIFEST, TRAINER_STATE, EMA_WEIGHTS, CARD = "manifest.json", "trainer_state.pt", "ema.safetensors", "README.md"
 GENERATION = "generation_config.json"
+CARD_TEMPLATE = Path(__file__).parent / "card.md"
 
 
 def save_checkpoint(
@@ -180,28 +182,24 @@ def save_whole(model: PreTrainedModel, base: str, directory: Path) -> None:
 def model_card(run: Path, step: int, base: str, is_adapter: bool) -> str:
     """README.md of a checkpoint: what it is, how it was made, how it is loaded, without paths of this machine."""
     record = read_record(run) or {"config": {}}
+    config, prompt = record["config"], record.get("inputs", {}).get("prompts", {}).get("evaluation", EVALUATION_PROMPT)
     name = Path(base).name if Path(base).is_dir() else base
-    versions = ", ".join(f"{library} {number}" for library, number in record.get("versions", {}).items())
-    load = f'transformers.AutoModelForCausalLM.from_pretrained("{name if is_adapter else "THIS_DIRECTORY"}")'
+    source, dtype, rank = name if is_adapter else ".", config.get("dtype", "auto"), config.get("lora_rank", 64)
+    load = f'model = transformers.AutoModelForCausalLM.from_pretrained("{source}", dtype="{dtype}")'
     if is_adapter:
-        load = f'peft.PeftModel.from_pretrained({load}, "THIS_DIRECTORY")'
-    return f"""---
-library_name: {"peft" if is_adapter else "transformers"}
-{f"base_model: {name}" if "/" in name else "tags: [math]"}
----
-# {name}, {record["config"].get("method")}, step {step}
-
-{"A LoRA adapter" if is_adapter else "All weights"}, trained by PW-OPSD (arXiv 2605.21606).
-
-- base: {name}
-- data: {_without_folders(record["config"].get("data", ""))}
-- command: `{_without_folders(record.get("command", ""))}`
-- code: commit {record.get("git_commit")}; {versions}
-
-```python
-{load}
-```
-"""
+        load = f'import peft\n\n{load}\nmodel = peft.PeftModel.from_pretrained(model, ".")'
+    ranks = max(8, 1 << (rank - 1).bit_length())  # vLLM takes powers of two
+    lora = f"--enable-lora --max-lora-rank {ranks} --lora-modules pw=."
+    return Template(CARD_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        library="peft" if is_adapter else "transformers", what="A LoRA adapter" if is_adapter else "All weights",
+        tag=f"base_model: {name}" if "/" in name else "tags: [math]", name=name, method=config.get("method"), step=step,
+        data=_without_folders(config.get("data", "")), command=_without_folders(record.get("command", "")),
+        commit=record.get("git_commit"), versions=", ".join(map(" ".join, record.get("versions", {}).items())),
+        source=source, load=load, dtype=dtype, tokens=config.get("max_new_tokens"), peft=",peft=." * is_adapter,
+        served=lora if is_adapter else "--served-model-name pw",
+        example=json.dumps(prompt.replace("{problem}", "What is 2+3?")),
+        asked=json.dumps(prompt.replace("{problem}", "{{problem}}")),
+    )  # fmt: skip
 
 
 def _without_folders(text: str) -> str:

@@ -17,6 +17,7 @@ import families
 import pytest
 import torch
 import transformers
+import yaml
 from forked import run_ranks, script
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -24,10 +25,11 @@ from test_model import PROMPTS
 
 from errors import InputError
 from model import add_lora, lora_parameters
+from problems import Problem
 from runtime import checkpoint as checkpoints
 from runtime.loading import load_model
 from runtime.records import sha256
-from teacher import Teacher
+from teacher import Teacher, encode_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.pt", "ema.safetensors", "manifest.json")
@@ -398,22 +400,37 @@ def test_files_have_the_mode_that_the_umask_asks_for(base, tmp_path, mask):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path, lora):
-    """No path of this machine; the code of the card is what others run, where their copy of the base is."""
-    data = f"{tmp_path}/sums.jsonl"
+def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path, lora, monkeypatch):
+    """No path of this machine; the commands of the card are run in its directory, the base is where others have it."""
+    data, asked = f"{tmp_path}/sums.jsonl", 'Sum "{problem}"\nin $\\boxed{}$'
     command = f"train.py --data {data} --prompts='{tmp_path}/a b' --x Qwen/Q"
-    facts = {"config": {"method": "pwopsd", "data": data}, "versions": {"torch": "2"}, "git_commit": "abc"}
+    config = {"method": "pwopsd", "data": data, "dtype": "float32", "max_new_tokens": 4, "lora_rank": 4}
+    facts = {"config": config, "versions": {"torch": "2"}, "git_commit": "abc"}
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(json.dumps({**facts, "command": command}))
+    record = {**facts, "command": command, "inputs": {"prompts": {"evaluation": asked}}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
     checkpoint, logits = trained(base, tmp_path / "run", lora)
     card = (checkpoint / "README.md").read_text()
     assert str(tmp_path) not in card and "`train.py --data sums.jsonl --prompts='a b' --x Qwen/Q`" in card
     for fact in ("- base: base\n", "- data: sums.jsonl\n", "pwopsd, step 1", "commit abc; torch 2"):
         assert fact in card, fact
-    code = card.split("```python\n")[1].split("```")[0].replace("THIS_DIRECTORY", str(checkpoint))
-    check_logits(
-        eval(code, {"transformers": transformers, "peft": pytest.importorskip("peft") if lora else None}), logits
-    )
+    (python, serve, lm_eval), here = re.findall(r"```[a-z]+\n(.*?)```", card, re.DOTALL), {}
+    if lora:
+        pytest.importorskip("peft")
+    monkeypatch.chdir(checkpoint)
+    exec(python.replace('"base"', f'"{tmp_path}/base"'), here)
+    check_logits(here["model"], logits)
+    example = Problem("What is 2+3?", "", "")
+    assert here["inputs"]["input_ids"][0].tolist() == encode_prompt(here["tokenizer"], asked, example, True)
+    assert 'dtype="float32"' in python
+    request = json.loads(serve.partition("<<'END'\n")[2].partition("\nEND")[0])
+    assert request["messages"] == here["messages"] and request["max_tokens"] == 4
+    model = "base --enable-lora --max-lora-rank 8 --lora-modules pw=." if lora else ". --served-model-name pw"
+    assert serve.startswith(f"vllm serve {model} --dtype float32 --generation-config vllm\n")
+    task = yaml.safe_load(lm_eval.partition("<<'END'\n")[2].partition("\nEND\n")[0])
+    assert task["doc_to_text"] == asked.replace("{problem}", "{{problem}}")
+    assert re.findall(task["filter_list"][0]["filter"][0]["regex_pattern"], r"\boxed{1} \boxed{2}") == ["1", "2"]
+    assert f"pretrained={'base,dtype=float32,peft=.' if lora else '.,dtype=float32'} --tasks boxed" in lm_eval
     (checkpoint / "README.md").write_text("mine")
     assert checkpoints.damage(checkpoint) is None
 

@@ -1,7 +1,10 @@
 """docs/walkthrough.md and the script that prints its tables hold together."""
 
+import json
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,15 +22,33 @@ def walk() -> walkthrough.Walk:
     return walkthrough.Walk()
 
 
-def test_the_page_holds_the_printed_numbers(walk):
+def check_alike(shown: str, printed: str, name: str) -> None:
     """Equal words; decimal numbers within two units of their last digit, which another machine's rounding may move."""
+    assert DECIMAL.sub("#", shown) == DECIMAL.sub("#", printed), name
+    for here, there in zip(DECIMAL.findall(shown), DECIMAL.findall(printed), strict=True):
+        digits = len(here.split(".")[1])
+        assert float(here) == pytest.approx(float(there), abs=2.01 * 10**-digits), name
+
+
+def test_the_page_holds_the_printed_numbers(walk):
     printed, shown = walkthrough.blocks(walk), walkthrough.page_blocks(PAGE)
     assert list(shown) == list(printed)
     for name, text in shown.items():
-        assert DECIMAL.sub("#", text) == DECIMAL.sub("#", printed[name]), "run `-m experiments.walkthrough --write`"
-        for here, there in zip(DECIMAL.findall(text), DECIMAL.findall(printed[name]), strict=True):
-            digits = len(here.split(".")[1])
-            assert float(here) == pytest.approx(float(there), abs=2.01 * 10**-digits), name
+        check_alike(text, printed[name], f"{name}: run `-m experiments.walkthrough --write`")
+
+
+@pytest.mark.slow
+def test_the_notebook_prints_the_numbers_that_it_holds_and_they_are_the_pages():
+    notebook = walkthrough.PAGE.with_suffix(".ipynb")
+    cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    run = subprocess.run([sys.executable, "-c", code], cwd=notebook.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    shown = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+    check_alike(shown, run.stdout, "execute docs/walkthrough.ipynb again")
+    assert outputs[-1]["data"]["image/svg+xml"]
+    assert set(DECIMAL.findall(shown)) <= set(DECIMAL.findall(PAGE))
 
 
 def test_the_rollout_states_the_belief_and_the_teacher_knows_better(walk):
