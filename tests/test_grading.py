@@ -114,15 +114,14 @@ def test_math_verify_changes_no_verdict_of_the_tables(grader):
 
 
 @needs_math_verify
-def test_math_verify_is_asked_only_about_formulas():
-    grader = MathVerifyGrader(seconds=5.0)
+def test_math_verify_is_asked_only_about_formulas(grader):
+    idle, before = MathVerifyGrader(), grader.asked
     pairs = [("5", "6"), ("5", "5.0"), ("(1,2)", "(2,1)"), ("2_5", "2_6"), ("\\sqrt{2}", "$\\sqrt2$"), ("a b", None)]
     for pair in pairs:
-        grader.match(*pair)
-    assert grader.asked == 0 and grader._worker is None
-    assert grader.match("(\\sqrt{4},\\sqrt{9})", "(2,3)") and grader.asked == 1
-    assert grader.match("(2,3)", "(\\sqrt{4},\\sqrt{9})") and grader.asked == 1  # known, also the other way round
-    grader.close()
+        idle.match(*pair)
+    assert idle.asked == 0 and idle._worker is None
+    assert grader.match("(\\sqrt{4},\\sqrt{9})", "(2,3)") and grader.asked == before + 1
+    assert grader.match("(2,3)", "(\\sqrt{4},\\sqrt{9})") and grader.asked == before + 1  # known, also turned round
 
 
 def test_exact_undercounts_latex_and_none_matches_nothing():
@@ -187,40 +186,25 @@ def test_a_worker_that_is_stopped_or_dies_or_is_deaf_is_replaced():
 
 
 MONOMIAL = "def monomial_div(A, B):\n    (a0,) = A\n    (b0,) = B\n    r0 = a0 - b0\n    if r0 < 0: return None\n"
-
-
-NUMBERS = ["Integer (35 )", "Float ('3.5' )", "Integer (1 )", "Integer (3 )/Integer (2 )"]
 LAMBDA = "def _lambdifygenerated(n):\n    return (n + 1)**2\n"
+NUMBERS = ["Integer (35 )", "Float ('3.5' )", "Integer (1 )", "Integer (3 )/Integer (2 )"]
+CODE = ["__import__('os').system('id')", "Integer (3 ).__class__", "from os import *", "import scipy; import numpy",
+        MONOMIAL + "    exec(A)\n", MONOMIAL.replace("a0 - b0", "a0.b0"), LAMBDA.replace("n + 1", "n.n"),
+        LAMBDA + "    exec(n)\n", LAMBDA.replace("n + 1", "id")]  # fmt: skip
+EVENTS = [("os.system", ("id",)), ("subprocess.Popen", ("id", (), None, None)), ("os.remove", ("/tmp/x", -1)),
+          ("socket.connect", (None, ("127.0.0.1", 80))), ("open", ("/tmp/x", "w", os.O_WRONLY | os.O_CREAT)),
+          *[("compile", (text.encode(), "<string>")) for text in CODE]]  # fmt: skip
 
 
 @pytest.mark.parametrize("source", [MONOMIAL, LAMBDA, "from sympy import *", "from mpmath import *", *NUMBERS])
 def test_numbers_may_be_compiled(source):
-    grading_worker.refuse("compile", (source, "<string>"))
-    grading_worker.refuse("compile", (source.encode(), "<string>"))
+    for text in (source, source.encode()):
+        grading_worker.refuse("compile", (text, "<string>"))
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "__import__('os').system('id')", "Integer (3 ).__class__", "from os import *", "import scipy; import numpy",
-        MONOMIAL + "    exec(A)\n", MONOMIAL.replace("a0 - b0", "a0.b0"), LAMBDA.replace("n + 1", "n.n"),
-        LAMBDA + "    exec(n)\n", LAMBDA.replace("n + 1", "id"),
-    ],
-)  # fmt: skip
-def test_no_other_code_is_compiled(source):
-    with pytest.raises((PermissionError, ImportError)):
-        grading_worker.refuse("compile", (source.encode(), "<string>"))
-
-
-@pytest.mark.parametrize(
-    ("event", "arguments"),
-    [
-        ("os.system", ("id",)), ("subprocess.Popen", ("id", (), None, None)), ("os.remove", ("/tmp/x", -1)),
-        ("socket.connect", (None, ("127.0.0.1", 80))), ("open", ("/tmp/x", "w", os.O_WRONLY | os.O_CREAT)),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("event", "arguments"), EVENTS)
 def test_everything_else_is_refused(event, arguments):
-    with pytest.raises(PermissionError):
+    with pytest.raises((PermissionError, ImportError)):
         grading_worker.refuse(event, arguments)
 
 

@@ -439,17 +439,6 @@ def test_rows_that_were_done_before_a_failure_are_kept(fake):
     assert list(kept.values()) == [[5, 1]] * 5
 
 
-def test_an_error_of_the_caller_comes_through_and_ends_the_rest(fake):
-    def full(row, response):
-        raise OSError(28, "No space left on device")
-
-    fake.faults += ["ok", "hang", "hang"]
-    start = time.monotonic()
-    with pytest.raises(OSError, match="No space left"):
-        ask(fake.url, on_finished=full)
-    assert time.monotonic() - start < 5
-
-
 def test_a_request_says_everything(fake):
     ask(fake.url, 1)
     assert fake.seen[-1][1] == {
