@@ -245,22 +245,10 @@ def test_a_run_taken_up_at_any_phase_equals_an_unbroken_one(small_run, fresh, mo
 
 def test_two_ranks_leave_the_rows_of_one(tmp_path, monkeypatch):
     """Five problems, three on one rank and two on the other; the same rows in the same files, and the same table."""
-    flags = [
-        "--num_problems",
-        "5",
-        "--rollouts",
-        "1",
-        "--batch_size",
-        "16",
-        "--device",
-        "cpu",
-        "--seed",
-        "1",
-        "--output_dir",
-    ]
-    outputs = run_ranks(tmp_path, script, "diagnose.py", [*flags, str(tmp_path / "two")], ranks=2)
+    flags = "--num_problems 5 --rollouts 1 --batch_size 16 --device cpu --seed 1 --output_dir"
+    outputs = run_ranks(tmp_path, script, "diagnose.py", [*flags.split(), str(tmp_path / "two")], ranks=2)
     assert "".join(outputs).count("problems, ") == 1  # one rank speaks
-    monkeypatch.setattr(sys, "argv", ["diagnose.py", *flags, str(tmp_path / "one")])
+    monkeypatch.setattr(sys, "argv", ["diagnose.py", *flags.split(), str(tmp_path / "one")])
     diagnose.main()
     one, two = ({path.name for path in (tmp_path / run).iterdir()} for run in ("one", "two"))
     assert one == two and len(one) == 9
