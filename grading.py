@@ -286,11 +286,7 @@ _FUNCTION = rf"(?:{_FUNCTIONS}|sqrt|frac|binom)[a-z]?"
 _TRIGONOMETRY = r"\\(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)"
 _CURRENCY = r"([+-]?)(\\\$|[€£¥])([+-]?)"
 _POWER = r"\^(?:[0-9]|\{-?[0-9]\})"
-# \text{N}\cdot\text{m} as \text{N m}
-_TWO_UNITS = (
-    rf"(\\text\{{[a-zA-Z /.]*(?:{_POWER})?)\}}({_POWER})?(?:\\cdot|(/)|)\\text\{{(?!(?:and|or)\}})",
-    r"\1\2 \3",
-)
+_TWO_UNITS = rf"(\\text\{{[a-zA-Z /.]*(?:{_POWER})?)\}}({_POWER})?(?:\\cdot|(/)|)\\text\{{(?!(?:and|or)\}})"
 _TAIL = (
     r"(?P<symbol>\\%|\\\$|[€£¥]|\^\\circ(?: ?[CF]|\\text\{[CF]\})?)"
     rf"|\\(?:text|operatorname)\{{(?P<text>[a-zA-Z](?:[a-zA-Z0-9 /.^-]|\\cdot|\{{-?[0-9]\}})*)\}}(?P<power>{_POWER})?"
@@ -309,7 +305,7 @@ def split_unit(text: str) -> tuple[str, str]:
     unit, whole = "", text
     if (money := re.match(_CURRENCY, text)) is not None:
         unit, text = _UNIT_OF[money[2]], (money[1] or money[3]) + text[money.end() :]
-    joined = _rewrite(text, [_TWO_UNITS] * 3)
+    joined = _rewrite(text, [(_TWO_UNITS, r"\1\2 \3")] * 3)  # \text{N}\cdot\text{m} as \text{N m}
     tail = next((tail for tail in re.finditer(_TAIL, joined) if tail.end() == len(joined) and tail.start() > 0), None)
     if tail is None or joined.endswith((r"\text{and}", r"\text{or}"), 0, tail.start()):
         return text, unit
@@ -323,11 +319,9 @@ def split_unit(text: str) -> tuple[str, str]:
     if not all(_counts(word.partition("^")[0], as_text or position > 0) for position, word in enumerate(words)):
         return text, unit
     rest, inner = split_unit(rest) if rest.endswith("%") else (rest, "")
-
-    def name(word: re.Match) -> str:
-        return _UNIT_OF.get(word[0]) or _UNIT_OF.get(word[0].lower(), word[0].lower())
-
-    return rest, unit or inner or re.sub("[a-zA-Z]+", name, " ".join(words))
+    named = re.sub("[a-zA-Z]+", lambda word: _UNIT_OF.get(word[0]) or _UNIT_OF.get(word[0].lower(), word[0].lower()),
+                   " ".join(words))  # fmt: skip
+    return rest, unit or inner or named
 
 
 def _counts(word: str, as_text: bool) -> bool:
@@ -574,8 +568,7 @@ def _same_collection(xs: tuple[str, ...], ys: tuple[str, ...], ask: Ask, as_set:
         return bool(found) and all(map(any, found)) and all(map(any, zip(*found, strict=True)))
     left = list(ys)
     for part in xs:
-        found = next((other for other in left if same_answer(part, other, ask)), None)
-        if found is None:
+        if (found := next((other for other in left if same_answer(part, other, ask)), None)) is None:
             return False
         left.remove(found)
     return not left
@@ -685,9 +678,7 @@ class MathVerifyGrader(ExactGrader):
 
     def __init__(self, seconds: float = SECONDS_PER_COMPARISON, memory_bytes: int = MEMORY_BYTES) -> None:
         if importlib.util.find_spec("math_verify") is None:
-            raise InputError(
-                "--grader math-verify: `pip install math-verify`; --grader exact undercounts LaTeX answers"
-            )
+            raise InputError("--grader math-verify: pip install math-verify; --grader exact undercounts LaTeX answers")
         self.version = importlib.metadata.version("math-verify")
         self.limits = (seconds, memory_bytes)
         self._known: dict[tuple[str, str], bool] = {}
@@ -724,8 +715,7 @@ class MathVerifyGrader(ExactGrader):
             command = [sys.executable, str(WORKER), *map(str, self.limits)]
             self._worker = subprocess.Popen(command, env=os.environ | fixed, **pipes)
             if self._worker.stdout.readline() != "ready\n":
-                why = "`python runtime/grading_worker.py 10 2e9` shows why"
-                raise InputError(f"--grader math-verify: its worker does not start; {why}")
+                raise InputError("--grader math-verify: `python runtime/grading_worker.py 10 2e9` shows what fails")
         try:
             self._worker.stdin.write(json.dumps((a, b)) + "\n")
             self._worker.stdin.flush()
@@ -734,7 +724,7 @@ class MathVerifyGrader(ExactGrader):
             reply = ""
         if reply not in ("true", "false", "refused"):
             self.close()
-            return ""
+            reply = ""
         return reply
 
     def close(self) -> None:
