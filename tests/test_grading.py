@@ -47,17 +47,13 @@ def test_form_and_arithmetic_alone_pass_no_wrong_pair():
 
 # Ordinary identities, for which sympy compiles code that it generates, and four pairs that are none
 IDENTITIES = [
-    (r"\binom{n}{3}", r"\frac{n(n-1)(n-2)}{6}"), (r"\binom{n+1}{2}", r"\frac{n^2+n}{2}"), (r"1-\cos 2x", r"2\sin^2 x"),
-    (r"\tan^2 x", r"\sec^2 x-1"), (r"\frac{a^2-b^2}{a-b}", "a+b"), (r"\frac{1}{x}+\frac{1}{y}", r"\frac{x+y}{xy}"),
-    (r"\frac{x^3+y^3}{x+y}", "x^2-xy+y^2"), (r"\sin 3x", r"3\sin x-4\sin^3 x"), (r"\frac{n!}{(n-2)!}", "n^2-n"),
-    (r"\sum_{k=1}^{n} k^2", r"\frac{n(n+1)(2n+1)}{6}"), (r"\int_0^1 x^2 dx", r"\frac{1}{3}"), (r"\gcd(12,18)", "6"),
-    (r"\cosh^2 x-\sinh^2 x", "1"), (r"\frac{1}{1+\sqrt{x}}", r"\frac{1-\sqrt{x}}{1-x}"), (r"\cot x\tan x", "1"),
-    (r"\cos 4x", r"8\cos^4 x-8\cos^2 x+1"), (r"\frac{xy+yz}{y}", "x+z"), (r"\sin x\cos y+\cos x\sin y", r"\sin(x+y)"),
-    (r"\binom{n}{2}+\binom{n}{1}", r"\frac{n(n+1)}{2}"), (r"\frac{x^4-1}{x^2+1}", "x^2-1"), (r"\max(2,5)", "5"),
-    (r"\frac{(n+1)!}{n!}", "n+1"), (r"\cos^4 x-\sin^4 x", r"\cos 2x"), (r"\frac{\sin 2x}{2\cos x}", r"\sin x"),
-    (r"\frac{2}{x^2-1}+\frac{1}{x+1}", r"\frac{1}{x-1}"), (r"\frac{1}{n}-\frac{1}{n+1}", r"\frac{1}{n(n+1)}"),
-    (r"\sum_{k=0}^{n} 2^k", "2^{n+1}-1"), (r"\frac{a^3-b^3}{a-b}", "a^2+ab+b^2"), (r"(x+y)^3-x^3-y^3", "3xy(x+y)"),
-    (r"\sum_{n=1}^{\infty}\frac{1}{n^2}", r"\frac{\pi^2}{6}"),
+    (r"\binom{n}{3}", r"\frac{n(n-1)(n-2)}{6}"), (r"1-\cos 2x", r"2\sin^2 x"), (r"\tan^2 x", r"\sec^2 x-1"),
+    (r"\frac{a^2-b^2}{a-b}", "a+b"), (r"\frac{1}{x}+\frac{1}{y}", r"\frac{x+y}{xy}"), (r"\gcd(12,18)", "6"),
+    (r"\frac{x^3+y^3}{x+y}", "x^2-xy+y^2"), (r"\frac{n!}{(n-2)!}", "n^2-n"), (r"\int_0^1 x^2 dx", r"\frac{1}{3}"),
+    (r"\sum_{k=1}^{n} k^2", r"\frac{n(n+1)(2n+1)}{6}"), (r"\frac{1}{1+\sqrt{x}}", r"\frac{1-\sqrt{x}}{1-x}"),
+    (r"\cosh^2 x-\sinh^2 x", "1"), (r"\sin x\cos y+\cos x\sin y", r"\sin(x+y)"), (r"\max(2,5)", "5"),
+    (r"\frac{(n+1)!}{n!}", "n+1"), (r"\frac{2}{x^2-1}+\frac{1}{x+1}", r"\frac{1}{x-1}"),
+    (r"\sum_{k=0}^{n} 2^k", "2^{n+1}-1"), (r"\sum_{n=1}^{\infty}\frac{1}{n^2}", r"\frac{\pi^2}{6}"),
 ]  # fmt: skip
 NO_IDENTITIES = [
     ("(x+y)^2", "x^2+y^2"), ("(a+b+c)^2", "a^2+b^2+c^2"), (r"\binom{n}{2}", r"\binom{n}{3}"), (r"\cos 2x", r"2\cos x"),
@@ -221,15 +217,12 @@ def hostile_answers(count: int, seed: int, canary: str):
     ]  # fmt: skip
     control = [chr(number) for number in (0, 1, 7, 8, 10, 13, 27, 127, 0x2028, 0x202E, 0xD800)]
 
-    def deep() -> str:
-        depth = draw.randint(2, 400)
-        return draw.choice(["(", "{", "\\sqrt{", "\\frac{1}{"]) * depth + "1" + draw.choice([")", "}"]) * depth
-
+    depth = draw.randint(2, 400)
     kinds = {
         "braces": lambda: "".join(draw.choice("{}\\x1") for _ in range(draw.randint(1, 60))),
         "latex": lambda: "".join(draw.choice(pieces) for _ in range(draw.randint(1, 30))),
         "long": lambda: draw.choice(["1", "x", "{", "1+", "\\frac{1}{2}", " "]) * (100_000 // draw.randint(1, 6)),
-        "deep": deep,
+        "deep": lambda: draw.choice(["(", "{", "\\sqrt{", "\\frac{1}{"]) * depth + "1" + draw.choice(")}") * depth,
         "tower": lambda: "^{".join(str(draw.randint(2, 99)) for _ in range(draw.randint(2, 6))) + "}" * 5,
         "factorial": lambda: f"{draw.randint(10, 10**9)}" + "!" * draw.randint(1, 4),
         "unicode": lambda: "".join(chr(draw.randint(1, 0xD7FF)) for _ in range(draw.randint(1, 50))),
