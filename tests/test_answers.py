@@ -93,7 +93,8 @@ DIFFERENT = [
     # order and number of parts
     ("4,2", "(2,4)"), (r"\{4,2\}", "(2,4)"), ("x=4, y=2", "(2,4)"), ("(x,y)=(4,2)", "(2,4)"), ("(y,x)=(2,4)", "(2,4)"),
     (r"\{2,4\}", "(2,4)"), ("(2,4)", "(24)"), (r"\langle 4,2\rangle", "(2,4)"), (r"x=4\land y=2", "(2,4)"),
-    (r"\begin{cases}x=4\\y=2\end{cases}", "(2,4)"), (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
+    (r"\begin{cases}x=4\\y=2\end{cases}", "(2,4)"),
     ("x=4,y=2", "x=2,y=4"), ("(1,-16,-4,43)", "(1,-4,-16,43)"), ("2,2,3", "2,3,3"), ("2,4", "4,2,2"), ("2,4", "2"),
     (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
     # bases

@@ -179,9 +179,9 @@ def test_other_weights_under_one_name_and_path_do_not_meet_old_keys_and_values(e
 def test_what_vllm_does_not_do_is_one_line(engine, tokenizer, prompts, tmp_path):
     with one_line(r"serves tiny.*, not other"):
         connect(tokenizer, VLLM, "other")
-    with one_line("too high a rank: start vLLM with --max-lora-rank"):
+    with one_line(r"vLLM needs .*--max-lora-rank.*rank"):
         engine.use_adapter(random_adapter(tmp_path / "large", 128, 6), "large")
-    with one_line(r"cannot read the adapter .*nowhere: the server needs"):
+    with one_line(r"loads no adapter .*nowhere: vLLM needs"):
         engine.use_adapter(tmp_path / "nowhere", "x")
     (tmp_path / "half").mkdir()
     shutil.copy(tmp_path / "large" / "adapter_model.safetensors", tmp_path / "half")
@@ -287,7 +287,7 @@ def test_a_server_of_text_samples_solves_and_stops(text_server, tokenizer, promp
     greedy = engine.sample(prompts[:4], keys(4), GREEDY)
     expected = in_process(tokenizer, prompts[:4])[1]
     assert [r.text for r in greedy] == tokenizer.batch_decode(expected, skip_special_tokens=True)
-    with one_line("loads no adapters: start vLLM with --enable-lora"):
+    with one_line("vLLM needs --enable-lora"):
         engine.use_adapter(random_adapter(tmp_path / "adapter", 4, 0), "x")
     engine.close()
     with one_line("some/other"):
@@ -330,7 +330,7 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "ok":
             self.answer(200, completion(body, **(self.first if first else self.changes)))
         else:
-            self.answer(int(fault), self.refusal)
+            self.answer(int(fault), {"error": {"message": "as asked"}})
 
     def answer(self, status, content):
         data = json.dumps(content).encode()
@@ -352,12 +352,8 @@ def completion(body, usage=(), model=None, **changes) -> dict:
     tokens = {"token_ids": [5, 1], "finish_reason": "stop", "logprobs": {"token_logprobs": [-0.5, 0.0]}}
     if body["max_tokens"] == 1:
         tokens = {"token_ids": [5], "finish_reason": "length", "logprobs": {"token_logprobs": [-0.5]}}
-    asked = body["prompt"]
-    usage = {
-        "prompt_tokens": len(asked) if isinstance(asked, list) else 1,
-        "completion_tokens": len(tokens["token_ids"]),
-        **dict(usage),
-    }
+    read = len(body["prompt"]) if isinstance(body["prompt"], list) else 1
+    usage = {"prompt_tokens": read, "completion_tokens": len(tokens["token_ids"]), **dict(usage)}
     if "generation_config" in body:
         tokens["token_ids"] = tokens["logprobs"] = None
     return {"model": model or body["model"], "choices": [{"text": "", **tokens, **changes}], "usage": usage}
@@ -367,8 +363,7 @@ def completion(body, usage=(), model=None, **changes) -> dict:
 def fake(monkeypatch):
     monkeypatch.setattr(server, "RETRIES", 3)
     own = {"faults": [], "seen": [], "gone": [], "adapters": [], "changes": {}, "first": {}, "entry": {"id": "m"},
-           "open": 0, "most": 0, "text_only": False, "refusal": {"error": {"message": "as asked"}},
-           "lock": threading.Lock()}  # fmt: skip
+           "open": 0, "most": 0, "text_only": False, "lock": threading.Lock()}  # fmt: skip
     handler = type("Own", (Handler,), own)
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     httpd.handle_error = lambda *_: None  # clients that go away are the point
@@ -532,32 +527,28 @@ def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
         ask(fake.url)
     with one_line("serves m, not other"):
         ServerEngine(fake.url, "other", Tokens(), [1], 9, 1)
-    for fake.refusal in ({"error": "Not now"}, {"error": {"message": "Not now"}}, {"detail": "Not now"}, "Not now"):
-        fake.faults.append("401")
-        with one_line(r"wants a key, which is read from OPENAI_API_KEY \(401 Not now\)"):
-            ask(fake.url)
+    fake.faults.append("401")
+    with one_line(r"wants a key, which is read from OPENAI_API_KEY \(.*401.*as asked"):
+        ask(fake.url)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     ask(fake.url, 1)
     assert fake.seen[-1][2] == "Bearer secret"
 
 
-def test_what_the_server_cannot_hold_or_would_change_is_not_sampled(fake):
+def test_what_the_server_cannot_hold_is_not_sampled(fake):
     fake.entry = {"id": "m", "max_model_len": 64}
     with one_line("its context of 64 tokens does not hold a prompt of 1 and 64 new tokens"):
         ask(fake.url)
     fake.entry["max_model_len"] = 65
-    for temperature in (0.0, 0.01):
-        ask(fake.url, 1, settings=Sampling(temperature, 1.0, 0, 64))
-    assert len(fake.seen) == 5  # three first questions, two rows
     engine = ServerEngine(fake.url, "m", Tokens(), [1], 9, 1)  # a context for all leaves each row its own limit
     engine.sample([[2], [2, 2, 2]], keys(2), Sampling(1.0, 1.0, 0, 65, context=65))
     assert [body["max_tokens"] for _, body, _ in fake.seen[-2:]] == [64, 62]
 
 
-@pytest.mark.parametrize(("told", "raw"), [(-0.5, True), (0.0, False), (None, True)])
+@pytest.mark.parametrize(("told", "raw"), [(-0.5, True), (0.0, False)])
 def test_log_probabilities_behind_the_filters_are_seen(fake, monkeypatch, told, raw):
     """Asked with top_k 1: --logprobs-mode processed_logprobs gives 0."""
-    fake.first = {"logprobs": told if told is None else {"token_logprobs": [told]}}
+    fake.first = {"logprobs": {"token_logprobs": [told]}}
     monkeypatch.setattr(server, "ends_and_vocabulary", lambda *_: ([1], 9))
     engines.connect(fake.url, "m", None, Tokens(), 1).close()
     assert fake.seen[0][1]["top_k"] == 1
