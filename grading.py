@@ -139,8 +139,6 @@ _SYNONYMS = dict.fromkeys(_DRESS_ONLY.split(), "") | _table(r"""
 _END = r"(?![a-zA-Z])"
 _FUNCTIONS = r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|gcd|lcm|max|min|det|dim|deg|arg"
 _GROUPS = r"(?<![0-9.,])(?<![0-9.,] )([1-9][0-9]{0,2}(?: [0-9]{3})+)(?![0-9/]| ?[0-9]| ?\\[dt]?frac)"
-
-
 # In this order: delimiters, spaces, one command for its synonyms, braces where they may miss
 _SPELLINGS = [
     (r"^\s*(?:\*\*|__|`)\s*(.*?)\s*(?:\*\*|__|`)\s*$", r"\1"),  # Markdown
@@ -223,6 +221,8 @@ _ARITHMETIC = [
     (r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?",
      lambda match: "({}/{})".format(*Fraction(match[0]).as_integer_ratio())),
 ]  # fmt: skip
+_OPERATIONS = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__,
+               ast.Div: Fraction.__truediv__, ast.Pow: Fraction.__pow__}  # fmt: skip
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -240,10 +240,6 @@ def parse_number(text: str) -> Fraction | None:
     except (ValueError, AttributeError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
         pass
     return None
-
-
-_OPERATIONS = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__,
-               ast.Div: Fraction.__truediv__, ast.Pow: Fraction.__pow__}  # fmt: skip
 
 
 def _value(node: ast.expr) -> Fraction:
@@ -526,13 +522,11 @@ def _same(x: Reading, y: Reading, ask: Ask) -> bool:
     units = [{word.partition("^")[0] for word in reading.unit.split()} for reading in (x, y)]
     if x.unit != y.unit and all(unit and unit <= {*_UNIT_OF.values(), "per"} for unit in units):
         return False  # two units, both of the table
-    if x.form == y.form and (x.text == y.text if x.form == "formula" else x.value == y.value is not None):
+    if x.form == y.form and (x.text == y.text if x.form in ("based", "formula") else x.value == y.value is not None):
         return True
     if x.parts and y.parts and not forms & {"time", "ratio", "union"}:  # `1, 000` is a list beside a list
         x, y = (replace(reading, form="list") if reading.form == "number" else reading for reading in (x, y))
         forms = {x.form, y.form}
-    if forms == {"based"}:
-        return x.text == y.text
     if forms == {"time"} and x.text == y.text:
         return x.unit == y.unit or "" in (x.unit, y.unit)
     if forms & {"time", "ratio"}:
@@ -640,8 +634,6 @@ def _for_algebra(*texts: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------
 # Graders
 
-SECONDS_PER_COMPARISON = 10.0  # of processor time, so that no verdict depends on what else the machine does
-MEMORY_BYTES = 2 * 2**30
 WORKER = Path(__file__).resolve().parent / "runtime" / "grading_worker.py"
 _NO_GOLD = r"(?i:(?:\\text\{)?(?:proof|not ?found|n/?a|unknown|null|nan|see (?:the )?solution)\.?\}?)"
 
@@ -676,7 +668,8 @@ class MathVerifyGrader(ExactGrader):
 
     name = "math-verify"
 
-    def __init__(self, seconds: float = SECONDS_PER_COMPARISON, memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(self, seconds: float = 10.0, memory_bytes: int = 2 * 2**30) -> None:
+        """Limits of a comparison. Of processor time: no verdict depends on what else the machine does."""
         if importlib.util.find_spec("math_verify") is None:
             raise InputError("--grader math-verify: pip install math-verify; --grader exact undercounts LaTeX answers")
         self.version = importlib.metadata.version("math-verify")

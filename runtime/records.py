@@ -36,7 +36,6 @@ from runtime.ranks import gather_objects, progress, rank, say, wait_for_all, wor
 # ---------------------------------------------------------------------------------------------------------------
 # Files
 
-
 # How a file system says that it does not offer something, which is then done without.
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EPERM, errno.EACCES}
 
@@ -86,7 +85,6 @@ def make_folder(folder: Path) -> Path:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Run folders
-
 
 RECORD, LOCK, TRIAL = "config.json", ".lock", ".trial"
 LEFTOVERS = {RECORD, f".{RECORD}.partial", LOCK, TRIAL}  # of a start that failed
@@ -234,7 +232,6 @@ def git_commit() -> str | None:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Inputs by content, so that nothing changes under its name without a word
-
 
 # Weights of every format and their indices, configs, generation defaults, tokenizers, templates, adapters.
 DECIDING = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".json", ".jinja", ".txt", ".model",

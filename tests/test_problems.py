@@ -303,7 +303,6 @@ def test_tiny_problems_are_right_and_the_splits_are_disjoint_in_any_order():
 # ---------------------------------------------------------------------------------------------------------------
 # The last box
 
-
 BOXES = {
     "5": ["\\boxed{5}", "\\boxed {5}", "\\boxed\n{5}", "\\boxed 5.", "$\\boxed5$", "\\fbox{5}",
           "\\boxed{4} or \\fbox{5}"],
