@@ -48,7 +48,7 @@ def tiny(tmp_path_factory):
     model, tokenizer = load_model("tiny", device="cpu"), load_tokenizer("tiny")
     config, folder = DiagnoseConfig(**SMALL), tmp_path_factory.mktemp("choice")
     run = Diagnosis(model, tokenizer, GenerateEngine(model, tokenizer), ExactGrader(), [], config, folder)
-    some = replace(run, problems=load_problems("tiny:heldout", False)[:30])
+    some = replace(run, problems=load_problems("tiny:heldout", False)[:16])
     right = [row["problem"] for row in diagnose.spines(some) if row["correct"]]
     return replace(run, problems=[some.problems[i] for i in right[:4]])
 

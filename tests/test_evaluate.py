@@ -142,12 +142,12 @@ def test_a_sample_is_the_same_whatever_is_sampled_beside_it(tiny):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Run evaluate.py with the embedded model on eight of its problems; returns (summary, lines of samples.jsonl)."""
-    benchmark = tmp_path / "eight.jsonl"
-    rows = [{"problem": p.problem, "answer": p.answer} for p in tiny_problems("heldout", 8)]
+    """Run evaluate.py with the embedded model on four of its problems; returns (summary, lines of samples.jsonl)."""
+    benchmark = tmp_path / "four.jsonl"
+    rows = [{"problem": p.problem, "answer": p.answer} for p in tiny_problems("heldout", 4)]
     benchmark.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    settings = ["--num_samples", 2, "--max_new_tokens", 48, "--batch_size", 16, "--device", "cpu"]
+    settings = ["--num_samples", 2, "--max_new_tokens", 48, "--batch_size", 8, "--device", "cpu"]
 
     def call(name, *flags):
         folder = tmp_path / name
@@ -163,14 +163,14 @@ def run(tmp_path, monkeypatch, capsys):
 
 def test_an_evaluation_that_is_killed_or_grows_ends_like_an_unbroken_one(run):
     summary, lines = run("whole", "--seeds", 0, 1)
-    assert len(lines) == 2 * 8 * 2 and summary["seeds"] == [0, 1] and summary["problems"] == list(range(8))
+    assert len(lines) == 2 * 4 * 2 and summary["seeds"] == [0, 1] and summary["problems"] == list(range(4))
     first, one = run("growing", "--seeds", 1, "--num_samples", 1)
     grown, more = run("growing", "--seeds", 0, 1)
     assert more[: len(one)] == one and sorted(more) == sorted(lines) and grown == summary
     assert run("growing", "--seeds", 1, "--num_samples", 1)[0] == first  # the old question keeps its answer
     file = run.folder / "broken" / "samples.jsonl"
     shutil.copytree(run.folder / "whole", file.parent)
-    for left in (b"".join(lines[:20]) + lines[20][:25], b"".join(lines)):
+    for left in (b"".join(lines[:10]) + lines[10][:25], b"".join(lines)):
         file.write_bytes(left)
         resumed, again = run("broken", "--seeds", 0, 1)
         assert sorted(again) == sorted(lines) and resumed == summary
@@ -270,13 +270,13 @@ class Calculator:
 def test_an_engine_is_asked_for_exactly_what_is_missing_and_what_it_gave_is_kept(run, monkeypatch):
     """Any engine may stand behind the script; one that returns texts and no ids, as a server may."""
     tokenizer = load_tokenizer("tiny")
-    broken, whole = Calculator(tokenizer, stop_after=20), Calculator(tokenizer)
+    broken, whole = Calculator(tokenizer, stop_after=10), Calculator(tokenizer)
     engines = iter([broken, whole, whole])
     monkeypatch.setattr(evaluate, "open_engine", lambda *args: next(engines))
     with pytest.raises(InputError, match="gone"):
         run("served", "--seeds", 0, 1)
-    assert len((run.folder / "served" / "samples.jsonl").read_bytes().splitlines()) == 20
+    assert len((run.folder / "served" / "samples.jsonl").read_bytes().splitlines()) == 10
     summary, lines = run("served", "--seeds", 0, 1)
-    assert summary["metrics"]["avg"]["mean"] == 1.0 and len(lines) == 32 and whole.closed
+    assert summary["metrics"]["avg"]["mean"] == 1.0 and len(lines) == 16 and whole.closed
     run("served", "--seeds", 0, 1, 2)
-    assert broken.asked == [(32, 32, SETTINGS)] and whole.asked == [(12, 12, SETTINGS), (16, 16, SETTINGS)]
+    assert broken.asked == [(16, 16, SETTINGS)] and whole.asked == [(6, 6, SETTINGS), (8, 8, SETTINGS)]
