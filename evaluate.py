@@ -95,20 +95,18 @@ Job = tuple[int, int, int]  # (seed, problem index, sample index)
 
 def solve(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], jobs: list[Job], settings: Sampling,
-    enable_thinking: bool = True, on_sample: Callable[[Sample], None] | None = None, prompts: Prompts = PAPER_PROMPTS,
+    enable_thinking: bool = True, on_sample: Callable = lambda sample: None, prompts: Prompts = PAPER_PROMPTS,
 ) -> list[Sample]:  # fmt: skip
     """Sample the jobs, each with its own random stream; `on_sample` sees each sample as soon as the engine is done."""
     encoded = encode(tokenizer, [problems[index] for _, index, _ in jobs], enable_thinking, prompts)
     samples: dict[int, Sample] = {}
 
     def keep(row: int, response: Response) -> None:
-        text = response.text
-        if text is None:
-            text = tokenizer.decode(response.ids, skip_special_tokens=True)
+        decoded = tokenizer.decode(response.ids, skip_special_tokens=True)
+        text = decoded if response.text is None else response.text
         (seed, index, number), end = jobs[row], "eos" if response.finished else "length"
         samples[row] = Sample(index, number, seed, text, response.tokens or len(response.ids), end)
-        if on_sample is not None:
-            on_sample(samples[row])
+        on_sample(samples[row])
 
     engine.sample(encoded, stream_keys(problems, jobs), settings, keep)
     return [samples[row] for row in range(len(jobs))]

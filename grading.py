@@ -139,8 +139,6 @@ _SYNONYMS = dict.fromkeys(_DRESS_ONLY.split(), "") | _table(r"""
 _END = r"(?![a-zA-Z])"
 _FUNCTIONS = r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|gcd|lcm|max|min|det|dim|deg|arg"
 _GROUPS = r"(?<![0-9.,])(?<![0-9.,] )([1-9][0-9]{0,2}(?: [0-9]{3})+)(?![0-9/]| ?[0-9]| ?\\[dt]?frac)"
-
-
 # In this order: delimiters, spaces, one command for its synonyms, braces where they may miss
 _SPELLINGS = [
     (r"^\s*(?:\*\*|__|`)\s*(.*?)\s*(?:\*\*|__|`)\s*$", r"\1"),  # Markdown
@@ -223,6 +221,8 @@ _ARITHMETIC = [
     (r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?",
      lambda match: "({}/{})".format(*Fraction(match[0]).as_integer_ratio())),
 ]  # fmt: skip
+_OPERATIONS = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__,
+               ast.Div: Fraction.__truediv__, ast.Pow: Fraction.__pow__}  # fmt: skip
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -240,10 +240,6 @@ def parse_number(text: str) -> Fraction | None:
     except (ValueError, AttributeError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
         pass
     return None
-
-
-_OPERATIONS = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__,
-               ast.Div: Fraction.__truediv__, ast.Pow: Fraction.__pow__}  # fmt: skip
 
 
 def _value(node: ast.expr) -> Fraction:
@@ -286,11 +282,7 @@ _FUNCTION = rf"(?:{_FUNCTIONS}|sqrt|frac|binom)[a-z]?"
 _TRIGONOMETRY = r"\\(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)"
 _CURRENCY = r"([+-]?)(\\\$|[€£¥])([+-]?)"
 _POWER = r"\^(?:[0-9]|\{-?[0-9]\})"
-# \text{N}\cdot\text{m} as \text{N m}
-_TWO_UNITS = (
-    rf"(\\text\{{[a-zA-Z /.]*(?:{_POWER})?)\}}({_POWER})?(?:\\cdot|(/)|)\\text\{{(?!(?:and|or)\}})",
-    r"\1\2 \3",
-)
+_TWO_UNITS = rf"(\\text\{{[a-zA-Z /.]*(?:{_POWER})?)\}}({_POWER})?(?:\\cdot|(/)|)\\text\{{(?!(?:and|or)\}})"
 _TAIL = (
     r"(?P<symbol>\\%|\\\$|[€£¥]|\^\\circ(?: ?[CF]|\\text\{[CF]\})?)"
     rf"|\\(?:text|operatorname)\{{(?P<text>[a-zA-Z](?:[a-zA-Z0-9 /.^-]|\\cdot|\{{-?[0-9]\}})*)\}}(?P<power>{_POWER})?"
@@ -309,7 +301,7 @@ def split_unit(text: str) -> tuple[str, str]:
     unit, whole = "", text
     if (money := re.match(_CURRENCY, text)) is not None:
         unit, text = _UNIT_OF[money[2]], (money[1] or money[3]) + text[money.end() :]
-    joined = _rewrite(text, [_TWO_UNITS] * 3)
+    joined = _rewrite(text, [(_TWO_UNITS, r"\1\2 \3")] * 3)  # \text{N}\cdot\text{m} as \text{N m}
     tail = next((tail for tail in re.finditer(_TAIL, joined) if tail.end() == len(joined) and tail.start() > 0), None)
     if tail is None or joined.endswith((r"\text{and}", r"\text{or}"), 0, tail.start()):
         return text, unit
@@ -323,11 +315,9 @@ def split_unit(text: str) -> tuple[str, str]:
     if not all(_counts(word.partition("^")[0], as_text or position > 0) for position, word in enumerate(words)):
         return text, unit
     rest, inner = split_unit(rest) if rest.endswith("%") else (rest, "")
-
-    def name(word: re.Match) -> str:
-        return _UNIT_OF.get(word[0]) or _UNIT_OF.get(word[0].lower(), word[0].lower())
-
-    return rest, unit or inner or re.sub("[a-zA-Z]+", name, " ".join(words))
+    named = re.sub("[a-zA-Z]+", lambda word: _UNIT_OF.get(word[0]) or _UNIT_OF.get(word[0].lower(), word[0].lower()),
+                   " ".join(words))  # fmt: skip
+    return rest, unit or inner or named
 
 
 def _counts(word: str, as_text: bool) -> bool:
@@ -532,13 +522,11 @@ def _same(x: Reading, y: Reading, ask: Ask) -> bool:
     units = [{word.partition("^")[0] for word in reading.unit.split()} for reading in (x, y)]
     if x.unit != y.unit and all(unit and unit <= {*_UNIT_OF.values(), "per"} for unit in units):
         return False  # two units, both of the table
-    if x.form == y.form and (x.text == y.text if x.form == "formula" else x.value == y.value is not None):
+    if x.form == y.form and (x.text == y.text if x.form in ("based", "formula") else x.value == y.value is not None):
         return True
     if x.parts and y.parts and not forms & {"time", "ratio", "union"}:  # `1, 000` is a list beside a list
         x, y = (replace(reading, form="list") if reading.form == "number" else reading for reading in (x, y))
         forms = {x.form, y.form}
-    if forms == {"based"}:
-        return x.text == y.text
     if forms == {"time"} and x.text == y.text:
         return x.unit == y.unit or "" in (x.unit, y.unit)
     if forms & {"time", "ratio"}:
@@ -574,8 +562,7 @@ def _same_collection(xs: tuple[str, ...], ys: tuple[str, ...], ask: Ask, as_set:
         return bool(found) and all(map(any, found)) and all(map(any, zip(*found, strict=True)))
     left = list(ys)
     for part in xs:
-        found = next((other for other in left if same_answer(part, other, ask)), None)
-        if found is None:
+        if (found := next((other for other in left if same_answer(part, other, ask)), None)) is None:
             return False
         left.remove(found)
     return not left
@@ -647,8 +634,6 @@ def _for_algebra(*texts: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------
 # Graders
 
-SECONDS_PER_COMPARISON = 10.0  # of processor time, so that no verdict depends on what else the machine does
-MEMORY_BYTES = 2 * 2**30
 WORKER = Path(__file__).resolve().parent / "runtime" / "grading_worker.py"
 _NO_GOLD = r"(?i:(?:\\text\{)?(?:proof|not ?found|n/?a|unknown|null|nan|see (?:the )?solution)\.?\}?)"
 
@@ -683,11 +668,10 @@ class MathVerifyGrader(ExactGrader):
 
     name = "math-verify"
 
-    def __init__(self, seconds: float = SECONDS_PER_COMPARISON, memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(self, seconds: float = 10.0, memory_bytes: int = 2 * 2**30) -> None:
+        """Limits of a comparison. Of processor time: no verdict depends on what else the machine does."""
         if importlib.util.find_spec("math_verify") is None:
-            raise InputError(
-                "--grader math-verify: `pip install math-verify`; --grader exact undercounts LaTeX answers"
-            )
+            raise InputError("--grader math-verify: pip install math-verify; --grader exact undercounts LaTeX answers")
         self.version = importlib.metadata.version("math-verify")
         self.limits = (seconds, memory_bytes)
         self._known: dict[tuple[str, str], bool] = {}
@@ -724,8 +708,7 @@ class MathVerifyGrader(ExactGrader):
             command = [sys.executable, str(WORKER), *map(str, self.limits)]
             self._worker = subprocess.Popen(command, env=os.environ | fixed, **pipes)
             if self._worker.stdout.readline() != "ready\n":
-                why = "`python runtime/grading_worker.py 10 2e9` shows why"
-                raise InputError(f"--grader math-verify: its worker does not start; {why}")
+                raise InputError("--grader math-verify: `python runtime/grading_worker.py 10 2e9` shows what fails")
         try:
             self._worker.stdin.write(json.dumps((a, b)) + "\n")
             self._worker.stdin.flush()
@@ -734,7 +717,7 @@ class MathVerifyGrader(ExactGrader):
             reply = ""
         if reply not in ("true", "false", "refused"):
             self.close()
-            return ""
+            reply = ""
         return reply
 
     def close(self) -> None:

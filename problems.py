@@ -35,7 +35,6 @@ class Problem:
 # ---------------------------------------------------------------------------------------------------------------
 # Loading
 
-
 # The benchmarks of the paper (Section 4.1) by short name; their columns are the usual ones.
 BENCHMARKS = {
     "math500": "HuggingFaceH4/MATH-500:test",
@@ -222,7 +221,6 @@ def _text(name: str, cell: object, where: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------
 # The embedded world
-
 
 TINY_ADDENDS = 5
 HELDOUT_TENTHS = 2  # two tenths of all multisets of addends are held out

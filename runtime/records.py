@@ -28,14 +28,13 @@ import torch
 import transformers
 from transformers.utils import cached_file, extract_commit_hash
 
-from errors import InputError, one_line
+from errors import InputError, one_line, require
 from problems import Problem
 from runtime.loading import TINY_MODEL
 from runtime.ranks import gather_objects, progress, rank, say, wait_for_all, world_size
 
 # ---------------------------------------------------------------------------------------------------------------
 # Files
-
 
 # How a file system says that it does not offer something, which is then done without.
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EPERM, errno.EACCES}
@@ -87,7 +86,6 @@ def make_folder(folder: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------------
 # Run folders
 
-
 RECORD, LOCK, TRIAL = "config.json", ".lock", ".trial"
 LEFTOVERS = {RECORD, f".{RECORD}.partial", LOCK, TRIAL}  # of a start that failed
 
@@ -101,8 +99,6 @@ def new_folder(output_dir: str | None, name: str) -> Path:
             break
         except FileExistsError:
             folder, number = Path(f"runs/{name}-{number}"), number + 1
-        except OSError as error:
-            raise InputError(f"--output_dir {folder}: cannot be made ({error.strerror})") from None
     return Path(gather_objects(str(folder))[0])
 
 
@@ -118,6 +114,10 @@ def open_run(folder: Path, script: str, resume: bool) -> Iterator[dict | None]:
         yield gather_objects(record)[0]
 
 
+def _refusal(folder: Path, why: str) -> InputError:
+    return InputError(f"--output_dir {folder}: {why}")
+
+
 @contextmanager
 def _locked(folder: Path, script: str, resume: bool) -> Iterator[dict | None]:
     begun_before(folder, script, resume)  # before anything is written into a folder that is not ours
@@ -128,7 +128,7 @@ def _locked(folder: Path, script: str, resume: bool) -> Iterator[dict | None]:
             is_free = (folder / LOCK).exists()  # else its holder has just taken the folder away
     except (OSError, NotImplementedError) as error:  # the latter: an older filelock, where a file system has no locks
         if getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
-            raise _refusal(folder, f"cannot be written ({error.strerror})") from None
+            raise
         say(f"--output_dir {folder}: cannot be locked ({one_line(error)}); nothing keeps a second run out of it")
         is_free = True
     if not is_free:
@@ -142,10 +142,6 @@ def _locked(folder: Path, script: str, resume: bool) -> Iterator[dict | None]:
             if {path.name for path in folder.iterdir()} <= {LOCK, RECORD}:
                 shutil.rmtree(folder)  # while it is still held: nobody else can be in it
         lock.release()
-
-
-def _refusal(folder: Path, why: str) -> InputError:
-    return InputError(f"--output_dir {folder}: {why}")
 
 
 def begun_before(folder: Path, script: str, resume: bool) -> dict | None:
@@ -222,8 +218,7 @@ def first_day(record: dict | None) -> str:
 
 
 def versions() -> dict[str, str]:
-    libraries = {library.__name__: library.__version__ for library in (torch, transformers)}
-    return {"python": platform.python_version(), **libraries}
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def git_commit() -> str | None:
@@ -237,7 +232,6 @@ def git_commit() -> str | None:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Inputs by content, so that nothing changes under its name without a word
-
 
 # Weights of every format and their indices, configs, generation defaults, tokenizers, templates, adapters.
 DECIDING = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".json", ".jinja", ".txt", ".model",
@@ -275,8 +269,7 @@ def revision(name: str) -> str:
         commit = extract_commit_hash(cached_file(name, "config.json"), None)
     except Exception as error:  # the hub's errors have no common base class
         raise InputError(f"--model {name}: cannot be read ({one_line(error)})") from error
-    if commit is None:
-        raise InputError(f"--model {name}: the hub names no revision of it; download it and pass the directory")
+    require(commit is not None, "model", name, "have a revision on the hub; download it and pass the directory")
     return commit
 
 
@@ -294,12 +287,10 @@ def difference(found: object, wanted: object) -> str | None:
     """The first part in which two fingerprints differ, in words; None where they are the same."""
     if found == wanted:
         return None
-    part = ""
     if isinstance(found, dict) and isinstance(wanted, dict):
-        key = min(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-        part, found, wanted = f"{key} ", found.get(key), wanted.get(key)
-    before, now = ("not there" if value is None else str(value)[:12] for value in (found, wanted))
-    return f"{part}{before}, now {now}"
+        part = min(part for part in found.keys() | wanted.keys() if found.get(part) != wanted.get(part))
+        return f"{part} {difference(found.get(part), wanted.get(part))}"
+    return f"{str(found)[:12]}, now {str(wanted)[:12]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -365,10 +356,7 @@ class RowFile:
         if path.is_file():
             with path.open("r+b") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
-        try:
-            return {self._key(row): row for row in read_rows(path, self.fields, exactly=True)}
-        except TypeError:
-            raise InputError(f"{path}: a row's {' or '.join(self.key)} is no plain value") from None
+        return {self._key(row): row for row in read_rows(path, self.fields, exactly=True)}
 
     def _key(self, row: dict) -> tuple:
         return tuple(row[name] for name in self.key)

@@ -231,7 +231,8 @@ class ServerEngine:
             patient = self._quick.with_options(timeout=timeout(LOAD_SECONDS))
             await patient.post("/load_lora_adapter", cast_to=str, body=body)
         except openai.APIStatusError as error:
-            raise AnswerError(why_not_loaded(error, directory)) from None
+            needs = "--enable-lora, --max-lora-rank, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and the files at this path"
+            raise AnswerError(f"loads no adapter {directory}: vLLM needs {needs} ({one_line(error)})") from None
         before, self._loaded, self.model = self._loaded, name, name
         if before is not None:
             await self._unload(before)
@@ -253,9 +254,9 @@ class ServerEngine:
         if isinstance(error, openai.APIConnectionError):
             reason = f"no answer ({one_line(error.__cause__ or error)})"
         elif isinstance(error, openai.AuthenticationError):
-            reason = f"wants a key, which is read from OPENAI_API_KEY ({answer(error)})"
+            reason = f"wants a key, which is read from OPENAI_API_KEY ({reason})"
         elif isinstance(error, openai.APIStatusError):
-            reason = f"refuses a request for {self.model} ({answer(error)})"
+            reason = f"refuses a request for {self.model} ({reason})"
         elif not isinstance(error, openai.OpenAIError):
             raise error
         raise InputError(f"--server {self.server}: {reason}{self._by_proxy}")
@@ -298,23 +299,3 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
         if tokenizer.encode(text) == ids:
             return text
     raise InputError("--server: a prompt cannot be written as text that encodes to the same tokens; sample without it")
-
-
-def answer(error) -> str:
-    """Status and message of a refusal, which is text, {"message": ...} or {"detail": ...}."""
-    body = error.body
-    if isinstance(body, dict):
-        body = body.get("message") or body.get("detail") or body
-    return one_line(f"{error.status_code} {body}")
-
-
-def why_not_loaded(error, directory: Path) -> str:
-    """vLLM's answers to an adapter that it does not load, in words of what to do."""
-    text = answer(error)
-    if "No adapter found" in text:
-        return f"cannot read the adapter {directory}: the server needs the directory under this very path"
-    if "max_lora_rank" in text:
-        return f"the adapter {directory} has too high a rank: start vLLM with --max-lora-rank ({text})"
-    if error.status_code in (404, 405) or "LoRA is not enabled" in text:
-        return "loads no adapters: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
-    return f"does not load the adapter {directory} ({text})"

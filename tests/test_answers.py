@@ -92,9 +92,10 @@ DIFFERENT = [
     ("1,000,00", "100000"), ("1.000", "1000"), ("7, 000", "7"), ("61/2", "6 1/2"), (r"1\frac{4}{5}", r"\frac{14}{5}"),
     # order and number of parts
     ("4,2", "(2,4)"), (r"\{4,2\}", "(2,4)"), ("x=4, y=2", "(2,4)"), ("(x,y)=(4,2)", "(2,4)"), ("(y,x)=(2,4)", "(2,4)"),
-    (r"\langle 4,2\rangle", "(2,4)"), (r"x=4\land y=2", "(2,4)"), (r"\begin{cases}x=4\\y=2\end{cases}", "(2,4)"),
-    ("x=4,y=2", "x=2,y=4"), ("(1,-16,-4,43)", "(1,-4,-16,43)"), ("2,2,3", "2,3,3"), ("2,4", "4,2,2"), ("2,4", "2"),
+    (r"\{2,4\}", "(2,4)"), ("(2,4)", "(24)"), (r"\langle 4,2\rangle", "(2,4)"), (r"x=4\land y=2", "(2,4)"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
+    (r"\begin{cases}x=4\\y=2\end{cases}", "(2,4)"),
+    ("x=4,y=2", "x=2,y=4"), ("(1,-16,-4,43)", "(1,-4,-16,43)"), ("2,2,3", "2,3,3"), ("2,4", "4,2,2"), ("2,4", "2"),
     (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
     # bases
     ("2516_9", "2516_8"), ("2516", "2516_8"), ("1358", "2516_8"), ("2516_{18}", "2516_8"), ("2517_8", "2516_8"),
@@ -143,26 +144,6 @@ def test_a_relation_is_no_value(sign):
     assert same_answer(sign + r"\frac12x", sign + r" \frac{1}{2} x")
 
 
-# Golds of the MATH benchmark by their form: seven ordered tuples of integers, six numbers with a base.
-@pytest.mark.parametrize("gold", ["(3,7)", "(-3,7)", "(-3,1)", "(14,-28)", "(9,-1)", "(5,32,-2)", "(2,-15,-3,41)"])
-def test_ordered_tuples(gold):
-    numbers = gold.strip("()").split(",")
-    turned = numbers[1:] + numbers[:1]
-    assert same_answer(gold, f"\\left( {', '.join(numbers)} \\right)") and same_answer(gold, ", ".join(numbers))
-    for wrong in (f"({','.join(turned)})", ",".join(turned), f"\\{{{','.join(turned)}\\}}", f"\\{{{gold[1:-1]}\\}}"):
-        assert not same_answer(gold, wrong, ask=lambda a, b: True), wrong
-    assert not same_answer(gold, f"({''.join(numbers)})", ask=lambda a, b: True)
-
-
-@pytest.mark.parametrize("gold", ["305_6", "2516_8", "30_7", "3120_{5}", "3232_7", "41_8"])
-def test_based_numbers(gold):
-    digits, _, base = gold.replace("{", "").replace("}", "").partition("_")
-    assert same_answer(gold, f"{digits}_{{{base}}}") and same_answer(gold, f"{digits}_{base}.")
-    same = str(int(digits, int(base)))
-    for wrong in (f"{digits}_{int(base) + 1}", f"{digits}_{{1{base}}}", digits, f"{digits}0_{base}", same):
-        assert not same_answer(gold, wrong, ask=lambda a, b: True), wrong
-
-
 def test_numbers_are_exact_and_bounded():
     assert parse_number("1/3") * 3 == 1 and parse_number("0.1") * 10 == 1 and parse_number("-2^2") == -4
     assert parse_number("2-3*4/6+1") == 1 and parse_number("\\frac{1+2}{3^2}") == Fraction(1, 3)
@@ -182,9 +163,6 @@ def test_algebra_is_asked_only_where_it_is_needed():
     assert not same_answer("(\\sqrt{4},x+1)", "(2,1+x)", ask=lambda a, b: asked.append((a, b)))
     assert asked == [("\\sqrt{4}", "2")] or asked == [("2", "\\sqrt{4}")]
     assert same_answer("(\\sqrt{4},x+1)", "(2,1+x)", ask=lambda a, b: True)
-
-
-def test_golds_that_need_algebra():
     read = ["5", "-1.5", "1,000", "\\frac{1}{2}", "(3,7)", "\\text{east}", "B", "12_5", "x=5"]
     formulas = ["\\sqrt{2}", "x+1", "(3,\\frac{\\pi}{2})", "1\\pm\\sqrt{2}", "y=2x"]
     assert [gold for gold in [*read, *formulas] if needs_algebra(gold)] == formulas
@@ -198,9 +176,9 @@ def test_one_spelling():
 def test_matching_is_symmetric_and_quick_on_anything():
     draw = random.Random(3)
     pieces = [*"0123456789.,/{}\\ -+$%^_=<>()[]!xy", "frac", "\\frac", "\\text{", "\\cup", "\\pm", " or ", "cm", "\\{"]
-    texts = ["".join(draw.choice(pieces) for _ in range(draw.randint(0, 9))) for _ in range(300)]
+    texts = ["".join(draw.choice(pieces) for _ in range(draw.randint(0, 9))) for _ in range(200)]
     for a in texts:
-        for b in texts[:50]:
+        for b in texts[:30]:
             assert same_answer(a, b) == same_answer(b, a), (a, b)
         assert same_answer(a, a) == (normalise_answer(a) != "")
     longs = r"\text{ 1, ( { 1 . \frac x= \begin{pmatrix} <x \pm = \{ ! -"
@@ -214,15 +192,11 @@ def test_matching_is_symmetric_and_quick_on_anything():
     assert not same_answer("x" * 2 * LONGEST, "y" * 2 * LONGEST)
 
 
-def test_an_answer_nested_deeper_than_the_limit_is_a_string():
+def test_depth_and_parts_are_bounded():
     for depth, asked in ((DEEPEST, True), (DEEPEST + 1, False)):
-        deep = "\\sqrt{" * depth + "x" + "}" * depth
-        questions = []
+        deep, questions = "\\sqrt{" * depth + "x" + "}" * depth, []
         same_answer(deep, "x", ask=lambda a, b, questions=questions: questions.append(a))
         assert bool(questions) == asked and same_answer(deep, " " + deep)
-
-
-def test_parts_are_bounded():
     few, many = (list(map(str, range(count))) for count in (MOST_PARTS, MOST_PARTS + 1))
     assert same_answer(",".join(few), ",".join(few[::-1])) and same_answer(",".join(many), ",".join(many))
     assert not same_answer(",".join(many), ",".join(many[::-1]), ask=lambda a, b: True)

@@ -47,17 +47,13 @@ def test_form_and_arithmetic_alone_pass_no_wrong_pair():
 
 # Ordinary identities, for which sympy compiles code that it generates, and four pairs that are none
 IDENTITIES = [
-    (r"\binom{n}{3}", r"\frac{n(n-1)(n-2)}{6}"), (r"\binom{n+1}{2}", r"\frac{n^2+n}{2}"), (r"1-\cos 2x", r"2\sin^2 x"),
-    (r"\tan^2 x", r"\sec^2 x-1"), (r"\frac{a^2-b^2}{a-b}", "a+b"), (r"\frac{1}{x}+\frac{1}{y}", r"\frac{x+y}{xy}"),
-    (r"\frac{x^3+y^3}{x+y}", "x^2-xy+y^2"), (r"\sin 3x", r"3\sin x-4\sin^3 x"), (r"\frac{n!}{(n-2)!}", "n^2-n"),
-    (r"\sum_{k=1}^{n} k^2", r"\frac{n(n+1)(2n+1)}{6}"), (r"\int_0^1 x^2 dx", r"\frac{1}{3}"), (r"\gcd(12,18)", "6"),
-    (r"\cosh^2 x-\sinh^2 x", "1"), (r"\frac{1}{1+\sqrt{x}}", r"\frac{1-\sqrt{x}}{1-x}"), (r"\cot x\tan x", "1"),
-    (r"\cos 4x", r"8\cos^4 x-8\cos^2 x+1"), (r"\frac{xy+yz}{y}", "x+z"), (r"\sin x\cos y+\cos x\sin y", r"\sin(x+y)"),
-    (r"\binom{n}{2}+\binom{n}{1}", r"\frac{n(n+1)}{2}"), (r"\frac{x^4-1}{x^2+1}", "x^2-1"), (r"\max(2,5)", "5"),
-    (r"\frac{(n+1)!}{n!}", "n+1"), (r"\cos^4 x-\sin^4 x", r"\cos 2x"), (r"\frac{\sin 2x}{2\cos x}", r"\sin x"),
-    (r"\frac{2}{x^2-1}+\frac{1}{x+1}", r"\frac{1}{x-1}"), (r"\frac{1}{n}-\frac{1}{n+1}", r"\frac{1}{n(n+1)}"),
-    (r"\sum_{k=0}^{n} 2^k", "2^{n+1}-1"), (r"\frac{a^3-b^3}{a-b}", "a^2+ab+b^2"), (r"(x+y)^3-x^3-y^3", "3xy(x+y)"),
-    (r"\sum_{n=1}^{\infty}\frac{1}{n^2}", r"\frac{\pi^2}{6}"),
+    (r"\binom{n}{3}", r"\frac{n(n-1)(n-2)}{6}"), (r"1-\cos 2x", r"2\sin^2 x"), (r"\tan^2 x", r"\sec^2 x-1"),
+    (r"\frac{a^2-b^2}{a-b}", "a+b"), (r"\frac{1}{x}+\frac{1}{y}", r"\frac{x+y}{xy}"), (r"\gcd(12,18)", "6"),
+    (r"\frac{x^3+y^3}{x+y}", "x^2-xy+y^2"), (r"\frac{n!}{(n-2)!}", "n^2-n"), (r"\int_0^1 x^2 dx", r"\frac{1}{3}"),
+    (r"\sum_{k=1}^{n} k^2", r"\frac{n(n+1)(2n+1)}{6}"), (r"\frac{1}{1+\sqrt{x}}", r"\frac{1-\sqrt{x}}{1-x}"),
+    (r"\cosh^2 x-\sinh^2 x", "1"), (r"\sin x\cos y+\cos x\sin y", r"\sin(x+y)"), (r"\max(2,5)", "5"),
+    (r"\frac{(n+1)!}{n!}", "n+1"), (r"\frac{2}{x^2-1}+\frac{1}{x+1}", r"\frac{1}{x-1}"),
+    (r"\sum_{k=0}^{n} 2^k", "2^{n+1}-1"), (r"\sum_{n=1}^{\infty}\frac{1}{n^2}", r"\frac{\pi^2}{6}"),
 ]  # fmt: skip
 NO_IDENTITIES = [
     ("(x+y)^2", "x^2+y^2"), ("(a+b+c)^2", "a^2+b^2+c^2"), (r"\binom{n}{2}", r"\binom{n}{3}"), (r"\cos 2x", r"2\cos x"),
@@ -114,15 +110,14 @@ def test_math_verify_changes_no_verdict_of_the_tables(grader):
 
 
 @needs_math_verify
-def test_math_verify_is_asked_only_about_formulas():
-    grader = MathVerifyGrader(seconds=5.0)
+def test_math_verify_is_asked_only_about_formulas(grader):
+    idle, before = MathVerifyGrader(), grader.asked
     pairs = [("5", "6"), ("5", "5.0"), ("(1,2)", "(2,1)"), ("2_5", "2_6"), ("\\sqrt{2}", "$\\sqrt2$"), ("a b", None)]
     for pair in pairs:
-        grader.match(*pair)
-    assert grader.asked == 0 and grader._worker is None
-    assert grader.match("(\\sqrt{4},\\sqrt{9})", "(2,3)") and grader.asked == 1
-    assert grader.match("(2,3)", "(\\sqrt{4},\\sqrt{9})") and grader.asked == 1  # known, also the other way round
-    grader.close()
+        idle.match(*pair)
+    assert idle.asked == 0 and idle._worker is None
+    assert grader.match("(\\sqrt{4},\\sqrt{9})", "(2,3)") and grader.asked == before + 1
+    assert grader.match("(2,3)", "(\\sqrt{4},\\sqrt{9})") and grader.asked == before + 1  # known, also turned round
 
 
 def test_exact_undercounts_latex_and_none_matches_nothing():
@@ -136,7 +131,7 @@ def test_exact_undercounts_latex_and_none_matches_nothing():
 def test_the_choice_of_grader(monkeypatch):
     with pytest.raises(InputError, match="--grader sympy"):
         make_grader("sympy", ["5"])
-    assert make_grader("exact", ["\\sqrt{2}"]).name == "exact" and make_grader("exact", ["5"]).note == ""
+    assert make_grader("exact", ["proof"]).note != make_grader("exact", ["\\sqrt{2}"]).note == ExactGrader.note == ""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     plain = make_grader("auto", ["5", "1,000", "\\text{east}"])
     assert plain.name == "exact" and "pip install math-verify" in plain.note and "\n" not in plain.note
@@ -144,18 +139,6 @@ def test_the_choice_of_grader(monkeypatch):
         with pytest.raises(InputError, match=r"pip install .*--grader exact") as caught:
             make_grader(name, golds)
         assert "\n" not in str(caught.value)
-
-
-def test_a_grader_of_a_users_own_by_name(monkeypatch):
-    class Rounded(ExactGrader):
-        name = "rounded"
-
-        def match(self, answer, gold):
-            return round(float(answer)) == round(float(gold))
-
-    monkeypatch.setitem(grading.GRADERS, "rounded", Rounded)
-    grader = make_grader("rounded", ["5", "proof"])
-    assert grader.match("4.9", "5") and grader.name == "rounded" and grader.note and ExactGrader.note == ""
 
 
 @pytest.mark.slow
@@ -187,40 +170,25 @@ def test_a_worker_that_is_stopped_or_dies_or_is_deaf_is_replaced():
 
 
 MONOMIAL = "def monomial_div(A, B):\n    (a0,) = A\n    (b0,) = B\n    r0 = a0 - b0\n    if r0 < 0: return None\n"
-
-
-NUMBERS = ["Integer (35 )", "Float ('3.5' )", "Integer (1 )", "Integer (3 )/Integer (2 )"]
 LAMBDA = "def _lambdifygenerated(n):\n    return (n + 1)**2\n"
+NUMBERS = ["Integer (35 )", "Float ('3.5' )", "Integer (1 )", "Integer (3 )/Integer (2 )"]
+CODE = ["__import__('os').system('id')", "Integer (3 ).__class__", "from os import *", "import scipy; import numpy",
+        MONOMIAL + "    exec(A)\n", MONOMIAL.replace("a0 - b0", "a0.b0"), LAMBDA.replace("n + 1", "n.n"),
+        LAMBDA + "    exec(n)\n", LAMBDA.replace("n + 1", "id")]  # fmt: skip
+EVENTS = [("os.system", ("id",)), ("subprocess.Popen", ("id", (), None, None)), ("os.remove", ("/tmp/x", -1)),
+          ("socket.connect", (None, ("127.0.0.1", 80))), ("open", ("/tmp/x", "w", os.O_WRONLY | os.O_CREAT)),
+          *[("compile", (text.encode(), "<string>")) for text in CODE]]  # fmt: skip
 
 
 @pytest.mark.parametrize("source", [MONOMIAL, LAMBDA, "from sympy import *", "from mpmath import *", *NUMBERS])
 def test_numbers_may_be_compiled(source):
-    grading_worker.refuse("compile", (source, "<string>"))
-    grading_worker.refuse("compile", (source.encode(), "<string>"))
+    for text in (source, source.encode()):
+        grading_worker.refuse("compile", (text, "<string>"))
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "__import__('os').system('id')", "Integer (3 ).__class__", "from os import *", "import scipy; import numpy",
-        MONOMIAL + "    exec(A)\n", MONOMIAL.replace("a0 - b0", "a0.b0"), LAMBDA.replace("n + 1", "n.n"),
-        LAMBDA + "    exec(n)\n", LAMBDA.replace("n + 1", "id"),
-    ],
-)  # fmt: skip
-def test_no_other_code_is_compiled(source):
-    with pytest.raises((PermissionError, ImportError)):
-        grading_worker.refuse("compile", (source.encode(), "<string>"))
-
-
-@pytest.mark.parametrize(
-    ("event", "arguments"),
-    [
-        ("os.system", ("id",)), ("subprocess.Popen", ("id", (), None, None)), ("os.remove", ("/tmp/x", -1)),
-        ("socket.connect", (None, ("127.0.0.1", 80))), ("open", ("/tmp/x", "w", os.O_WRONLY | os.O_CREAT)),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("event", "arguments"), EVENTS)
 def test_everything_else_is_refused(event, arguments):
-    with pytest.raises(PermissionError):
+    with pytest.raises((PermissionError, ImportError)):
         grading_worker.refuse(event, arguments)
 
 
@@ -237,15 +205,12 @@ def hostile_answers(count: int, seed: int, canary: str):
     ]  # fmt: skip
     control = [chr(number) for number in (0, 1, 7, 8, 10, 13, 27, 127, 0x2028, 0x202E, 0xD800)]
 
-    def deep() -> str:
-        depth = draw.randint(2, 400)
-        return draw.choice(["(", "{", "\\sqrt{", "\\frac{1}{"]) * depth + "1" + draw.choice([")", "}"]) * depth
-
+    depth = draw.randint(2, 400)
     kinds = {
         "braces": lambda: "".join(draw.choice("{}\\x1") for _ in range(draw.randint(1, 60))),
         "latex": lambda: "".join(draw.choice(pieces) for _ in range(draw.randint(1, 30))),
         "long": lambda: draw.choice(["1", "x", "{", "1+", "\\frac{1}{2}", " "]) * (100_000 // draw.randint(1, 6)),
-        "deep": deep,
+        "deep": lambda: draw.choice(["(", "{", "\\sqrt{", "\\frac{1}{"]) * depth + "1" + draw.choice(")}") * depth,
         "tower": lambda: "^{".join(str(draw.randint(2, 99)) for _ in range(draw.randint(2, 6))) + "}" * 5,
         "factorial": lambda: f"{draw.randint(10, 10**9)}" + "!" * draw.randint(1, 4),
         "unicode": lambda: "".join(chr(draw.randint(1, 0xD7FF)) for _ in range(draw.randint(1, 50))),

@@ -34,7 +34,6 @@ COLUMNS = "problem is empty or missing .the columns are Id, solution; --columns 
 BAD = [
     ('{"problem": "a", "solution": "s"}\n{', "line 2: not valid JSON"),
     ('{"problem": " ", "solution": "s"}', "line 1: the problem is empty"),
-    ('{"problem": null, "solution": "s"}', "line 1: the problem is empty or missing"),
     ('{"problem": "a"}', "line 1: the solution is empty"),
     ('{"problem": "a", "solution": "s"}\n7', "line 2: expected an object"),
     ("[1]", "row 0: expected an object"),
@@ -42,9 +41,7 @@ BAD = [
     ('{"Id": 3, "solution": "s"}', COLUMNS),
     ("", "no problems in it"),
     ('{"problem": "half \\ud800 of a pair", "solution": "s"}', "line 1: the problem holds half of a surrogate pair"),
-    ('{"problem": "p", "solution": "\\udc00"}', "line 1: the solution holds half"),
     ('{"problem": NaN, "solution": "s"}', "line 1: the problem is neither text nor a number .* but NaN"),
-    ('{"problem": "p", "solution": -Infinity}', "line 1: the solution is neither"),
     ("[" * 100_000, "line 1: not valid JSON"),
 ]
 
@@ -66,7 +63,7 @@ def test_numbers_keep_their_spelling_and_a_byte_order_mark_is_no_text(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["problem", "solution", "answer"])
-@pytest.mark.parametrize("value", [["2"], [], {}, {"text": "2"}, True, False])
+@pytest.mark.parametrize("value", [["2"], [], {}, True])
 def test_what_is_neither_text_nor_a_number_is_named_with_its_line(tmp_path, name, value):
     row = {"problem": "p", "solution": "s", "answer": "2"}
     with pytest.raises(InputError, match=f"line 2: the {name} is neither text nor a number"):
@@ -156,21 +153,15 @@ def test_a_folder_holds_splits(tmp_path, monkeypatch, name):
             load_problems(str(tmp_path / "d"))
 
 
-def test_a_data_set_without_splits_has_no_other_split(tmp_path):
-    with pytest.raises(InputError, match="no split test"):
-        load_problems(f"{saved(tmp_path / 'd')}:test")
-
-
-def test_a_long_cell_is_read_whole(tmp_path):
+def test_a_long_cell_is_read_whole_and_several_files_of_a_split_in_order(tmp_path):
     path = saved(tmp_path / "d.csv", [{"problem": "p", "solution": "s" * 200_000}])
     assert len(load_problems(str(path))[0].solution) == 200_000
-
-
-def test_several_files_of_a_split_are_read_in_order(tmp_path):
     for number in (1, 0):
         saved(tmp_path / f"train-{number}.jsonl", ROWS[number : number + 1])
     items = load_problems(str(tmp_path))
     assert texts(items) == WANTED and [item.row for item in items] == [0, 1]
+    with pytest.raises(InputError, match="no split test"):  # save_to_disk without splits
+        load_problems(f"{saved(tmp_path / 'd')}:test")
 
 
 @pytest.mark.parametrize("source", ["./a/b", "/a/b", "~/a", "../a", "a/b.parquet", "a/b.csv"])
@@ -202,7 +193,6 @@ OTHERS = [
     ("d.csv", "problem;answer\na;1\n", "the columns are problem;answer"),
     ("d.csv", "problem,answer\n", "no problems in it"),
     ("d.csv", b"problem,answer\n\xe9,1\n", "not UTF-8"),
-    ("d.json", b'[{"problem": "\xe9"}]', "not UTF-8"),
     ("d.parquet", "PAR1", "d.parquet: cannot be read"),
 ]
 
@@ -282,12 +272,6 @@ def test_dialogues_that_are_no_problem_and_solution(tmp_path):
     assert load_problems(jsonl(tmp_path, {"messages": [turn], "answer": 1}), need_solution=False)[0].solution == ""
 
 
-def test_columns_are_chosen_once_for_all_rows(tmp_path):
-    path = jsonl(tmp_path, {"problem": "p", "solution": "s"}, {"question": "another", "solution": "s"})
-    with pytest.raises(InputError, match="line 2: the problem is empty or missing"):
-        load_problems(path)
-
-
 def test_columns_by_name(tmp_path):
     path = jsonl(tmp_path, {"problem": "other", "task": "q", "answer": "long \\boxed{7}", "key": 7})
     assert texts(load_problems(path, columns="problem=task, solution=answer")) == [("q", "long \\boxed{7}", "7")]
@@ -298,6 +282,8 @@ def test_columns_by_name(tmp_path):
         with pytest.raises(InputError, match=f"--columns {columns}: not of the form"):
             load_problems(path, columns=columns)
     assert load_problems("tiny", columns="problem=task") == load_problems("tiny")  # their columns are known
+    with pytest.raises(InputError, match="line 2: the problem is empty or missing"):  # one choice for all rows
+        load_problems(jsonl(tmp_path, {"problem": "p", "solution": "s"}, {"question": "another", "solution": "s"}))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -316,7 +302,6 @@ def test_tiny_problems_are_right_and_the_splits_are_disjoint_in_any_order():
 
 # ---------------------------------------------------------------------------------------------------------------
 # The last box
-
 
 BOXES = {
     "5": ["\\boxed{5}", "\\boxed {5}", "\\boxed\n{5}", "\\boxed 5.", "$\\boxed5$", "\\fbox{5}",
@@ -345,8 +330,8 @@ def test_extract_boxed():
 
 def test_extraction_is_linear():
     box = "\\boxed{"
-    for text in (box * 50_000, box * 50_000 + "}" * 50_000, "\\boxed\\frac{" + "{" * 400_000, "\\boxed" * 50_000,
-                 box + "{" * 400_000, box + "\\" * 400_000, box + "{}" * 200_000):  # fmt: skip
+    for text in (box * 50_000, box * 50_000 + "}" * 50_000, "\\boxed\\frac{" + "{" * 100_000, "\\boxed" * 50_000,
+                 box + "{" * 100_000, box + "\\" * 100_000, box + "{}" * 50_000):  # fmt: skip
         start = time.process_time()
         extract_boxed(text)
         assert time.process_time() - start < 2

@@ -54,8 +54,8 @@ def prompts(tokenizer):
     return [encode_prompt(tokenizer, EVALUATION_PROMPT, item, True) for item in tiny_problems("heldout", 24)]
 
 
-def connect(tokenizer, url, model="tiny", in_flight=8) -> ServerEngine:
-    return ServerEngine(url, model, tokenizer, [tokenizer.eos_token_id], len(tokenizer), in_flight)
+def connect(tokenizer, url, model="tiny") -> ServerEngine:
+    return ServerEngine(url, model, tokenizer, [tokenizer.eos_token_id], len(tokenizer), 8)
 
 
 def keys(count, seed=0):
@@ -179,9 +179,9 @@ def test_other_weights_under_one_name_and_path_do_not_meet_old_keys_and_values(e
 def test_what_vllm_does_not_do_is_one_line(engine, tokenizer, prompts, tmp_path):
     with one_line(r"serves tiny.*, not other"):
         connect(tokenizer, VLLM, "other")
-    with one_line("too high a rank: start vLLM with --max-lora-rank"):
+    with one_line(r"vLLM needs .*--max-lora-rank.*rank"):
         engine.use_adapter(random_adapter(tmp_path / "large", 128, 6), "large")
-    with one_line(r"cannot read the adapter .*nowhere: the server needs"):
+    with one_line(r"loads no adapter .*nowhere: vLLM needs"):
         engine.use_adapter(tmp_path / "nowhere", "x")
     (tmp_path / "half").mkdir()
     shutil.copy(tmp_path / "large" / "adapter_model.safetensors", tmp_path / "half")
@@ -277,7 +277,7 @@ def text_server(tmp_path_factory):
 @pytest.mark.slow
 def test_a_server_of_text_samples_solves_and_stops(text_server, tokenizer, prompts, tmp_path):
     """As asked, not as the checkpoint's generation config has it."""
-    engine = connect(tokenizer, *text_server, in_flight=4)
+    engine = connect(tokenizer, *text_server)
     assert not engine.takes_ids and not engine.returns_ids
     responses = engine.sample(prompts[:8] * 2, keys(16), SAMPLED)
     assert all(r.finished and "\\boxed{" in r.text and 10 < r.tokens < 64 and r.ids == [] for r in responses)
@@ -287,7 +287,7 @@ def test_a_server_of_text_samples_solves_and_stops(text_server, tokenizer, promp
     greedy = engine.sample(prompts[:4], keys(4), GREEDY)
     expected = in_process(tokenizer, prompts[:4])[1]
     assert [r.text for r in greedy] == tokenizer.batch_decode(expected, skip_special_tokens=True)
-    with one_line("loads no adapters: start vLLM with --enable-lora"):
+    with one_line("vLLM needs --enable-lora"):
         engine.use_adapter(random_adapter(tmp_path / "adapter", 4, 0), "x")
     engine.close()
     with one_line("some/other"):
@@ -330,7 +330,7 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "ok":
             self.answer(200, completion(body, **(self.first if first else self.changes)))
         else:
-            self.answer(int(fault), self.refusal)
+            self.answer(int(fault), {"error": {"message": "as asked"}})
 
     def answer(self, status, content):
         data = json.dumps(content).encode()
@@ -352,12 +352,8 @@ def completion(body, usage=(), model=None, **changes) -> dict:
     tokens = {"token_ids": [5, 1], "finish_reason": "stop", "logprobs": {"token_logprobs": [-0.5, 0.0]}}
     if body["max_tokens"] == 1:
         tokens = {"token_ids": [5], "finish_reason": "length", "logprobs": {"token_logprobs": [-0.5]}}
-    asked = body["prompt"]
-    usage = {
-        "prompt_tokens": len(asked) if isinstance(asked, list) else 1,
-        "completion_tokens": len(tokens["token_ids"]),
-        **dict(usage),
-    }
+    read = len(body["prompt"]) if isinstance(body["prompt"], list) else 1
+    usage = {"prompt_tokens": read, "completion_tokens": len(tokens["token_ids"]), **dict(usage)}
     if "generation_config" in body:
         tokens["token_ids"] = tokens["logprobs"] = None
     return {"model": model or body["model"], "choices": [{"text": "", **tokens, **changes}], "usage": usage}
@@ -367,12 +363,11 @@ def completion(body, usage=(), model=None, **changes) -> dict:
 def fake(monkeypatch):
     monkeypatch.setattr(server, "RETRIES", 3)
     own = {"faults": [], "seen": [], "gone": [], "adapters": [], "changes": {}, "first": {}, "entry": {"id": "m"},
-           "open": 0, "most": 0, "text_only": False, "refusal": {"error": {"message": "as asked"}},
-           "lock": threading.Lock()}  # fmt: skip
+           "open": 0, "most": 0, "text_only": False, "lock": threading.Lock()}  # fmt: skip
     handler = type("Own", (Handler,), own)
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     httpd.handle_error = lambda *_: None  # clients that go away are the point
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     handler.url, handler.httpd = f"http://127.0.0.1:{httpd.server_port}/", httpd
     yield handler
     httpd.shutdown()
@@ -425,16 +420,10 @@ def test_a_signal_ends_sampling_at_once_as_itself_and_cancels_what_is_in_flight(
         ask(fake.url, on_finished=stop)
 
 
-def test_at_most_so_many_requests_are_open(fake):
-    assert len(ask(fake.url)) == 12
-    assert 2 <= fake.most <= 3
-    assert len({body["seed"] for _, body, _ in fake.seen[1:]}) == 12
-
-
-def test_busy_broken_dropped_and_torn_answers_are_asked_for_again(fake):
+def test_busy_broken_dropped_and_torn_answers_are_asked_for_again_with_few_requests_open(fake):
     fake.faults += ["429", "500", "503", "drop", "torn"]
-    assert len(ask(fake.url)) == 12
-    assert len(fake.seen) == 1 + 12 + 5
+    assert len(ask(fake.url)) == 12 and len(fake.seen) == 1 + 12 + 5
+    assert 2 <= fake.most <= 3 and len({body["seed"] for _, body, _ in fake.seen[1:]}) == 12
 
 
 def test_rows_that_were_done_before_a_failure_are_kept(fake):
@@ -443,17 +432,6 @@ def test_rows_that_were_done_before_a_failure_are_kept(fake):
     with one_line(r"500.*as asked"):
         ask(fake.url, on_finished=lambda row, response: kept.update({row: response.ids}))
     assert list(kept.values()) == [[5, 1]] * 5
-
-
-def test_an_error_of_the_caller_comes_through_and_ends_the_rest(fake):
-    def full(row, response):
-        raise OSError(28, "No space left on device")
-
-    fake.faults += ["ok", "hang", "hang"]
-    start = time.monotonic()
-    with pytest.raises(OSError, match="No space left"):
-        ask(fake.url, on_finished=full)
-    assert time.monotonic() - start < 5
 
 
 def test_a_request_says_everything(fake):
@@ -509,43 +487,40 @@ def test_adapters_are_loaded_and_unloaded_each_once(fake, tmp_path):
     assert fake.adapters == [(load, whole[0]), (load, whole[1]), (unload, gone[0]), (unload, gone[1])]
 
 
-@pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        ({"finish_reason": "repetition"}, "a row ended by 'repetition', which is neither an EOS nor the limit"),
-        ({"finish_reason": None}, "a row ended by None"),
-        ({"finish_reason": ["stop"]}, "not a completion"),
-        ({"token_ids": [5] * 5000, "usage": {"completion_tokens": 5000}}, "a row of 5000 tokens, .* a limit of 64"),
-        ({"token_ids": [], "usage": {"completion_tokens": 0}}, "a row of 0 tokens, ended"),
-        ({"finish_reason": "length"}, "a row of 2 tokens, ended by 'length', for a limit of 64"),
-        ({"token_ids": [5, 5, 1]}, "a row of 2 tokens with 3 token ids"),
-        ({"token_ids": []}, "a row of 2 tokens with 0 token ids"),
-        ({"token_ids": "51"}, "the token id 5; the model has"),
-        ({"token_ids": [-5, 1]}, "the token id -5; the model has 0 to 8"),
-        ({"token_ids": [9, 1]}, "the token id 9; the model has 0 to 8"),
-        ({"token_ids": [None, 1]}, "the token id None"),
-        ({"token_ids": [5.0, 1]}, "the token id 5.0"),
-        ({"token_ids": None, "text": None}, "not a completion"),
-        ({"token_ids": [5, 6]}, r"a row ended at token 6, but EOS is \[1\]"),
-        ({"token_ids": [1, 1]}, r"a row went on behind token 1, but EOS is \[1\]"),
-        ({"logprobs": {"token_logprobs": [-1]}}, "a row of 2 tokens with 1 log-probabilities"),
-        ({"logprobs": {"token_logprobs": []}}, "a row of 2 tokens with 0 log-probabilities"),
-        ({"logprobs": {"token_logprobs": [-1, None]}}, "the log-probability None"),
-        ({"logprobs": {"token_logprobs": [-1, float("nan")]}}, "the log-probability nan"),
-        ({"logprobs": {"token_logprobs": [12.5, -1]}}, "the log-probability 12.5; start vLLM with --logprobs-mode"),
-        ({"usage": {"completion_tokens": None}}, "not a completion"),
-        ({"usage": {"prompt_tokens": 3}}, "read a prompt of 1 tokens as 3"),
-    ],
-)  # fmt: skip
-def test_an_answer_that_was_not_asked_for_is_one_line_and_is_not_kept(fake, changes, line):
-    fake.changes, kept = changes, []
-    with one_line(f"--server {fake.url}: {line}"):
-        ask(fake.url, 1, on_finished=lambda *row: kept.append(row))
-    assert kept == []
+NOT_ASKED_FOR = [
+    ({"finish_reason": "repetition"}, "a row ended by 'repetition', which is neither an EOS nor the limit"),
+    ({"finish_reason": ["stop"]}, "not a completion"),
+    ({"token_ids": [5] * 5000, "usage": {"completion_tokens": 5000}}, "a row of 5000 tokens, .* a limit of 64"),
+    ({"token_ids": [], "usage": {"completion_tokens": 0}}, "a row of 0 tokens, ended"),
+    ({"finish_reason": "length"}, "a row of 2 tokens, ended by 'length', for a limit of 64"),
+    ({"token_ids": [5, 5, 1]}, "a row of 2 tokens with 3 token ids"),
+    ({"token_ids": [-5, 1]}, "the token id -5; the model has 0 to 8"),
+    ({"token_ids": [9, 1]}, "the token id 9; the model has 0 to 8"),
+    ({"token_ids": [5.0, 1]}, "the token id 5.0"),
+    ({"token_ids": None, "text": None}, "not a completion"),
+    ({"token_ids": [5, 6]}, r"a row ended at token 6, but EOS is \[1\]"),
+    ({"token_ids": [1, 1]}, r"a row went on behind token 1, but EOS is \[1\]"),
+    ({"logprobs": {"token_logprobs": [-1]}}, "a row of 2 tokens with 1 log-probabilities"),
+    ({"logprobs": {"token_logprobs": [-1, None]}}, "the log-probability None"),
+    ({"logprobs": {"token_logprobs": [-1, float("nan")]}}, "the log-probability nan"),
+    ({"logprobs": {"token_logprobs": [12.5, -1]}}, "the log-probability 12.5; start vLLM with --logprobs-mode"),
+    ({"usage": {"prompt_tokens": 3}}, "read a prompt of 1 tokens as 3"),
+]  # fmt: skip
+
+
+def test_an_answer_that_was_not_asked_for_is_one_line_and_is_not_kept(fake):
+    kept = []
+    with closing(ServerEngine(fake.url, "m", Tokens(), [1], 9, 1)) as engine:
+        for changes, line in NOT_ASKED_FOR:
+            fake.changes = changes
+            with one_line(f"--server {fake.url}: {line}"):
+                engine.sample([[2]], keys(1), SETTINGS, lambda *row: kept.append(row))
+        assert kept == []
 
 
 def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
-    with one_line(r"no answer \(.*(refused|attempts failed)"):
+    with monkeypatch.context() as quick, one_line(r"no answer \(.*(refused|attempts failed)"):
+        quick.setattr(server, "QUICK_RETRIES", 0)
         ask(f"http://127.0.0.1:{free_port()}")
     fake.faults.append("nonsense")
     with one_line("something else than JSON"):
@@ -554,32 +529,28 @@ def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
         ServerEngine(fake.url, "other", Tokens(), [1], 9, 1)
     fake.entry = {"id": "m", "root": "/models/other"}  # the checkpoint that is served under another name
     assert ServerEngine(fake.url, "/models/other", Tokens(), [1], 9, 1).model == "m"
-    for fake.refusal in ({"error": "Not now"}, {"error": {"message": "Not now"}}, {"detail": "Not now"}, "Not now"):
-        fake.faults.append("401")
-        with one_line(r"wants a key, which is read from OPENAI_API_KEY \(401 Not now\)"):
-            ask(fake.url)
+    fake.faults.append("401")
+    with one_line(r"wants a key, which is read from OPENAI_API_KEY \(.*401.*as asked"):
+        ask(fake.url)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     ask(fake.url, 1)
     assert fake.seen[-1][2] == "Bearer secret"
 
 
-def test_what_the_server_cannot_hold_or_would_change_is_not_sampled(fake):
+def test_what_the_server_cannot_hold_is_not_sampled(fake):
     fake.entry = {"id": "m", "max_model_len": 64}
     with one_line("its context of 64 tokens does not hold a prompt of 1 and 64 new tokens"):
         ask(fake.url)
     fake.entry["max_model_len"] = 65
-    for temperature in (0.0, 0.01):
-        ask(fake.url, 1, settings=Sampling(temperature, 1.0, 0, 64))
-    assert len(fake.seen) == 5  # three first questions, two rows
     engine = ServerEngine(fake.url, "m", Tokens(), [1], 9, 1)  # a context for all leaves each row its own limit
     engine.sample([[2], [2, 2, 2]], keys(2), Sampling(1.0, 1.0, 0, 65, context=65))
     assert [body["max_tokens"] for _, body, _ in fake.seen[-2:]] == [64, 62]
 
 
-@pytest.mark.parametrize(("told", "raw"), [(-0.5, True), (0.0, False), (None, True)])
+@pytest.mark.parametrize(("told", "raw"), [(-0.5, True), (0.0, False)])
 def test_log_probabilities_behind_the_filters_are_seen(fake, monkeypatch, told, raw):
     """Asked with top_k 1: --logprobs-mode processed_logprobs gives 0."""
-    fake.first = {"logprobs": told if told is None else {"token_logprobs": [told]}}
+    fake.first = {"logprobs": {"token_logprobs": [told]}}
     monkeypatch.setattr(server, "ends_and_vocabulary", lambda *_: ([1], 9))
     engines.connect(fake.url, "m", Tokens(), 1).close()
     assert fake.seen[0][1]["top_k"] == 1
@@ -605,33 +576,30 @@ def test_a_proxy_is_not_for_this_machine_and_is_named_elsewhere(fake, monkeypatc
 
 
 def test_a_server_that_hangs_is_asked_again_and_given_up(fake, monkeypatch):
+    for name, value in (("RETRIES", 1), ("REQUEST_SECONDS", 0.5), ("QUICK_RETRIES", 0)):
+        monkeypatch.setattr(server, name, value)
+    fake.faults += ["hang"]
+    assert len(ask(fake.url)) == 12
     monkeypatch.setattr(server, "START_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as deaf, one_line(r"no answer \(.*[Tt]ime"):
         ask(f"http://127.0.0.1:{deaf.getsockname()[1]}")  # accepts and never answers
-    monkeypatch.undo()
-    monkeypatch.setattr(server, "RETRIES", 3)
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
-    fake.faults += ["hang"]
-    assert len(ask(fake.url)) == 12
-    fake.faults += ["hang"] * 100
+    monkeypatch.setattr(server, "START_SECONDS", 30)
+    fake.faults += ["hang"] * 2
     with one_line(r"no answer .*[Tt]ime"):
         ask(fake.url, 1)
 
 
-@pytest.mark.parametrize(
-    ("typed", "address"),
-    [("http://host:8000", "http://host:8000/v1"), ("host:8000/", "http://host:8000/v1"),
-     ("https://host/v1/", "https://host/v1"), ("https://host/some/path", "https://host/some/path/v1"),
-     ("localhost", "http://localhost/v1"), ("http://[::1]:80/v1", "http://[::1]:80/v1")],
-)  # fmt: skip
-def test_addresses(typed, address):
-    assert base_url(typed) == address
+ADDRESSES = {
+    "http://host:8000": "http://host:8000/v1", "host:8000/": "http://host:8000/v1", "https://host/v1/": "https://host/v1",
+    "https://host/some/path": "https://host/some/path/v1", "http://[::1]:80/v1": "http://[::1]:80/v1",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("typed", ["", "http://", "ftp://host", "host:port", "http://host/?key=1", "host:99999"])
-def test_what_is_no_address_is_one_line(typed):
-    with one_line("not an address"):
-        base_url(typed)
+def test_addresses():
+    assert {typed: base_url(typed) for typed in ADDRESSES} == ADDRESSES
+    for typed in ("", "http://", "ftp://host", "host:port", "http://host/?key=1", "host:99999"):
+        with one_line("not an address"):
+            base_url(typed)
 
 
 def test_eos_ids_and_vocabulary_are_the_checkpoints(tokenizer, tmp_path):
@@ -646,12 +614,10 @@ def test_eos_ids_and_vocabulary_are_the_checkpoints(tokenizer, tmp_path):
     assert server.ends_and_vocabulary(str(model), tokenizer) == ([7, 97], 128)
 
 
-def test_prompts_survive_as_text(tokenizer):
+def test_prompts_survive_as_text_and_a_bos_is_left_to_the_servers_tokenizer(tokenizer):
     ids = encode_prompt(tokenizer, EVALUATION_PROMPT, tiny_problems("train", 1)[0], True)
     assert tokenizer.encode(prompt_text(tokenizer, ids)) == ids
 
-
-def test_a_bos_in_the_template_is_left_to_the_servers_tokenizer():
     class WithBos:  # the interface of a tokenizer that puts token 0 in front of everything it encodes
         def decode(self, ids, **_):
             return "".join("<s>" if i == 0 else chr(i) for i in ids)
