@@ -133,7 +133,7 @@ def test_runs_side_by_side_have_the_numbers_that_each_has_alone(tmp_path):
     runs = [a_folder(tmp_path / name, a_world(seed=seed, problems=20)) for name, seed in (("one", 0), ("two", 7))]
     cells = [write_report([run], run).splitlines() for run in runs]
     both = write_report(runs, tmp_path / "both").splitlines()
-    assert both[0] == "| | one | two |"
+    assert both[0] == "| run | one | two |"
     size = both.index("")
     assert size > 20
     for together, one, two in zip(both[2:size], cells[0][2:], cells[1][2:], strict=False):

@@ -36,6 +36,23 @@ def run(monkeypatch):
     return call
 
 
+@pytest.fixture
+def one_step(run, monkeypatch):
+    """The command for a world whose model is trained for one step."""
+
+    def shortened(name: str):
+        monkeypatch.setitem(WORLDS, name, replace(WORLDS[name], stages=((1, 1e-3),)))
+        return run
+
+    return shortened
+
+
+@pytest.fixture(autouse=True)
+def fewer_sums(monkeypatch):
+    few = lambda split, count, **more: tiny_problems(split, min(count, 2000), **more)  # noqa: E731
+    monkeypatch.setattr(make_world, "tiny_problems", few)
+
+
 def test_the_shipped_tokenizer_and_architecture_are_the_makers():
     made, shipped = make_tokenizer(), load_tokenizer("tiny")
     assert made.get_vocab() == shipped.get_vocab()
@@ -102,8 +119,8 @@ def test_training_lowers_the_loss(capsys):
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_a_world_is_written_as_the_scripts_read_it(tmp_path, run):
-    assert run("--world", "leap", "--dose", "0.2", "--steps", "1", "--output_dir", str(tmp_path)) is None
+def test_a_world_is_written_as_the_scripts_read_it(tmp_path, one_step):
+    assert one_step("leap")("--world", "leap", "--dose", "0.2", "--output_dir", str(tmp_path)) is None
     assert {path.name for path in (tmp_path / "model").iterdir()} == FILES | {"model.safetensors"}
     load_model(str(tmp_path / "model"), device="cpu")
     assert len(load_tokenizer(str(tmp_path / "model"))) == len(load_tokenizer("tiny"))
@@ -151,8 +168,8 @@ def test_another_seed_draws_other_solutions(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_embedded_model_is_made_from_scratch(tmp_path, run):
-    assert run("--world", "embedded", "--steps", "1", "--output_dir", str(tmp_path / "tiny")) is None
+def test_the_embedded_model_is_made_from_scratch(tmp_path, one_step):
+    assert one_step("embedded")("--world", "embedded", "--output_dir", str(tmp_path / "tiny")) is None
     assert {path.name for path in (tmp_path / "tiny").iterdir()} == FILES | {"model.safetensors"}
     assert (tmp_path / "tiny" / "model.safetensors").stat().st_size < 3.5e6
 

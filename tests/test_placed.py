@@ -76,13 +76,8 @@ def test_the_papers_diagnostic_is_a_rival(world):
 
 
 def line(world, claim="up", harm=-0.01):
-    claims = dict.fromkeys(ARMS, claim)
-    return {
-        "world": world,
-        "model_id": f"{world} m",
-        "harm": {arm: [harm, harm, harm] for arm in ARMS},
-        "claims": {"harm": claims},
-    }
+    claims = {"harm": dict.fromkeys(ARMS, claim)}
+    return {"world": world, "model_id": f"{world} m", "harm": dict.fromkeys(ARMS, [harm] * 3), "claims": claims}
 
 
 def predicted(output, *worlds):

@@ -249,10 +249,3 @@ def test_report_of_an_unfinished_grid(tmp_path):
     text = write_report(TINY, [pw, other], tmp_path)
     assert "1 of 4 cells" in text and " 0 minutes summed" in text and "has not been measured yet" in text
     assert "no row has two seeds" in write_report(TINY, [pw, record(TINY.options("OPSD"), 0, 0.8)], tmp_path)
-
-
-def test_equal_differences_of_few_seeds_settle_nothing(tmp_path):
-    """Scores come in steps: that two seeds differ by the same quarter of a point happens."""
-    pytest.importorskip("scipy")
-    records = [record(TINY.options(row), seed, 0.5 + 0.1 * (row == "PW")) for row in TINY.rows for seed in TINY.seeds]
-    assert "Settled (5 %, Holm over 2 rows): none." in write_report(TINY, records, tmp_path)

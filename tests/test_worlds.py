@@ -7,18 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from experiments.study.worlds import (
-    GUESS_RIGHT,
-    TEACHER_LEAPS_AT,
-    WORLDS,
-    believed_result,
-    fact_change,
-    known_facts,
-    leaps,
-    reference_order,
-    strays,
-    trace,
-)
+from experiments.study import worlds
+from experiments.study.worlds import WORLDS, believed_result, fact_change, known_facts, leaps, strays, trace
 from grading import answers_match, extract_boxed
 from problems import tiny_problems
 
@@ -107,7 +97,7 @@ def leap_places(teacher: bool) -> dict[int, list[bool]]:
 def test_leaps_lie_where_the_world_says():
     teacher, student = leap_places(teacher=True), leap_places(teacher=False)
     for left in range(1, 7):
-        expected = WORLDS["leap"].teacher_leap if left in TEACHER_LEAPS_AT else 0.0
+        expected = WORLDS["leap"].teacher_leap if left in worlds.TEACHER_LEAPS_AT else 0.0
         assert sum(teacher[left]) / len(teacher[left]) == pytest.approx(expected, abs=0.02)
         expected = WORLDS["leap"].leap if left >= 2 else 0.0
         assert sum(student[left]) / len(student[left]) == pytest.approx(expected, abs=0.01)
@@ -156,18 +146,18 @@ def test_the_students_guesses_are_anywhere_and_mostly_wrong():
         signs = [row[4] for row in found if row[1] == step]
         assert signs.count("~") / len(signs) == pytest.approx(WORLDS["placed-12"].guess, abs=0.015)
     right = [total + addend == result for _, _, total, addend, sign, result in found if sign == "~"]
-    assert sum(right) / len(right) == pytest.approx(GUESS_RIGHT, abs=0.03)
-    assert math.exp(-1) > GUESS_RIGHT  # where the clip of 1.0 cuts it
+    assert sum(right) / len(right) == pytest.approx(worlds.GUESS_RIGHT, abs=0.03)
+    assert math.exp(-1) > worlds.GUESS_RIGHT  # where the clip of 1.0 cuts it
     for _, _, total, addend, sign, result in found:
         assert sign == "=" or len(str(total + addend)) == len(str(result))  # r does not move
 
 
 def test_only_the_leaking_teacher_learns_the_order_of_its_reference():
     """Replay each solution: a choice that carries loss is the reference's first addend left; others are free."""
-    assert reference_order("3+8=11;11+5=16;\\boxed{16}") == [3, 8, 5]
+    assert worlds.reference_order("3+8=11;11+5=16;\\boxed{16}") == [3, 8, 5]
     free = 0
     for problem, pieces in solutions("leak", teacher=True):
-        left, before = reference_order(problem.solution), None
+        left, before = worlds.reference_order(problem.solution), None
         for text, learned in pieces:
             if before in (None, "+"):
                 assert int(text) == left[0] or not learned
@@ -232,10 +222,3 @@ def test_fact_change_by_hand():
     change = fact_change(base, trained)
     assert change == {"stated": [True, True, True, True, False], "repaired": [True, False], "broken": [True, False]}
     assert fact_change(["nothing"], base) == {"stated": [], "repaired": [], "broken": []}
-
-
-def test_nothing_changes_without_training():
-    texts = ["".join(text for text, _ in pieces) for _, pieces in solutions("embedded", teacher=False)]
-    change = fact_change(texts, texts)
-    assert len(change["repaired"]) > 5 and len(change["broken"]) > 50 and all(change["stated"])
-    assert not any(change["repaired"] + change["broken"])
