@@ -28,6 +28,7 @@ import numpy as np
 
 import viability
 from errors import InputError
+from experiments.draw_run import figure
 from experiments.study.report import markdown
 from runtime.flags import run_script
 from runtime.records import make_folder, read_rows, write_atomically
@@ -247,24 +248,16 @@ def column(result: dict) -> dict[str, str]:
 # Figure 1
 
 
-def figure(runs: dict[str, tuple[Candidates, dict]], path: Path) -> None:
-    """Write Figure 1 of each run, {title: (candidates, analysis)}, one below the other, as PNG and SVG."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError(f"{path}.png needs `pip install matplotlib`; the numbers are written") from None
-    drawing = Figure(figsize=(11, 4.2 * len(runs)), layout="constrained")
-    panels = drawing.subplots(len(runs), 2, squeeze=False)
-    for (left, right), (title, (data, result)) in zip(panels, runs.items(), strict=True):
-        draw_ranks(left, data)
-        draw_reliability(right, data, result)
+def figure1(runs: dict[str, tuple[Candidates, dict]], path: Path) -> None:
+    """Write Figure 1 of each run, {title: (candidates, analysis)}, one below the other."""
+    drawn, axes = figure(11, 4.2 * len(runs), [[f"A {title}", f"B {title}"] for title in runs])
+    for title, (data, result) in runs.items():
+        draw_ranks(axes[f"A {title}"], data)
+        draw_reliability(axes[f"B {title}"], data, result)
         behind = f": {title}" if len(runs) > 1 else ""
-        left.set_title(f"A  Forced teacher tokens, ranked by each score{behind}", loc="left", fontsize=10)
-        right.set_title(f"B  Reliability against position (95 %){behind}", loc="left", fontsize=10)
-    with matplotlib.rc_context({"svg.hashsalt": "figure1"}):
-        drawing.savefig(f"{path}.png", dpi=150)
-        drawing.savefig(f"{path}.svg", dpi=150, metadata={"Date": None})
+        axes[f"A {title}"].set_title(f"A  Forced teacher tokens, ranked by each score{behind}", loc="left", fontsize=10)
+        axes[f"B {title}"].set_title(f"B  Reliability against position (95 %){behind}", loc="left", fontsize=10)
+    drawn.savefig(path)
 
 
 def draw_ranks(axes, data: Candidates) -> None:
@@ -340,7 +333,7 @@ def write_report(runs: list[Path], output_dir: Path) -> str:
     text = "\n\n".join(parts) + "\n"
     write_atomically(output_dir / "report.md", text)
     print(text)
-    figure(titled, output_dir / "figure1")
+    figure1(titled, output_dir / "figure1.png")
     return text
 
 

@@ -148,7 +148,6 @@ PAGE = Template("""<!doctype html>
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
 body { margin: 0 auto; padding: 1.2rem 1rem 60vh; max-width: 64rem; overflow-wrap: anywhere }
 h1 { font-size: 1.35rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .2rem } p { margin: .2rem 0 .5rem }
-.right { color: light-dark(#19713a, #6dd58c) } .wrong { color: light-dark(#b3261e, #ff8a80) }
 .rollout { font: 1.05rem/2.1 ui-monospace, monospace }
 .t { background: rgb(214 69 0 / var(--a)); border-radius: .2rem; padding: .12rem .06rem; color: inherit;
   white-space: pre-wrap; cursor: pointer }
@@ -192,7 +191,7 @@ def render(rollouts: list[RolloutView], title: str) -> str:
             for t, token in enumerate(view.tokens)
         )
         sections.append(
-            f'<h2>{html.escape(view.title)}: <span class="{verdict}">{verdict}</span></h2>\n'
+            f"<h2>{html.escape(view.title)}: {verdict}</h2>\n"
             f"<p>{html.escape(problem.problem)} &nbsp; answer {html.escape(problem.answer)}</p>\n"
             f'<div class="rollout">{"".join(marks)}</div>'
         )

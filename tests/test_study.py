@@ -149,9 +149,8 @@ def test_rows_with_equal_options_share_cells(fake_cells, tmp_path):
 
 def test_a_cell_is_a_run_of_train(tmp_path):
     """One real cell of one step: its line holds what the run's own files hold; a second call adds nothing."""
-    data = tmp_path / "two.jsonl"
-    rows = [{"problem": f"1+2+3+4+{n}", "answer": str(10 + n)} for n in (5, 6, 7)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = tmp_path / "three.jsonl"
+    data.write_text("".join(f'{{"problem": "1+2+3+4+{n}", "answer": "{10 + n}"}}\n' for n in (5, 6, 7)))
     common = {"num_steps": 1, "batch_size": 2, "eval_data": str(data), "tau_clip": "inf", "device": "cpu"}
     grid = Grid(common, [3], {"OPSD": {"method": "opsd"}}, facts={"predictions": "abc"})
     (cell,) = run_grid(grid, tmp_path, workers=1)
