@@ -115,6 +115,8 @@ def test_page_of_a_real_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--method", "pwopsd", *flags])
     train.main()
     monkeypatch.setattr(draw_run, "view_rollouts", lambda run: views.extend(view_rollouts(run, count=1)) or views)
+    for drawing in ("draw", "draw_tokens"):
+        monkeypatch.setattr(draw_run, drawing, lambda *_: draw_run.figure(1, 1, [["a"]])[0])
     monkeypatch.setattr(sys, "argv", ["draw_run", str(run), "--tokens"])
     draw_run.main()
     assert all((run / name).stat().st_size > 0 for name in ("run.png", "tokens.html", "tokens.png"))
