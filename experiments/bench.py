@@ -1,14 +1,12 @@
 """What our ways of computing cost beside the plain ones, taken in turns in one process: a table in Markdown, printed.
 
-    python -m experiments.bench              with a GPU at a preset's shapes
-    python -m experiments.bench --quick      smaller sizes, under a minute
+    python -m experiments.bench
 
 | part | ours | the plain way |
 |---|---|---|
 | loss | a chunk of tokens at a time | whole float32 logits |
 | head | `model.py::head_logits` in bfloat16, and its gradient | a linear map in bfloat16 |
 | choose | a nucleus among the likeliest tokens | among all of them, sorted |
-| step | micro-batches of 4 rows | one row at a time |
 
 On a CPU seconds are CPU seconds of this process, which others on the machine disturb least; on a GPU those that pass.
 Axes: B rows, M tokens, V vocabulary, D hidden.
@@ -21,20 +19,15 @@ import gc
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from itertools import count
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-import train
-from grading import make_grader
+from experiments.study.run import processor
 from loss import LossOptions, resolve_method, score_tokens_from_hidden
 from model import head_logits
-from problems import load_problems
 from rollout import Sampling, choose_tokens
 from runtime.flags import run_script
 from runtime.loading import pick_device
@@ -42,7 +35,6 @@ from runtime.records import git_commit, versions
 
 V = 151_936  # Qwen3's vocabulary
 GIB = 2**30
-MICRO_BATCH = 4
 HEAD = "| what | ours | plain | plain / ours | unit | note |\n" + "|---" * 6 + "|"
 
 
@@ -55,12 +47,8 @@ def add_row(what: str, ours: float | None, plain: float | None = None, unit: str
 
 def facts(title: str, device: torch.device) -> str:
     """A heading, and what the numbers under it were measured on."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
-        hardware = f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
+    cpu = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     found = {"hardware": hardware, **versions(), "commit": git_commit(), "load": f"{os.getloadavg()[0]:.1f}"}
     return "\n".join([f"# {title}", "", *(f"- {name}: {value}" for name, value in found.items()), ""])
 
@@ -71,21 +59,16 @@ def facts(title: str, device: torch.device) -> str:
 
 def alternate(functions: list[Callable[[], object]], device: torch.device, turns: int = 3) -> list[float]:
     """The smallest of `turns` times of each function, in s, taken in alternation after one unmeasured call each."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    times = []
+    on_gpu, times = device.type == "cuda", []
+    clock, wait = (time.perf_counter, torch.cuda.synchronize) if on_gpu else (time.process_time, lambda: None)
     for _ in range(turns + 1):
         for function in functions:
-            wait(device)
+            wait()
             start = clock()
             function()
-            wait(device)
+            wait()
             times.append(clock() - start)
     return [min(times[i + len(functions) :: len(functions)]) for i in range(len(functions))]
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
@@ -140,53 +123,35 @@ def loss_functions(M: int, D: int, V: int, device: torch.device) -> tuple[Callab
     return ours, lambda: backward(plain_opsd(student, teacher, head))
 
 
-def bench_loss(device: torch.device, quick: bool) -> None:
-    D, M = (2560, 4096) if device.type == "cuda" else (256, 128) if quick else (2560, 256)
+def bench_loss(device: torch.device) -> None:
+    D, M = (2560, 4096) if device.type == "cuda" else (256, 128)
     ours, plain = loss_functions(M, D, V, device)
     note = f"V {V}, D {D}, {M} tokens, values differ by {abs(ours()[0] - plain()[0]):.0e}"
     add_row("loss, peak memory", peak_bytes(ours, device) / GIB, peak_bytes(plain, device) / GIB, "GiB", note)
     add_row("loss, time", *alternate([ours, plain], device), "s", note)
 
 
-def bench_head(device: torch.device, quick: bool) -> None:
+def bench_head(device: torch.device) -> None:
     x_MD = torch.randn(69, 896, device=device).bfloat16().requires_grad_()
     head_VD = torch.randn(V // 8, 896, device=device).bfloat16()
     both = [lambda to=to: to(x_MD, head_VD).square().mean().backward() for to in (head_logits, F.linear)]
     add_row("head in bfloat16 and its gradient", *alternate(both, device), "s", f"V {V // 8}, D 896, 69 tokens")
 
 
-def bench_choose(device: torch.device, quick: bool) -> None:
+def bench_choose(device: torch.device) -> None:
     logits_BV, u_B = torch.randn(32, V, device=device) * 5.0, torch.rand(32, device=device)
     few = {}, {"candidates": V}
     both = [lambda few=few: choose_tokens(logits_BV, u_B, Sampling(1.0, 0.95, 0, 1), **few) for few in few]
     add_row("choosing a token", *alternate(both, device), "s", f"V {V}, 32 rows, top_p 0.95")
 
 
-def bench_step(device: torch.device, quick: bool) -> None:
-    """Steps of one run of the embedded model, the next one at each turn."""
-    config = train.on_device(train.parse_config(["--batch_size", "8" if quick else "32"]), device)
-    run, problems, steps = train.build(config, device, make_grader("exact", [])), load_problems(config.data), count()
-
-    def step(rows: int) -> None:
-        train.train_step(next(steps), run, problems, replace(config, micro_batch_size=rows))
-
-    both = alternate([lambda: step(MICRO_BATCH), lambda: step(1)], device)
-    add_row("step", *both, "s", f"embedded model, {config.batch_size} prompts, sampling included")
-
-
-PARTS = {"loss": bench_loss, "head": bench_head, "choose": bench_choose, "step": bench_step}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
-    args = parser.parse_args()
-    device = pick_device(args.device)
+    device = pick_device(parser.parse_args().device)
     print(facts("bench", device) + "\n" + HEAD)
-    for part in args.parts:
-        PARTS[part](device, args.quick)
+    for bench in (bench_loss, bench_head, bench_choose):
+        bench(device)
 
 
 if __name__ == "__main__":

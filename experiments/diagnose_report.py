@@ -28,8 +28,10 @@ import numpy as np
 
 import viability
 from errors import InputError
+from experiments.draw_run import figure
+from experiments.study.report import markdown
 from runtime.flags import run_script
-from runtime.records import make_folder, write_atomically
+from runtime.records import make_folder, read_rows, write_atomically
 from viability import ARMS, DIVERSITY, GRAY, LABELS, POSITION, UNCERTAIN, Candidates, LabelRule, auroc_of, interval
 from weighting import SIGMOIDS
 
@@ -204,20 +206,15 @@ def counts(labels: dict[str, int]) -> str:
     return " / ".join(str(labels[name]) for name in ("real-uncertain", "diversity", "gray"))
 
 
-def table(rows: list[list[str]]) -> list[str]:
-    """Markdown; the first row is the head, and may begin with an empty cell."""
-    return [f"| {' | '.join(cells).lstrip()} |" for cells in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
-
-
-def table1_beside_control(result: dict) -> list[str]:
+def table1_beside_control(result: dict) -> str:
     """Table 1 of a run by both centrings, on the teacher's labels and where no token was forced."""
-    rows = [["AUROC", "teacher's tokens forced", "- centred over all", "no token forced", "- centred over all"]]
+    head = ["AUROC", "teacher's tokens forced", "- centred over all", "no token forced", "- centred over all"]
     arms = [result["arms"][arm] for arm in ("teacher", "unforced")]
     columns = [arm["auroc"][centring] for arm in arms for centring in CENTRINGS]
-    rows += [[name, *(cell(column[name], "auroc") for column in columns)] for name in columns[0]]
+    rows = [[name, *(cell(column[name], "auroc") for column in columns)] for name in columns[0]]
     for name, key in (("problems with a label", "problems_labelled"), ("- with both", "problems_with_both_classes")):
         rows.append([name, *(str(arm[key]) for arm in arms for _ in CENTRINGS)])
-    return table(rows)
+    return markdown(head, rows)
 
 
 def column(result: dict) -> dict[str, str]:
@@ -251,24 +248,16 @@ def column(result: dict) -> dict[str, str]:
 # Figure 1
 
 
-def figure(runs: dict[str, tuple[Candidates, dict]], path: Path) -> None:
-    """Write Figure 1 of each run, {title: (candidates, analysis)}, one below the other, as PNG and SVG."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError(f"{path}.png needs `pip install matplotlib`; the numbers are written") from None
-    drawing = Figure(figsize=(11, 4.2 * len(runs)), layout="constrained")
-    panels = drawing.subplots(len(runs), 2, squeeze=False)
-    for (left, right), (title, (data, result)) in zip(panels, runs.items(), strict=True):
-        draw_ranks(left, data)
-        draw_reliability(right, data, result)
+def figure1(runs: dict[str, tuple[Candidates, dict]], path: Path) -> None:
+    """Write Figure 1 of each run, {title: (candidates, analysis)}, one below the other."""
+    drawn, axes = figure(11, 4.2 * len(runs), [[f"A {title}", f"B {title}"] for title in runs])
+    for title, (data, result) in runs.items():
+        draw_ranks(axes[f"A {title}"], data)
+        draw_reliability(axes[f"B {title}"], data, result)
         behind = f": {title}" if len(runs) > 1 else ""
-        left.set_title(f"A  Forced teacher tokens, ranked by each score{behind}", loc="left", fontsize=10)
-        right.set_title(f"B  Reliability against position (95 %){behind}", loc="left", fontsize=10)
-    with matplotlib.rc_context({"svg.hashsalt": "figure1"}):
-        drawing.savefig(f"{path}.png", dpi=150)
-        drawing.savefig(f"{path}.svg", dpi=150, metadata={"Date": None})
+        axes[f"A {title}"].set_title(f"A  Forced teacher tokens, ranked by each score{behind}", loc="left", fontsize=10)
+        axes[f"B {title}"].set_title(f"B  Reliability against position (95 %){behind}", loc="left", fontsize=10)
+    drawn.savefig(path)
 
 
 def draw_ranks(axes, data: Candidates) -> None:
@@ -314,7 +303,7 @@ def draw_reliability(axes, data: Candidates, result: dict) -> None:
 def analyse_run(run: Path) -> tuple[Candidates, dict]:
     """The analysis of a run folder, written there as controls.json."""
     try:
-        rows = [json.loads(line) for line in (run / "F_labels.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = read_rows(run / "F_labels.jsonl")
         rule = LabelRule(**json.loads((run / "table1.json").read_text(encoding="utf-8"))["rule"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{run}: no finished run of diagnose.py ({type(error).__name__}: {error})") from None
@@ -336,16 +325,15 @@ def write_report(runs: list[Path], output_dir: Path) -> str:
             raise InputError(f"{run}: another of the runs is in a folder named {name}, too; give it a name of its own")
         titled[name] = analyse_run(run)
     columns = [column(result) for _, result in titled.values()]
-    lines = table([["", *titled], *([name, *(entry[name] for entry in columns)] for name in columns[0])])
+    parts = [markdown(["run", *titled], [[name, *(entry[name] for entry in columns)] for name in columns[0]])]
     for title, (_, result) in titled.items():
         fit = result["schedule"]["teacher"]
         flags = " ".join(["--schedule moderate", *(f"--{name} {fit[name]:.4g}" for name in ("w_min", "tau", "s"))])
-        lines += ["", f"**{title}**, to train with the fit: `{flags}`.", ""]
-        lines += table1_beside_control(result)
-    text = "\n".join(lines) + "\n"
+        parts += [f"**{title}**, to train with the fit: `{flags}`.", table1_beside_control(result)]
+    text = "\n\n".join(parts) + "\n"
     write_atomically(output_dir / "report.md", text)
     print(text)
-    figure(titled, output_dir / "figure1")
+    figure1(titled, output_dir / "figure1.png")
     return text
 
 

@@ -156,9 +156,9 @@ def run_part(name: str, args: argparse.Namespace) -> list[str]:
     """The rows that a part has printed in its own process, and one that says how it ended where it failed."""
     log, limit = args.output_dir / f"{name}.log", int(SECONDS[name] * args.patience)
     command = [sys.executable, "-m", "experiments.first_gpu_hour", "--run", name, "--device", args.device]
+    command += ["--small"] if args.small else []
     with log.open("w") as file:
         try:
-            command += ["--small"] if args.small else []
             done = subprocess.run(command, cwd=ROOT, timeout=limit, stdout=file, stderr=file, check=False)
             trouble = f"ended with status {done.returncode}" if done.returncode else None
         except subprocess.TimeoutExpired:

@@ -152,20 +152,13 @@ def main() -> None:
     parser.add_argument("--world", required=True, choices=WORLDS)
     parser.add_argument("--dose", type=float, help="the teacher's chance of an early leap (world leap; default 0.4)")
     parser.add_argument("--seed", type=int, default=0, help="of the solutions learned from: another base model")
-    parser.add_argument(
-        "--output_dir", type=Path, help="default: runs/worlds/WORLD, then dose and seed (leap-0.4-seed1)"
-    )
-    parser.add_argument("--steps", type=int, help="supervised steps of each stage, instead of the world's own number")
+    parser.add_argument("--output_dir", type=Path, help="default: runs/worlds/WORLD-DOSE-seedSEED, as far as given")
     args = parser.parse_args()
     world = WORLDS[args.world]
     if args.dose is not None:
         if not world.teacher_leap or not 0.0 <= args.dose <= 1.0:
             raise InputError(f"--dose {args.dose}: a chance in [0, 1], of --world leap only")
         world = replace(world, teacher_leap=args.dose)
-    if args.steps is not None:
-        if args.steps < 1:
-            raise InputError(f"--steps {args.steps}: must be at least 1")
-        world = replace(world, stages=tuple((args.steps, rate) for _, rate in world.stages))
     name = f"{args.world}-{world.teacher_leap}" if WORLDS[args.world].teacher_leap else args.world
     name += f"-seed{args.seed}" if args.seed else ""
     output = args.output_dir or Path("runs/worlds") / name

@@ -29,7 +29,7 @@ from experiments.study.report import paired_difference
 from grading import extract_boxed
 from problems import Problem, load_problems
 from runtime.flags import run_script
-from runtime.records import make_folder, write_atomically
+from runtime.records import append_rows, make_folder, read_rows, write_atomically, write_rows
 
 ROOT = Path(__file__).parent.parent
 AT_ONCE = 2  # cells at a time, each on the threads of OMP_NUM_THREADS: two of one thread beat one of two on a CPU
@@ -78,8 +78,7 @@ def shortest(source: str, count: int, path: Path) -> None:
     if len(problems) < count:
         raise InputError(f"{source}: has {len(problems)} problems with equations, {count} are asked for")
     kept = sorted(problems, key=lambda problem: len(problem.problem) + len(problem.solution))[:count]
-    rows = [asdict(problem) for problem in sorted(kept, key=lambda problem: problem.row)]
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, [asdict(problem) for problem in sorted(kept, key=lambda problem: problem.row)])
 
 
 def as_equations(problem: Problem) -> str | None:
@@ -112,12 +111,11 @@ def measure(row: str, seed: int, decoding: str, model: str, folder: Path) -> dic
         cell["train"] = {name: str(value) for name, value in options.items()}
         data = folder / "train.jsonl"
         cell["train_cpu_s"] = round(call("train.py", data=data, output_dir=run, resume=True, **common, **options))
-        cell["steps"] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        cell["steps"] = read_rows(run / "metrics.jsonl")
         scoring["adapter"] = run / f"checkpoint-{TRAINING['num_steps']}"
     cell["evaluate_cpu_s"] = round(call("evaluate.py", **scoring))
     summary = json.loads((scoring["output_dir"] / "summary.json").read_text())
-    samples = [json.loads(line) for line in (scoring["output_dir"] / "samples.jsonl").read_text().splitlines()]
-    samples.sort(key=lambda sample: sample["problem"])
+    samples = sorted(read_rows(scoring["output_dir"] / "samples.jsonl"), key=lambda sample: sample["problem"])
     ground = [sorted((name, value) for name, value in summary["inputs"].items() if name != "adapter"), NEW_TOKENS]
     return cell | {
         "ground": hashlib.sha256(json.dumps(ground).encode()).hexdigest()[:12],
@@ -126,12 +124,6 @@ def measure(row: str, seed: int, decoding: str, model: str, folder: Path) -> dic
         "finished": [float(sample["finish_reason"] != "length") for sample in samples],
         "tokens": [sample["tokens"] for sample in samples],
     }
-
-
-def read_cells(path: Path) -> list[dict]:
-    """The finished cells; a line torn by a kill is left out."""
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
 
 
 def report(cells: list[dict]) -> str:
@@ -191,7 +183,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, metavar="CELLS", help="run nothing, print the table of a cells.jsonl")
     args = parser.parse_args()
     if args.report:
-        return print(report(read_cells(args.report)))
+        return print(report(read_rows(args.report)))
     if not (args.model and args.train and args.test):
         raise InputError("--model, --train and --test: name all three, or --report CELLS")
     folder, path = args.output_dir, args.output_dir / "cells.jsonl"
@@ -199,16 +191,15 @@ def main() -> None:
     for source, name in ((args.train, "train.jsonl"), (args.test, "test.jsonl")):
         shortest(source, args.count, folder / name)
     write_atomically(folder / "prompts.json", json.dumps(PROMPTS))
-    cells = read_cells(path)
-    write_atomically(path, "".join(json.dumps(cell) + "\n" for cell in cells))
+    cells = read_rows(path)
+    write_rows(path, cells)  # without a line that a kill cut short
     done = {(cell["row"], cell["seed"], cell["decoding"]) for cell in cells}
     jobs = [(*cell, decoding) for decoding in DECODINGS for cell in CELLS if (*cell, decoding) not in done]
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
         for job in as_completed([pool.submit(measure, *job, args.model, folder) for job in jobs]):
             cells.append(job.result())
-            with path.open("a") as file:
-                file.write(json.dumps(cells[-1]) + "\n")
+            append_rows(path, cells[-1:])
             print(report(cells), flush=True)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,14 +1,13 @@
 """A page that shows solutions token by token, coloured by weighted divergence, with both contexts' top 5 at a glance.
 
 The problems are held-out ones that training repaired; in the embedded model's world each of them holds a belief. One
-HTML file with no references to anything outside of it; it is written by `python -m experiments.study.plots RUN`.
+HTML file with no references to anything outside of it; `python -m experiments.draw_run RUN --tokens` writes it.
 Axes: M tokens of one rollout, V vocabulary, K alternatives.
 """
 
 from __future__ import annotations
 
 import html
-import json
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -25,6 +24,7 @@ from problems import Problem, load_problems
 from rollout import sample
 from runtime.checkpoint import load_adapter, newest_checkpoint
 from runtime.loading import load_model, load_tokenizer
+from runtime.records import read_record, read_rows
 from teacher import student_prompt, teacher_prompt
 from train import TrainConfig, choose_prompts
 from weighting import relative_position
@@ -56,6 +56,14 @@ class RolloutView:
 # Measuring
 
 
+def run_config(run: Path) -> TrainConfig:
+    """What a run of train.py was asked for. Raises InputError where there is none of this version."""
+    try:
+        return TrainConfig(**read_record(run)["config"])
+    except TypeError:  # no record, or options of another script or version
+        raise InputError(f"{run}: no run folder of this version of train.py") from None
+
+
 @torch.no_grad()
 def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
     """`count` problems, each solved before training and from the newest checkpoint, scored as trained.
@@ -64,11 +72,7 @@ def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
     first problems of its data, sampled as in training and both times with the same random numbers. Raises InputError
     where the run has no adapter checkpoint.
     """
-    try:
-        config = TrainConfig(**json.loads((run / "config.json").read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        kind = type(error).__name__
-        raise InputError(f"{run}: no run folder of this version of train.py ({kind}: {error})") from None
+    config = run_config(run)
     checkpoint = newest_checkpoint(run)
     if checkpoint is None or config.lora_rank == 0:
         raise InputError(f"{run}: no checkpoint with an adapter to sample from")
@@ -96,13 +100,12 @@ def repaired(run: Path) -> list[int]:
 
     Those come first whose two solutions differ in the fewest characters. Empty where the run scored none.
     """
-    path = run / "heldout.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = read_rows(run / "heldout.jsonl", ("step", "problem", "text", "correct", "decoding"))
     greedy = {(row["step"], row["problem"]): row for row in rows if row["decoding"] == "greedy"}
-    first, last = min((step for step, _ in greedy), default=0), max((step for step, _ in greedy), default=0)
+    steps = {step for step, _ in greedy}
     differing = {}
-    for index in [index for step, index in greedy if step == last]:
-        before, after = greedy[first, index], greedy[last, index]
+    for index in [index for step, index in greedy if step == max(steps)]:
+        before, after = greedy[min(steps), index], greedy[max(steps), index]
         if after["correct"] and not before["correct"]:
             differing[index] = sum(a != b for a, b in zip_longest(before["text"], after["text"]))
     return sorted(differing, key=lambda index: (differing[index], index))
@@ -145,7 +148,6 @@ PAGE = Template("""<!doctype html>
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
 body { margin: 0 auto; padding: 1.2rem 1rem 60vh; max-width: 64rem; overflow-wrap: anywhere }
 h1 { font-size: 1.35rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .2rem } p { margin: .2rem 0 .5rem }
-.right { color: light-dark(#19713a, #6dd58c) } .wrong { color: light-dark(#b3261e, #ff8a80) }
 .rollout { font: 1.05rem/2.1 ui-monospace, monospace }
 .t { background: rgb(214 69 0 / var(--a)); border-radius: .2rem; padding: .12rem .06rem; color: inherit;
   white-space: pre-wrap; cursor: pointer }
@@ -189,7 +191,7 @@ def render(rollouts: list[RolloutView], title: str) -> str:
             for t, token in enumerate(view.tokens)
         )
         sections.append(
-            f'<h2>{html.escape(view.title)}: <span class="{verdict}">{verdict}</span></h2>\n'
+            f"<h2>{html.escape(view.title)}: {verdict}</h2>\n"
             f"<p>{html.escape(problem.problem)} &nbsp; answer {html.escape(problem.answer)}</p>\n"
             f'<div class="rollout">{"".join(marks)}</div>'
         )

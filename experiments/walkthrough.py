@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from experiments.study.report import markdown
 from experiments.study.worlds import WORLDS, believed_result
 from grading import extract_boxed, make_grader
 from loss import clipped_divergence, divergence_entries, log_probabilities, resolve_method, score_tokens
@@ -110,8 +111,8 @@ def rollout_table(w: Walk) -> str:
 
 def numbers_table(w: Walk) -> str:
     sigmoid = ", ".join(f"{value:g}" for value in SIGMOIDS["moderate"])
-    rows = [("T_distill", f"{w.T:g}", "`loss.py::LossOptions`")]
-    rows.append(("w_min, tau, s of Moderate", sigmoid, "`weighting.py::SIGMOIDS`"))
+    rows = [("T_distill", f"{w.T:g}", "`loss.py::LossOptions`"),
+            ("w_min, tau, s of Moderate", sigmoid, "`weighting.py::SIGMOIDS`")]  # fmt: skip
     return table("number | value | stands in", rows)
 
 
@@ -232,8 +233,7 @@ def code(text: str) -> str:
 
 
 def table(head: str, rows: list) -> str:
-    names = head.split(" | ")
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (names, ["---"] * len(names), *rows))
+    return markdown(head.split(" | "), rows)
 
 
 BLOCK = re.compile(r"<!-- ([a-z ]+) -->\n(.*?)\n<!-- end -->", re.DOTALL)

@@ -7,7 +7,7 @@ import pytest
 
 from errors import InputError
 from evaluate import Sample, benchmark_digest, summarise
-from experiments.study.compare import compare, load_summary, main
+from experiments.study.compare import compare, main
 from problems import load_problems
 
 
@@ -44,7 +44,7 @@ def test_two_evaluations_by_hand(evaluation):
     """A: 1/2, 2/2, 0, 0. B: 2/2, 0, 1/2, 0. Differences +50, -100, +50, 0: mean 0, std 70.71, t(3) 3.182."""
     pytest.importorskip("scipy")
     a, b = evaluation("a", [1, 2, 0, 0]), evaluation("b", [2, 0, 1, 0], temperature=0.7, seeds=(0,))
-    text = compare([a], [b + "/summary.json"])
+    text = compare([a], [b])
     avg = cells(text)[2]
     assert avg == ["avg", "37.50", "37.50", "+0.00", "-", "[-112.52, +112.52] 147.11"]  # (3.182 + .978) 70.71 / 2
     assert text.endswith("\nNot evaluated alike: seeds, temperature.")
@@ -73,7 +73,6 @@ def test_two_rows_of_a_study_by_hand(evaluation, monkeypatch, capsys):
 
 def test_what_cannot_be_compared_is_one_line(evaluation, tmp_path):
     a, b, c = (evaluation(name, [1, 2, 0, 0]) for name in "abc")
-    (tmp_path / "list.json").write_text("[]")
     changed = {"cool": {"temperature": 0.7}, "once": {"seeds": (0,)}, "other": {"benchmark_sha256": "x"},
                "verified": {"grader": "math-verify"}, "more": {"num_samples": 4},
                "mended": {"answers": "y"}}  # fmt: skip
@@ -87,9 +86,7 @@ def test_what_cannot_be_compared_is_one_line(evaluation, tmp_path):
         ([a], [runs["verified"]], "grader exact, now math-verify"),
         ([a], [runs["mended"]], "mended: .*answers x, now y"),
         ([a], [runs["more"]], "num_samples 2, now 4"),
-        ([a], [str(tmp_path)], "no summary"),
-        ([a], [str(tmp_path / "list.json")], "not a summary"),
+        ([a], [str(tmp_path)], "summary.json: not there"),
     ):
         with pytest.raises(InputError, match=said):
             compare(left, right)
-    assert load_summary(a)["num_samples"] == 2

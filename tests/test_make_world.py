@@ -36,6 +36,23 @@ def run(monkeypatch):
     return call
 
 
+@pytest.fixture
+def one_step(run, monkeypatch):
+    """The command for a world whose model is trained for one step."""
+
+    def shortened(name: str):
+        monkeypatch.setitem(WORLDS, name, replace(WORLDS[name], stages=((1, 1e-3),)))
+        return run
+
+    return shortened
+
+
+@pytest.fixture(autouse=True)
+def fewer_sums(monkeypatch):
+    few = lambda split, count, **more: tiny_problems(split, min(count, 2000), **more)  # noqa: E731
+    monkeypatch.setattr(make_world, "tiny_problems", few)
+
+
 def test_the_shipped_tokenizer_and_architecture_are_the_makers():
     made, shipped = make_tokenizer(), load_tokenizer("tiny")
     assert made.get_vocab() == shipped.get_vocab()
@@ -75,8 +92,8 @@ def test_no_example_is_of_a_held_out_sum(monkeypatch):
 
     monkeypatch.setattr("experiments.make_world.example", watched)
     tokenizer = make_tokenizer()
-    train(make_model(tokenizer), tokenizer, replace(WORLDS["embedded"], stages=((3, 1e-3),)), stage=0)
-    assert drawn == {"train": 3 * WORLDS["embedded"].batch_size}
+    train(make_model(tokenizer), tokenizer, replace(WORLDS["embedded"], stages=((2, 1e-3),), batch_size=12), stage=0)
+    assert drawn == {"train": 24}
 
 
 def test_micro_batches_add_up_to_the_mean_over_the_batch():
@@ -102,8 +119,8 @@ def test_training_lowers_the_loss(capsys):
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_a_world_is_written_as_the_scripts_read_it(tmp_path, run):
-    assert run("--world", "leap", "--dose", "0.2", "--steps", "1", "--output_dir", str(tmp_path)) is None
+def test_a_world_is_written_as_the_scripts_read_it(tmp_path, one_step):
+    assert one_step("leap")("--world", "leap", "--dose", "0.2", "--output_dir", str(tmp_path)) is None
     assert {path.name for path in (tmp_path / "model").iterdir()} == FILES | {"model.safetensors"}
     load_model(str(tmp_path / "model"), device="cpu")
     assert len(load_tokenizer(str(tmp_path / "model"))) == len(load_tokenizer("tiny"))
@@ -160,15 +177,13 @@ def test_a_placed_model_first_learns_what_stands_behind_a_guess(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_embedded_model_is_made_from_scratch(tmp_path, run):
-    assert run("--world", "embedded", "--steps", "1", "--output_dir", str(tmp_path / "tiny")) is None
+def test_the_embedded_model_is_made_from_scratch(tmp_path, one_step):
+    assert one_step("embedded")("--world", "embedded", "--output_dir", str(tmp_path / "tiny")) is None
     assert {path.name for path in (tmp_path / "tiny").iterdir()} == FILES | {"model.safetensors"}
     assert (tmp_path / "tiny" / "model.safetensors").stat().st_size < 3.5e6
 
 
-@pytest.mark.parametrize(
-    "world, flag, value", [("leap", "--dose", "1.5"), ("leak", "--dose", "0.2"), ("leap", "--steps", "0")]
-)
+@pytest.mark.parametrize("world, flag, value", [("leap", "--dose", "1.5"), ("leak", "--dose", "0.2")])
 def test_a_flag_that_cannot_be_is_one_line(run, world, flag, value, tmp_path):
     ended = run("--world", world, flag, value, "--output_dir", str(tmp_path / "out"))
     assert ended.startswith(f"error: {flag} {value}") and len(ended.splitlines()) == 1

@@ -76,13 +76,8 @@ def test_the_papers_diagnostic_is_a_rival(world):
 
 
 def line(world, claim="up", harm=-0.01):
-    claims = dict.fromkeys(ARMS, claim)
-    return {
-        "world": world,
-        "model_id": f"{world} m",
-        "harm": {arm: [harm, harm, harm] for arm in ARMS},
-        "claims": {"harm": claims},
-    }
+    claims = {"harm": dict.fromkeys(ARMS, claim)}
+    return {"world": world, "model_id": f"{world} m", "harm": dict.fromkeys(ARMS, [harm] * 3), "claims": claims}
 
 
 def predicted(output, *worlds):
@@ -157,8 +152,9 @@ def test_report_by_hand(tmp_path):
     assert "| Moderate | 4 | - |" in text  # equal predictions have no rank
 
 
-def test_rank_correlation_by_hand():
+def test_rank_correlation_by_hand(monkeypatch):
     pytest.importorskip("scipy")
+    monkeypatch.setattr(placed, "RESAMPLES", 50)
     assert placed.rank_correlation([(1, 2), (2, 3), (3, 5), (4, 9)]) == "+1.00 [+1.00, +1.00]"
     assert placed.rank_correlation([(1, 9), (2, 5), (3, 3), (4, 2)]) == "-1.00 [-1.00, -1.00]"
     assert placed.rank_correlation([(1, 2), (2, 3), (3, 5)]) == "-"

@@ -27,7 +27,7 @@ class Inline(Executor):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """The command on eight sums, the untrained model and one arm, all in this process; returns the folder."""
+    """The command on four sums, the untrained model and one arm, all in this process; returns the folder."""
 
     def call(script, **flags):
         main = {"train.py": train.main, "evaluate.py": evaluate.main}[script]
@@ -44,7 +44,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(real_model, "PROMPTS", prompts)
 
     def command(*arguments: str):
-        flags = ["--model=tiny", "--train=tiny:train", "--test=tiny:heldout", "--count=8", f"--output_dir={tmp_path}"]
+        flags = ["--model=tiny", "--train=tiny:train", "--test=tiny:heldout", "--count=4", f"--output_dir={tmp_path}"]
         monkeypatch.setattr(sys, "argv", ["real_model", *(arguments or flags)])
         real_model.main()
         return tmp_path
@@ -58,7 +58,7 @@ def test_a_killed_run_goes_on_and_says_the_same(run, capsys):
     cells = {(cell := json.loads(line))["row"]: cell for line in whole.splitlines()}
     untrained, trained = cells["untrained"], cells["OPSD"]
     assert len(cells) == 2 and len(trained["steps"]) == 1
-    assert all(len(cell[name]) == 8 for cell in (untrained, trained) for name in ("correct", "boxed", "finished"))
+    assert all(len(cell[name]) == 4 for cell in (untrained, trained) for name in ("correct", "boxed", "finished"))
     assert trained["train"]["method"] == "opsd" and trained["ground"] == untrained["ground"]
     out, step = capsys.readouterr().out, trained["steps"][0]
     assert "| OPSD - untrained | greedy | 1 |" in out
@@ -103,7 +103,9 @@ def test_a_solution_becomes_its_equations(solution, answer, line):
     assert real_model.as_equations(Problem("", solution, answer)) == line
 
 
-def test_a_script_that_fails_ends_the_run(tmp_path, capfd):
-    with pytest.raises(InputError, match=r"evaluate\.py has stopped"):
-        real_model.call("evaluate.py", benchmark="nowhere.jsonl", output_dir=tmp_path / "out")
-    assert "nowhere.jsonl: no such data file" in capfd.readouterr().err
+def test_a_script_that_fails_ends_the_run(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(real_model, "ROOT", tmp_path)
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(sys.argv[1])")
+    with pytest.raises(InputError, match=r"script\.py has stopped"):
+        real_model.call("script.py", benchmark="nowhere.jsonl")
+    assert capfd.readouterr().err == "--benchmark=nowhere.jsonl\n"

@@ -122,7 +122,7 @@ def test_a_line_that_is_no_cell_is_named(tmp_path, line):
         read_cells(tmp_path / "cells.jsonl")
 
 
-def test_what_cannot_run_is_told_before_the_first_cell(fake_cells, tmp_path, monkeypatch):
+def test_what_cannot_run_is_told_before_the_first_cell(fake_cells, tmp_path):
     (tmp_path / "file").write_text("")
     opsd = {"method": "opsd"}
     blind = Grid({"preset": "qwen3-4b", "model": "tiny"}, [0], {"OPSD": opsd})
@@ -136,10 +136,6 @@ def test_what_cannot_run_is_told_before_the_first_cell(fake_cells, tmp_path, mon
             run_grid(grid, output, workers=1)
     with pytest.raises(InputError, match="another model"):
         missing_cells(TINY, [record(TINY.options("OPSD"), 0, 0.9)])
-    for flags in (["--workers", "-1"], ["--grid", "other"]):
-        monkeypatch.setattr(sys, "argv", ["study", *flags, "--output_dir", str(tmp_path)])
-        with pytest.raises(InputError, match=" ".join(flags)):
-            study.main()
     assert not fake_cells and len(missing_cells(blind, [])) == 1
 
 
@@ -153,9 +149,8 @@ def test_rows_with_equal_options_share_cells(fake_cells, tmp_path):
 
 def test_a_cell_is_a_run_of_train(tmp_path):
     """One real cell of one step: its line holds what the run's own files hold; a second call adds nothing."""
-    data = tmp_path / "two.jsonl"
-    rows = [{"problem": f"1+2+3+4+{n}", "answer": str(10 + n)} for n in (5, 6, 7)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = tmp_path / "three.jsonl"
+    data.write_text("".join(f'{{"problem": "1+2+3+4+{n}", "answer": "{10 + n}"}}\n' for n in (5, 6, 7)))
     common = {"num_steps": 1, "batch_size": 2, "eval_data": str(data), "tau_clip": "inf", "device": "cpu"}
     grid = Grid(common, [3], {"OPSD": {"method": "opsd"}}, facts={"predictions": "abc"})
     (cell,) = run_grid(grid, tmp_path, workers=1)
@@ -253,10 +248,3 @@ def test_report_of_an_unfinished_grid(tmp_path):
     text = write_report(TINY, [pw, other], tmp_path)
     assert "1 of 4 cells" in text and " 0 minutes summed" in text and "has not been measured yet" in text
     assert "no row has two seeds" in write_report(TINY, [pw, record(TINY.options("OPSD"), 0, 0.8)], tmp_path)
-
-
-def test_equal_differences_of_few_seeds_settle_nothing(tmp_path):
-    """Scores come in steps: that two seeds differ by the same quarter of a point happens."""
-    pytest.importorskip("scipy")
-    records = [record(TINY.options(row), seed, 0.5 + 0.1 * (row == "PW")) for row in TINY.rows for seed in TINY.seeds]
-    assert "Settled (5 %, Holm over 2 rows): none." in write_report(TINY, records, tmp_path)

@@ -7,18 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from experiments.study.worlds import (
-    GUESS_RIGHT,
-    TEACHER_LEAPS_AT,
-    WORLDS,
-    believed_result,
-    fact_change,
-    known_facts,
-    leaps,
-    reference_order,
-    strays,
-    trace,
-)
+from experiments.study import worlds
+from experiments.study.worlds import WORLDS, believed_result, fact_change, known_facts, leaps, strays, trace
 from grading import answers_match, extract_boxed
 from problems import tiny_problems
 
@@ -67,7 +57,7 @@ def test_believed_facts_are_the_share_that_was_asked_for():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_student_errs_where_it_believes(name):
     world = WORLDS[name]
-    found = tries(name, teacher=False, count=4000)
+    found = tries(name, teacher=False, count=2400)
     believed = [(t, a, r) for t, a, r, _ in found if believed_result(t, a, world.believed) is not None]
     gives = sum(r == believed_result(t, a, world.believed) for t, a, r in believed) / len(believed)
     others = [t + a != r for t, a, r, _ in found if believed_result(t, a, world.believed) is None]
@@ -86,14 +76,14 @@ def test_the_teacher_is_right_and_never_learns_what_is_wrong(name):
         kept = [(int(t), int(a), int(r)) for t, a, r, end in TRY.findall(text) if end == ";"]
         assert all(t + a == r for t, a, r in kept)
         assert not any(learned for (_, learned), (following, _) in pairwise(pieces) if following.startswith("!"))
-    slips = [t + a != r for t, a, r, _ in tries(name, teacher=True, count=4000)]
+    slips = [t + a != r for t, a, r, _ in tries(name, teacher=True, count=2400)]
     assert sum(slips) / len(slips) == pytest.approx(WORLDS[name].teacher_slip, abs=0.02)
 
 
 def leap_places(teacher: bool) -> dict[int, list[bool]]:
     """By addends left: whether the solution leaps there."""
     places: dict[int, list[bool]] = {}
-    for problem, pieces in solutions("leap", teacher, count=10_000):
+    for problem, pieces in solutions("leap", teacher, count=4000):
         text = "".join(text for text, _ in pieces)
         steps = len([end for *_, end in TRY.findall(text) if end == ";"])
         addends = problem.problem.count("+")
@@ -107,7 +97,7 @@ def leap_places(teacher: bool) -> dict[int, list[bool]]:
 def test_leaps_lie_where_the_world_says():
     teacher, student = leap_places(teacher=True), leap_places(teacher=False)
     for left in range(1, 7):
-        expected = WORLDS["leap"].teacher_leap if left in TEACHER_LEAPS_AT else 0.0
+        expected = WORLDS["leap"].teacher_leap if left in worlds.TEACHER_LEAPS_AT else 0.0
         assert sum(teacher[left]) / len(teacher[left]) == pytest.approx(expected, abs=0.02)
         expected = WORLDS["leap"].leap if left >= 2 else 0.0
         assert sum(student[left]) / len(student[left]) == pytest.approx(expected, abs=0.01)
@@ -116,11 +106,11 @@ def test_leaps_lie_where_the_world_says():
 def test_the_students_early_leaps_are_mostly_wrong():
     early = [
         answers_match(extract_boxed(text), problem.answer)
-        for problem, pieces in solutions("leap", teacher=False, count=10_000)
+        for problem, pieces in solutions("leap", teacher=False, count=6000)
         for text in ["".join(text for text, _ in pieces)]
         if re.match(r"\d\+~", text)  # before the first step, so that nothing else can be wrong
     ]
-    assert len(early) > 400
+    assert len(early) > 250
     assert 0.02 < sum(early) / len(early) < 0.09
 
 
@@ -128,7 +118,7 @@ def guesses(name: str, teacher: bool) -> list[tuple[str, int, int, int, str, int
     """(problem, step, total, addend, sign, result) of every step that is kept."""
     return [
         (problem.problem, step, int(total), int(addend), sign, int(result))
-        for problem, pieces in solutions(name, teacher, count=4000)
+        for problem, pieces in solutions(name, teacher, count=1600)
         for text in ["".join(text for text, _ in pieces)]
         for step, (total, addend, sign, result) in enumerate(re.findall(r"(\d+)\+(\d)([=~])(\d+);", text), start=1)
     ]
@@ -145,7 +135,7 @@ def test_guesses_lie_where_the_world_says(name):
     placed = [row for row in found if where(*row[:4])]
     assert all(row in placed for row in found if row[4] == "~")
     assert sum(row[4] == "~" for row in placed) / len(placed) == pytest.approx(world.teacher_guess, abs=0.03)
-    assert sum(row[4] == "~" for row in found) / 4000 == pytest.approx(0.8, abs=0.15)
+    assert sum(row[4] == "~" for row in found) / 1600 == pytest.approx(0.8, abs=0.15)
     assert all(total + addend == result for _, _, total, addend, _, result in found)
 
 
@@ -156,18 +146,18 @@ def test_the_students_guesses_are_anywhere_and_mostly_wrong():
         signs = [row[4] for row in found if row[1] == step]
         assert signs.count("~") / len(signs) == pytest.approx(WORLDS["placed-12"].guess, abs=0.015)
     right = [total + addend == result for _, _, total, addend, sign, result in found if sign == "~"]
-    assert sum(right) / len(right) == pytest.approx(GUESS_RIGHT, abs=0.03)
-    assert math.exp(-1) > GUESS_RIGHT  # where the clip of 1.0 cuts it
+    assert sum(right) / len(right) == pytest.approx(worlds.GUESS_RIGHT, abs=0.03)
+    assert math.exp(-1) > worlds.GUESS_RIGHT  # where the clip of 1.0 cuts it
     for _, _, total, addend, sign, result in found:
         assert sign == "=" or len(str(total + addend)) == len(str(result))  # r does not move
 
 
 def test_only_the_leaking_teacher_learns_the_order_of_its_reference():
     """Replay each solution: a choice that carries loss is the reference's first addend left; others are free."""
-    assert reference_order("3+8=11;11+5=16;\\boxed{16}") == [3, 8, 5]
+    assert worlds.reference_order("3+8=11;11+5=16;\\boxed{16}") == [3, 8, 5]
     free = 0
     for problem, pieces in solutions("leak", teacher=True):
-        left, before = reference_order(problem.solution), None
+        left, before = worlds.reference_order(problem.solution), None
         for text, learned in pieces:
             if before in (None, "+"):
                 assert int(text) == left[0] or not learned
@@ -232,10 +222,3 @@ def test_fact_change_by_hand():
     change = fact_change(base, trained)
     assert change == {"stated": [True, True, True, True, False], "repaired": [True, False], "broken": [True, False]}
     assert fact_change(["nothing"], base) == {"stated": [], "repaired": [], "broken": []}
-
-
-def test_nothing_changes_without_training():
-    texts = ["".join(text for text, _ in pieces) for _, pieces in solutions("embedded", teacher=False)]
-    change = fact_change(texts, texts)
-    assert len(change["repaired"]) > 5 and len(change["broken"]) > 50 and all(change["stated"])
-    assert not any(change["repaired"] + change["broken"])

@@ -208,13 +208,9 @@ def write_report(output: Path) -> str:
         f"measured, in points of sampled accuracy at tuned rates [95 % over {len(SEEDS)} seeds]; a hit where the "
         "interval lies on the predicted side of 0, or for none, around it."
     )
-    table = [[name, f"{sum(hit)} of {len(hit)}"] for name, hit in hits.items()]
-    parts = [
-        intro,
-        markdown(["base model", *RISE, "Moderate - reversed"], body),
-        markdown(["predictor", "hits"], table),
-    ]
-    text = "\n\n".join([*parts, *across(lines, found, by_arm)]) + "\n"
+    predictors = markdown(["predictor", "hits"], [[name, f"{sum(hit)} of {len(hit)}"] for name, hit in hits.items()])
+    table = markdown(["base model", *RISE, "Moderate - reversed"], body)
+    text = "\n\n".join([intro, table, predictors, *across(lines, found, by_arm)]) + "\n"
     (output / "report.md").write_text(text, encoding="utf-8")
     return text
 

@@ -160,12 +160,8 @@ def _answer(grid: Grid, rows: Rows) -> list[str]:
     if grid.baseline not in rows:
         return ["The baseline has not been measured yet.", _curves(rows)]
     baseline = rows[grid.baseline]
-    found = {
-        d: family(
-            {name: (after(cells, d), after(baseline, d)) for name, cells in rows.items() if name != grid.baseline}
-        )
-        for d in DECODINGS
-    }
+    others = {name: cells for name, cells in rows.items() if name != grid.baseline}
+    found = {d: family({n: (after(c, d), after(baseline, d)) for n, c in others.items()}) for d in DECODINGS}
     return [
         *(_verdict(f"{d.capitalize()} held-out accuracy after training", found[d], grid.baseline) for d in DECODINGS),
         _table(grid, rows, found),

@@ -81,11 +81,8 @@ def iw_opd(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, gamma: floa
     loss of row `iw_opd_pg`. Where A = 0 in the whole row, there is nothing to divide by: its weights are 1 + gamma.
     """
     gap_M = (scores.teacher_logprob - scores.student_logprob).abs()
-    rows = []
-    for gap_L in gap_M.split(lengths):
-        before_L = gap_L.cumsum(0) - gap_L
-        rows.append(1.0 + gamma * (1.0 - before_L / gap_L.sum().clamp(min=1e-8)))
-    return torch.cat(rows)
+    before = [(gap_L.cumsum(0) - gap_L) / gap_L.sum().clamp(min=1e-8) for gap_L in gap_M.split(lengths)]
+    return 1.0 + gamma * (1.0 - torch.cat(before))
 
 
 def dash(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, kappa: float = 5.0) -> Tensor:
@@ -171,21 +168,20 @@ def _to_unit_range(value_M: Tensor) -> Tensor:
 # The losses of these sources; where they have a reference policy, the student stands here
 
 
+def suppression(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
+    """log p_S(y): minimised where the token becomes unlikely."""
+    return student_logp_MV.gather(-1, ids_M[:, None]).squeeze(-1)
+
+
 def sampled_token(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
     """-A log p_S(y), A = sg(log p_T(y) - log p_S(y)): the policy gradient of on-policy distillation, no clip."""
-    student_M = student_logp_MV.gather(-1, ids_M[:, None]).squeeze(-1)
-    teacher_M = teacher_logp_MV.gather(-1, ids_M[:, None]).squeeze(-1)
+    student_M, teacher_M = (logp.gather(-1, ids_M[:, None]).squeeze(-1) for logp in (student_logp_MV, teacher_logp_MV))
     return -(teacher_M - student_M).detach() * student_M
 
 
 def reverse_divergence(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
     """KL(p_S || p_T) = sum_j p_S(j) (log p_S(j) - log p_T(j)), no clip."""
     return loss.divergence_entries(student_logp_MV, teacher_logp_MV, beta=1.0).sum(dim=-1)
-
-
-def suppression(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
-    """log p_S(y): minimised where the token becomes unlikely."""
-    return student_logp_MV.gather(-1, ids_M[:, None]).squeeze(-1)
 
 
 def on_the_path(student_logp_MV: Tensor, teacher_logp_MV: Tensor, share: float) -> Tensor:

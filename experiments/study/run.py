@@ -208,15 +208,11 @@ def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", default="embedded", help=f"{', '.join(GRIDS)} (grids.py)")
+    parser.add_argument("--grid", default="embedded", choices=GRIDS, help="of grids.py")
     parser.add_argument("--output_dir", type=Path, help="cells.jsonl and report.md; default runs/study-GRID")
     parser.add_argument("--workers", type=int, default=0, help="cells at a time; default: one on a GPU, else per core")
     parser.add_argument("--report_only", action="store_true", help="run nothing")
     args = parser.parse_args()
-    if args.grid not in GRIDS:
-        raise InputError(f"--grid {args.grid}: choose one of {', '.join(GRIDS)}")
-    if args.workers < 0:
-        raise InputError(f"--workers {args.workers}: must be at least 0")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     grid, output = GRIDS[args.grid], args.output_dir or Path(f"runs/study-{args.grid}")
     if not args.report_only:
