@@ -141,7 +141,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     # An embedding stays as it is, and so does a filter of a few taps on each channel alone, the vector that it is.
-    filters = [m for m in model.modules() if isinstance(m, nn.Conv1d) and m.groups == m.out_channels]
+    filters = [m for m in model.modules() if isinstance(m, nn.Conv1d) and m.groups == m.in_channels == m.out_channels]
     spared = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is head]
     reached = {id(module.weight) for module in [*found.values(), *spared, *filters]}
     left = [name for name, weight in model.named_parameters() if weight.dim() > 1 and id(weight) not in reached]
