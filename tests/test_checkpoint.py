@@ -162,6 +162,7 @@ def save_with_small_files(base: str, run: str) -> None:
         trained.save(Path(run), 3)
 
 
+@pytest.mark.slow
 def test_a_really_full_disk(qwen3, run, tmp_path):
     """The kernel's own limit on a file's size, in a process of its own, stands in for a disk without room."""
     run_ranks(tmp_path, save_with_small_files, str(qwen3), str(run), ranks=1)
@@ -487,6 +488,7 @@ def test_sigterm_to_the_process_writes_a_checkpoint_and_exits_with_143(tmp_path)
     assert len(metrics(run)) == int(checkpoints.newest_checkpoint(run).name.removeprefix("checkpoint-"))
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on_with_the_same_numbers(tmp_path):
     """Two steps on two ranks, two more on one: the same rollouts and, up to rounding, the losses of one rank."""
     changed, same = (arguments(tmp_path / name, num_steps=4, learning_rate=1e-4) for name in ("changed", "same"))

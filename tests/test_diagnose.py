@@ -239,6 +239,7 @@ def test_a_run_taken_up_at_any_phase_equals_an_unbroken_one(small_run, fresh, mo
     assert all_phases(replace(run, engine=FixedEngine(forbidden))) == whole
 
 
+@pytest.mark.slow
 def test_two_ranks_leave_the_rows_of_one(tmp_path, monkeypatch):
     """Five problems, three on one rank and two on the other; the same rows in the same files, and the same table."""
     flags = "--num_problems 5 --rollouts 1 --batch_size 16 --device cpu --seed 1 --output_dir"

@@ -107,6 +107,7 @@ def test_page_colours_by_weighted_divergence():
     assert shades == [0.0, pytest.approx(0.85 / 2**0.5, abs=1e-3), 0.85]
 
 
+@pytest.mark.slow
 def test_page_of_a_real_run(tmp_path, monkeypatch):
     """The tokens shown are the rollout's, the divergence is the loss's, and each top 5 is a distribution's head."""
     pytest.importorskip("matplotlib")

@@ -20,6 +20,7 @@ from loss import Method, clipped_divergence, token_mean
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 def test_a_fork_that_wraps_a_clipping_loss_logs_what_is_clipped(monkeypatch, tmp_path):
     """`clips` says so, whatever function stands in the row; without it nothing is logged as clipped."""
 

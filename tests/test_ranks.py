@@ -105,6 +105,7 @@ def local(weight: torch.Tensor) -> torch.Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
+@pytest.mark.slow
 def test_a_model_in_parts_trains_as_whole_ones_do(tmp_path):
     rows = "".join(json.dumps(asdict(problem)) + "\n" for problem in tiny_problems("heldout", 1))
     (tmp_path / "held_out.jsonl").write_text(rows)

@@ -52,6 +52,7 @@ def run(monkeypatch, tmp_path):
     return command
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_says_the_same(run, capsys):
     path = run() / "cells.jsonl"
     whole = path.read_text()

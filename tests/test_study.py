@@ -147,6 +147,7 @@ def test_rows_with_equal_options_share_cells(fake_cells, tmp_path):
     assert "| OPSD | 90.0 ± 0.0 | - |" in text and "| again | 90.0 ± 0.0 | +0.0 [+0.0, +0.0] |" in text
 
 
+@pytest.mark.slow
 def test_a_cell_is_a_run_of_train(tmp_path):
     """One real cell of one step: its line holds what the run's own files hold; a second call adds nothing."""
     data = tmp_path / "three.jsonl"

@@ -190,7 +190,7 @@ def test_micro_batches_do_not_change_the_step(qwen3, data, tmp_path, run_main, u
     assert largest_difference(adapter(tmp_path / "run3", 1), adapter(tmp_path / "run4", 1)) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["opsd", "pwopsd"])
+@pytest.mark.parametrize("method", [pytest.param("opsd", marks=pytest.mark.slow), "pwopsd"])
 def test_two_ranks_equal_one(tmp_path, run_main, method):
     """Five rollouts that end where they will, 3 on one rank and 2 on the other: neither rows nor tokens are even."""
     rows = [json.dumps(asdict(problem)) + "\n" for problem in tiny_problems("train", 5)]
@@ -688,6 +688,7 @@ def test_held_out_accuracy_is_measured_before_and_after(qwen3, data, held_out, t
     assert "after 2 steps: sampled 0.0000 -> 0.0000, greedy 0.0000 -> 0.0000 (1 problems)" in output
 
 
+@pytest.mark.slow
 def test_held_out_accuracy_on_the_way_is_kept_once(tmp_path, run_main):
     """--eval_steps; the embedded model, so that there is something to count. A resumed run does not measure twice."""
     held_out = tmp_path / "held_out.jsonl"
