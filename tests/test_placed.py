@@ -23,8 +23,8 @@ def world(tmp_path, monkeypatch):
     shutil.copytree(TINY_MODEL, folder / "model")
     rows = [{"problem": p.problem, "solution": p.solution, "answer": p.answer} for p in tiny_problems("train", 40)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(placed, "SOLUTIONS", 40)
-    monkeypatch.setattr(placed, "CONTINUATIONS", 2)
+    for name, size in (("SOLUTIONS", 40), ("DIAGNOSED", 40), ("POSITIONS", 200), ("CONTINUATIONS", 2)):
+        monkeypatch.setattr(placed, name, size)
     return folder
 
 

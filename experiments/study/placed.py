@@ -42,7 +42,9 @@ from teacher import student_prompt, teacher_prompt
 from viability import POSITION, LabelRule, auroc_of, interval, resamples, to_columns
 from weighting import relative_position
 
-SOLUTIONS, POSITIONS, CONTINUATIONS, RESAMPLES, MAX_TOKENS = 200, 200, 8, 2000, 128
+# Many positions with one continuation each: those of a position are worth less than another position.
+SOLUTIONS, POSITIONS, CONTINUATIONS, RESAMPLES, MAX_TOKENS = 1000, 4000, 1, 2000, 128
+DIAGNOSED = 200  # problems of the paper's diagnostic, for the rivals
 ROLLOUT, EVALUATION = Sampling(1.1, 0.95, 0, MAX_TOKENS), Sampling(1.0, 0.95, 0, MAX_TOKENS)  # as train.py samples
 ARMS = {
     "uniform": ROWS["uniform, per sequence"], "Moderate": ROWS["PW-OPSD Moderate"], "OPSD": ROWS["OPSD"],
@@ -104,7 +106,7 @@ def predict(world: Path) -> dict:
 def position_auroc(world: Path) -> dict[str, float]:
     """Table 1's AUROC of 1 - r by the paper's diagnostic, and the same of continuations in which nothing is forced."""
     folder, argv = world / "diagnose", sys.argv
-    flags = {"preset": "tiny", "model": world / "model", "data": world / "train.jsonl", "num_problems": SOLUTIONS,
+    flags = {"preset": "tiny", "model": world / "model", "data": world / "train.jsonl", "num_problems": DIAGNOSED,
              "context": 190, "spine_tokens": 110, "output_dir": folder, "resume": "true"}  # fmt: skip
     sys.argv = ["diagnose.py", *(f"--{name}={value}" for name, value in flags.items())]
     try:
