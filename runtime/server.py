@@ -159,8 +159,8 @@ class ServerEngine:
             names = {}
         if names:  # `root` is the checkpoint behind a name that vLLM was told
             if self.model not in names:
-                served = ", ".join([str(name) for name in names if name is not None][:5])
-                raise AnswerError(f"serves {served}, not {self.model} (vLLM: --served-model-name {self.model})")
+                ids = ", ".join(str(entry.id) for entry in served[:5])
+                raise AnswerError(f"serves {ids}, not {self.model} (vLLM: --served-model-name {self.model})")
             entry = names[self.model]
             context, self.model = getattr(entry, "max_model_len", None), entry.id
             self.context = context if isinstance(context, int) else None

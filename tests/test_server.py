@@ -529,6 +529,8 @@ def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
         ServerEngine(fake.url, "other", Tokens(), [1], 9, 1)
     fake.entry = {"id": "m", "root": "/models/other"}  # the checkpoint that is served under another name
     assert ServerEngine(fake.url, "/models/other", Tokens(), [1], 9, 1).model == "m"
+    with one_line("serves m, not /models"):
+        ServerEngine(fake.url, "/models", Tokens(), [1], 9, 1)
     fake.faults.append("401")
     with one_line(r"wants a key, which is read from OPENAI_API_KEY \(.*401.*as asked"):
         ask(fake.url)
