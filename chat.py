@@ -100,7 +100,7 @@ def template_notes(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[str]:
     """What a user should know about the template, one line each."""
     off, on = (render_turn(tokenizer, "Hi", thinking, chat)[0] for thinking in (False, True))
     then = render_turn(tokenizer, "Hi", True, replace(chat, date="1999-12-31"))[0]
-    alike = "the chat template renders both thinking modes alike; an argument of its own: --chat_template_kwargs"
+    alike = "the chat template renders both thinking modes alike; it may know another argument (--chat_template_kwargs)"
     dated = f"the chat template shows the date: {chat.date or 'the one of each day it is rendered on'}"
     return [note for note, is_so in ((alike, off == on), (dated, then != on)) if is_so]
 

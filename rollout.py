@@ -67,22 +67,26 @@ def sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], keys: Sequence[StreamKey],
     settings: Sampling, on_token: Callable[[], object] = lambda: None,
 ) -> list[Response]:  # fmt: skip
-    """Sample one response per prompt from the model as it stands (adapter on, evaluation mode), all in one batch.
+    """Sample one response per prompt from the model as it stands (adapter on), all prompts in one batch.
 
-    `on_token` is called before each token of the batch. Raises FloatingPointError where the model's logits are not
-    numbers.
+    Leaves the model in the mode it was in. `on_token` is called before each token of the batch. Raises
+    FloatingPointError where the model's logits are not numbers.
     """
     device, pad = model.get_input_embeddings().weight.device, tokenizer.pad_token_id
     ends, limits = eos_ids(model.generation_config, tokenizer), [settings.limit(prompt) for prompt in prompts]
-    width = max(map(len, prompts))
+    width, was_training = max(map(len, prompts)), model.training
     ids_BP = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask_BP = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     sampler = StreamSampler(uniforms(keys, max(limits)).to(device), width, settings, on_token)
-    with cast_adapter(model):
-        output_BX = model.generate(
-            input_ids=ids_BP, attention_mask=mask_BP, logits_processor=[sampler], do_sample=False, use_cache=True,
-            max_new_tokens=max(limits), eos_token_id=ends, pad_token_id=pad,
-        )  # fmt: skip
+    model.eval()
+    try:
+        with cast_adapter(model):
+            output_BX = model.generate(
+                input_ids=ids_BP, attention_mask=mask_BP, logits_processor=[sampler], do_sample=False, use_cache=True,
+                max_new_tokens=max(limits), eos_token_id=ends, pad_token_id=pad,
+            )  # fmt: skip
+    finally:
+        model.train(was_training)
     if not bool(sampler.finite):
         raise FloatingPointError("sampling: the model's logits are not finite")
     rows = zip(output_BX[:, width:].tolist(), limits, strict=True)

@@ -152,7 +152,7 @@ class ServerEngine:
         """Look into /v1/models, then find out by a request for one token what the server takes and gives."""
         try:
             served = (await self._quick.models.list()).data
-            names = {name: entry for entry in served for name in (getattr(entry, "root", None), entry.id)}
+            names = {getattr(entry, "root", None): entry for entry in served} | {entry.id: entry for entry in served}
         except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError):
             raise
         except (openai.APIError, AttributeError, TypeError, ValueError):  # `transformers serve` asks the hub for it

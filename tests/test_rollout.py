@@ -71,6 +71,24 @@ def test_a_nucleus_needs_no_sort_of_all_tokens(spread, rounded):
         assert torch.equal(chosen_B[:8], torch.cat(one_by_one))
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_sampling_is_without_dropout_and_leaves_the_models_mode_also_where_it_fails(loaded, monkeypatch, mode):
+    model, tokenizer = loaded
+    model.train(mode)
+    forward, seen = model.forward, []
+    monkeypatch.setattr(model, "forward", lambda *args, **more: seen.append(model.training) or forward(*args, **more))
+    sample(model, tokenizer, [student_prompt(tokenizer, PROBLEMS[0])], [(0,)], SETTINGS)
+    assert set(seen) == {False} and model.training is mode
+
+    def broken(*args, **more):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "forward", broken)
+    with pytest.raises(RuntimeError):
+        sample(model, tokenizer, [student_prompt(tokenizer, PROBLEMS[0])], [(0,)], SETTINGS)
+    assert model.training is mode
+
+
 def test_a_nucleus_that_ends_among_equals_beyond_the_candidates():
     """3000 equal logits: .5 of their mass are the first 1500 ids, of which 1024 candidates are any part."""
     u_B = torch.tensor([0.0, 0.2, 0.6667, 0.9999])

@@ -300,7 +300,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        self.answer(200, {"data": [self.entry]})
+        self.answer(200, {"data": self.entries})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -362,7 +362,7 @@ def completion(body, usage=(), model=None, **changes) -> dict:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr(server, "RETRIES", 3)
-    own = {"faults": [], "seen": [], "gone": [], "adapters": [], "changes": {}, "first": {}, "entry": {"id": "m"},
+    own = {"faults": [], "seen": [], "gone": [], "adapters": [], "changes": {}, "first": {}, "entries": [{"id": "m"}],
            "open": 0, "most": 0, "text_only": False, "lock": threading.Lock()}  # fmt: skip
     handler = type("Own", (Handler,), own)
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -527,8 +527,11 @@ def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
         ask(fake.url)
     with one_line("serves m, not other"):
         ServerEngine(fake.url, "other", Tokens(), [1], 9, 1)
-    fake.entry = {"id": "m", "root": "/models/other"}  # the checkpoint that is served under another name
+    fake.entries = [{"id": "m", "root": "/models/other"}]  # the checkpoint that is served under another name
     assert ServerEngine(fake.url, "/models/other", Tokens(), [1], 9, 1).model == "m"
+    fake.entries = [{"id": "x", "root": "y"}, {"id": "m", "root": "x"}]  # a name goes before a checkpoint of that name
+    assert ServerEngine(fake.url, "x", Tokens(), [1], 9, 1).model == "x"
+    fake.entries = [{"id": "m", "root": "/models/other"}]
     with one_line("serves m, not /models"):
         ServerEngine(fake.url, "/models", Tokens(), [1], 9, 1)
     fake.faults.append("401")
@@ -540,10 +543,10 @@ def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
 
 
 def test_what_the_server_cannot_hold_is_not_sampled(fake):
-    fake.entry = {"id": "m", "max_model_len": 64}
+    fake.entries = [{"id": "m", "max_model_len": 64}]
     with one_line("its context of 64 tokens does not hold a prompt of 1 and 64 new tokens"):
         ask(fake.url)
-    fake.entry["max_model_len"] = 65
+    fake.entries[0]["max_model_len"] = 65
     engine = ServerEngine(fake.url, "m", Tokens(), [1], 9, 1)  # a context for all leaves each row its own limit
     engine.sample([[2], [2, 2, 2]], keys(2), Sampling(1.0, 1.0, 0, 65, context=65))
     assert [body["max_tokens"] for _, body, _ in fake.seen[-2:]] == [64, 62]
