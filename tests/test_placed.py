@@ -100,15 +100,16 @@ def write_cells(output, part, digest, scores):
 
 
 def test_each_arm_is_measured_at_its_best_rate(tmp_path):
-    digest = predicted(tmp_path, "placed-12-seed1", "placed-56-seed1")
+    digest = predicted(tmp_path, "placed-12-seed1", "placed-34-seed1")
     grid = placed.tuning(tmp_path)
-    assert len(grid.rows) == 2 * 5 * 3 and grid.facts == {"predictions": digest} and grid.seeds == [4]
+    assert len(grid.rows) == (2 * 5 + 4) * 3 and grid.facts == {"predictions": digest} and grid.seeds == [4]
     assert grid.options("placed-12-seed1 / reversed / 0.001")["eval_data"].endswith("placed-12-seed1/validation.jsonl")
-    best = {"uniform": 1e-4, "Moderate": 3e-4, "reversed": 1e-3, "Aggressive": 1e-3, "by index": 3e-4}
+    assert grid.options("placed-12-seed1 / uniform, clip .05 / 0.001")["tau_clip"] == 0.05
+    best = {"uniform": 1e-4, "Moderate": 3e-4, "reversed": 1e-3, "by index": 3e-4, "uniform, clip .05": 3e-4}
     tuned = {
         ("placed-12-seed1", arm, rate, 4): 0.5 + 0.1 * (rate == best[arm]) for arm in best for rate in placed.RATES
     }
-    write_cells(tmp_path, "tuning", digest, tuned | {("placed-56-seed1", "uniform", 1e-4, 4): 0.9})
+    write_cells(tmp_path, "tuning", digest, tuned | {("placed-34-seed1", "uniform", 1e-4, 4): 0.9})
     grid = placed.final(tmp_path)
     rows = [f"placed-12-seed1 / {arm} / {rate:g}" for arm, rate in {**best, "OPSD": 1e-4}.items()]
     assert set(grid.rows) == set(rows) and grid.seeds == [0, 1, 2, 3]
@@ -132,12 +133,16 @@ def test_a_cell_before_its_prediction_is_refused(tmp_path):
 def test_report_by_hand(tmp_path):
     """Moderate is 10 points better in one world and reversed as good as uniform; in two flat worlds nothing moves."""
     pytest.importorskip("scipy")
+    pytest.importorskip("matplotlib")
     worlds = ["placed-12-seed1", "placed-123456-seed1", "placed-random-seed1", "placed-believed-seed1"]
     digest = predicted(tmp_path, *worlds, "placed-56-seed1")
     write_cells(tmp_path, "final", digest, {
         (world, arm, 1e-4, seed): 0.5 + 0.01 * seed + (arm == "Moderate") * (gain + 0.001 * (-1) ** seed)
         for world, gain in zip(worlds, (0.1, 0.0, 0.004, 0.02), strict=True)
         for arm in ("uniform", "Moderate", "reversed") for seed in range(4)
+    } | {
+        (worlds[0], arm + placed.CLIPPED, 1e-3, seed): 0.3 + 0.01 * seed + (arm == "Moderate") * 0.02 * seed
+        for arm in ("uniform", "Moderate") for seed in range(4)
     })  # fmt: skip
     text = placed.write_report(tmp_path)
     assert (tmp_path / "report.md").read_text() == text
@@ -150,6 +155,18 @@ def test_report_by_hand(tmp_path):
     # Moderate in the flat worlds: 0 and .4 points, mean .2, half a width t(1) at 90 % times .2: 6.31 * .2
     assert "| Moderate | 2 | +0.2 [-1.1, +1.5] | yes |" in text
     assert "| Moderate | 4 | - |" in text  # equal predictions have no rank
+    clipped = [row for row in text.splitlines() if row.startswith("| placed-12-seed1")][1]
+    assert clipped == "| placed-12-seed1 | -20.0 [-20.0, -20.0] | +3.0 [-1.1, +7.1] | - | - |"  # 0, 2, 4, 6; t(3) 3.18
+
+
+def test_scatter_shows_prediction_and_measurement(tmp_path):
+    for name in ("scipy", "matplotlib"):
+        pytest.importorskip(name)
+    predicted(tmp_path, "placed-12-seed1")
+    up = placed.paired_difference({0: 3.0, 1: 5.0}, {0: 1.0, 1: 1.0})
+    (axis,) = placed.scatter(placed.read_predictions(tmp_path), {("placed-12-seed1", "Moderate"): up}).axes
+    (bars,) = axis.containers
+    assert [*map(float, (*bars[0].get_xdata(), *bars[0].get_ydata()))] == [-1.0, 3.0]
 
 
 def test_rank_correlation_by_hand(monkeypatch):

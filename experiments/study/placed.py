@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 import diagnose
 from errors import InputError
+from experiments.draw_run import figure
 from experiments.study.grids import ROWS, Grid
 from experiments.study.report import LEVEL, Difference, markdown, paired_difference, scipy_stats
 from experiments.study.run import cores, model_id, processor, read_cells, run_grid
@@ -42,6 +44,9 @@ from teacher import student_prompt, teacher_prompt
 from viability import POSITION, LabelRule, auroc_of, interval, resamples, to_columns
 from weighting import relative_position
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # Many positions with one continuation each: those of a position are worth less than another position.
 SOLUTIONS, POSITIONS, CONTINUATIONS, RESAMPLES, MAX_TOKENS = 1000, 4000, 1, 2000, 128
 DIAGNOSED = 200  # problems of the paper's diagnostic, for the rivals
@@ -51,6 +56,9 @@ ARMS = {
     "reversed": ROWS["reversed Moderate"], "Aggressive": ROWS["Aggressive"], "by index": {"method": "by_index"},
 }  # fmt: skip
 RISE = {"Moderate": 1, "reversed": -1, "Aggressive": 1, "by index": 1}  # arms predicted against uniform
+CLIPPED = ", clip .05"  # the same arms under the paper's clip, in the two extreme windows
+ARMS |= {arm + CLIPPED: ARMS[arm] | {"tau_clip": 0.05} for arm in ("uniform", "Moderate", "reversed", "Aggressive")}
+EXTREME = ("placed-12-", "placed-56-")
 SIDES = {1: "up", 0: "none", -1: "down"}
 RATES, STEPS, TUNING_SEEDS, SEEDS = (1e-4, 3e-4, 1e-3), 20, [4], [0, 1, 2, 3]
 EQUIVALENT = 2.0  # points
@@ -145,20 +153,27 @@ def grid(output: Path, rates: dict[tuple[str, str], Iterable[float]], seeds: lis
     return Grid(common, seeds, rows, baseline=next(iter(rows)), facts={"predictions": digest})
 
 
+def tuned_arms(output: Path) -> list[tuple[str, str]]:
+    """(world, arm) of all that is tuned, arm by arm; OPSD takes uniform's rate."""
+    worlds = [line["world"] for line in read_predictions(output)]
+    arms = [arm for arm in ARMS if arm != "OPSD"]
+    return [(world, arm) for arm in arms for world in worlds if CLIPPED not in arm or world.startswith(EXTREME)]
+
+
 def tuning(output: Path) -> Grid:
-    keys = [(line["world"], arm) for line in read_predictions(output) for arm in ARMS if arm != "OPSD"]
-    return grid(output, dict.fromkeys(keys, RATES), TUNING_SEEDS, "validation")
+    return grid(output, dict.fromkeys(tuned_arms(output), RATES), TUNING_SEEDS, "validation")
 
 
 def final(output: Path) -> Grid:
-    """Each arm at its best rate, OPSD at uniform's; a world of which a tuning cell is missing waits."""
+    """Each arm at its best rate; one of which a tuning cell is missing waits."""
     tuned = {key: mean(by_seed.values()) for key, by_seed in scores(output, "tuning").items()}
-    arms, best = [arm for arm in ARMS if arm != "OPSD"], {}
-    for world in {world for world, _, _ in tuned}:
-        if all((world, arm, rate) in tuned for arm in arms for rate in RATES):
-            best |= {(world, arm): [max(RATES, key=lambda rate: tuned[world, arm, rate])] for arm in arms}
-            best[world, "OPSD"] = best[world, "uniform"]
-    return grid(output, dict(sorted(best.items())), SEEDS, "final")
+    best = {}
+    for world, arm in tuned_arms(output):
+        if all((world, arm, rate) in tuned for rate in RATES):
+            best[world, arm] = [max(RATES, key=lambda rate: tuned[world, arm, rate])]
+            if arm == "uniform":
+                best[world, "OPSD"] = best[world, arm]
+    return grid(output, best, SEEDS, "final")
 
 
 def read_predictions(output: Path) -> list[dict]:
@@ -212,8 +227,10 @@ def write_report(output: Path) -> str:
     )
     predictors = markdown(["predictor", "hits"], [[name, f"{sum(hit)} of {len(hit)}"] for name, hit in hits.items()])
     table = markdown(["base model", *RISE, "Moderate - reversed"], body)
-    text = "\n\n".join([intro, table, predictors, *across(lines, found, by_arm)]) + "\n"
+    text = "\n\n".join([intro, table, predictors, *across(lines, found, by_arm), *clipped(lines, by_arm)]) + "\n"
     (output / "report.md").write_text(text, encoding="utf-8")
+    if found:
+        scatter(lines, found).savefig(output / "scatter.png")
     return text
 
 
@@ -241,6 +258,33 @@ def across(lines: list[dict], found: dict[tuple[str, str], Difference], by_arm: 
         "Worlds `123456` and `random`, mean over base models [90 %]: two one-sided tests at 5 %.",
         markdown(["arm", "base models", "mean", f"within {EQUIVALENT:g} points"], flat),
     ]
+
+
+def clipped(lines: list[dict], by_arm: dict) -> list[str]:
+    """The arms under the paper's clip, each against uniform under it, and that clip alone against none."""
+    worlds = [line["world"] for line in lines if line["world"].startswith(EXTREME)]
+    pairs = [("uniform" + CLIPPED, "uniform"), *((arm + CLIPPED, "uniform" + CLIPPED) for arm in RISE)]
+    pairs = [(left, right) for left, right in pairs if left in ARMS]
+    body = [[world, *(minus(by_arm, world, *pair) or "-" for pair in pairs)] for world in worlds]
+    return [markdown(["base model", *(f"{left} - {right}" for left, right in pairs)], body)] if body else []
+
+
+def scatter(lines: list[dict], found: dict[tuple[str, str], Difference]) -> Figure:
+    """What each base model's harm predicts of an arm, against what was measured; both with their 95 % intervals."""
+    drawn, axes = figure(7, 5, [["all"]])
+    for arm in RISE:
+        of = [(line["harm"][arm], found[line["world"], arm]) for line in lines if (line["world"], arm) in found]
+        if of:
+            harm, low, high = 100 * np.array([h for h, _ in of]).T
+            y, *limits = np.array([[d.mean, d.low, d.high] for _, d in of]).T
+            bars = {"xerr": (harm - low, high - harm), "yerr": (y - limits[0], limits[1] - y)}
+            axes["all"].errorbar(harm, y, **bars, fmt="o", elinewidth=0.6, markersize=4, label=arm)
+    axes["all"].set(xlabel="harm before training, to uniform weights (points of right answers a token)",
+                    ylabel="sampled accuracy after training, to uniform weights (points)")  # fmt: skip
+    axes["all"].axhline(0.0, color="0.5", linewidth=0.8)
+    axes["all"].axvline(0.0, color="0.5", linewidth=0.8)
+    axes["all"].legend(fontsize=8, frameon=False)
+    return drawn
 
 
 def rank_correlation(pairs: list[tuple[float, float]]) -> str:
