@@ -28,7 +28,7 @@ import torch
 import transformers
 from transformers.utils import cached_file, extract_commit_hash
 
-from errors import InputError, one_line, require
+from errors import InputError, one_line
 from problems import Problem
 from runtime.loading import TINY_MODEL
 from runtime.ranks import gather_objects, progress, rank, say, wait_for_all, world_size
@@ -42,15 +42,14 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EB
 
 def sync(path: Path) -> None:
     """Have a file or a folder on the disk before going on, where the file system offers that."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.fsync(descriptor)
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -121,18 +120,15 @@ def _refusal(folder: Path, why: str) -> InputError:
 @contextmanager
 def _locked(folder: Path, script: str, resume: bool) -> Iterator[dict | None]:
     begun_before(folder, script, resume)  # before anything is written into a folder that is not ours
-    lock, is_free = filelock.FileLock(make_folder(folder) / LOCK), False
+    lock = filelock.FileLock(make_folder(folder) / LOCK)
     try:
-        with suppress(filelock.Timeout):
-            lock.acquire(timeout=0)
-            is_free = (folder / LOCK).exists()  # else its holder has just taken the folder away
-    except (OSError, NotImplementedError) as error:  # the latter: an older filelock, where a file system has no locks
-        if getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise _refusal(folder, "another process is running in it") from None
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
             raise
         say(f"--output_dir {folder}: cannot be locked ({one_line(error)}); nothing keeps a second run out of it")
-        is_free = True
-    if not is_free:
-        raise _refusal(folder, "another process is running in it")
     try:
         record = begun_before(folder, script, resume)  # again: a run may have ended since
         _try_to_write(folder)
@@ -164,16 +160,17 @@ def begun_before(folder: Path, script: str, resume: bool) -> dict | None:
 def _try_to_write(folder: Path) -> None:
     """What a run cannot do without, once with nothing at stake: files and folders written, renamed and removed."""
     trial = folder / TRIAL
+    remove(trial)
     try:
-        remove(trial)
-        (trial / "partial").mkdir(parents=True)
+        trial.mkdir()  # without parents: another process may have taken the folder away
+        (trial / "partial").mkdir()
         for _ in range(2):
             write_atomically(trial / "partial" / "file", "text")
         (trial / "partial").rename(trial / "whole")
-        shutil.rmtree(trial)
     except OSError as error:
-        remove(trial)
         raise _refusal(folder, f"cannot be written ({error.strerror})") from None
+    finally:
+        remove(trial)
 
 
 def read_record(folder: Path) -> dict | None:
@@ -184,9 +181,6 @@ def read_record(folder: Path) -> dict | None:
         return None
     ours = isinstance(record, dict) and isinstance(record.get("config"), dict) and "versions" in record
     return record if ours else None
-
-
-ELSEWHERE = "for another run choose another folder"
 
 
 def record_run(
@@ -201,11 +195,13 @@ def record_run(
         before = record["config"]
         for flag, value in json.loads(json.dumps(config)).items():
             if flag not in free and flag not in inputs and before.get(flag) != value:
-                raise _refusal(folder, f"was started with --{flag} {before.get(flag)}, not {value}; {ELSEWHERE}")
+                was = f"was started with --{flag} {before.get(flag)}, not {value}"
+                raise _refusal(folder, f"{was}; for another run choose another folder")
         for flag, found in inputs.items():
             if changed := difference(record.get("inputs", {}).get(flag), found):
-                named = f"what --{flag} {config[flag]} names has changed since the run began"
-                raise _refusal(folder, f"{named} ({changed}); {ELSEWHERE}")
+                raise _refusal(
+                    folder, f"what --{flag} {config[flag]} names has changed since the run began ({changed})"
+                )
     elif rank() == 0:
         facts = {"versions": versions(), "git_commit": git_commit(), "ranks": world_size(), **facts}
         record = {"script": script, "command": shlex.join(sys.argv), "config": config, **facts, "inputs": inputs}
@@ -243,8 +239,9 @@ BESIDE = ("trainer_state", "training_args", "train_results", "eval_results", "al
 
 def fingerprints(named: dict[str, str | None]) -> dict[str, dict[str, str] | None]:
     """The fingerprint of what each flag names, on all ranks; the first one reads the files."""
-    found = {flag: name and fingerprint(name) for flag, name in named.items()} if rank() == 0 else None
-    return gather_objects(found)[0]
+    return gather_objects({flag: name and fingerprint(name) for flag, name in named.items()} if rank() == 0 else None)[
+        0
+    ]
 
 
 def fingerprint(name: str) -> dict[str, str]:
@@ -255,22 +252,15 @@ def fingerprint(name: str) -> dict[str, str]:
     """
     directory = TINY_MODEL if name == "tiny" else Path(name)
     if not directory.is_dir():
-        return {"revision": revision(name)}
+        try:
+            return {"revision": extract_commit_hash(cached_file(name, "config.json"), None)}
+        except Exception as error:  # the hub's errors have no common base class
+            raise InputError(f"--model {name}: cannot be read ({one_line(error)})") from error
     there = sorted([*directory.iterdir(), *directory.glob("additional_chat_templates/*")])
     paths = [path for path in there if path.suffix in DECIDING and not path.name.startswith(BESIDE) and path.is_file()]
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256, paths))
     return {path.relative_to(directory).as_posix(): digest for path, digest in zip(paths, digests, strict=True)}
-
-
-def revision(name: str) -> str:
-    """The commit of a hub model, as it would be loaded now."""
-    try:
-        commit = extract_commit_hash(cached_file(name, "config.json"), None)
-    except Exception as error:  # the hub's errors have no common base class
-        raise InputError(f"--model {name}: cannot be read ({one_line(error)})") from error
-    require(commit is not None, "model", name, "have a revision on the hub; download it and pass the directory")
-    return commit
 
 
 def sha256(path: Path) -> str:
@@ -306,12 +296,10 @@ def read_rows(path: Path, fields: tuple[str, ...] = (), exactly: bool = False) -
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else (), start=1):
         try:
             rows.append(json.loads(line))
-            if not isinstance(rows[-1], dict):
-                raise ValueError("no object")
             names = rows[-1].keys()
             if odd := set(fields) ^ names if exactly else set(fields) - names:
                 raise ValueError(f"{'unknown' if min(odd) in names else 'no'} {min(odd)}")
-        except (ValueError, RecursionError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not a row of this program's ({one_line(error)})") from None
     return rows
 
@@ -375,10 +363,7 @@ def do_jobs(file: RowFile, jobs: list[tuple], work: Callable[[list[tuple]], list
     left = [job for job in jobs if job not in file.rows]
     mine = left[rank() :: world_size()]
     for start in progress(range(0, len(mine), batch_size), desc=file.path.stem):
-        try:
-            file.add(work(mine[start : start + batch_size]))
-        except torch.OutOfMemoryError:
-            raise InputError(f"{file.path}: out of GPU memory; on a larger GPU --resume goes on behind it") from None
+        file.add(work(mine[start : start + batch_size]))
     file.collect()
     seconds = time.perf_counter() - started
     say(f"{file.path.stem}: {len(jobs)} rows, {len(jobs) - len(left)} of them from before, {seconds:.0f} s")
