@@ -53,9 +53,7 @@ class GenerateEngine(Engine):
                     responses += sample(self.model, self.tokenizer, *batch, settings, on_token=bar.update)
             except torch.OutOfMemoryError:
                 if end - start == 1 or in_parts:  # the other ranks are in the midst of this batch
-                    what = f"{end - start} row(s) of up to {settings.max_new_tokens} new tokens"
-                    helps = "lower --max_new_tokens, or sample by a --server"
-                    raise InputError(f"out of GPU memory with {what}: {helps}") from None
+                    raise
                 self.batch_size = (end - start) // 2  # what fits now fits later, too
                 torch.cuda.empty_cache()
                 continue
@@ -76,19 +74,13 @@ def connect(
     from runtime.server import ServerEngine, ends_and_vocabulary
 
     engine = ServerEngine(server, model, tokenizer, *ends_and_vocabulary(model, tokenizer), in_flight)
-    try:
-        if needs_ids and not engine.returns_ids:
-            raise InputError(f"--server {server}: returns no token ids, which training and diagnosis need; vLLM does")
-        if needs_ids and not engine.raw_logprobs:
-            what = (
-                "its log-probabilities are those after temperature, top_k and top_p, not what sampler_gap compares with"
-            )
-            raise InputError(f"--server {server}: {what}; start vLLM with --logprobs-mode raw_logprobs")
-        if adapter is not None:
-            engine.use_adapter(Path(adapter), Path(adapter).name)
-    except BaseException:
-        engine.close()
-        raise
+    if needs_ids and not engine.returns_ids:
+        raise InputError(f"--server {server}: returns no token ids, which training and diagnosis need; vLLM does")
+    if needs_ids and not engine.raw_logprobs:
+        what = "its log-probabilities are those after temperature, top_k and top_p"
+        raise InputError(f"--server {server}: {what}; start vLLM with --logprobs-mode raw_logprobs")
+    if adapter is not None:
+        engine.use_adapter(Path(adapter), Path(adapter).name)
     return engine
 
 

@@ -19,7 +19,6 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -80,24 +79,13 @@ class ServerEngine:
         self.returns_ids = False  # known after the first answer; training needs it
         self.raw_logprobs = True  # False: they are those after temperature, top_k and top_p
         self._loaded: str | None = None  # the adapter that this engine has to unload
-        url = base_url(server)
-        proxy = proxy_variable(url)
-        self._by_proxy = f"; asked through the proxy of {proxy}, as NO_PROXY does not name the host" if proxy else ""
-        try:
-            http = openai.DefaultAsyncHttpxClient(trust_env=proxy is not None)
-        except Exception as error:  # a proxy of a kind that the client does not know; each library has its own
-            raise InputError(f"--server {server}: {one_line(error)}{self._by_proxy}") from None
         self._client = openai.AsyncOpenAI(
-            base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", http_client=http, max_retries=RETRIES,
-            timeout=timeout(REQUEST_SECONDS),
+            base_url=base_url(server), api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=RETRIES,
+            timeout=timeout(REQUEST_SECONDS), http_client=openai.DefaultAsyncHttpxClient(trust_env=False),  # no proxies
         )  # fmt: skip
         self._quick = self._client.with_options(max_retries=QUICK_RETRIES, timeout=timeout(START_SECONDS))
         self._runner = asyncio.Runner()
-        try:
-            self._run(self._meet())
-        except BaseException:
-            self.close()
-            raise
+        self._run(self._meet())
 
     def sample(
         self, prompts: list[list[int]], keys: Sequence[StreamKey], settings: Sampling,
@@ -259,7 +247,7 @@ class ServerEngine:
             reason = f"refuses a request for {self.model} ({reason})"
         elif not isinstance(error, openai.OpenAIError):
             raise error
-        raise InputError(f"--server {self.server}: {reason}{self._by_proxy}")
+        raise InputError(f"--server {self.server}: {reason}")
 
 
 def base_url(server: str) -> str:
@@ -272,14 +260,6 @@ def base_url(server: str) -> str:
         if is_http and not parts.query and not parts.fragment:
             return url if url.endswith("/v1") else f"{url}/v1"
     raise InputError(f"--server {server}: not an address like http://host:8000/v1")
-
-
-def proxy_variable(url: str) -> str | None:
-    """The environment variable whose proxy requests to `url` go through; None for this machine's own addresses."""
-    host, scheme = urlsplit(url).hostname, urlsplit(url).scheme
-    if host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.") or proxy_bypass(host):
-        return None
-    return next((f"{name.upper()}_PROXY" for name in (scheme, "all") if getproxies().get(name)), None)
 
 
 def ends_and_vocabulary(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from errors import InputError
 from problems import tiny_problems
 from rollout import Sampling, sample
 from runtime import engines
@@ -66,17 +65,16 @@ def test_rows_before_a_lack_of_memory_are_not_sampled_again(tiny, rows, small_me
 
 def test_a_single_row_that_does_not_fit_is_said(tiny, rows, small_memory):
     small_memory.limit = 0
-    with pytest.raises(
-        InputError, match=r"with 1 row\(s\) of up to 16 new tokens: lower --max_new_tokens, or sample by"
-    ):
+    with pytest.raises(torch.OutOfMemoryError):
         GenerateEngine(*tiny).sample(*rows, SETTINGS)
     assert small_memory.tried == [7, 3, 1]
 
 
 def test_ranks_that_share_a_model_do_not_try_again(tiny, rows, small_memory, monkeypatch):
     monkeypatch.setattr(tiny[0], "_is_fsdp_managed_module", True, raising=False)
-    with pytest.raises(InputError, match=r"with 7 row\(s\) of up to 16 new tokens"):
+    with pytest.raises(torch.OutOfMemoryError):
         GenerateEngine(*tiny).sample(*rows, SETTINGS)
+    assert small_memory.tried == [7]
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])

@@ -34,7 +34,7 @@ from teacher import EVALUATION_PROMPT, encode_prompt
 
 pytest.importorskip("openai", reason="pip install openai")
 from runtime import server
-from runtime.server import ServerEngine, base_url, prompt_text, proxy_variable
+from runtime.server import ServerEngine, base_url, prompt_text
 from runtime.stopping import StoppedError
 
 MISSING = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
@@ -362,6 +362,7 @@ def completion(body, usage=(), model=None, **changes) -> dict:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr(server, "RETRIES", 3)
+    monkeypatch.setenv("HTTP_PROXY", "what://ever")  # no proxy is asked
     own = {"faults": [], "seen": [], "gone": [], "adapters": [], "changes": {}, "first": {}, "entries": [{"id": "m"}],
            "open": 0, "most": 0, "text_only": False, "lock": threading.Lock()}  # fmt: skip
     handler = type("Own", (Handler,), own)
@@ -561,23 +562,6 @@ def test_log_probabilities_behind_the_filters_are_seen(fake, monkeypatch, told, 
     assert fake.seen[0][1]["top_k"] == 1
     with nullcontext() if raw else one_line("--logprobs-mode raw_logprobs"):
         engines.connect(fake.url, "m", Tokens(), 1, needs_ids=True).close()
-
-
-def test_a_proxy_is_not_for_this_machine_and_is_named_elsewhere(fake, monkeypatch):
-    monkeypatch.setattr(server, "QUICK_RETRIES", 0)
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    for name, value in (("HTTP_PROXY", f"http://127.0.0.1:{free_port()}"), ("ALL_PROXY", "what://ever")):
-        monkeypatch.setenv(name, value)
-        assert len(ask(fake.url, 1)) == 1
-        with one_line(f"through the proxy of {name}, as NO_PROXY does not name the host"):
-            ask("http://host.invalid:8000")
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("https_proxy", "http://proxy")
-    monkeypatch.setenv("NO_PROXY", "inside.org")
-    urls = ("https://host", "http://host", "https://a.inside.org", "https://127.0.0.1", "https://localhost")
-    assert [proxy_variable(url) for url in urls] == ["HTTPS_PROXY", None, None, None, None]
 
 
 def test_a_server_that_hangs_is_asked_again_and_given_up(fake, monkeypatch):
