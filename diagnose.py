@@ -348,7 +348,7 @@ def prepare(config: DiagnoseConfig, device: torch.device, folder: Path, record: 
         say(note)
     config = replace(config, dtype=str(model.dtype).removeprefix("torch."), grader=f"{grader.name} {grader.version}")
     if config.server:  # samples in phases A and E; B and D pass through the model here
-        engine = connect(config.server, config.model, tokenizer, config.batch_size, needs_ids=True)
+        engine = connect(config.server, config.model, tokenizer, config.batch_size)
     else:
         engine = GenerateEngine(model, tokenizer, config.batch_size)
     run = Diagnosis(model, tokenizer, engine, grader, problems, config, folder, prompts)

@@ -349,7 +349,7 @@ def build(
     )
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=config.num_steps)
     if config.server:
-        engine = engines.connect(config.server, config.model, tokenizer, in_flight=200, needs_ids=True)
+        engine = engines.connect(config.server, config.model, tokenizer, in_flight=200, needs_raw=True)
     else:
         rows = config.batch_size // ranks.world_size() if config.shard else 200
         engine = engines.GenerateEngine(student, tokenizer, rows)

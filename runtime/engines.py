@@ -64,19 +64,16 @@ class GenerateEngine(Engine):
 
 def connect(
     server: str, model: str, tokenizer: PreTrainedTokenizerBase, in_flight: int, adapter: str | None = None,
-    needs_ids: bool = False,
+    needs_raw: bool = False,
 ) -> Engine:  # fmt: skip
     """The engine of `--server`, with an adapter loaded there by name; every rank has a name of its own.
 
-    `needs_ids`: training and diagnosis are on the very tokens that were sampled. Raises InputError where the server
-    cannot.
+    `needs_raw`: training compares the log-probabilities with its own. Raises InputError where the server cannot.
     """
     from runtime.server import ServerEngine, ends_and_vocabulary
 
     engine = ServerEngine(server, model, tokenizer, *ends_and_vocabulary(model, tokenizer), in_flight)
-    if needs_ids and not engine.returns_ids:
-        raise InputError(f"--server {server}: returns no token ids, which training and diagnosis need; vLLM does")
-    if needs_ids and not engine.raw_logprobs:
+    if needs_raw and not engine.raw_logprobs:
         what = "its log-probabilities are those after temperature, top_k and top_p"
         raise InputError(f"--server {server}: {what}; start vLLM with --logprobs-mode raw_logprobs")
     if adapter is not None:

@@ -1,7 +1,4 @@
-"""The `server` engine: sampling by an OpenAI-compatible server (vLLM, `transformers serve`), adapters by name.
-
-Prompts go out as token ids, and token ids come back with their log-probabilities where the server can (vLLM). A server
-that knows text only gets each prompt as the text that its tokenizer turns into exactly those ids.
+"""The `server` engine: sampling by vLLM, adapters by name. Token ids go out; they come back with log-probabilities.
 
 A server applies its own or the checkpoint's sampling defaults (Qwen3: top_k 20) where a request is silent, so every
 setting is sent, the ones that are off included; an answer that cannot be the one asked for is an error. Needs the
@@ -11,7 +8,6 @@ optional package `openai`, which retries, waits and times out.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import secrets
 from collections.abc import Coroutine, Sequence
@@ -42,17 +38,13 @@ ENDS = {"stop": True, "length": False}  # finish_reason: was there an EOS?
 ROUNDING = 1e-2  # by which a log-probability may be above 0
 timeout = partial(openai.Timeout, connect=10)
 
-# All that draws other tokens in vLLM (CompletionRequest) or transformers (GenerationConfig), switched off.
+# All that draws other tokens in vLLM (CompletionRequest), switched off.
 VLLM_FIELDS = {
     "return_token_ids": True, "logprobs": 0,  # raw ones of the sampled tokens
     "n": 1, "echo": False, "stop": [], "logit_bias": None, "presence_penalty": 0.0, "frequency_penalty": 0.0,
     "repetition_penalty": 1.0, "min_p": 0.0, "use_beam_search": False, "length_penalty": 1.0, "watermarking": False,
     "ignore_eos": False, "min_tokens": 0, "bad_words": [], "allowed_token_ids": None, "structured_outputs": None,
     "response_format": None, "truncate_prompt_tokens": None, "repetition_detection": None, "thinking_token_budget": -1,
-}  # fmt: skip
-TRANSFORMERS_OFF = {
-    "repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-    "no_repeat_ngram_size": 0, "num_beams": 1, "min_length": 0, "min_new_tokens": 0,
 }  # fmt: skip
 
 
@@ -75,8 +67,6 @@ class ServerEngine:
         self.eos_ids, self.vocabulary, self.in_flight = eos_ids, vocabulary, in_flight
         self.model = model  # the name that requests go to: the base model's or an adapter's
         self.context: int | None = None  # tokens of a prompt with its response, where the server tells
-        self.takes_ids = True  # False: prompts go out as text
-        self.returns_ids = False  # known after the first answer; training needs it
         self.raw_logprobs = True  # False: they are those after temperature, top_k and top_p
         self._loaded: str | None = None  # the adapter that this engine has to unload
         self._client = openai.AsyncOpenAI(
@@ -137,48 +127,32 @@ class ServerEngine:
             self._runner.close()
 
     async def _meet(self) -> None:
-        """Look into /v1/models, then find out by a request for one token what the server takes and gives."""
+        """Look into /v1/models, then find out by a request for one token what its log-probabilities are."""
         try:
             served = (await self._quick.models.list()).data
             names = {getattr(entry, "root", None): entry for entry in served} | {entry.id: entry for entry in served}
-        except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError):
-            raise
-        except (openai.APIError, AttributeError, TypeError, ValueError):  # `transformers serve` asks the hub for it
-            names = {}
-        if names:  # `root` is the checkpoint behind a name that vLLM was told
-            if self.model not in names:
-                ids = ", ".join(str(entry.id) for entry in served[:5])
-                raise AnswerError(f"serves {ids}, not {self.model} (vLLM: --served-model-name {self.model})")
-            entry = names[self.model]
-            context, self.model = getattr(entry, "max_model_len", None), entry.id
-            self.context = context if isinstance(context, int) else None
+        except (AttributeError, TypeError, ValueError):
+            raise AnswerError("/v1/models lists no models") from None
+        if self.model not in names:  # `root` is the checkpoint behind a name that vLLM was told
+            ids = ", ".join(str(entry.id) for entry in served[:5])
+            raise AnswerError(f"serves {ids}, not {self.model} (vLLM: --served-model-name {self.model})")
+        entry = names[self.model]
+        context, self.model = getattr(entry, "max_model_len", None), entry.id
+        self.context = context if isinstance(context, int) else None
         # With top_k 1 the token has probability 1 after the filters, and less before them.
-        prompt, settings = self.tokenizer.encode("1"), Sampling(temperature=1.0, top_p=1.0, top_k=1, max_new_tokens=1)
-        try:
-            first = await self._complete(self._quick, prompt, 0, settings)
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if "field" not in error.response.text.lower():
-                raise
-            self.takes_ids = False
-            first = await self._complete(self._quick, prompt, 0, settings)
-        self.returns_ids, self.raw_logprobs = first.text is None, first.logprobs != [0.0]
+        settings = Sampling(temperature=1.0, top_p=1.0, top_k=1, max_new_tokens=1)
+        first = await self._complete(self._quick, self.tokenizer.encode("1"), 0, settings)
+        self.raw_logprobs = first.logprobs != [0.0]
 
     async def _complete(self, client, prompt: list[int], seed: int, settings: Sampling) -> Response:
         limit = settings.limit(prompt)
-        fields = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": limit}
-        if self.takes_ids:
-            sent = prompt
-            fields |= {"top_k": settings.top_k or -1, "stop_token_ids": self.eos_ids, **VLLM_FIELDS}
-        else:
-            sent = prompt_text(self.tokenizer, prompt)
-            whole = {
-                "do_sample": settings.temperature > 0, "top_k": settings.top_k, "eos_token_id": self.eos_ids,
-                "pad_token_id": self.eos_ids[0], "max_new_tokens": limit, **TRANSFORMERS_OFF,
-            }  # fmt: skip
-            fields["generation_config"] = json.dumps(whole)
+        fields = {
+            "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k or -1,
+            "max_tokens": limit, "stop_token_ids": self.eos_ids, **VLLM_FIELDS,
+        }  # fmt: skip
         reply = "something else than JSON"
         try:
-            reply = await client.completions.create(model=self.model, prompt=sent, seed=seed, extra_body=fields)
+            reply = await client.completions.create(model=self.model, prompt=prompt, seed=seed, extra_body=fields)
             if self.model != self.base_model and reply.model != self.model:
                 raise AnswerError(f"answers as {reply.model}, not by the adapter {self.model}")
             return self._read(reply, len(prompt), limit)
@@ -196,8 +170,8 @@ class ServerEngine:
             raise AnswerError(f"read a prompt of {prompt} tokens as {reply.usage.prompt_tokens}")
         if not (1 if finished else limit) <= count <= limit:
             raise AnswerError(f"a row of {count} tokens, ended by {reason!r}, for a limit of {limit}")
-        if ids is None and isinstance(choice.text, str):  # null would be sampled as "None"
-            return Response([], finished, text=choice.text, tokens=count)
+        if ids is None:
+            raise AnswerError("returns no token ids; vLLM does")
         for what, values in (("token ids", ids), ("log-probabilities", logprobs)):
             if values is not None and len(values) != count:
                 raise AnswerError(f"a row of {count} tokens with {len(values)} {what}")
@@ -270,12 +244,3 @@ def ends_and_vocabulary(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple
     except OSError:  # a checkpoint need not have one
         generation = GenerationConfig.from_model_config(config)
     return eos_ids(generation, tokenizer), config.get_text_config().vocab_size
-
-
-def prompt_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text that the server's tokenizer, which adds its own BOS if it has one, turns into exactly `ids`."""
-    for start in (0, 1):
-        text = tokenizer.decode(ids[start:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if tokenizer.encode(text) == ids:
-            return text
-    raise InputError("--server: a prompt cannot be written as text that encodes to the same tokens; sample without it")

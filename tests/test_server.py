@@ -1,20 +1,17 @@
-"""The `server` engine against a real vLLM, a real `transformers serve`, and sockets that misbehave.
+"""The `server` engine against a real vLLM, and sockets that misbehave.
 
 The tests with vLLM need its address: export PWOPSD_VLLM=$(tests/vllm_server.sh start).
 """
 
-import importlib.util
 import json
 import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -34,10 +31,9 @@ from teacher import EVALUATION_PROMPT, encode_prompt
 
 pytest.importorskip("openai", reason="pip install openai")
 from runtime import server
-from runtime.server import ServerEngine, base_url, prompt_text
+from runtime.server import ServerEngine, base_url
 from runtime.stopping import StoppedError
 
-MISSING = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
 VLLM = os.environ.get("PWOPSD_VLLM")
 needs_vllm = pytest.mark.skipif(not VLLM, reason="no PWOPSD_VLLM: export PWOPSD_VLLM=$(tests/vllm_server.sh start)")
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=96)
@@ -110,7 +106,6 @@ def served_names() -> set[str]:
 
 @needs_vllm
 def test_vllm_gives_the_answers_and_the_log_probabilities_of_the_process(engine, tokenizer, prompts):
-    assert engine.takes_ids and engine.returns_ids
     model, expected = in_process(tokenizer, prompts)
     seen = {}
     responses = engine.sample(prompts, keys(len(prompts)), GREEDY, lambda row, response: seen.update({row: response}))
@@ -244,56 +239,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-LOUD = {"do_sample": True, "top_k": 1, "min_p": 0.9, "repetition_penalty": 5.0, "no_repeat_ngram_size": 2,
-        "min_new_tokens": 50, "typical_p": 0.1}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text_server(tmp_path_factory):
-    if MISSING:
-        pytest.skip(f"`transformers serve` needs {', '.join(MISSING)}: pip install 'transformers[serving]'")
-    folder = tmp_path_factory.mktemp("server")
-    port, log, model = free_port(), folder / "log", shutil.copytree(TINY_MODEL, folder / "model")
-    settings = json.loads((model / "generation_config.json").read_text()) | LOUD
-    (model / "generation_config.json").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model), "--device", "cpu",
-               "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            assert process.poll() is None, log.read_text()[-2000:]
-            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.2)
-        yield url, str(model)
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
-@pytest.mark.slow
-def test_a_server_of_text_samples_solves_and_stops(text_server, tokenizer, prompts, tmp_path):
-    """As asked, not as the checkpoint's generation config has it."""
-    engine = connect(tokenizer, *text_server)
-    assert not engine.takes_ids and not engine.returns_ids
-    responses = engine.sample(prompts[:8] * 2, keys(16), SAMPLED)
-    assert all(r.finished and "\\boxed{" in r.text and 10 < r.tokens < 64 and r.ids == [] for r in responses)
-    assert any(responses[row].text != responses[row + 8].text for row in range(8))  # sampled, not greedy
-    (cut,) = engine.sample(prompts[:1], keys(1), Sampling(1.0, 0.95, 0, max_new_tokens=5))
-    assert (cut.finished, cut.tokens) == (False, 5)
-    greedy = engine.sample(prompts[:4], keys(4), GREEDY)
-    expected = in_process(tokenizer, prompts[:4])[1]
-    assert [r.text for r in greedy] == tokenizer.batch_decode(expected, skip_special_tokens=True)
-    with one_line("vLLM needs --enable-lora"):
-        engine.use_adapter(random_adapter(tmp_path / "adapter", 4, 0), "x")
-    engine.close()
-    with one_line("some/other"):
-        connect(tokenizer, text_server[0], "some/other")
-
-
 class Handler(BaseHTTPRequestHandler):
     """Misbehaves by `faults`: each request for a row takes the next one, `ok` once there are none."""
 
@@ -325,8 +270,6 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, b'{"choices', 500 if fault == "torn" else 9)
         elif self.close_connection:
             pass
-        elif self.text_only and "generation_config" not in body:
-            self.answer(422, {"detail": "Unexpected fields in the request: {'top_k'}"})
         elif fault == "ok":
             self.answer(200, completion(body, **(self.first if first else self.changes)))
         else:
@@ -354,8 +297,6 @@ def completion(body, usage=(), model=None, **changes) -> dict:
         tokens = {"token_ids": [5], "finish_reason": "length", "logprobs": {"token_logprobs": [-0.5]}}
     read = len(body["prompt"]) if isinstance(body["prompt"], list) else 1
     usage = {"prompt_tokens": read, "completion_tokens": len(tokens["token_ids"]), **dict(usage)}
-    if "generation_config" in body:
-        tokens["token_ids"] = tokens["logprobs"] = None
     return {"model": model or body["model"], "choices": [{"text": "", **tokens, **changes}], "usage": usage}
 
 
@@ -364,7 +305,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(server, "RETRIES", 3)
     monkeypatch.setenv("HTTP_PROXY", "what://ever")  # no proxy is asked
     own = {"faults": [], "seen": [], "gone": [], "adapters": [], "changes": {}, "first": {}, "entries": [{"id": "m"}],
-           "open": 0, "most": 0, "text_only": False, "lock": threading.Lock()}  # fmt: skip
+           "open": 0, "most": 0, "lock": threading.Lock()}  # fmt: skip
     handler = type("Own", (Handler,), own)
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     httpd.handle_error = lambda *_: None  # clients that go away are the point
@@ -451,24 +392,6 @@ def test_a_request_says_everything(fake):
     assert (body["seed"], body["top_k"], body["stop_token_ids"]) == (1982462498, -1, [1, 3])
 
 
-def test_a_request_as_text_says_everything_and_is_not_trained_on(fake, monkeypatch):
-    fake.text_only = True
-    monkeypatch.setattr(server, "ends_and_vocabulary", lambda *_: ([1], 9))
-    with one_line("returns no token ids, which training and diagnosis need"):
-        engines.connect(fake.url, "m", Tokens(), 1, needs_ids=True)
-    (response,) = ask(fake.url, 1)
-    assert (response.ids, response.finished, response.tokens) == ([], True, 2)
-    body = fake.seen[-1][1]
-    whole = json.loads(body.pop("generation_config"))
-    own = {"temperature": 0.7, "top_p": 0.95, "max_tokens": 64}
-    assert body == {"model": "m", "prompt": "two", "seed": 1484405855, **own}
-    assert whole == {
-        "do_sample": True, "top_k": 20, "eos_token_id": [1], "pad_token_id": 1, "max_new_tokens": 64, "min_p": 0.0,
-        "repetition_penalty": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "num_beams": 1,
-        "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
-    }  # fmt: skip
-
-
 def test_adapters_are_loaded_and_unloaded_each_once(fake, tmp_path):
     engine = ServerEngine(fake.url, "m", Tokens(), [1], 9, 1)
     names = []
@@ -498,7 +421,7 @@ NOT_ASKED_FOR = [
     ({"token_ids": [-5, 1]}, "the token id -5; the model has 0 to 8"),
     ({"token_ids": [9, 1]}, "the token id 9; the model has 0 to 8"),
     ({"token_ids": [5.0, 1]}, "the token id 5.0"),
-    ({"token_ids": None, "text": None}, "not a completion"),
+    ({"token_ids": None}, "returns no token ids; vLLM does"),
     ({"token_ids": [5, 6]}, r"a row ended at token 6, but EOS is \[1\]"),
     ({"token_ids": [1, 1]}, r"a row went on behind token 1, but EOS is \[1\]"),
     ({"logprobs": {"token_logprobs": [-1]}}, "a row of 2 tokens with 1 log-probabilities"),
@@ -561,7 +484,7 @@ def test_log_probabilities_behind_the_filters_are_seen(fake, monkeypatch, told, 
     engines.connect(fake.url, "m", Tokens(), 1).close()
     assert fake.seen[0][1]["top_k"] == 1
     with nullcontext() if raw else one_line("--logprobs-mode raw_logprobs"):
-        engines.connect(fake.url, "m", Tokens(), 1, needs_ids=True).close()
+        engines.connect(fake.url, "m", Tokens(), 1, needs_raw=True).close()
 
 
 def test_a_server_that_hangs_is_asked_again_and_given_up(fake, monkeypatch):
@@ -601,19 +524,3 @@ def test_eos_ids_and_vocabulary_are_the_checkpoints(tokenizer, tmp_path):
     config = json.loads((model / "config.json").read_text()) | {"eos_token_id": 7, "vocab_size": 128}
     (model / "config.json").write_text(json.dumps(config))
     assert server.ends_and_vocabulary(str(model), tokenizer) == ([7, 97], 128)
-
-
-def test_prompts_survive_as_text_and_a_bos_is_left_to_the_servers_tokenizer(tokenizer):
-    ids = encode_prompt(tokenizer, EVALUATION_PROMPT, tiny_problems("train", 1)[0], True)
-    assert tokenizer.encode(prompt_text(tokenizer, ids)) == ids
-
-    class WithBos:  # the interface of a tokenizer that puts token 0 in front of everything it encodes
-        def decode(self, ids, **_):
-            return "".join("<s>" if i == 0 else chr(i) for i in ids)
-
-        def encode(self, text):
-            return [0] + [0] * text.startswith("<s>") + [ord(c) for c in text.removeprefix("<s>")]
-
-    assert prompt_text(WithBos(), [0, 65, 66]) == "AB"
-    with one_line("cannot be written as text"):
-        prompt_text(WithBos(), [65, 66])
