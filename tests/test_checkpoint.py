@@ -256,21 +256,6 @@ def model(checkpoint):
     return load_model(checkpoint, device="cpu").eval()
 
 
-@pytest.mark.parametrize(
-    ("rank", "alpha", "told"), [(2, 8.0, "r, lora_alpha are 4"), (4, 16.0, "lora_alpha are 4, 8.0, not 4, 16.0")]
-)
-def test_an_adapter_of_another_size_is_refused(model, checkpoint, tmp_path, rank, alpha, told):
-    add_lora(model, rank=4, alpha=8.0)
-    checkpoints.save_adapter(model, tmp_path, str(checkpoint))
-    other = load_model(checkpoint, device="cpu")
-    add_lora(other, rank=rank, alpha=alpha)
-    with pytest.raises(InputError, match=told):
-        checkpoints.load_adapter(other, tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_dora": True}))
-    with pytest.raises(InputError, match="use_dora"):
-        checkpoints.load_adapter(load_model(checkpoint, device="cpu"), tmp_path)
-
-
 def test_an_adapter_that_peft_wrote_gives_pefts_logits(model, checkpoint, tmp_path):
     peft = pytest.importorskip("peft")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -284,6 +269,9 @@ def test_an_adapter_that_peft_wrote_gives_pefts_logits(model, checkpoint, tmp_pa
     checkpoints.load_adapter(model, tmp_path)
     ids = torch.tensor([PROMPTS[2]])
     torch.testing.assert_close(model(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5, rtol=0)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**PLAIN, "use_dora": True}))
+    with pytest.raises(InputError, match="use_dora"):
+        checkpoints.load_adapter(load_model(checkpoint, device="cpu"), tmp_path)
 
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
@@ -325,7 +313,7 @@ NO_SIZES = [{**PLAIN, name: value} for name in ("r", "lora_alpha", "lora_dropout
     "config", [[], {"peft_type": "LORA"}, {"lora_alpha": 8}, {"r": 4}, {**PLAIN, "r": 16.5}, *NO_SIZES]
 )
 def test_a_config_that_is_no_adapters(tmp_path, config):
-    with pytest.raises(InputError, match=r"adapter_config\.json (describes no|has .* for (r|lora_alpha|lora_dropout))"):
+    with pytest.raises(InputError, match=r"adapter_config\.json has .* for (r|lora_alpha|lora_dropout)"):
         checkpoints.check_adapter_fields(config, tmp_path)
 
 
