@@ -29,8 +29,7 @@ from runtime import records
 from runtime.checkpoint import load_adapter
 from runtime.engines import Engine, GenerateEngine, connect
 from runtime.flags import FlagParser, option, run_script
-from runtime.lengths import check_room
-from runtime.loading import ADAPTER_CONFIG, context_length, load_config, load_model, load_tokenizer
+from runtime.loading import ADAPTER_CONFIG, check_room, context_length, load_config, load_model, load_tokenizer
 from runtime.ranks import progress, rank, say, start_ranks, stop_ranks, world_size
 from teacher import PAPER_PROMPTS, Prompts, check_prompts, encode_prompt, load_prompts
 

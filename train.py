@@ -30,9 +30,8 @@ import teacher
 import weighting
 from errors import InputError
 from problems import Problem
-from runtime import checkpoint, engines, lengths, loading, metrics, ranks, records
+from runtime import checkpoint, engines, loading, metrics, ranks, records
 from runtime.flags import FlagParser, departures, option, run_script
-from runtime.stopping import Stop, StoppedError
 
 
 def train_step(step: int, run: Training, data: list[Problem], config: TrainConfig) -> tuple[dict, list[dict]]:
@@ -307,7 +306,7 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     grader: grading.ExactGrader
     prompts: teacher.Prompts
-    stop: Stop
+    stop: ranks.Stop
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -353,7 +352,7 @@ def build(
     else:
         rows = config.batch_size // ranks.world_size() if config.shard else 200
         engine = engines.GenerateEngine(student, tokenizer, rows)
-    method, stop = loss.resolve_method(config.method, config), Stop(config.shard)
+    method, stop = loss.resolve_method(config.method, config), ranks.Stop(config.shard)
     return Training(student, tokenizer, scorer, method, engine, optimizer, scheduler, grader, prompts, stop)
 
 
@@ -429,7 +428,7 @@ def train(
     contexts = ("student", "teacher", "evaluation") if held_out else ("student", "teacher")
     for note in teacher.check_prompts(run.tokenizer, prompts, contexts):
         ranks.say(note)
-    kept, longest = lengths.fitting_problems(run, data, held_out, config)
+    kept, longest = loading.fitting_problems(run, data, held_out, config)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if run.method.over_batch else set())
     models = {"model": config.model} | ({} if config.teacher in teacher.KINDS else {"teacher": config.teacher})
     inputs = records.fingerprints(models)
@@ -474,7 +473,7 @@ def take_steps(
             run.stop.release()
         score_held_out(log, config.num_steps, run, held_out, config)
         run.stop.hold()
-    except StoppedError:
+    except ranks.StoppedError:
         if done > start:
             save(folder, done, run, config)  # before any rank is waited for: an error may have ended it
         run.stop.meet()

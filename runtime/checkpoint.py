@@ -10,6 +10,7 @@ What draws within a step, LoRA's dropout, depends on the rank too.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -31,7 +32,7 @@ from errors import InputError, one_line
 from model import add_lora, lora_layers
 from runtime.loading import ADAPTER_CONFIG, find_checkpoint, load_model
 from runtime.ranks import say
-from runtime.records import read_record, remove, sha256, sync
+from runtime.records import read_record, remove, sha256
 from teacher import EVALUATION_PROMPT, Teacher
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -142,14 +143,13 @@ def save_checkpoint(
         digests = {path.relative_to(partial).as_posix(): sha256(path) for path in files}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=2) + "\n")
         (partial / CARD).write_text(model_card(run, step, base, is_adapter))
-        for path in files:  # weights are written readable to one user
-            with suppress(OSError):  # some file systems have no modes
+        for path in files:
+            with suppress(OSError):  # some file systems have no modes; weights are written readable to one user
                 path.chmod((partial / CARD).stat().st_mode)
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         remove(final)
         partial.rename(final)
-        sync(run)
     except Exception as error:
         with suppress(OSError):
             remove(partial)

@@ -89,13 +89,9 @@ def publish(engine: Engine, model: PreTrainedModel, folder: Path, step: int) -> 
     """
     if isinstance(engine, GenerateEngine):
         return
-    directory = folder / SERVED / f"step-{step}"
     if rank() == 0:
-        save_adapter(model, directory, engine.base_model)
-        engine.use_adapter(directory, directory.name)
-        for other in directory.parent.glob("step-*"):
-            if other != directory:
-                shutil.rmtree(other)
+        save_adapter(model, folder / SERVED, engine.base_model)
+        engine.use_adapter(folder / SERVED, f"step-{step}")
     engine.model = gather_objects(engine.model)[0]
 
 

@@ -36,21 +36,6 @@ from runtime.ranks import gather_objects, progress, rank, say, wait_for_all, wor
 # ---------------------------------------------------------------------------------------------------------------
 # Files
 
-# How a file system says that it does not offer something, which is then done without.
-UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EPERM, errno.EACCES}
-
-
-def sync(path: Path) -> None:
-    """Have a file or a folder on the disk before going on, where the file system offers that."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-    finally:
-        os.close(descriptor)
-
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content in one step: a reader, or a crash, sees the old text or the new one."""
@@ -59,7 +44,8 @@ def write_atomically(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)  # a link of that name would be followed
         with partial.open("x", encoding="utf-8") as file:
             file.write(text)
-        sync(partial)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -87,6 +73,8 @@ def make_folder(folder: Path) -> Path:
 
 RECORD, LOCK, TRIAL = "config.json", ".lock", ".trial"
 LEFTOVERS = {RECORD, f".{RECORD}.partial", LOCK, TRIAL}  # of a start that failed
+# How a file system says that it has no locks.
+NO_LOCKS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EPERM, errno.EACCES}
 
 
 def new_folder(output_dir: str | None, name: str) -> Path:
@@ -126,7 +114,7 @@ def _locked(folder: Path, script: str, resume: bool) -> Iterator[dict | None]:
     except filelock.Timeout:
         raise _refusal(folder, "another process is running in it") from None
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        if error.errno not in NO_LOCKS:
             raise
         say(f"--output_dir {folder}: cannot be locked ({one_line(error)}); nothing keeps a second run out of it")
     try:

@@ -14,7 +14,6 @@ from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -69,10 +68,12 @@ class ServerEngine:
         self.context: int | None = None  # tokens of a prompt with its response, where the server tells
         self.raw_logprobs = True  # False: they are those after temperature, top_k and top_p
         self._loaded: str | None = None  # the adapter that this engine has to unload
-        self._client = openai.AsyncOpenAI(
-            base_url=base_url(server), api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=RETRIES,
-            timeout=timeout(REQUEST_SECONDS), http_client=openai.DefaultAsyncHttpxClient(trust_env=False),  # no proxies
-        )  # fmt: skip
+        http, key = openai.DefaultAsyncHttpxClient(trust_env=False), os.environ.get("OPENAI_API_KEY")  # without proxies
+        more = {"http_client": http, "max_retries": RETRIES, "timeout": timeout(REQUEST_SECONDS)}
+        try:
+            self._client = openai.AsyncOpenAI(base_url=base_url(server), api_key=key or "none", **more)
+        except Exception as error:  # an address that is none
+            raise InputError(f"--server {server}: {one_line(error)}") from None
         self._quick = self._client.with_options(max_retries=QUICK_RETRIES, timeout=timeout(START_SECONDS))
         self._runner = asyncio.Runner()
         self._run(self._meet())
@@ -226,14 +227,8 @@ class ServerEngine:
 
 def base_url(server: str) -> str:
     """The address of the API behind `--server`: http:// and /v1 are added where they are missing."""
-    url = server.strip()
-    url = (url if "://" in url else f"http://{url}").rstrip("/")
-    with suppress(ValueError):  # a port that is no number
-        parts = urlsplit(url)
-        is_http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        if is_http and not parts.query and not parts.fragment:
-            return url if url.endswith("/v1") else f"{url}/v1"
-    raise InputError(f"--server {server}: not an address like http://host:8000/v1")
+    url = (server if "://" in server else f"http://{server}").rstrip("/")
+    return url if url.endswith("/v1") else f"{url}/v1"
 
 
 def ends_and_vocabulary(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:

@@ -133,7 +133,7 @@ FULL = {
     "save_adapter": OSError(errno.ENOSPC, "No space left on device"),
     "save_file": SafetensorError("IoError: No space left on device"),
     "torch.save": RuntimeError("PytorchStreamWriter failed writing file: No space left on device"),
-    "sync": OSError(errno.EDQUOT, "Disk quota exceeded"),
+    "os.fsync": OSError(errno.EDQUOT, "Disk quota exceeded"),
 }
 GPU = [kind("CUDA error: an illegal memory access") for kind in (torch.OutOfMemoryError, RuntimeError)]
 
@@ -145,7 +145,8 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(qwen3, run
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(torch if place == "torch.save" else checkpoints, place.removeprefix("torch."), fail)
+    owner, _, name = place.rpartition(".")
+    monkeypatch.setattr({"torch": torch, "os": os, "": checkpoints}[owner], name, fail)
     told = r"CUDA error" if error in GPU else r"checkpoint-3: cannot be written .*; earlier checkpoints are whole"
     with pytest.raises(type(error) if error in GPU else InputError, match=told):
         Trained(qwen3).save(run, 3)

@@ -31,8 +31,8 @@ from teacher import EVALUATION_PROMPT, encode_prompt
 
 pytest.importorskip("openai", reason="pip install openai")
 from runtime import server
+from runtime.ranks import StoppedError
 from runtime.server import ServerEngine, base_url
-from runtime.stopping import StoppedError
 
 VLLM = os.environ.get("PWOPSD_VLLM")
 needs_vllm = pytest.mark.skipif(not VLLM, reason="no PWOPSD_VLLM: export PWOPSD_VLLM=$(tests/vllm_server.sh start)")
@@ -509,9 +509,8 @@ ADDRESSES = {
 
 def test_addresses():
     assert {typed: base_url(typed) for typed in ADDRESSES} == ADDRESSES
-    for typed in ("", "http://", "ftp://host", "host:port", "http://host/?key=1", "host:99999"):
-        with one_line("not an address"):
-            base_url(typed)
+    with one_line("--server host:port: Invalid port"):
+        ask("host:port")
 
 
 def test_eos_ids_and_vocabulary_are_the_checkpoints(tokenizer, tmp_path):
