@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from chat import eos_ids
 from errors import InputError, one_line
 from rollout import OnFinished, Response, Sampling, StreamKey, until_eos
+from runtime.engines import Engine
 from runtime.loading import find_checkpoint, load_config
 
 try:
@@ -47,21 +48,23 @@ VLLM_FIELDS = {
 }  # fmt: skip
 
 
-class AnswerError(openai.OpenAIError):
-    """What is wrong with an answer, in words; `ServerEngine._run` puts the server's address before it."""
+AnswerError = (
+    openai.OpenAIError
+)  # what is wrong with an answer; `ServerEngine._run` puts the server's address before it
 
 
-class ServerEngine:
-    """Samples over HTTP with at most `in_flight` requests open. Usable from one thread, outside of an event loop."""
+class ServerEngine(Engine):
+    """Samples over HTTP with at most `in_flight` requests open. Usable from one thread, outside of an event loop.
+
+    Raises InputError where the server is not there, wants a key, serves another model, fails for good or gives what
+    was not asked for. Then, and on Ctrl-C, requests in flight are cancelled, here and on the server.
+    """
 
     def __init__(
         self, server: str, model: str, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int], vocabulary: int,
         in_flight: int,
     ) -> None:  # fmt: skip
-        """`server`: the URL as typed; `model`: the server's name for it; `vocabulary`: how many token ids it has.
-
-        Raises InputError where the server is not there, wants a key, serves another model or cannot give one token.
-        """
+        """`server`: the URL as typed; `model`: the server's name for it; `vocabulary`: how many token ids it has."""
         self.server, self.base_model, self.tokenizer = server, model, tokenizer
         self.eos_ids, self.vocabulary, self.in_flight = eos_ids, vocabulary, in_flight
         self.model = model  # the name that requests go to: the base model's or an adapter's
@@ -82,11 +85,7 @@ class ServerEngine:
         self, prompts: list[list[int]], keys: Sequence[StreamKey], settings: Sampling,
         on_finished: OnFinished | None = None,
     ) -> list[Response]:  # fmt: skip
-        """As engines.Engine. Whether equal seeds, which come from the keys, give equal answers is the server's affair.
-
-        The first row that fails for good, or comes back as what was not asked for, ends the call with InputError. Then,
-        and on Ctrl-C, requests in flight are cancelled, here and on the server.
-        """
+        """Whether equal seeds, which come from the keys, give equal answers is the server's affair."""
         longest = max(prompts, key=lambda prompt: len(prompt) + settings.limit(prompt), default=[])
         if self.context is not None and len(longest) + settings.limit(longest) > self.context:
             what = f"a prompt of {len(longest)} and {settings.limit(longest)} new tokens (vLLM: --max-model-len)"
@@ -112,20 +111,18 @@ class ServerEngine:
     def use_adapter(self, directory: Path, name: str) -> None:
         """Load the adapter in `directory` on the server, send requests to it from now on, unload the one before it.
 
-        It is loaded as `NAME-RANDOM`, which `self.model` then holds. No name is used twice, because vLLM keeps the keys
-        and values of prompts by the adapter's name and path, also after unloading: other weights under an old name
-        would meet them. Raises InputError where the server cannot load it.
+        It is loaded as `NAME-RANDOM`: vLLM keeps the keys and values of prompts by the adapter's name and path, also
+        after unloading, and other weights under an old name would meet them.
         """
         self._run(self._load(directory.resolve(), f"{name}-{secrets.token_hex(4)}"))
 
     def close(self) -> None:
-        """Unload the adapter, if there is one; a server that is gone, or a second call, is no error."""
-        if not self._client.is_closed():
-            with suppress(InputError):
-                if self._loaded is not None:
-                    self._run(self._unload(self._loaded))
-            self._runner.run(self._client.close())
-            self._runner.close()
+        """Unload the adapter, if there is one; a server that is gone is no error."""
+        with suppress(InputError):
+            if self._loaded is not None:
+                self._run(self._unload(self._loaded))
+        self._runner.run(self._client.close())
+        self._runner.close()
 
     async def _meet(self) -> None:
         """Look into /v1/models, then find out by a request for one token what its log-probabilities are."""

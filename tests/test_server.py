@@ -154,7 +154,6 @@ def test_two_processes_with_one_adapter_do_not_meet(engine, tokenizer, prompts, 
     other.close()
     assert [response.finished for response in engine.sample(prompts[:2], keys(2), GREEDY)] == [True] * 2
     assert served_names() == before | {engine.model}
-    other.close()  # a second time: nothing to do
 
 
 @needs_vllm
