@@ -7,8 +7,6 @@ stored: the problems of a step, their order and the random numbers of each rollo
 What draws within a step, LoRA's dropout, depends on the rank too.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
@@ -34,9 +32,6 @@ from runtime.loading import ADAPTER_CONFIG, find_checkpoint, load_model
 from runtime.ranks import say
 from runtime.records import read_record, remove, sha256
 from teacher import EVALUATION_PROMPT, Teacher
-
-# ---------------------------------------------------------------------------------------------------------------
-# Adapters: plain LoRA and nothing else
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Fields of PEFT's adapter_config.json whose value changes nothing in what is computed here ...
@@ -108,10 +103,6 @@ def check_adapter_fields(config: dict, directory: Path | str) -> None:
     for name in (name for name in is_fine if not is_fine[name]):
         has = f"{ADAPTER_CONFIG} has {config.get(name)!r} for {name}"
         raise InputError(f"--adapter {directory}: {has}, and only plain LoRA is understood")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Saving
 
 
 MANIFEST, TRAINER_STATE, EMA_WEIGHTS, CARD = "manifest.json", "trainer_state.pt", "ema.safetensors", "README.md"
@@ -198,10 +189,6 @@ def model_card(run: Path, step: int, base: str, is_adapter: bool) -> str:
 def _without_folders(text: str) -> str:
     """Absolute paths as their last part: no other machine has the folders."""
     return re.sub(r"(?<![\w.~-])/(?:[^/\s'\"]*/)*", "", text)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Loading
 
 
 def resume(run: Path, model: PreTrainedModel, teacher: Teacher, optimizer: Optimizer, scheduler: LRScheduler) -> int:

@@ -1,7 +1,5 @@
 """Engines: one way to sample for training, evaluation and diagnosis: in this process, or by a server."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Loading a model: where its checkpoint is, whether it is what the losses rely on, and which prompts fit into it."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What a training step logs, and the warnings about a run that looks wrong. Formulas: docs/metrics.md."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from functools import partial
@@ -101,9 +99,6 @@ def step_line(m: dict, num_steps: int) -> str:
         f"len {m['mean_length']:.0f}  ended {m['eos_rate']:.2f}  {seconds:.1f} s"
     )
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# Warnings
 
 # Measured: docs/servers.md, "Are the rollouts from the weights we think?"
 GAP_FLOAT32 = 1e-5

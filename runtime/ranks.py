@@ -1,7 +1,5 @@
 """Ranks: what torchrun starts, the few collectives of a run, each the identity without it, and how a run is stopped."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -9,6 +7,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -170,7 +169,7 @@ class Stop:
         self.asked, self._since, self.held = 0, 0.0, True  # asked: the signal's number; held: signals wait
         self._sharded = sharded
 
-    def listen(self) -> Stop:
+    def listen(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP
                 signal.signal(number, self._note)

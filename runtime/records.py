@@ -4,8 +4,6 @@ The three scripts share it. A folder is held by one process (and its ranks); con
 fingerprint of each input; rows are on the disk as soon as they are there, so what a killed run has written counts.
 """
 
-from __future__ import annotations
-
 import datetime
 import errno
 import hashlib

@@ -5,8 +5,6 @@ setting is sent, the ones that are off included; an answer that cannot be the on
 optional package `openai`, which retries, waits and times out.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import secrets
