@@ -70,7 +70,7 @@ def make_folder(folder: Path) -> Path:
 # Run folders
 
 RECORD, LOCK, TRIAL = "config.json", ".lock", ".trial"
-LEFTOVERS = {RECORD, f".{RECORD}.partial", LOCK, TRIAL}  # of a start that failed
+LEFTOVERS = {f".{RECORD}.partial", LOCK, TRIAL}  # of a start that failed
 # How a file system says that it has no locks.
 NO_LOCKS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EPERM, errno.EACCES}
 
@@ -91,9 +91,8 @@ def new_folder(output_dir: str | None, name: str) -> Path:
 def open_run(folder: Path, script: str, resume: bool) -> Iterator[dict | None]:
     """Hold a run folder, from before the slow work to the end; yields its config.json, None for a run that begins.
 
-    Raises InputError, naming --output_dir, where the folder holds another run without `resume`, one of another script,
-    files of another program or a run that is under way, and where a run could not write. A folder in which nothing
-    was written is taken away again.
+    Raises InputError, naming --output_dir, where the folder is not ours, or a run could not write there. A folder in
+    which nothing was written is taken away again.
     """
     with _locked(folder, script, resume) if rank() == 0 else nullcontext() as record:
         yield gather_objects(record)[0]
@@ -130,7 +129,7 @@ def begun_before(folder: Path, script: str, resume: bool) -> dict | None:
     """config.json of a run that has begun in the folder, None where none has; raises InputError where none may."""
     record = read_record(folder)
     contents = list(folder.iterdir()) if folder.is_dir() else []
-    ours = LEFTOVERS - ({RECORD} if record is None else set())  # a config.json that is no record of ours
+    ours = LEFTOVERS if record is None else {*LEFTOVERS, RECORD}
     others = [path.name for path in contents if path.is_symlink() or path.name not in ours]
     if record is None and others:
         raise _refusal(folder, f"is not empty and holds no run of ours ({min(others)} is there)")
@@ -178,16 +177,13 @@ def record_run(
     change. Raises InputError, naming the flag, for any other difference.
     """
     if record is not None:
-        before = record["config"]
-        for flag, value in json.loads(json.dumps(config)).items():
-            if flag not in free and flag not in inputs and before.get(flag) != value:
-                was = f"was started with --{flag} {before.get(flag)}, not {value}"
-                raise _refusal(folder, f"{was}; for another run choose another folder")
-        for flag, found in inputs.items():
-            if changed := difference(record.get("inputs", {}).get(flag), found):
-                raise _refusal(
-                    folder, f"what --{flag} {config[flag]} names has changed since the run began ({changed})"
-                )
+        before = record["config"] | record.get("inputs", {})
+        for flag, now in json.loads(json.dumps(config | inputs)).items():
+            if flag not in free and (changed := difference(before.get(flag), now)):
+                how = f"was started with --{flag} {before.get(flag)}, not {now}"
+                if flag in inputs:
+                    how = f"what --{flag} {config[flag]} names has changed since the run began ({changed})"
+                raise _refusal(folder, f"{how}; for another run choose another folder")
     elif rank() == 0:
         facts = {"versions": versions(), "git_commit": git_commit(), "ranks": world_size(), **facts}
         record = {"script": script, "command": shlex.join(sys.argv), "config": config, **facts, "inputs": inputs}
@@ -225,16 +221,15 @@ BESIDE = ("trainer_state", "training_args", "train_results", "eval_results", "al
 
 def fingerprints(named: dict[str, str | None]) -> dict[str, dict[str, str] | None]:
     """The fingerprint of what each flag names, on all ranks; the first one reads the files."""
-    return gather_objects({flag: name and fingerprint(name) for flag, name in named.items()} if rank() == 0 else None)[
-        0
-    ]
+    found = {flag: name and fingerprint(name) for flag, name in named.items()} if rank() == 0 else None
+    return gather_objects(found)[0]
 
 
 def fingerprint(name: str) -> dict[str, str]:
     """SHA-256 of each file that decides what a directory's model samples, by name; for a hub name its revision.
 
-    Files are hashed whole and anew each time, several at once: size and time of a file survive a change of its content
-    (`cp -p`, `rsync -t`, an archive). A GiB takes about a second where the CPU has SHA instructions, up to 6 without.
+    Files are hashed whole and anew each time: size and time of a file survive a change of its content (`cp -p`, an
+    archive). A GiB takes about a second where the CPU has SHA instructions, up to 6 without.
     """
     directory = TINY_MODEL if name == "tiny" else Path(name)
     if not directory.is_dir():
