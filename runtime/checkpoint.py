@@ -134,7 +134,7 @@ def save_checkpoint(
         digests = {path.relative_to(partial).as_posix(): sha256(path) for path in files}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=2) + "\n")
         (partial / CARD).write_text(model_card(run, step, base, is_adapter))
-        for path in files:
+        for path in [*files, partial / MANIFEST]:
             with suppress(OSError):  # some file systems have no modes; weights are written readable to one user
                 path.chmod((partial / CARD).stat().st_mode)
             with path.open("rb") as file:
@@ -142,8 +142,7 @@ def save_checkpoint(
         remove(final)
         partial.rename(final)
     except Exception as error:
-        with suppress(OSError):
-            remove(partial)
+        remove(partial)
         if not isinstance(error, (OSError, SafetensorError)) and not FULL_DISK_IN_TORCH.search(str(error)):
             raise
         raise InputError(f"{final}: cannot be written ({one_line(error)}); earlier checkpoints are whole") from error
