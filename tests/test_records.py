@@ -54,35 +54,27 @@ def test_a_run_is_recorded_and_goes_on_where_asked(tmp_path):
         pass
 
 
-FOREIGN = {
-    "another trainer's run": {"checkpoint-1/model.safetensors": "", "metrics.jsonl": ""},
-    "a model": {"config.json": '{"model_type": "qwen3"}', "model.safetensors": ""},
-    "some config": {"config.json": '{"config": {}}'},
-    "no JSON": {"config.json": "{"},
-    "a list": {"config.json": "[]"},
-    "a hidden file": {".git/HEAD": ""},
-}
+FOREIGN = [
+    {"checkpoint-1/model.safetensors": "", "metrics.jsonl": ""},  # another trainer's run
+    {"config.json": '{"model_type": "qwen3"}', "model.safetensors": ""},
+    {"config.json": '{"config": {}}'}, {"config.json": "{"}, {"config.json": "[]"}, {".git/HEAD": ""},
+    *({name: Path("outside")} for name in (records.LOCK, ".config.json.partial", "heldout.jsonl")),  # links elsewhere
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("files", FOREIGN)
 def test_a_folder_that_is_not_ours_is_refused_and_stays_as_it_is(tmp_path, files):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
+    run = tmp_path / "run"
+    for name, content in files.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, Path):
+            (run / name).symlink_to(tmp_path / content)
+        else:
+            (run / name).write_text(content)
     before = sorted(tmp_path.rglob("*"))
     for resume in (True, False):
-        refused("holds no run of ours", tmp_path, "train", resume)
+        refused("holds no run of ours", run, "train", resume)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("name", [records.LOCK, ".config.json.partial", "heldout.jsonl"])
-def test_a_link_to_somewhere_else_is_not_ours(tmp_path, name):
-    (tmp_path / "outside").write_text("mine")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).symlink_to(tmp_path / "outside")
-    with pytest.raises(InputError, match="holds no run of ours"):
-        start_run(tmp_path / "run")
-    assert (tmp_path / "outside").read_text() == "mine"
 
 
 def test_what_failed_or_killed_starts_left_is_in_nobodys_way_and_no_run_that_has_begun(tmp_path):
@@ -170,7 +162,7 @@ def refuse(monkeypatch, owner, name, number):
     monkeypatch.setattr(owner, name, fail)
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EPERM])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM])
 @pytest.mark.filterwarnings("ignore:flock not supported")
 def test_a_run_does_without_locks_and_says_so(tmp_path, monkeypatch, capsys, number):
     """filelock itself has another kind of lock for ENOSYS."""
@@ -310,11 +302,10 @@ def test_accuracies_that_are_no_runs_are_named(tmp_path, text):
 
 DECIDING = (
     "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "model.gguf",
-    "consolidated.00.pth", "generation_config.json", "merges.txt", "tokenizer.model", "qwen.tiktoken",
-    "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "adapter_config.json", "model.safetensors",
+    "consolidated.00.pth", "merges.txt", "tokenizer.model", "qwen.tiktoken", "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja", "adapter_config.json", "model.safetensors",
 )  # fmt: skip
-BESIDE = ("README.md", "trainer_state.pt", "optimizer.pt", "training_args.bin", "rng_state_0.pth", "manifest.json",
-          "ema.safetensors", ".gitattributes", "log.out")  # fmt: skip
+BESIDE = ("README.md", "trainer_state.pt", "optimizer.pt", "rng_state_0.pth", "manifest.json", "ema.safetensors", "log")
 
 
 @pytest.fixture
@@ -353,9 +344,11 @@ def test_a_hub_model_is_known_by_its_revision(tmp_path, monkeypatch):
 
 def test_problems_are_known_in_their_order_and_with_all_fields():
     one, two = Problem("a", "b", "c"), Problem("d", "e", "f")
-    others = ([two, one], [one], [Problem("a", "b", "x"), two], [Problem("a", "x", "c"), two],
-              [Problem("ab", "", "c"), two])  # fmt: skip
-    assert len({records.digest([one, two]), *map(records.digest, others)}) == 6
+    others = [Problem("a", "b", "x"), Problem("a", "x", "c"), Problem("ab", "", "c")]
+    assert (
+        len({records.digest(problems) for problems in ([one, two], [two, one], [one], *([o, two] for o in others))})
+        == 6
+    )
 
 
 def test_a_difference_in_words():
