@@ -93,9 +93,11 @@ def check_same_start(named: list[tuple[str, Tensor]]) -> None:
     """
     if world_size() == 1:
         return
-    named = [(name, tensor) for name, tensor in named if not isinstance(tensor, DTensor)]  # `shard` has compared those
-    sums = [int(tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64)) for _, tensor in named]
-    ordered = [float(tensor.detach().flatten()[::7].double().sum()) for _, tensor in named]
+    named = [
+        (name, tensor.detach()) for name, tensor in named if not isinstance(tensor, DTensor)
+    ]  # compared by `shard`
+    sums = [int(tensor.contiguous().view(torch.uint8).sum(dtype=torch.int64)) for _, tensor in named]
+    ordered = [float(tensor.flatten()[::7].double().sum()) for _, tensor in named]
     everyone = gather_objects(list(zip(sums, ordered, strict=True)))
     for other, theirs in enumerate(everyone):
         for (name, _), first, here in zip(named, everyone[0], theirs, strict=True):
@@ -108,8 +110,7 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Bring a loaded model to the device, frozen, and of each block only this rank's part: torch's FSDP2 puts a block
     together where it runs, forward and backward. Embedding, norm and head stay whole.
 
-    From then on all ranks have to make the same passes: one pass more or less on one of them, and parts of different
-    blocks would meet.
+    From then on all ranks have to make the same passes, or parts of different blocks would meet.
     """
     decoder, mesh = model.requires_grad_(False).get_decoder(), init_device_mesh(device.type, (world_size(),))
     blocks = {name: m for name, m in decoder.named_modules() if isinstance(m, GradientCheckpointingLayer)}
@@ -159,15 +160,14 @@ class StoppedError(BaseException):
 class Stop:
     """SIGTERM, Ctrl-C, and the USR1 and HUP of schedulers: each means to keep the last finished step and to end.
 
-    Nothing of a step is kept before its update, and its draws are functions of (seed, step, slot), so a step is left
-    wherever it stands: StoppedError rises out of whatever is under way. From `hold` to `release` a signal waits
-    instead; what several ranks do together lies between the two: all of a step where a model is `sharded`. A second
-    Ctrl-C ends the process at once.
+    A step is left wherever it stands, as nothing of it is kept before its update: StoppedError rises out of whatever is
+    under way. From `hold` to `release` a signal waits instead; what several ranks do together lies between the two: all
+    of a step where a model is `sharded`. A second Ctrl-C ends the process at once.
     """
 
     def __init__(self, sharded: bool = False) -> None:
-        self.asked, self._since, self.held = 0, 0.0, True  # asked: the signal's number; held: signals wait
-        self._sharded = sharded
+        self.asked, self._since = 0, 0.0  # the first signal's number and time
+        self.held, self._sharded = True, sharded  # held: signals wait
 
     def listen(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
