@@ -440,7 +440,7 @@ def train(
     ranks.say(f"graded by {grader.name}" + (f"; {grader.note}" if grader.note else ""))
     if device.type != "cpu":
         rehearse(run, longest, config)
-    start = checkpoint.resume(folder, run.model, run.teacher, run.optimizer, run.scheduler) if config.resume else 0
+    start = checkpoint.resume(folder, run) if config.resume else 0
     ranks.check_same_start(list(run.model.named_parameters()))  # all have read before rank 0 writes
     with closing(run.engine), closing(run.grader):
         take_steps(start, run, kept, held_out, folder, config)
@@ -492,8 +492,7 @@ def take_steps(
 def save(folder: Path, step: int, run: Training, config: TrainConfig) -> None:
     """The first rank writes the checkpoint after `step` steps, unless it is there, whole."""
     if ranks.rank() == 0 and checkpoint.damage(folder / f"checkpoint-{step}") is not None:
-        base = loading.find_checkpoint(config.model)
-        checkpoint.save_checkpoint(folder, step, run.model, base, run.teacher, run.optimizer, run.scheduler)
+        checkpoint.save_checkpoint(folder, step, run, loading.find_checkpoint(config.model))
 
 
 def cli() -> None:

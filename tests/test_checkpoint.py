@@ -59,11 +59,10 @@ class Trained:
         self.teacher.update()
 
     def save(self, run: Path, step: int) -> Path:
-        parts = (self.model, self.base, self.teacher, self.optimizer, self.scheduler)
-        return checkpoints.save_checkpoint(run, step, *parts)
+        return checkpoints.save_checkpoint(run, step, self, self.base)
 
     def load(self, path: Path) -> int:
-        return checkpoints.load_checkpoint(path, self.model, self.teacher, self.optimizer, self.scheduler)
+        return checkpoints.load_checkpoint(path, self)
 
     def tensors(self) -> list[torch.Tensor]:
         moments = [m for state in self.optimizer.state_dict()["state"].values() for m in state.values()]
