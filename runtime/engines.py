@@ -68,9 +68,9 @@ def connect(
 
     `needs_raw`: training compares the log-probabilities with its own. Raises InputError where the server cannot.
     """
-    from runtime.server import ServerEngine, ends_and_vocabulary
+    from runtime.server import ServerEngine
 
-    engine = ServerEngine(server, model, tokenizer, *ends_and_vocabulary(model, tokenizer), in_flight)
+    engine = ServerEngine(server, model, tokenizer, in_flight)
     if needs_raw and not engine.raw_logprobs:
         what = "its log-probabilities are those after temperature, top_k and top_p"
         raise InputError(f"--server {server}: {what}; start vLLM with --logprobs-mode raw_logprobs")

@@ -162,10 +162,9 @@ def read_record(folder: Path) -> dict | None:
     """config.json of a run of ours; None where there is none, or where it is another program's."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return record if isinstance(record["config"], dict) and "versions" in record else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    ours = isinstance(record, dict) and isinstance(record.get("config"), dict) and "versions" in record
-    return record if ours else None
 
 
 def record_run(
@@ -201,11 +200,9 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of this checkout, or None outside of one."""
-    here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists() or not shutil.which("git"):
-        return None
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    command = ["git", "--git-dir", str(Path(__file__).resolve().parent.parent / ".git"), "rev-parse", "HEAD"]
+    found = shutil.which("git") and subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return found or None
 
 
 # ---------------------------------------------------------------------------------------------------------------

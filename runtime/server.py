@@ -58,13 +58,10 @@ class ServerEngine(Engine):
     was not asked for. Then, and on Ctrl-C, requests in flight are cancelled, here and on the server.
     """
 
-    def __init__(
-        self, server: str, model: str, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int], vocabulary: int,
-        in_flight: int,
-    ) -> None:  # fmt: skip
-        """`server`: the URL as typed; `model`: the server's name for it; `vocabulary`: how many token ids it has."""
-        self.server, self.base_model, self.tokenizer = server, model, tokenizer
-        self.eos_ids, self.vocabulary, self.in_flight = eos_ids, vocabulary, in_flight
+    def __init__(self, server: str, model: str, tokenizer: PreTrainedTokenizerBase, in_flight: int) -> None:
+        """`server`: the URL as typed; `model`: the checkpoint, by which the server knows it."""
+        self.server, self.base_model, self.tokenizer, self.in_flight = server, model, tokenizer, in_flight
+        self.eos_ids, self.vocabulary = ends_and_vocabulary(model, tokenizer)
         self.model = model  # the name that requests go to: the base model's or an adapter's
         self.context: int | None = None  # tokens of a prompt with its response, where the server tells
         self.raw_logprobs = True  # False: they are those after temperature, top_k and top_p

@@ -50,10 +50,6 @@ def prompts(tokenizer):
     return [encode_prompt(tokenizer, EVALUATION_PROMPT, item, True) for item in tiny_problems("heldout", 24)]
 
 
-def connect(tokenizer, url, model="tiny") -> ServerEngine:
-    return ServerEngine(url, model, tokenizer, [tokenizer.eos_token_id], len(tokenizer), 8)
-
-
 def keys(count, seed=0):
     return [(seed, row) for row in range(count)]
 
@@ -68,7 +64,7 @@ def one_line(words: str):
 
 @pytest.fixture
 def engine(tokenizer):
-    engine = connect(tokenizer, VLLM)
+    engine = ServerEngine(VLLM, "tiny", tokenizer, 8)
     yield engine
     engine.close()
 
@@ -136,7 +132,7 @@ def test_adapters_are_loaded_used_and_unloaded_by_name(engine, tokenizer, prompt
     base, before = [response.ids for response in engine.sample(prompts[:8], keys(8), GREEDY)], served_names()
     for number in (1, 2):
         adapter = random_adapter(tmp_path / f"adapter-{number}", 16, number)
-        other = connect(tokenizer, VLLM)
+        other = ServerEngine(VLLM, "tiny", tokenizer, 8)
         for one in (other, engine):
             one.use_adapter(adapter, f"step-{number}")
         other.close()
@@ -160,8 +156,6 @@ def test_other_weights_under_one_name_and_path_do_not_meet_old_keys_and_values(e
 
 @needs_vllm
 def test_what_vllm_does_not_do_is_one_line(engine, tokenizer, prompts, tmp_path):
-    with one_line(r"serves tiny.*, not other"):
-        connect(tokenizer, VLLM, "other")
     with one_line(r"vLLM needs .*--max-lora-rank.*rank"):
         engine.use_adapter(random_adapter(tmp_path / "large", 128, 6), "large")
     with one_line(r"loads no adapter .*nowhere: vLLM needs"):
@@ -290,6 +284,7 @@ def completion(body, usage=(), model=None, **changes) -> dict:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr(server, "RETRIES", 3)
+    monkeypatch.setattr(server, "ends_and_vocabulary", lambda *_: ([1], 9))
     monkeypatch.setenv("HTTP_PROXY", "what://ever")  # no proxy is asked
     own = {"faults": [], "seen": [], "gone": [], "adapters": [], "changes": {}, "first": {}, "entries": [{"id": "m"}],
            "open": 0, "most": 0, "lock": threading.Lock()}  # fmt: skip
@@ -313,8 +308,8 @@ class Tokens:
 SETTINGS = Sampling(0.7, 0.95, 20, 64)
 
 
-def ask(url, count=12, in_flight=3, on_finished=None, settings=SETTINGS, ends=(1,)):
-    with closing(ServerEngine(url, "m", Tokens(), list(ends), 9, in_flight)) as engine:
+def ask(url, count=12, in_flight=3, on_finished=None, settings=SETTINGS):
+    with closing(ServerEngine(url, "m", Tokens(), in_flight)) as engine:
         return engine.sample([[2]] * count, keys(count), settings, on_finished)
 
 
@@ -360,7 +355,7 @@ def test_rows_that_were_done_before_a_failure_are_kept(fake):
     assert list(kept.values()) == [[5, 1]] * 5
 
 
-def test_a_request_says_everything(fake):
+def test_a_request_says_everything(fake, monkeypatch):
     ask(fake.url, 1)
     assert fake.seen[-1][1] == {
         "model": "m", "prompt": [2], "seed": 1484405855, "temperature": 0.7, "top_p": 0.95, "top_k": 20,
@@ -371,13 +366,14 @@ def test_a_request_says_everything(fake):
         "response_format": None, "truncate_prompt_tokens": None, "repetition_detection": None,
         "thinking_token_budget": -1,
     }  # fmt: skip
-    ask(fake.url, 2, 1, settings=Sampling(0.0, 1.0, 0, 64), ends=[1, 3])
+    monkeypatch.setattr(server, "ends_and_vocabulary", lambda *_: ([1, 3], 9))
+    ask(fake.url, 2, 1, settings=Sampling(0.0, 1.0, 0, 64))
     body = fake.seen[-1][1]
     assert (body["seed"], body["top_k"], body["stop_token_ids"]) == (1982462498, -1, [1, 3])
 
 
 def test_adapters_are_loaded_and_unloaded_each_once(fake, tmp_path):
-    engine = ServerEngine(fake.url, "m", Tokens(), [1], 9, 1)
+    engine = ServerEngine(fake.url, "m", Tokens(), 1)
     names = []
     for step in (1, 2):
         engine.use_adapter(tmp_path, f"step-{step}")
@@ -418,7 +414,7 @@ NOT_ASKED_FOR = [
 
 def test_an_answer_that_was_not_asked_for_is_one_line_and_is_not_kept(fake):
     kept = []
-    with closing(ServerEngine(fake.url, "m", Tokens(), [1], 9, 1)) as engine:
+    with closing(ServerEngine(fake.url, "m", Tokens(), 1)) as engine:
         for changes, line in NOT_ASKED_FOR:
             fake.changes = changes
             with one_line(f"--server {fake.url}: {line}"):
@@ -434,14 +430,14 @@ def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
     with one_line("something else than JSON"):
         ask(fake.url)
     with one_line("serves m, not other"):
-        ServerEngine(fake.url, "other", Tokens(), [1], 9, 1)
+        ServerEngine(fake.url, "other", Tokens(), 1)
     fake.entries = [{"id": "m", "root": "/models/other"}]  # the checkpoint that is served under another name
-    assert ServerEngine(fake.url, "/models/other", Tokens(), [1], 9, 1).model == "m"
+    assert ServerEngine(fake.url, "/models/other", Tokens(), 1).model == "m"
     fake.entries = [{"id": "x", "root": "y"}, {"id": "m", "root": "x"}]  # a name goes before a checkpoint of that name
-    assert ServerEngine(fake.url, "x", Tokens(), [1], 9, 1).model == "x"
+    assert ServerEngine(fake.url, "x", Tokens(), 1).model == "x"
     fake.entries = [{"id": "m", "root": "/models/other"}]
     with one_line("serves m, not /models"):
-        ServerEngine(fake.url, "/models", Tokens(), [1], 9, 1)
+        ServerEngine(fake.url, "/models", Tokens(), 1)
     fake.faults.append("401")
     with one_line(r"wants a key, which is read from OPENAI_API_KEY \(.*401.*as asked"):
         ask(fake.url)
@@ -455,7 +451,7 @@ def test_what_the_server_cannot_hold_is_not_sampled(fake):
     with one_line("its context of 64 tokens does not hold a prompt of 1 and 64 new tokens"):
         ask(fake.url)
     fake.entries[0]["max_model_len"] = 65
-    engine = ServerEngine(fake.url, "m", Tokens(), [1], 9, 1)  # a context for all leaves each row its own limit
+    engine = ServerEngine(fake.url, "m", Tokens(), 1)  # a context for all leaves each row its own limit
     engine.sample([[2], [2, 2, 2]], keys(2), Sampling(1.0, 1.0, 0, 65, context=65))
     assert [body["max_tokens"] for _, body, _ in fake.seen[-2:]] == [64, 62]
 
@@ -464,7 +460,6 @@ def test_what_the_server_cannot_hold_is_not_sampled(fake):
 def test_log_probabilities_behind_the_filters_are_seen(fake, monkeypatch, told, raw):
     """Asked with top_k 1: --logprobs-mode processed_logprobs gives 0."""
     fake.first = {"logprobs": {"token_logprobs": [told]}}
-    monkeypatch.setattr(server, "ends_and_vocabulary", lambda *_: ([1], 9))
     engines.connect(fake.url, "m", Tokens(), 1).close()
     assert fake.seen[0][1]["top_k"] == 1
     with nullcontext() if raw else one_line("--logprobs-mode raw_logprobs"):
@@ -487,7 +482,7 @@ ADDRESSES = {
 }  # fmt: skip
 
 
-def test_addresses():
+def test_addresses(fake):
     assert {typed: base_url(typed) for typed in ADDRESSES} == ADDRESSES
     with one_line("--server host:port: Invalid port"):
         ask("host:port")
