@@ -12,7 +12,7 @@ from runtime.engines import GenerateEngine
 from runtime.loading import load_model, load_tokenizer
 from teacher import student_prompt
 
-SETTINGS = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=16)
+SETTINGS = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=8)
 ROWS = [[i] for i in range(7)], [(0, 1, i) for i in range(7)]
 RESPONSES = [Response([i, *key], True) for (i,), key in zip(*ROWS, strict=True)]
 
@@ -64,5 +64,5 @@ def test_a_row_that_does_not_fit_ends_it_and_ranks_that_share_a_model_do_not_try
 
 def test_batches_do_not_change_the_responses():
     tiny = load_model("tiny", device="cpu"), load_tokenizer("tiny")
-    rows = [student_prompt(tiny[1], problem) for problem in tiny_problems("train", 7)], ROWS[1]
-    assert GenerateEngine(*tiny, batch_size=3).sample(*rows, SETTINGS) == sample(*tiny, *rows, SETTINGS)
+    rows = [student_prompt(tiny[1], problem) for problem in tiny_problems("train", 3)], ROWS[1][:3]
+    assert GenerateEngine(*tiny, batch_size=2).sample(*rows, SETTINGS) == sample(*tiny, *rows, SETTINGS)

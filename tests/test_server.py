@@ -224,7 +224,7 @@ def free_port() -> int:
 class Handler(BaseHTTPRequestHandler):
     """Misbehaves by `faults`: each request for a row takes the next one, `ok` once there are none."""
 
-    protocol_version = "HTTP/1.1"
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
 
     def do_GET(self):
         self.answer(200, {"data": self.entries})
@@ -241,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
             self.seen.append((fault, body, self.headers["Authorization"]))
             type(self).open += 1
             type(self).most = max(self.most, self.open)
-        time.sleep(0.02)
+        time.sleep(0.01)
         if fault == "hang":
             self.connection.settimeout(60)
             self.gone.append(self.connection.recv(1) == b"")  # the client closes
