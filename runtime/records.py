@@ -149,8 +149,7 @@ def _try_to_write(folder: Path) -> None:
     try:
         trial.mkdir()  # without parents: another process may have taken the folder away
         (trial / "partial").mkdir()
-        for _ in range(2):
-            write_atomically(trial / "partial" / "file", "text")
+        write_atomically(trial / "partial" / "file", "text")
         (trial / "partial").rename(trial / "whole")
     except OSError as error:
         raise _refusal(folder, f"cannot be written ({error.strerror})") from None
