@@ -89,6 +89,7 @@ def test_loading_gives_back_every_bit_and_the_next_step_is_the_same(qwen3, tmp_p
     unbroken.step(1)
     path = unbroken.save(tmp_path, 1)
     resumed.step(7)  # other values everywhere, so that anything not restored shows
+    resumed.step(8)
     assert resumed.load(path) == 1
     unbroken.step(2)
     resumed.step(2)

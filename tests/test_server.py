@@ -374,9 +374,10 @@ def test_a_request_says_everything(fake, monkeypatch):
 
 def test_adapters_are_loaded_and_unloaded_each_once(fake, tmp_path):
     engine = ServerEngine(fake.url, "m", Tokens(), 1)
-    names = []
+    names, model = [], load_model("tiny", device="cpu")
+    add_lora(model, 2, 4.0)
     for step in (1, 2):
-        engine.use_adapter(tmp_path, f"step-{step}")
+        engines.publish(engine, model, tmp_path, step)
         names.append(engine.model)
         engine.sample([[2]], keys(1), SETTINGS)
         assert fake.seen[-1][1]["model"] == engine.model
@@ -386,9 +387,12 @@ def test_adapters_are_loaded_and_unloaded_each_once(fake, tmp_path):
         engine.sample([[2]], keys(1), SETTINGS)
     engine.close()
     load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-    whole = [{"lora_name": name, "lora_path": str(tmp_path), "load_inplace": True} for name in names]
+    whole = [{"lora_name": name, "lora_path": str(tmp_path / "served"), "load_inplace": True} for name in names]
     gone = [{"lora_name": name} for name in names]
     assert fake.adapters == [(load, whole[0]), (load, whole[1]), (unload, gone[0]), (unload, gone[1])]
+    load_adapter(load_model("tiny", device="cpu"), tmp_path / "served")
+    engines.withdraw(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 NOT_ASKED_FOR = [
@@ -438,6 +442,10 @@ def test_what_does_not_get_better_is_one_line(fake, monkeypatch):
     fake.entries = [{"id": "m", "root": "/models/other"}]
     with one_line("serves m, not /models"):
         ServerEngine(fake.url, "/models", Tokens(), 1)
+    fake.entries = None
+    with one_line("/v1/models lists no models"):
+        ask(fake.url)
+    fake.entries = [{"id": "m"}]
     fake.faults.append("401")
     with one_line(r"wants a key, which is read from OPENAI_API_KEY \(.*401.*as asked"):
         ask(fake.url)
