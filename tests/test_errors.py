@@ -91,6 +91,14 @@ def test_every_rank_knows_the_signal_that_one_was_sent(monkeypatch):
     assert stop.asked == signal.SIGTERM
 
 
+def test_where_a_model_is_shared_a_signal_waits_for_the_end_of_the_step():
+    stop = ranks.Stop(sharded=True)
+    stop.release()
+    stop._note(signal.SIGTERM, None)
+    with pytest.raises(ranks.StoppedError):
+        stop.release()
+
+
 def test_one_ctrl_c_that_comes_twice_counts_once_and_a_later_one_ends_at_once(monkeypatch):
     stop, now = ranks.Stop(), iter([10.0, 10.5, 12.0])
     monkeypatch.setattr(ranks, "time", SimpleNamespace(monotonic=lambda: next(now)))
