@@ -36,8 +36,7 @@ from rollout import Sampling
 from runtime import records
 from runtime.engines import Engine, GenerateEngine, connect
 from runtime.flags import FlagParser, departures, option, run_script
-from runtime.lengths import check_room
-from runtime.loading import context_length, load_model, load_tokenizer
+from runtime.loading import check_room, context_length, load_model, load_tokenizer
 from runtime.ranks import gather_objects, rank, say, start_ranks, stop_ranks
 from runtime.records import RowFile, do_jobs
 from teacher import PAPER_PROMPTS, Prompts, check_prompts, encode_prompt, load_prompts
@@ -348,7 +347,7 @@ def prepare(config: DiagnoseConfig, device: torch.device, folder: Path, record: 
         say(note)
     config = replace(config, dtype=str(model.dtype).removeprefix("torch."), grader=f"{grader.name} {grader.version}")
     if config.server:  # samples in phases A and E; B and D pass through the model here
-        engine = connect(config.server, config.model, tokenizer, config.batch_size, needs_ids=True)
+        engine = connect(config.server, config.model, tokenizer, config.batch_size)
     else:
         engine = GenerateEngine(model, tokenizer, config.batch_size)
     run = Diagnosis(model, tokenizer, engine, grader, problems, config, folder, prompts)

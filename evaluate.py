@@ -29,8 +29,7 @@ from runtime import records
 from runtime.checkpoint import load_adapter
 from runtime.engines import Engine, GenerateEngine, connect
 from runtime.flags import FlagParser, option, run_script
-from runtime.lengths import check_room
-from runtime.loading import ADAPTER_CONFIG, context_length, load_config, load_model, load_tokenizer
+from runtime.loading import ADAPTER_CONFIG, check_room, context_length, load_config, load_model, load_tokenizer
 from runtime.ranks import progress, rank, say, start_ranks, stop_ranks, world_size
 from teacher import PAPER_PROMPTS, Prompts, check_prompts, encode_prompt, load_prompts
 
@@ -102,10 +101,9 @@ def solve(
     samples: dict[int, Sample] = {}
 
     def keep(row: int, response: Response) -> None:
-        decoded = tokenizer.decode(response.ids, skip_special_tokens=True)
-        text = decoded if response.text is None else response.text
+        text = tokenizer.decode(response.ids, skip_special_tokens=True)
         (seed, index, number), end = jobs[row], "eos" if response.finished else "length"
-        samples[row] = Sample(index, number, seed, text, response.tokens or len(response.ids), end)
+        samples[row] = Sample(index, number, seed, text, len(response.ids), end)
         on_sample(samples[row])
 
     engine.sample(encoded, stream_keys(problems, jobs), settings, keep)
@@ -242,7 +240,7 @@ class EvaluationConfig:
     enable_thinking: bool = option(True, "of the chat template", "sampling")
     prompts: str | None = option(None, "JSON file with a template of your own: evaluation", "sampling")
     chat_template_kwargs: str | None = option(None, "JSON of further arguments for the chat template", "sampling")
-    server: str | None = option(None, "address of an OpenAI-compatible server of --model", "sampling")
+    server: str | None = option(None, "address of a vLLM that serves --model", "sampling")
     batch_size: int = option(256, "sequences sampled at once, or requests in flight", "sampling", least=1)
     grader: str = option("auto", "math-verify, exact, or auto: math-verify where it is installed")
     output_dir: str = option("runs/evaluation", "samples.jsonl and summary.json; the same command goes on there")

@@ -55,8 +55,6 @@ class Response:
     ids: list[int]
     finished: bool  # True: ended with EOS, which `ids` include; False: cut at max_new_tokens
     logprobs: list[float] | None = None  # of `ids` at temperature 1, where the engine tells them
-    text: str | None = None  # only from a server that returns no token ids; `ids` is then empty
-    tokens: int | None = None  # with `text`: how many they were
 
 
 OnFinished = Callable[[int, Response], None]  # (row, response), called once a row, or its batch, is done

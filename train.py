@@ -30,9 +30,8 @@ import teacher
 import weighting
 from errors import InputError
 from problems import Problem
-from runtime import checkpoint, engines, lengths, loading, metrics, ranks, records
+from runtime import checkpoint, engines, loading, metrics, ranks, records
 from runtime.flags import FlagParser, departures, option, run_script
-from runtime.stopping import Stop, StoppedError
 
 
 def train_step(step: int, run: Training, data: list[Problem], config: TrainConfig) -> tuple[dict, list[dict]]:
@@ -307,7 +306,7 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     grader: grading.ExactGrader
     prompts: teacher.Prompts
-    stop: Stop
+    stop: ranks.Stop
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -349,11 +348,11 @@ def build(
     )
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=config.num_steps)
     if config.server:
-        engine = engines.connect(config.server, config.model, tokenizer, in_flight=200, needs_ids=True)
+        engine = engines.connect(config.server, config.model, tokenizer, in_flight=200, needs_raw=True)
     else:
         rows = config.batch_size // ranks.world_size() if config.shard else 200
         engine = engines.GenerateEngine(student, tokenizer, rows)
-    method, stop = loss.resolve_method(config.method, config), Stop(config.shard)
+    method, stop = loss.resolve_method(config.method, config), ranks.Stop(config.shard)
     return Training(student, tokenizer, scorer, method, engine, optimizer, scheduler, grader, prompts, stop)
 
 
@@ -429,7 +428,7 @@ def train(
     contexts = ("student", "teacher", "evaluation") if held_out else ("student", "teacher")
     for note in teacher.check_prompts(run.tokenizer, prompts, contexts):
         ranks.say(note)
-    kept, longest = lengths.fitting_problems(run, data, held_out, config)
+    kept, longest = loading.fitting_problems(run, data, held_out, config)
     free = FREE_ON_RESUME - ({"micro_batch_size"} if run.method.over_batch else set())
     models = {"model": config.model} | ({} if config.teacher in teacher.KINDS else {"teacher": config.teacher})
     inputs = records.fingerprints(models)
@@ -441,7 +440,7 @@ def train(
     ranks.say(f"graded by {grader.name}" + (f"; {grader.note}" if grader.note else ""))
     if device.type != "cpu":
         rehearse(run, longest, config)
-    start = checkpoint.resume(folder, run.model, run.teacher, run.optimizer, run.scheduler) if config.resume else 0
+    start = checkpoint.resume(folder, run) if config.resume else 0
     ranks.check_same_start(list(run.model.named_parameters()))  # all have read before rank 0 writes
     with closing(run.engine), closing(run.grader):
         take_steps(start, run, kept, held_out, folder, config)
@@ -474,7 +473,7 @@ def take_steps(
             run.stop.release()
         score_held_out(log, config.num_steps, run, held_out, config)
         run.stop.hold()
-    except StoppedError:
+    except ranks.StoppedError:
         if done > start:
             save(folder, done, run, config)  # before any rank is waited for: an error may have ended it
         run.stop.meet()
@@ -493,8 +492,7 @@ def take_steps(
 def save(folder: Path, step: int, run: Training, config: TrainConfig) -> None:
     """The first rank writes the checkpoint after `step` steps, unless it is there, whole."""
     if ranks.rank() == 0 and checkpoint.damage(folder / f"checkpoint-{step}") is not None:
-        base = loading.find_checkpoint(config.model)
-        checkpoint.save_checkpoint(folder, step, run.model, base, run.teacher, run.optimizer, run.scheduler)
+        checkpoint.save_checkpoint(folder, step, run, loading.find_checkpoint(config.model))
 
 
 def cli() -> None:

@@ -7,9 +7,8 @@ stored: the problems of a step, their order and the random numbers of each rollo
 What draws within a step, LoRA's dropout, depends on the rank too.
 """
 
-from __future__ import annotations
-
 import json
+import os
 import pickle
 import re
 import shutil
@@ -22,8 +21,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -31,11 +28,8 @@ from errors import InputError, one_line
 from model import add_lora, lora_layers
 from runtime.loading import ADAPTER_CONFIG, find_checkpoint, load_model
 from runtime.ranks import say
-from runtime.records import read_record, remove, sha256, sync
-from teacher import EVALUATION_PROMPT, Teacher
-
-# ---------------------------------------------------------------------------------------------------------------
-# Adapters: plain LoRA and nothing else
+from runtime.records import read_record, remove, sha256
+from teacher import EVALUATION_PROMPT
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Fields of PEFT's adapter_config.json whose value changes nothing in what is computed here ...
@@ -71,20 +65,14 @@ def save_adapter(model: PreTrainedModel, directory: Path, base: str) -> None:
 
 
 def load_adapter(model: PreTrainedModel, directory: Path | str) -> None:
-    """Read an adapter in PEFT's format, adding LoRA where the model has none. Raises InputError on a misfit."""
-    directory = Path(directory)
+    """Add the adapter in a directory of PEFT's format. Raises InputError where it is none, or does not fit."""
     try:
-        config = json.loads((directory / ADAPTER_CONFIG).read_text())
+        config = json.loads((Path(directory) / ADAPTER_CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"--adapter {directory}: not an adapter ({one_line(error)})") from None
     check_adapter_fields(config, directory)
-    r, alpha = config["r"], config["lora_alpha"]
-    if not lora_layers(model):
-        add_lora(model, r, alpha, config.get("lora_dropout", 0.0))
-    layer = next(iter(lora_layers(model).values()))
-    if (layer.rank, layer.alpha) != (r, alpha):
-        raise InputError(f"--adapter {directory}: r, lora_alpha are {r}, {alpha}, not {layer.rank}, {layer.alpha}")
-    load_tensors(adapter_tensors(model), directory / ADAPTER_WEIGHTS)
+    add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
+    load_tensors(adapter_tensors(model), Path(directory) / ADAPTER_WEIGHTS)
 
 
 def load_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -101,10 +89,9 @@ def load_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         tensor.data.copy_(stored[name])
 
 
-def check_adapter_fields(config: object, directory: Path) -> None:
+def check_adapter_fields(config: dict, directory: Path | str) -> None:
     """Raise InputError, naming the field, for an adapter that is anything but plain LoRA."""
-    if not isinstance(config, dict):
-        raise InputError(f"--adapter {directory}: {ADAPTER_CONFIG} describes no adapter")
+    config = config if isinstance(config, dict) else {}
     r, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
     is_fine = {name: not value for name, value in config.items() if name not in ADAPTER_FREE}
     is_fine |= {name: config[name] in values for name, values in ADAPTER_UNDERSTOOD.items() if name in config}
@@ -116,50 +103,47 @@ def check_adapter_fields(config: object, directory: Path) -> None:
         raise InputError(f"--adapter {directory}: {has}, and only plain LoRA is understood")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Saving
-
-
 MANIFEST, TRAINER_STATE, EMA_WEIGHTS, CARD = "manifest.json", "trainer_state.pt", "ema.safetensors", "README.md"
 GENERATION = "generation_config.json"
 CARD_TEMPLATE = Path(__file__).parent / "card.md"
 
 
-def save_checkpoint(
-    run: Path, step: int, model: PreTrainedModel, base: str, teacher: Teacher, optimizer: Optimizer,
-    scheduler: LRScheduler,
-) -> Path:  # fmt: skip
-    """Write `run/checkpoint-STEP` after `step` steps. Until the final rename it lies under a name that nothing reads.
+def save_checkpoint(folder: Path, step: int, run, base: str) -> Path:
+    """Write `folder/checkpoint-STEP` after `step` steps of `run` (train.Training): its model, teacher, optimizer and
+    schedule. Until the final rename it lies under a name that nothing reads.
 
     Raises InputError where it cannot be written (a full disk, say); any other error, of the GPU say, passes as it is.
     In each case the partial directory is removed and earlier checkpoints are untouched.
     """
-    final, partial, is_adapter = run / f"checkpoint-{step}", run / f".partial-{step}", bool(lora_layers(model))
+    final, partial, is_adapter = (
+        folder / f"checkpoint-{step}",
+        folder / f".partial-{step}",
+        bool(lora_layers(run.model)),
+    )
+    average, state = run.teacher.average, {"optimizer": run.optimizer, "scheduler": run.scheduler}
     try:
         remove(partial)
         partial.mkdir(parents=True)
         if is_adapter:
-            save_adapter(model, partial, base)
+            save_adapter(run.model, partial, base)
         else:
-            save_whole(model, base, partial)
-        if teacher.average:
-            save_file({str(i): tensor.contiguous() for i, tensor in enumerate(teacher.average)}, partial / EMA_WEIGHTS)
-        torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, partial / TRAINER_STATE)
+            save_whole(run.model, base, partial)
+        if average:
+            save_file({str(i): tensor.contiguous() for i, tensor in enumerate(average)}, partial / EMA_WEIGHTS)
+        torch.save({name: part.state_dict() for name, part in state.items()}, partial / TRAINER_STATE)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         digests = {path.relative_to(partial).as_posix(): sha256(path) for path in files}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=2) + "\n")
-        (partial / CARD).write_text(model_card(run, step, base, is_adapter))
-        for path in files:  # weights are written readable to one user
-            with suppress(OSError):  # some file systems have no modes
+        (partial / CARD).write_text(model_card(folder, step, base, is_adapter))
+        for path in [*files, partial / MANIFEST]:
+            with suppress(OSError):  # some file systems have no modes; weights are written readable to one user
                 path.chmod((partial / CARD).stat().st_mode)
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         remove(final)
         partial.rename(final)
-        sync(run)
     except Exception as error:
-        with suppress(OSError):
-            remove(partial)
+        remove(partial)
         if not isinstance(error, (OSError, SafetensorError)) and not FULL_DISK_IN_TORCH.search(str(error)):
             raise
         raise InputError(f"{final}: cannot be written ({one_line(error)}); earlier checkpoints are whole") from error
@@ -179,9 +163,9 @@ def save_whole(model: PreTrainedModel, base: str, directory: Path) -> None:
         shutil.copyfile(defaults, directory / GENERATION)
 
 
-def model_card(run: Path, step: int, base: str, is_adapter: bool) -> str:
+def model_card(folder: Path, step: int, base: str, is_adapter: bool) -> str:
     """README.md of a checkpoint: what it is, how it was made, how it is loaded, without paths of this machine."""
-    record = read_record(run) or {"config": {}}
+    record = read_record(folder) or {"config": {}}
     config, prompt = record["config"], record.get("inputs", {}).get("prompts", {}).get("evaluation", EVALUATION_PROMPT)
     name = Path(base).name if Path(base).is_dir() else base
     source, dtype, rank = name if is_adapter else ".", config.get("dtype", "auto"), config.get("lora_rank", 64)
@@ -207,15 +191,11 @@ def _without_folders(text: str) -> str:
     return re.sub(r"(?<![\w.~-])/(?:[^/\s'\"]*/)*", "", text)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Loading
-
-
-def resume(run: Path, model: PreTrainedModel, teacher: Teacher, optimizer: Optimizer, scheduler: LRScheduler) -> int:
-    """Load a run's newest whole checkpoint; the number of steps behind it, 0 where there is none."""
-    newest = newest_checkpoint(run)
+def resume(folder: Path, run) -> int:
+    """Load the newest whole checkpoint of a run (train.Training); the steps behind it, 0 where there is none."""
+    newest = newest_checkpoint(folder)
     say(f"going on from {newest}" if newest else "no checkpoint to go on from: starting anew")
-    return load_checkpoint(newest, model, teacher, optimizer, scheduler) if newest else 0
+    return load_checkpoint(newest, run) if newest else 0
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -243,24 +223,22 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def load_checkpoint(
-    checkpoint: Path, model: PreTrainedModel, teacher: Teacher, optimizer: Optimizer, scheduler: LRScheduler
-) -> int:
+def load_checkpoint(checkpoint: Path, run) -> int:
     """Put everything back in place and return the number of steps done.
 
     Raises InputError where something does not fit, and for a trainer state that would run code (weights_only).
     """
-    if (checkpoint / ADAPTER_WEIGHTS).is_file():
-        load_adapter(model, checkpoint)
+    if lora_layers(run.model):
+        load_tensors(adapter_tensors(run.model), checkpoint / ADAPTER_WEIGHTS)
     else:
-        saved = load_model(str(checkpoint), str(model.dtype).removeprefix("torch."), "cpu")
-        model.load_state_dict(saved.state_dict())
-    if teacher.average:
-        load_tensors({str(i): tensor for i, tensor in enumerate(teacher.average)}, checkpoint / EMA_WEIGHTS)
+        saved = load_model(str(checkpoint), str(run.model.dtype).removeprefix("torch."), "cpu")
+        run.model.load_state_dict(saved.state_dict())
+    if run.teacher.average:
+        load_tensors({str(i): tensor for i, tensor in enumerate(run.teacher.average)}, checkpoint / EMA_WEIGHTS)
     try:
         state = torch.load(checkpoint / TRAINER_STATE, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scheduler.load_state_dict(state["scheduler"])
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{checkpoint / TRAINER_STATE}: not of this run ({one_line(error)})") from error
     return int(json.loads((checkpoint / MANIFEST).read_text())["step"])

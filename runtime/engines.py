@@ -1,7 +1,5 @@
 """Engines: one way to sample for training, evaluation and diagnosis: in this process, or by a server."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,9 +51,7 @@ class GenerateEngine(Engine):
                     responses += sample(self.model, self.tokenizer, *batch, settings, on_token=bar.update)
             except torch.OutOfMemoryError:
                 if end - start == 1 or in_parts:  # the other ranks are in the midst of this batch
-                    what = f"{end - start} row(s) of up to {settings.max_new_tokens} new tokens"
-                    helps = "lower --max_new_tokens, or sample by a --server"
-                    raise InputError(f"out of GPU memory with {what}: {helps}") from None
+                    raise
                 self.batch_size = (end - start) // 2  # what fits now fits later, too
                 torch.cuda.empty_cache()
                 continue
@@ -66,29 +62,20 @@ class GenerateEngine(Engine):
 
 def connect(
     server: str, model: str, tokenizer: PreTrainedTokenizerBase, in_flight: int, adapter: str | None = None,
-    needs_ids: bool = False,
+    needs_raw: bool = False,
 ) -> Engine:  # fmt: skip
     """The engine of `--server`, with an adapter loaded there by name; every rank has a name of its own.
 
-    `needs_ids`: training and diagnosis are on the very tokens that were sampled. Raises InputError where the server
-    cannot.
+    `needs_raw`: training compares the log-probabilities with its own. Raises InputError where the server cannot.
     """
-    from runtime.server import ServerEngine, ends_and_vocabulary
+    from runtime.server import ServerEngine
 
-    engine = ServerEngine(server, model, tokenizer, *ends_and_vocabulary(model, tokenizer), in_flight)
-    try:
-        if needs_ids and not engine.returns_ids:
-            raise InputError(f"--server {server}: returns no token ids, which training and diagnosis need; vLLM does")
-        if needs_ids and not engine.raw_logprobs:
-            what = (
-                "its log-probabilities are those after temperature, top_k and top_p, not what sampler_gap compares with"
-            )
-            raise InputError(f"--server {server}: {what}; start vLLM with --logprobs-mode raw_logprobs")
-        if adapter is not None:
-            engine.use_adapter(Path(adapter), Path(adapter).name)
-    except BaseException:
-        engine.close()
-        raise
+    engine = ServerEngine(server, model, tokenizer, in_flight)
+    if needs_raw and not engine.raw_logprobs:
+        what = "its log-probabilities are those after temperature, top_k and top_p"
+        raise InputError(f"--server {server}: {what}; start vLLM with --logprobs-mode raw_logprobs")
+    if adapter is not None:
+        engine.use_adapter(Path(adapter), Path(adapter).name)
     return engine
 
 
@@ -100,13 +87,9 @@ def publish(engine: Engine, model: PreTrainedModel, folder: Path, step: int) -> 
     """
     if isinstance(engine, GenerateEngine):
         return
-    directory = folder / SERVED / f"step-{step}"
     if rank() == 0:
-        save_adapter(model, directory, engine.base_model)
-        engine.use_adapter(directory, directory.name)
-        for other in directory.parent.glob("step-*"):
-            if other != directory:
-                shutil.rmtree(other)
+        save_adapter(model, folder / SERVED, engine.base_model)
+        engine.use_adapter(folder / SERVED, f"step-{step}")
     engine.model = gather_objects(engine.model)[0]
 
 

@@ -1,12 +1,10 @@
 """Flags and errors: what the three scripts share between the command line and their first line of work."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, field, fields
+from dataclasses import field, fields
 from math import inf
 
 from transformers import HfArgumentParser
@@ -67,11 +65,8 @@ def check_limits(name: str, value: object, least=None, positive=False, within=No
 
 def departures(config: object, presets: dict[str, dict]) -> str:
     """What a run's options differ in from its preset (or, without one, from the defaults), as flags."""
-    preset = getattr(config, "preset", None)
-    base = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(config)}
-    base |= {**presets.get(preset, {}), "preset": preset}
-    now = {name: getattr(config, name) for name in base}
-    return " ".join(f"--{name} {value}" for name, value in now.items() if value != base[name])
+    base = vars(type(config)()) | presets.get(config.preset, {}) | {"preset": config.preset}
+    return " ".join(f"--{name} {value}" for name, value in vars(config).items() if value != base[name])
 
 
 def run_script(main: Callable[[], int | None]) -> None:

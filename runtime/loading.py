@@ -1,9 +1,9 @@
-"""Loading a model: where its checkpoint is, and whether it is what the losses rely on."""
-
-from __future__ import annotations
+"""Loading a model: where its checkpoint is, whether it is what the losses rely on, and which prompts fit into it."""
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from errors import InputError, one_line, require, some
 from model import response_hidden
 from problems import Problem
-from runtime.ranks import pick_device, shard
-from teacher import Prompts, student_prompt, teacher_prompt
+from runtime.ranks import gather_objects, pick_device, progress, rank, say, shard, world_size
+from teacher import Prompts, encode_prompt, student_prompt, teacher_prompt
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name of it
 ADAPTER_BESIDE = f"{ADAPTER_CONFIG} stands beside the model; put the adapter into a directory of its own"
@@ -30,24 +30,22 @@ def load_model(
     """Load a causal LM, in evaluation mode. `dtype`: auto (bfloat16 on a GPU, else float32) or its name. `in_parts`:
     frozen, and shared over the ranks (runtime/ranks.py::shard).
 
-    Sampling defaults that the checkpoint brings are dropped, so that only our own flags decide; its EOS ids are kept.
-    Raises InputError where there is no checkpoint, it is more than a language model, its weights are not exactly the
-    architecture's, or its head is not a plain linear map of the last hidden state.
+    The checkpoint's sampling defaults are dropped, so that only our own flags decide; its EOS ids are kept. Raises
+    InputError where it is missing, quantised, more than a language model, not exactly the architecture's, or its head
+    is not a plain linear map of the last hidden state.
     """
     device = pick_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     require(dtype in DTYPES, "dtype", dtype, f"be one of auto, {', '.join(DTYPES)}")
     name, config = find_checkpoint(name), load_config(name)
+    check_plain(config, name)
     try:
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError("its weights are quantised, and only plain ones can be trained and scored")
-        check_text_only(config, name)
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except (torch.OutOfMemoryError, InputError):
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each library that may be asked has errors of its own
         raise InputError(f"--model {name}: cannot be loaded ({one_line(error)})") from error
@@ -73,8 +71,10 @@ def load_config(name: str) -> PreTrainedConfig:
         ) from error
 
 
-def check_text_only(config: PreTrainedConfig, name: str) -> None:
-    """Raise InputError for a model with a vision tower or the like: no tool would read an adapter of its text part."""
+def check_plain(config: PreTrainedConfig, name: str) -> None:
+    """Raise InputError for quantised weights, and for more than a text model: no tool reads an adapter of its part."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"--model {name}: its weights are quantised, and only plain ones can be trained and scored")
     if config.get_text_config() is not config:
         way = f"whole = transformers.AutoModelForCausalLM.from_pretrained({name!r}); "
         way += "getattr(whole.model, 'language_model', whole).save_pretrained('DIRECTORY')"
@@ -84,12 +84,10 @@ def check_text_only(config: PreTrainedConfig, name: str) -> None:
 
 def check_weights(model: PreTrainedModel, name: str, found: dict) -> None:
     """Raise InputError where the checkpoint and the architecture do not have exactly the same weights."""
-    mismatched = [key for key, *_ in found["mismatched_keys"]]  # (name, shape in the file, shape in the model)
-    for what, keys in (
-        ("lacks", set(found["missing_keys"]) - set(mismatched)),
-        ("has other shapes of", mismatched),
-        ("has, beyond the architecture,", found["unexpected_keys"]),
-    ):
+    mismatched = {key for key, *_ in found["mismatched_keys"]}  # (name, shape in the file, shape in the model)
+    kinds = {"lacks": found["missing_keys"] - mismatched, "has other shapes of": mismatched,
+             "has, beyond the architecture,": found["unexpected_keys"]}  # fmt: skip
+    for what, keys in kinds.items():
         if keys:
             raise InputError(f"--model {name}: the checkpoint {what} {some(sorted(keys))}")
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -205,3 +203,50 @@ def match_heads(model: PreTrainedModel, other: PreTrainedModel) -> None:
 def context_length(config: PreTrainedConfig) -> int:
     """Tokens that fit into a model's context."""
     return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Which prompts fit into the context: counted in tokens before anything is sampled, never cut
+
+
+def count_tokens(encode: Callable[[Problem], list[int]], problems: list[Problem]) -> list[int]:
+    """Tokens of each problem's prompt; ranks share the work."""
+    mine = progress(range(rank(), len(problems), world_size()), desc="prompts measured", leave=False)
+    parts = gather_objects([(index, len(encode(problems[index]))) for index in mine])
+    return [tokens for _, tokens in sorted(pair for part in parts for pair in part)]
+
+
+def check_room(flag: str, problems: list[Problem], tokens: list[int], max_new_tokens: int, context: int) -> None:
+    """Raise InputError, naming the first row of the data whose prompt and response exceed the model's context."""
+    for problem, count in zip(problems, tokens, strict=True):
+        if count + max_new_tokens > context:
+            room = f"a prompt of {count} tokens and a response of {max_new_tokens} exceed the context of {context}"
+            raise InputError(f"{flag}, row {problem.row}: {room}")
+
+
+def fitting_problems(
+    run, data: list[Problem], held_out: list[Problem], config
+) -> tuple[list[Problem], list[list[int]]]:
+    """The problems of `run` (train.Training) whose longer prompt leaves room for a response, the others told by row;
+    and the longest prompt of each context.
+
+    Raises InputError where no problem fits, or one of `held_out` does not.
+    """
+    contexts = [partial(prompt, run.tokenizer, prompts=run.prompts) for prompt in (student_prompt, teacher_prompt)]
+    context = min(map(context_length, (run.model.config, run.teacher.scorer.config)))
+    limit = min(config.max_length, context)
+    counts = list(zip(*(count_tokens(encode, data) for encode in contexts), strict=True))
+    fits = [max(tokens) + config.max_new_tokens <= limit for tokens in counts]
+    if not any(fits):
+        raise InputError(
+            f"--data {config.data}: no prompt leaves room for {config.max_new_tokens} new tokens in {limit}"
+        )
+    left = [str(problem.row) for problem, fit in zip(data, fits, strict=True) if not fit]
+    note = f"; {len(left)} left out, with a response longer than {limit} tokens: row {some(left)}" if left else ""
+    kept = [index for index, fit in enumerate(fits) if fit]
+    say(f"{len(kept)} problems of {config.data}{note}")
+    longest = [encode(data[max(kept, key=lambda i: counts[i][n])]) for n, encode in enumerate(contexts)]
+    template, chat = run.prompts.evaluation, run.prompts.chat
+    tokens = count_tokens(lambda each: encode_prompt(run.tokenizer, template, each, True, chat), held_out)
+    check_room(f"--eval_data {config.eval_data}", held_out, tokens, config.max_new_tokens, context)
+    return [data[index] for index in kept], longest

@@ -1,7 +1,5 @@
 """What a training step logs, and the warnings about a run that looks wrong. Formulas: docs/metrics.md."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from functools import partial
@@ -27,11 +25,13 @@ class Observer:
     def __init__(self, device: torch.device) -> None:
         self.table, self.has_gap = torch.zeros(10, len(self.COLUMNS), device=device), False
         self.broken: list[int] = []
-        self.seconds, self._last = defaultdict(float), self._now()
+        self.seconds, self._last = defaultdict(float), time.perf_counter()
 
     def lap(self, part: str) -> None:
         """The seconds since the last call belong to `part`; waits for the GPU."""
-        now = self._now()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
         self.seconds[part] += now - self._last
         self._last = now
 
@@ -56,12 +56,6 @@ class Observer:
         """Seconds by part, and this rank's sampled tokens a second."""
         seconds = {f"seconds_{part}": round(value, 4) for part, value in self.seconds.items()}
         return {**seconds, "sampled_tokens_per_second": round(sampled_tokens / self.seconds["sampling"], 1)}
-
-    @staticmethod
-    def _now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 @torch.no_grad()
@@ -106,9 +100,6 @@ def step_line(m: dict, num_steps: int) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Warnings
-
 # Measured: docs/servers.md, "Are the rollouts from the weights we think?"
 GAP_FLOAT32 = 1e-5
 GAP_16_BIT = 5e-2
@@ -130,27 +121,21 @@ def gap_warning(history: list[dict], dtype: torch.dtype) -> str | None:
 
 
 COLLAPSE_WINDOW = 5  # steps; a single step's accuracy is a mean over few rollouts
-SHORT = 0.25  # of the length at the start; self-distillation alone may halve it
-LOOPING = 0.25  # share of rollouts that repeat themselves, besides what did so at the start
+# What counts as collapsed, by the mean of the first or the best window and that of the last one.
+COLLAPSES = {
+    "accuracy": (max, lambda start, now: now <= start / 2 > 0.0),
+    "eos_rate": (max, lambda start, now: now <= start / 2 > 0.0),
+    "mean_length": (itemgetter(0), lambda start, now: now <= start / 4),  # self-distillation alone may halve it
+    "repetition": (itemgetter(0), lambda start, now: now >= start + 0.25),
+}
 
 
 def collapse_warning(history: list[dict], limit: int) -> str | None:
-    """One line if the last steps look collapsed, else None; each number is a mean over COLLAPSE_WINDOW steps.
-
-    Every rollout was cut at `limit` tokens; accuracy or the share that ends fell to half its best; the length fell to
-    a quarter of its start; or the share that repeats itself rose by a quarter of all rollouts over its start.
-    """
+    """One line if the last steps look collapsed (COLLAPSES, or every rollout was cut at `limit` tokens), else None."""
     windows = [history[end - COLLAPSE_WINDOW : end] for end in range(COLLAPSE_WINDOW, len(history) + 1)]
-    if not windows:
-        return None
-    if all(step["mean_length"] >= limit for step in windows[-1]):
+    if windows and all(step["mean_length"] >= limit for step in windows[-1]):
         return f"the run looks collapsed: all rollouts of {COLLAPSE_WINDOW} steps were cut at --max_new_tokens {limit}"
-    for name, start_of, is_bad in (
-        ("accuracy", max, lambda start, now: now <= start / 2 > 0.0),
-        ("eos_rate", max, lambda start, now: now <= start / 2 > 0.0),
-        ("mean_length", itemgetter(0), lambda start, now: now <= SHORT * start),
-        ("repetition", itemgetter(0), lambda start, now: now >= start + LOOPING),
-    ):
+    for name, (start_of, is_bad) in COLLAPSES.items() if windows else ():
         means = [sum(step.get(name) or 0.0 for step in window) / COLLAPSE_WINDOW for window in windows]
         if is_bad(start := start_of(means), now := means[-1]):
             return f"the run looks collapsed: {name} went from {start:.2f} to {now:.2f} (over {COLLAPSE_WINDOW} steps)"

@@ -1,11 +1,13 @@
-"""Ranks: what torchrun starts, and the few collectives of a run; without torchrun each is the identity."""
-
-from __future__ import annotations
+"""Ranks: what torchrun starts, the few collectives of a run, each the identity without it, and how a run is stopped."""
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import timedelta
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -91,9 +93,11 @@ def check_same_start(named: list[tuple[str, Tensor]]) -> None:
     """
     if world_size() == 1:
         return
-    named = [(name, tensor) for name, tensor in named if not isinstance(tensor, DTensor)]  # `shard` has compared those
-    sums = [int(tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64)) for _, tensor in named]
-    ordered = [float(tensor.detach().flatten()[::7].double().sum()) for _, tensor in named]
+    named = [
+        (name, tensor.detach()) for name, tensor in named if not isinstance(tensor, DTensor)
+    ]  # compared by `shard`
+    sums = [int(tensor.contiguous().view(torch.uint8).sum(dtype=torch.int64)) for _, tensor in named]
+    ordered = [float(tensor.flatten()[::7].double().sum()) for _, tensor in named]
     everyone = gather_objects(list(zip(sums, ordered, strict=True)))
     for other, theirs in enumerate(everyone):
         for (name, _), first, here in zip(named, everyone[0], theirs, strict=True):
@@ -106,8 +110,7 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Bring a loaded model to the device, frozen, and of each block only this rank's part: torch's FSDP2 puts a block
     together where it runs, forward and backward. Embedding, norm and head stay whole.
 
-    From then on all ranks have to make the same passes: one pass more or less on one of them, and parts of different
-    blocks would meet.
+    From then on all ranks have to make the same passes, or parts of different blocks would meet.
     """
     decoder, mesh = model.requires_grad_(False).get_decoder(), init_device_mesh(device.type, (world_size(),))
     blocks = {name: m for name, m in decoder.named_modules() if isinstance(m, GradientCheckpointingLayer)}
@@ -142,3 +145,66 @@ def progress(items: Iterable | None = None, **settings) -> tqdm:
         settings |= dict.fromkeys(("delay", "mininterval", "maxinterval"), LOG_EVERY)
         settings |= {"bar_format": words, "position": 0}
     return tqdm(items, disable=rank() > 0, **settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# How a run is asked to stop, and when it does: after its last finished step, on all ranks alike
+
+AGAIN = 1.0  # seconds: Ctrl-C reaches a process twice, from the terminal and from torchrun
+
+
+class StoppedError(BaseException):
+    """A signal has asked the run to stop. No `except Exception` on the way may take it for a failure."""
+
+
+class Stop:
+    """SIGTERM, Ctrl-C, and the USR1 and HUP of schedulers: each means to keep the last finished step and to end.
+
+    A step is left wherever it stands, as nothing of it is kept before its update: StoppedError rises out of whatever is
+    under way. From `hold` to `release` a signal waits instead; what several ranks do together lies between the two: all
+    of a step where a model is `sharded`. A second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self, sharded: bool = False) -> None:
+        self.asked, self._since = 0, 0.0  # the first signal's number and time
+        self.held, self._sharded = True, sharded  # held: signals wait
+
+    def listen(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP
+                signal.signal(number, self._note)
+        return self
+
+    def hold(self) -> None:
+        """Signals wait from here on. Raises StoppedError, on every rank, where one of them was asked before."""
+        if not self.held:
+            self.held = True
+            self._agree()
+
+    def _agree(self) -> None:
+        if asked := max(gather_objects(self.asked)):  # a signal during the wait stays noted, for `release`
+            self.asked = asked
+            raise StoppedError
+
+    def release(self) -> None:
+        """Signals stop the run again; raises StoppedError where one has come meanwhile."""
+        if self._sharded:
+            self._agree()
+            return
+        self.held = False
+        if self.asked:
+            raise StoppedError
+
+    def meet(self) -> None:
+        """After StoppedError: this rank waits for the others, which come here, too, or into `hold`."""
+        with suppress(StoppedError):
+            self.hold()
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.asked:
+            if number == signal.SIGINT and time.monotonic() - self._since > AGAIN:
+                raise KeyboardInterrupt
+            return
+        self.asked, self._since = number, time.monotonic()
+        if not self.held:
+            raise StoppedError

@@ -4,8 +4,6 @@ The three scripts share it. A folder is held by one process (and its ranks); con
 fingerprint of each input; rows are on the disk as soon as they are there, so what a killed run has written counts.
 """
 
-from __future__ import annotations
-
 import datetime
 import errno
 import hashlib
@@ -28,29 +26,13 @@ import torch
 import transformers
 from transformers.utils import cached_file, extract_commit_hash
 
-from errors import InputError, one_line, require
+from errors import InputError, one_line
 from problems import Problem
 from runtime.loading import TINY_MODEL
 from runtime.ranks import gather_objects, progress, rank, say, wait_for_all, world_size
 
 # ---------------------------------------------------------------------------------------------------------------
 # Files
-
-# How a file system says that it does not offer something, which is then done without.
-UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EPERM, errno.EACCES}
-
-
-def sync(path: Path) -> None:
-    """Have a file or a folder on the disk before going on, where the file system offers that."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -60,7 +42,8 @@ def write_atomically(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)  # a link of that name would be followed
         with partial.open("x", encoding="utf-8") as file:
             file.write(text)
-        sync(partial)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -87,7 +70,9 @@ def make_folder(folder: Path) -> Path:
 # Run folders
 
 RECORD, LOCK, TRIAL = "config.json", ".lock", ".trial"
-LEFTOVERS = {RECORD, f".{RECORD}.partial", LOCK, TRIAL}  # of a start that failed
+LEFTOVERS = {f".{RECORD}.partial", LOCK, TRIAL}  # of a start that failed
+# How a file system says that it has no locks.
+NO_LOCKS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EPERM, errno.EACCES}
 
 
 def new_folder(output_dir: str | None, name: str) -> Path:
@@ -106,9 +91,8 @@ def new_folder(output_dir: str | None, name: str) -> Path:
 def open_run(folder: Path, script: str, resume: bool) -> Iterator[dict | None]:
     """Hold a run folder, from before the slow work to the end; yields its config.json, None for a run that begins.
 
-    Raises InputError, naming --output_dir, where the folder holds another run without `resume`, one of another script,
-    files of another program or a run that is under way, and where a run could not write. A folder in which nothing
-    was written is taken away again.
+    Raises InputError, naming --output_dir, where the folder is not ours, or a run could not write there. A folder in
+    which nothing was written is taken away again.
     """
     with _locked(folder, script, resume) if rank() == 0 else nullcontext() as record:
         yield gather_objects(record)[0]
@@ -121,18 +105,15 @@ def _refusal(folder: Path, why: str) -> InputError:
 @contextmanager
 def _locked(folder: Path, script: str, resume: bool) -> Iterator[dict | None]:
     begun_before(folder, script, resume)  # before anything is written into a folder that is not ours
-    lock, is_free = filelock.FileLock(make_folder(folder) / LOCK), False
+    lock = filelock.FileLock(make_folder(folder) / LOCK)
     try:
-        with suppress(filelock.Timeout):
-            lock.acquire(timeout=0)
-            is_free = (folder / LOCK).exists()  # else its holder has just taken the folder away
-    except (OSError, NotImplementedError) as error:  # the latter: an older filelock, where a file system has no locks
-        if getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise _refusal(folder, "another process is running in it") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
             raise
         say(f"--output_dir {folder}: cannot be locked ({one_line(error)}); nothing keeps a second run out of it")
-        is_free = True
-    if not is_free:
-        raise _refusal(folder, "another process is running in it")
     try:
         record = begun_before(folder, script, resume)  # again: a run may have ended since
         _try_to_write(folder)
@@ -148,7 +129,7 @@ def begun_before(folder: Path, script: str, resume: bool) -> dict | None:
     """config.json of a run that has begun in the folder, None where none has; raises InputError where none may."""
     record = read_record(folder)
     contents = list(folder.iterdir()) if folder.is_dir() else []
-    ours = LEFTOVERS - ({RECORD} if record is None else set())  # a config.json that is no record of ours
+    ours = LEFTOVERS if record is None else {*LEFTOVERS, RECORD}
     others = [path.name for path in contents if path.is_symlink() or path.name not in ours]
     if record is None and others:
         raise _refusal(folder, f"is not empty and holds no run of ours ({min(others)} is there)")
@@ -164,29 +145,25 @@ def begun_before(folder: Path, script: str, resume: bool) -> dict | None:
 def _try_to_write(folder: Path) -> None:
     """What a run cannot do without, once with nothing at stake: files and folders written, renamed and removed."""
     trial = folder / TRIAL
+    remove(trial)
     try:
-        remove(trial)
-        (trial / "partial").mkdir(parents=True)
-        for _ in range(2):
-            write_atomically(trial / "partial" / "file", "text")
+        trial.mkdir()  # without parents: another process may have taken the folder away
+        (trial / "partial").mkdir()
+        write_atomically(trial / "partial" / "file", "text")
         (trial / "partial").rename(trial / "whole")
-        shutil.rmtree(trial)
     except OSError as error:
-        remove(trial)
         raise _refusal(folder, f"cannot be written ({error.strerror})") from None
+    finally:
+        remove(trial)
 
 
 def read_record(folder: Path) -> dict | None:
     """config.json of a run of ours; None where there is none, or where it is another program's."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return record if isinstance(record["config"], dict) and "versions" in record else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    ours = isinstance(record, dict) and isinstance(record.get("config"), dict) and "versions" in record
-    return record if ours else None
-
-
-ELSEWHERE = "for another run choose another folder"
 
 
 def record_run(
@@ -198,14 +175,13 @@ def record_run(
     change. Raises InputError, naming the flag, for any other difference.
     """
     if record is not None:
-        before = record["config"]
-        for flag, value in json.loads(json.dumps(config)).items():
-            if flag not in free and flag not in inputs and before.get(flag) != value:
-                raise _refusal(folder, f"was started with --{flag} {before.get(flag)}, not {value}; {ELSEWHERE}")
-        for flag, found in inputs.items():
-            if changed := difference(record.get("inputs", {}).get(flag), found):
-                named = f"what --{flag} {config[flag]} names has changed since the run began"
-                raise _refusal(folder, f"{named} ({changed}); {ELSEWHERE}")
+        before = record["config"] | record.get("inputs", {})
+        for flag, now in json.loads(json.dumps(config | inputs)).items():
+            if flag not in free and (changed := difference(before.get(flag), now)):
+                how = f"was started with --{flag} {before.get(flag)}, not {now}"
+                if flag in inputs:
+                    how = f"what --{flag} {config[flag]} names has changed since the run began ({changed})"
+                raise _refusal(folder, f"{how}; for another run choose another folder")
     elif rank() == 0:
         facts = {"versions": versions(), "git_commit": git_commit(), "ranks": world_size(), **facts}
         record = {"script": script, "command": shlex.join(sys.argv), "config": config, **facts, "inputs": inputs}
@@ -223,11 +199,9 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of this checkout, or None outside of one."""
-    here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists() or not shutil.which("git"):
-        return None
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    command = ["git", "--git-dir", str(Path(__file__).resolve().parent.parent / ".git"), "rev-parse", "HEAD"]
+    found = shutil.which("git") and subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return found or None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -250,27 +224,20 @@ def fingerprints(named: dict[str, str | None]) -> dict[str, dict[str, str] | Non
 def fingerprint(name: str) -> dict[str, str]:
     """SHA-256 of each file that decides what a directory's model samples, by name; for a hub name its revision.
 
-    Files are hashed whole and anew each time, several at once: size and time of a file survive a change of its content
-    (`cp -p`, `rsync -t`, an archive). A GiB takes about a second where the CPU has SHA instructions, up to 6 without.
+    Files are hashed whole and anew each time: size and time of a file survive a change of its content (`cp -p`, an
+    archive). A GiB takes about a second where the CPU has SHA instructions, up to 6 without.
     """
     directory = TINY_MODEL if name == "tiny" else Path(name)
     if not directory.is_dir():
-        return {"revision": revision(name)}
+        try:
+            return {"revision": extract_commit_hash(cached_file(name, "config.json"), None)}
+        except Exception as error:  # the hub's errors have no common base class
+            raise InputError(f"--model {name}: cannot be read ({one_line(error)})") from error
     there = sorted([*directory.iterdir(), *directory.glob("additional_chat_templates/*")])
     paths = [path for path in there if path.suffix in DECIDING and not path.name.startswith(BESIDE) and path.is_file()]
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256, paths))
     return {path.relative_to(directory).as_posix(): digest for path, digest in zip(paths, digests, strict=True)}
-
-
-def revision(name: str) -> str:
-    """The commit of a hub model, as it would be loaded now."""
-    try:
-        commit = extract_commit_hash(cached_file(name, "config.json"), None)
-    except Exception as error:  # the hub's errors have no common base class
-        raise InputError(f"--model {name}: cannot be read ({one_line(error)})") from error
-    require(commit is not None, "model", name, "have a revision on the hub; download it and pass the directory")
-    return commit
 
 
 def sha256(path: Path) -> str:
@@ -306,12 +273,10 @@ def read_rows(path: Path, fields: tuple[str, ...] = (), exactly: bool = False) -
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else (), start=1):
         try:
             rows.append(json.loads(line))
-            if not isinstance(rows[-1], dict):
-                raise ValueError("no object")
             names = rows[-1].keys()
             if odd := set(fields) ^ names if exactly else set(fields) - names:
                 raise ValueError(f"{'unknown' if min(odd) in names else 'no'} {min(odd)}")
-        except (ValueError, RecursionError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not a row of this program's ({one_line(error)})") from None
     return rows
 
@@ -375,10 +340,7 @@ def do_jobs(file: RowFile, jobs: list[tuple], work: Callable[[list[tuple]], list
     left = [job for job in jobs if job not in file.rows]
     mine = left[rank() :: world_size()]
     for start in progress(range(0, len(mine), batch_size), desc=file.path.stem):
-        try:
-            file.add(work(mine[start : start + batch_size]))
-        except torch.OutOfMemoryError:
-            raise InputError(f"{file.path}: out of GPU memory; on a larger GPU --resume goes on behind it") from None
+        file.add(work(mine[start : start + batch_size]))
     file.collect()
     seconds = time.perf_counter() - started
     say(f"{file.path.stem}: {len(jobs)} rows, {len(jobs) - len(left)} of them from before, {seconds:.0f} s")

@@ -1,25 +1,17 @@
-"""The `server` engine: sampling by an OpenAI-compatible server (vLLM, `transformers serve`), adapters by name.
-
-Prompts go out as token ids, and token ids come back with their log-probabilities where the server can (vLLM). A server
-that knows text only gets each prompt as the text that its tokenizer turns into exactly those ids.
+"""The `server` engine: sampling by vLLM, adapters by name. Token ids go out; they come back with log-probabilities.
 
 A server applies its own or the checkpoint's sampling defaults (Qwen3: top_k 20) where a request is silent, so every
 setting is sent, the ones that are off included; an answer that cannot be the one asked for is an error. Needs the
 optional package `openai`, which retries, waits and times out.
 """
 
-from __future__ import annotations
-
 import asyncio
-import json
 import os
 import secrets
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -27,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from chat import eos_ids
 from errors import InputError, one_line
 from rollout import OnFinished, Response, Sampling, StreamKey, until_eos
+from runtime.engines import Engine
 from runtime.loading import find_checkpoint, load_config
 
 try:
@@ -43,7 +36,7 @@ ENDS = {"stop": True, "length": False}  # finish_reason: was there an EOS?
 ROUNDING = 1e-2  # by which a log-probability may be above 0
 timeout = partial(openai.Timeout, connect=10)
 
-# All that draws other tokens in vLLM (CompletionRequest) or transformers (GenerationConfig), switched off.
+# All that draws other tokens in vLLM (CompletionRequest), switched off.
 VLLM_FIELDS = {
     "return_token_ids": True, "logprobs": 0,  # raw ones of the sampled tokens
     "n": 1, "echo": False, "stop": [], "logit_bias": None, "presence_penalty": 0.0, "frequency_penalty": 0.0,
@@ -51,63 +44,43 @@ VLLM_FIELDS = {
     "ignore_eos": False, "min_tokens": 0, "bad_words": [], "allowed_token_ids": None, "structured_outputs": None,
     "response_format": None, "truncate_prompt_tokens": None, "repetition_detection": None, "thinking_token_budget": -1,
 }  # fmt: skip
-TRANSFORMERS_OFF = {
-    "repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-    "no_repeat_ngram_size": 0, "num_beams": 1, "min_length": 0, "min_new_tokens": 0,
-}  # fmt: skip
 
 
-class AnswerError(openai.OpenAIError):
-    """What is wrong with an answer, in words; `ServerEngine._run` puts the server's address before it."""
+AnswerError = (
+    openai.OpenAIError
+)  # what is wrong with an answer; `ServerEngine._run` puts the server's address before it
 
 
-class ServerEngine:
-    """Samples over HTTP with at most `in_flight` requests open. Usable from one thread, outside of an event loop."""
+class ServerEngine(Engine):
+    """Samples over HTTP with at most `in_flight` requests open. Usable from one thread, outside of an event loop.
 
-    def __init__(
-        self, server: str, model: str, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int], vocabulary: int,
-        in_flight: int,
-    ) -> None:  # fmt: skip
-        """`server`: the URL as typed; `model`: the server's name for it; `vocabulary`: how many token ids it has.
+    Raises InputError where the server is not there, wants a key, serves another model, fails for good or gives what
+    was not asked for. Then, and on Ctrl-C, requests in flight are cancelled, here and on the server.
+    """
 
-        Raises InputError where the server is not there, wants a key, serves another model or cannot give one token.
-        """
-        self.server, self.base_model, self.tokenizer = server, model, tokenizer
-        self.eos_ids, self.vocabulary, self.in_flight = eos_ids, vocabulary, in_flight
+    def __init__(self, server: str, model: str, tokenizer: PreTrainedTokenizerBase, in_flight: int) -> None:
+        """`server`: the URL as typed; `model`: the checkpoint, by which the server knows it."""
+        self.server, self.base_model, self.tokenizer, self.in_flight = server, model, tokenizer, in_flight
+        self.eos_ids, self.vocabulary = ends_and_vocabulary(model, tokenizer)
         self.model = model  # the name that requests go to: the base model's or an adapter's
         self.context: int | None = None  # tokens of a prompt with its response, where the server tells
-        self.takes_ids = True  # False: prompts go out as text
-        self.returns_ids = False  # known after the first answer; training needs it
         self.raw_logprobs = True  # False: they are those after temperature, top_k and top_p
         self._loaded: str | None = None  # the adapter that this engine has to unload
-        url = base_url(server)
-        proxy = proxy_variable(url)
-        self._by_proxy = f"; asked through the proxy of {proxy}, as NO_PROXY does not name the host" if proxy else ""
+        http, key = openai.DefaultAsyncHttpxClient(trust_env=False), os.environ.get("OPENAI_API_KEY")  # without proxies
+        more = {"http_client": http, "max_retries": RETRIES, "timeout": timeout(REQUEST_SECONDS)}
         try:
-            http = openai.DefaultAsyncHttpxClient(trust_env=proxy is not None)
-        except Exception as error:  # a proxy of a kind that the client does not know; each library has its own
-            raise InputError(f"--server {server}: {one_line(error)}{self._by_proxy}") from None
-        self._client = openai.AsyncOpenAI(
-            base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", http_client=http, max_retries=RETRIES,
-            timeout=timeout(REQUEST_SECONDS),
-        )  # fmt: skip
+            self._client = openai.AsyncOpenAI(base_url=base_url(server), api_key=key or "none", **more)
+        except Exception as error:  # an address that is none
+            raise InputError(f"--server {server}: {one_line(error)}") from None
         self._quick = self._client.with_options(max_retries=QUICK_RETRIES, timeout=timeout(START_SECONDS))
         self._runner = asyncio.Runner()
-        try:
-            self._run(self._meet())
-        except BaseException:
-            self.close()
-            raise
+        self._run(self._meet())
 
     def sample(
         self, prompts: list[list[int]], keys: Sequence[StreamKey], settings: Sampling,
         on_finished: OnFinished | None = None,
     ) -> list[Response]:  # fmt: skip
-        """As engines.Engine. Whether equal seeds, which come from the keys, give equal answers is the server's affair.
-
-        The first row that fails for good, or comes back as what was not asked for, ends the call with InputError. Then,
-        and on Ctrl-C, requests in flight are cancelled, here and on the server.
-        """
+        """Whether equal seeds, which come from the keys, give equal answers is the server's affair."""
         longest = max(prompts, key=lambda prompt: len(prompt) + settings.limit(prompt), default=[])
         if self.context is not None and len(longest) + settings.limit(longest) > self.context:
             what = f"a prompt of {len(longest)} and {settings.limit(longest)} new tokens (vLLM: --max-model-len)"
@@ -133,64 +106,46 @@ class ServerEngine:
     def use_adapter(self, directory: Path, name: str) -> None:
         """Load the adapter in `directory` on the server, send requests to it from now on, unload the one before it.
 
-        It is loaded as `NAME-RANDOM`, which `self.model` then holds. No name is used twice, because vLLM keeps the keys
-        and values of prompts by the adapter's name and path, also after unloading: other weights under an old name
-        would meet them. Raises InputError where the server cannot load it.
+        It is loaded as `NAME-RANDOM`: vLLM keeps the keys and values of prompts by the adapter's name and path, also
+        after unloading, and other weights under an old name would meet them.
         """
         self._run(self._load(directory.resolve(), f"{name}-{secrets.token_hex(4)}"))
 
     def close(self) -> None:
-        """Unload the adapter, if there is one; a server that is gone, or a second call, is no error."""
-        if not self._client.is_closed():
-            with suppress(InputError):
-                if self._loaded is not None:
-                    self._run(self._unload(self._loaded))
-            self._runner.run(self._client.close())
-            self._runner.close()
+        """Unload the adapter, if there is one; a server that is gone is no error."""
+        with suppress(InputError):
+            if self._loaded is not None:
+                self._run(self._unload(self._loaded))
+        self._runner.run(self._client.close())
+        self._runner.close()
 
     async def _meet(self) -> None:
-        """Look into /v1/models, then find out by a request for one token what the server takes and gives."""
+        """Look into /v1/models, then find out by a request for one token what its log-probabilities are."""
         try:
             served = (await self._quick.models.list()).data
             names = {getattr(entry, "root", None): entry for entry in served} | {entry.id: entry for entry in served}
-        except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError):
-            raise
-        except (openai.APIError, AttributeError, TypeError, ValueError):  # `transformers serve` asks the hub for it
-            names = {}
-        if names:  # `root` is the checkpoint behind a name that vLLM was told
-            if self.model not in names:
-                ids = ", ".join(str(entry.id) for entry in served[:5])
-                raise AnswerError(f"serves {ids}, not {self.model} (vLLM: --served-model-name {self.model})")
-            entry = names[self.model]
-            context, self.model = getattr(entry, "max_model_len", None), entry.id
-            self.context = context if isinstance(context, int) else None
+        except (AttributeError, TypeError, ValueError):
+            raise AnswerError("/v1/models lists no models") from None
+        if self.model not in names:  # `root` is the checkpoint behind a name that vLLM was told
+            ids = ", ".join(str(entry.id) for entry in served[:5])
+            raise AnswerError(f"serves {ids}, not {self.model} (vLLM: --served-model-name {self.model})")
+        entry = names[self.model]
+        context, self.model = getattr(entry, "max_model_len", None), entry.id
+        self.context = context if isinstance(context, int) else None
         # With top_k 1 the token has probability 1 after the filters, and less before them.
-        prompt, settings = self.tokenizer.encode("1"), Sampling(temperature=1.0, top_p=1.0, top_k=1, max_new_tokens=1)
-        try:
-            first = await self._complete(self._quick, prompt, 0, settings)
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if "field" not in error.response.text.lower():
-                raise
-            self.takes_ids = False
-            first = await self._complete(self._quick, prompt, 0, settings)
-        self.returns_ids, self.raw_logprobs = first.text is None, first.logprobs != [0.0]
+        settings = Sampling(temperature=1.0, top_p=1.0, top_k=1, max_new_tokens=1)
+        first = await self._complete(self._quick, self.tokenizer.encode("1"), 0, settings)
+        self.raw_logprobs = first.logprobs != [0.0]
 
     async def _complete(self, client, prompt: list[int], seed: int, settings: Sampling) -> Response:
         limit = settings.limit(prompt)
-        fields = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": limit}
-        if self.takes_ids:
-            sent = prompt
-            fields |= {"top_k": settings.top_k or -1, "stop_token_ids": self.eos_ids, **VLLM_FIELDS}
-        else:
-            sent = prompt_text(self.tokenizer, prompt)
-            whole = {
-                "do_sample": settings.temperature > 0, "top_k": settings.top_k, "eos_token_id": self.eos_ids,
-                "pad_token_id": self.eos_ids[0], "max_new_tokens": limit, **TRANSFORMERS_OFF,
-            }  # fmt: skip
-            fields["generation_config"] = json.dumps(whole)
+        fields = {
+            "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k or -1,
+            "max_tokens": limit, "stop_token_ids": self.eos_ids, **VLLM_FIELDS,
+        }  # fmt: skip
         reply = "something else than JSON"
         try:
-            reply = await client.completions.create(model=self.model, prompt=sent, seed=seed, extra_body=fields)
+            reply = await client.completions.create(model=self.model, prompt=prompt, seed=seed, extra_body=fields)
             if self.model != self.base_model and reply.model != self.model:
                 raise AnswerError(f"answers as {reply.model}, not by the adapter {self.model}")
             return self._read(reply, len(prompt), limit)
@@ -208,8 +163,8 @@ class ServerEngine:
             raise AnswerError(f"read a prompt of {prompt} tokens as {reply.usage.prompt_tokens}")
         if not (1 if finished else limit) <= count <= limit:
             raise AnswerError(f"a row of {count} tokens, ended by {reason!r}, for a limit of {limit}")
-        if ids is None and isinstance(choice.text, str):  # null would be sampled as "None"
-            return Response([], finished, text=choice.text, tokens=count)
+        if ids is None:
+            raise AnswerError("returns no token ids; vLLM does")
         for what, values in (("token ids", ids), ("log-probabilities", logprobs)):
             if values is not None and len(values) != count:
                 raise AnswerError(f"a row of {count} tokens with {len(values)} {what}")
@@ -259,27 +214,13 @@ class ServerEngine:
             reason = f"refuses a request for {self.model} ({reason})"
         elif not isinstance(error, openai.OpenAIError):
             raise error
-        raise InputError(f"--server {self.server}: {reason}{self._by_proxy}")
+        raise InputError(f"--server {self.server}: {reason}")
 
 
 def base_url(server: str) -> str:
     """The address of the API behind `--server`: http:// and /v1 are added where they are missing."""
-    url = server.strip()
-    url = (url if "://" in url else f"http://{url}").rstrip("/")
-    with suppress(ValueError):  # a port that is no number
-        parts = urlsplit(url)
-        is_http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        if is_http and not parts.query and not parts.fragment:
-            return url if url.endswith("/v1") else f"{url}/v1"
-    raise InputError(f"--server {server}: not an address like http://host:8000/v1")
-
-
-def proxy_variable(url: str) -> str | None:
-    """The environment variable whose proxy requests to `url` go through; None for this machine's own addresses."""
-    host, scheme = urlsplit(url).hostname, urlsplit(url).scheme
-    if host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.") or proxy_bypass(host):
-        return None
-    return next((f"{name.upper()}_PROXY" for name in (scheme, "all") if getproxies().get(name)), None)
+    url = (server if "://" in server else f"http://{server}").rstrip("/")
+    return url if url.endswith("/v1") else f"{url}/v1"
 
 
 def ends_and_vocabulary(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
@@ -290,12 +231,3 @@ def ends_and_vocabulary(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple
     except OSError:  # a checkpoint need not have one
         generation = GenerationConfig.from_model_config(config)
     return eos_ids(generation, tokenizer), config.get_text_config().vocab_size
-
-
-def prompt_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text that the server's tokenizer, which adds its own BOS if it has one, turns into exactly `ids`."""
-    for start in (0, 1):
-        text = tokenizer.decode(ids[start:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if tokenizer.encode(text) == ids:
-            return text
-    raise InputError("--server: a prompt cannot be written as text that encodes to the same tokens; sample without it")

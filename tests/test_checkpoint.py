@@ -36,29 +36,33 @@ FILES = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.pt",
 
 
 class Trained:
-    """A model with adapter, EMA teacher, optimizer and schedule, that can take steps on made-up gradients."""
+    """A model, its teacher, optimizer and schedule, that can take steps on made-up gradients.
 
-    def __init__(self, base) -> None:
+    With an adapter and an EMA teacher or, for `lora` False, with all weights trained and a live one.
+    """
+
+    def __init__(self, base, lora: bool = True) -> None:
         torch.manual_seed(3)
-        self.model = load_model(str(base), device="cpu")
-        add_lora(self.model, 4, 8.0)
-        self.teacher = Teacher(self.model, "ema", 0.9)
-        self.optimizer = torch.optim.AdamW(lora_parameters(self.model), lr=0.1)
+        self.base, self.model = str(base), load_model(str(base), device="cpu")
+        if lora:
+            add_lora(self.model, 4, 8.0)
+        self.teacher = Teacher(self.model, "ema" if lora else "live", 0.9)
+        self.optimizer = torch.optim.AdamW(self.teacher.trained, lr=0.1)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (step + 1))
 
     def step(self, seed: int) -> None:
         torch.manual_seed(seed)
-        for parameter in lora_parameters(self.model):
+        for parameter in self.teacher.trained:
             parameter.grad = torch.randn_like(parameter)
         self.optimizer.step()
         self.scheduler.step()
         self.teacher.update()
 
     def save(self, run: Path, step: int) -> Path:
-        return checkpoints.save_checkpoint(run, step, self.model, "base", self.teacher, self.optimizer, self.scheduler)
+        return checkpoints.save_checkpoint(run, step, self, self.base)
 
     def load(self, path: Path) -> int:
-        return checkpoints.load_checkpoint(path, self.model, self.teacher, self.optimizer, self.scheduler)
+        return checkpoints.load_checkpoint(path, self)
 
     def tensors(self) -> list[torch.Tensor]:
         moments = [m for state in self.optimizer.state_dict()["state"].values() for m in state.values()]
@@ -85,6 +89,7 @@ def test_loading_gives_back_every_bit_and_the_next_step_is_the_same(qwen3, tmp_p
     unbroken.step(1)
     path = unbroken.save(tmp_path, 1)
     resumed.step(7)  # other values everywhere, so that anything not restored shows
+    resumed.step(8)
     assert resumed.load(path) == 1
     unbroken.step(2)
     resumed.step(2)
@@ -133,7 +138,7 @@ FULL = {
     "save_adapter": OSError(errno.ENOSPC, "No space left on device"),
     "save_file": SafetensorError("IoError: No space left on device"),
     "torch.save": RuntimeError("PytorchStreamWriter failed writing file: No space left on device"),
-    "sync": OSError(errno.EDQUOT, "Disk quota exceeded"),
+    "os.fsync": OSError(errno.EDQUOT, "Disk quota exceeded"),
 }
 GPU = [kind("CUDA error: an illegal memory access") for kind in (torch.OutOfMemoryError, RuntimeError)]
 
@@ -145,7 +150,8 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(qwen3, run
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(torch if place == "torch.save" else checkpoints, place.removeprefix("torch."), fail)
+    owner, _, name = place.rpartition(".")
+    monkeypatch.setattr({"torch": torch, "os": os, "": checkpoints}[owner], name, fail)
     told = r"CUDA error" if error in GPU else r"checkpoint-3: cannot be written .*; earlier checkpoints are whole"
     with pytest.raises(type(error) if error in GPU else InputError, match=told):
         Trained(qwen3).save(run, 3)
@@ -241,10 +247,8 @@ def test_a_checkpoint_of_all_weights_that_lacks_one_is_not_filled_up(base, tmp_p
     path = checkpoint / "model.safetensors"
     tensors = load_file(path)
     save_file({key: value for key, value in tensors.items() if "norm" not in key}, path, metadata={"format": "pt"})
-    model = load_model(base, device="cpu")
-    teacher = Teacher(model, "live")
     with pytest.raises(InputError, match=r"checkpoint-1: the checkpoint lacks .*norm"):
-        checkpoints.load_checkpoint(checkpoint, model, teacher, None, None)
+        Trained(base, lora=False).load(checkpoint)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -254,21 +258,6 @@ def test_a_checkpoint_of_all_weights_that_lacks_one_is_not_filled_up(base, tmp_p
 @pytest.fixture
 def model(checkpoint):
     return load_model(checkpoint, device="cpu").eval()
-
-
-@pytest.mark.parametrize(
-    ("rank", "alpha", "told"), [(2, 8.0, "r, lora_alpha are 4"), (4, 16.0, "lora_alpha are 4, 8.0, not 4, 16.0")]
-)
-def test_an_adapter_of_another_size_is_refused(model, checkpoint, tmp_path, rank, alpha, told):
-    add_lora(model, rank=4, alpha=8.0)
-    checkpoints.save_adapter(model, tmp_path, str(checkpoint))
-    other = load_model(checkpoint, device="cpu")
-    add_lora(other, rank=rank, alpha=alpha)
-    with pytest.raises(InputError, match=told):
-        checkpoints.load_adapter(other, tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_dora": True}))
-    with pytest.raises(InputError, match="use_dora"):
-        checkpoints.load_adapter(load_model(checkpoint, device="cpu"), tmp_path)
 
 
 def test_an_adapter_that_peft_wrote_gives_pefts_logits(model, checkpoint, tmp_path):
@@ -284,6 +273,9 @@ def test_an_adapter_that_peft_wrote_gives_pefts_logits(model, checkpoint, tmp_pa
     checkpoints.load_adapter(model, tmp_path)
     ids = torch.tensor([PROMPTS[2]])
     torch.testing.assert_close(model(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5, rtol=0)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**PLAIN, "use_dora": True}))
+    with pytest.raises(InputError, match="use_dora"):
+        checkpoints.load_adapter(load_model(checkpoint, device="cpu"), tmp_path)
 
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
@@ -293,13 +285,8 @@ PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
     ("field", "value"),
     [
         ("alpha_pattern", {"q_proj": 16}), ("rank_pattern", {"q_proj": 2}), ("init_lora_weights", "pissa"),
-        ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"), ("init_lora_weights", "loftq"),
-        ("use_rslora", True), ("use_dora", True), ("modules_to_save", ["lm_head"]), ("layers_to_transform", [0]),
-        ("layers_to_transform", 1), ("layers_pattern", "layers"), ("bias", "all"), ("bias", "lora_only"),
-        ("fan_in_fan_out", True), ("lora_bias", True), ("layer_replication", [[0, 2]]), ("use_qalora", True),
-        ("target_parameters", ["experts"]), ("trainable_token_indices", [1]), ("exclude_modules", ["up_proj"]),
-        ("task_type", "SEQ_CLS"), ("peft_type", "IA3"), ("peft_type", "ADALORA"), ("megatron_config", {"a": 1}),
-        ("arrow_config", {"a": 1}), ("a_field_of_tomorrow", True), ("alora_invocation_tokens", [1]),
+        ("use_rslora", True), ("modules_to_save", ["lm_head"]), ("layers_to_transform", 1), ("bias", "all"),
+        ("task_type", "SEQ_CLS"), ("peft_type", "IA3"), ("a_field_of_tomorrow", True),
     ],
 )  # fmt: skip
 def test_more_than_plain_lora_is_refused_by_its_field(tmp_path, field, value):
@@ -312,9 +299,8 @@ def test_pefts_own_defaults_are_understood(tmp_path):
     peft = pytest.importorskip("peft")
     config = json.loads(json.dumps(peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM").to_dict(), default=str))
     checkpoints.check_adapter_fields({**config, "peft_type": "LORA"}, tmp_path)
-    assert set(config) >= {*checkpoints.ADAPTER_UNDERSTOOD, *checkpoints.ADAPTER_FREE} - {
-        "runtime_config"
-    }  # the table names real fields
+    named = {*checkpoints.ADAPTER_UNDERSTOOD, *checkpoints.ADAPTER_FREE} - {"runtime_config"}
+    assert set(config) >= named  # the table names real fields
 
 
 NO_SIZES = [{**PLAIN, name: value} for name in ("r", "lora_alpha", "lora_dropout")
@@ -325,7 +311,7 @@ NO_SIZES = [{**PLAIN, name: value} for name in ("r", "lora_alpha", "lora_dropout
     "config", [[], {"peft_type": "LORA"}, {"lora_alpha": 8}, {"r": 4}, {**PLAIN, "r": 16.5}, *NO_SIZES]
 )
 def test_a_config_that_is_no_adapters(tmp_path, config):
-    with pytest.raises(InputError, match=r"adapter_config\.json (describes no|has .* for (r|lora_alpha|lora_dropout))"):
+    with pytest.raises(InputError, match=r"adapter_config\.json has .* for (r|lora_alpha|lora_dropout)"):
         checkpoints.check_adapter_fields(config, tmp_path)
 
 
@@ -356,18 +342,10 @@ def base(tmp_path, monkeypatch):
 
 def trained(base: str, run: Path, lora: bool):
     """A checkpoint of a model whose weights have moved, and its logits."""
-    model = load_model(base, device="cpu").eval()
-    if lora:
-        add_lora(model, 4, 8.0)
-    torch.manual_seed(1)
-    for parameter in lora_parameters(model) or list(model.parameters()):
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    teacher = Teacher(model, "live")
-    optimizer = torch.optim.AdamW(teacher.trained, lr=0.1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    checkpoint = checkpoints.save_checkpoint(run, 1, model, base, teacher, optimizer, scheduler)
+    made = Trained(base, lora)
+    made.step(1)
     with torch.no_grad():
-        return checkpoint, model(input_ids=torch.tensor(IDS)).logits.flatten()
+        return made.save(run, 1), made.model(input_ids=torch.tensor(IDS)).logits.flatten()
 
 
 def check_logits(model, logits):
@@ -387,7 +365,7 @@ def test_a_checkpoint_of_all_weights(base, tmp_path, monkeypatch):
     assert (defaults.top_k, defaults.eos_token_id) == (7, eos)
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+@pytest.mark.parametrize("mask", [0o022, 0o007])
 def test_files_have_the_mode_that_the_umask_asks_for(base, tmp_path, mask):
     before = os.umask(mask)
     try:
@@ -413,6 +391,9 @@ def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path,
     checkpoint, logits = trained(base, tmp_path / "run", lora)
     card = (checkpoint / "README.md").read_text()
     assert str(tmp_path) not in card and "`train.py --data sums.jsonl --prompts='a b' --x Qwen/Q`" in card
+    assert "base_model: owner/base" in checkpoints.model_card(tmp_path, 1, "owner/base", lora)
+    (tmp_path / "owner" / "base").mkdir(parents=True)  # a relative directory is no hub name
+    assert "base_model" not in checkpoints.model_card(tmp_path, 1, "owner/base", lora)
     for fact in ("- base: base\n", "- data: sums.jsonl\n", "pwopsd, step 1", "commit abc; torch 2"):
         assert fact in card, fact
     (python, serve, lm_eval), here = re.findall(r"```[a-z]+\n(.*?)```", card, re.DOTALL), {}
@@ -434,14 +415,6 @@ def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path,
     assert f"pretrained={'base,dtype=float32,peft=.' if lora else '.,dtype=float32'} --tasks boxed" in lm_eval
     (checkpoint / "README.md").write_text("mine")
     assert checkpoints.damage(checkpoint) is None
-
-
-def test_a_relative_directory_is_no_hub_name_on_the_card(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert "base_model: runs/merged" in checkpoints.model_card(tmp_path, 1, "runs/merged", True)
-    (tmp_path / "runs/merged").mkdir(parents=True)
-    card = checkpoints.model_card(tmp_path, 1, "runs/merged", True)
-    assert "base_model" not in card and "runs/" not in card
 
 
 def test_a_tokenizer_with_several_templates_is_saved_whole(base, tmp_path):

@@ -16,7 +16,7 @@ from grading import ExactGrader
 from model import response_hidden
 from problems import Problem, load_problems
 from rollout import Response
-from runtime import lengths
+from runtime import loading
 from runtime.engines import GenerateEngine
 from runtime.loading import load_model, load_tokenizer
 from teacher import student_prompt
@@ -419,7 +419,7 @@ def test_a_run_ends_with_table_1_and_names_the_report(script_with, tmp_path, cap
 
 def test_a_prompt_without_room_is_named_by_its_source_and_row(script_with, tmp_path):
     """Before anything is sampled; the longer of the two contexts counts, and a row that just fits is taken."""
-    lengths.check_room("--data", [Problem("1", "", "1")], [78], 72, 150)
+    loading.check_room("--data", [Problem("1", "", "1")], [78], 72, 150)
     for name, problems in (("short", ["1+2+3+4+5"]), ("long", ["1+2", "1+2+3", "+".join("123456789" * 4)])):
         lines = [json.dumps({"problem": p, "answer": "6"}) + "\n" for p in problems]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))

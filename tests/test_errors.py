@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from errors import InputError
-from runtime import stopping
+from runtime import ranks
 from runtime.flags import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,32 +68,40 @@ def test_a_status_of_its_own_passes(capsys, main, status):
 
 
 def test_a_signal_during_the_wait_for_other_ranks_is_not_lost(monkeypatch):
-    stop = stopping.Stop()
+    stop = ranks.Stop()
     stop.release()
 
     def wait(asked):
         stop._note(signal.SIGUSR1, None)
         return [asked, 0]
 
-    monkeypatch.setattr(stopping, "gather_objects", wait)
+    monkeypatch.setattr(ranks, "gather_objects", wait)
     stop.hold()  # the other ranks know nothing of it, and go on to their next `hold`
-    with pytest.raises(stopping.StoppedError):
+    with pytest.raises(ranks.StoppedError):
         stop.release()
     assert stop.asked == signal.SIGUSR1
 
 
 def test_every_rank_knows_the_signal_that_one_was_sent(monkeypatch):
-    stop = stopping.Stop()
+    stop = ranks.Stop()
     stop.release()
-    monkeypatch.setattr(stopping, "gather_objects", lambda asked: [asked, signal.SIGTERM])
-    with pytest.raises(stopping.StoppedError):
+    monkeypatch.setattr(ranks, "gather_objects", lambda asked: [asked, signal.SIGTERM])
+    with pytest.raises(ranks.StoppedError):
         stop.hold()
     assert stop.asked == signal.SIGTERM
 
 
+def test_where_a_model_is_shared_a_signal_waits_for_the_end_of_the_step():
+    stop = ranks.Stop(sharded=True)
+    stop.release()
+    stop._note(signal.SIGTERM, None)
+    with pytest.raises(ranks.StoppedError):
+        stop.release()
+
+
 def test_one_ctrl_c_that_comes_twice_counts_once_and_a_later_one_ends_at_once(monkeypatch):
-    stop, now = stopping.Stop(), iter([10.0, 10.5, 12.0])
-    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    stop, now = ranks.Stop(), iter([10.0, 10.5, 12.0])
+    monkeypatch.setattr(ranks, "time", SimpleNamespace(monotonic=lambda: next(now)))
     for _ in range(2):
         stop._note(signal.SIGINT, None)
     with pytest.raises(KeyboardInterrupt):
@@ -104,6 +112,6 @@ def test_what_nohup_ignores_stays_ignored(monkeypatch):
     handlers = {signal.SIGHUP: signal.SIG_IGN}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(signal, "getsignal", lambda number: handlers.get(number, signal.SIG_DFL))
-    stop = stopping.Stop().listen()
+    stop = ranks.Stop().listen()
     assert handlers.pop(signal.SIGHUP) is signal.SIG_IGN
     assert set(handlers.values()) == {stop._note} and signal.SIGTERM in handlers

@@ -4,13 +4,13 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 
 import families
 import filelock
 import pytest
-import torch
 
 from errors import InputError
 from problems import Problem
@@ -54,35 +54,27 @@ def test_a_run_is_recorded_and_goes_on_where_asked(tmp_path):
         pass
 
 
-FOREIGN = {
-    "another trainer's run": {"checkpoint-1/model.safetensors": "", "metrics.jsonl": ""},
-    "a model": {"config.json": '{"model_type": "qwen3"}', "model.safetensors": ""},
-    "some config": {"config.json": '{"config": {}}'},
-    "no JSON": {"config.json": "{"},
-    "a list": {"config.json": "[]"},
-    "a hidden file": {".git/HEAD": ""},
-}
+FOREIGN = [
+    {"checkpoint-1/model.safetensors": "", "metrics.jsonl": ""},  # another trainer's run
+    {"config.json": '{"model_type": "qwen3"}', "model.safetensors": ""},
+    {"config.json": '{"config": {}}'}, {"config.json": "{"}, {"config.json": "[]"}, {".git/HEAD": ""},
+    *({name: Path("outside")} for name in (records.LOCK, ".config.json.partial", "heldout.jsonl")),  # links elsewhere
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("files", FOREIGN)
 def test_a_folder_that_is_not_ours_is_refused_and_stays_as_it_is(tmp_path, files):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
+    run = tmp_path / "run"
+    for name, content in files.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, Path):
+            (run / name).symlink_to(tmp_path / content)
+        else:
+            (run / name).write_text(content)
     before = sorted(tmp_path.rglob("*"))
     for resume in (True, False):
-        refused("holds no run of ours", tmp_path, "train", resume)
+        refused("holds no run of ours", run, "train", resume)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("name", [records.LOCK, ".config.json.partial", "heldout.jsonl"])
-def test_a_link_to_somewhere_else_is_not_ours(tmp_path, name):
-    (tmp_path / "outside").write_text("mine")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).symlink_to(tmp_path / "outside")
-    with pytest.raises(InputError, match="holds no run of ours"):
-        start_run(tmp_path / "run")
-    assert (tmp_path / "outside").read_text() == "mine"
 
 
 def test_what_failed_or_killed_starts_left_is_in_nobodys_way_and_no_run_that_has_begun(tmp_path):
@@ -108,7 +100,7 @@ def test_a_start_that_fails_before_the_first_row_leaves_nothing(tmp_path, error,
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_what_others_do_around_the_lock_is_seen(tmp_path, monkeypatch, moment):
-    """Before it is taken a run begins and ends; or behind it the holder takes the folder's lock away."""
+    """Before it is taken a run begins and ends; or behind it the holder takes the folder away."""
     take, run = filelock.FileLock.acquire, tmp_path / "run"
 
     def take_late(lock, *args, **kwargs):
@@ -117,11 +109,11 @@ def test_what_others_do_around_the_lock_is_seen(tmp_path, monkeypatch, moment):
             records.append_rows(run / "metrics.jsonl", [{"step": 0}])
         result = take(lock, *args, **kwargs)
         if moment == "after":
-            os.unlink(run / records.LOCK)
+            shutil.rmtree(run)
         return result
 
     monkeypatch.setattr(filelock.FileLock, "acquire", take_late)
-    refused({"before": "holds another run", "after": "another process"}[moment], run)
+    refused({"before": "holds another run", "after": "cannot be written"}[moment], run)
 
 
 def test_a_folder_is_taken_away_before_others_can_hold_it(tmp_path, monkeypatch):
@@ -165,21 +157,19 @@ def refuse(monkeypatch, owner, name, number):
     """Let a function of the operating system fail as a file system that does not offer it does."""
 
     def fail(*args, **kwargs):
-        raise OSError(number, os.strerror(number)) if number else NotImplementedError("no flock")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(owner, name, fail)
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EPERM])
-@pytest.mark.parametrize("owner, name", [(os, "fsync"), (fcntl, "flock")])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM])
 @pytest.mark.filterwarnings("ignore:flock not supported")
-def test_a_run_does_without_what_its_file_system_does_not_offer(tmp_path, monkeypatch, capsys, owner, name, number):
-    """A lock that cannot be had is told; filelock itself has another kind of lock for ENOSYS."""
-    refuse(monkeypatch, owner, name, number)
+def test_a_run_does_without_locks_and_says_so(tmp_path, monkeypatch, capsys, number):
+    """filelock itself has another kind of lock for ENOSYS."""
+    refuse(monkeypatch, fcntl, "flock", number)
     start_run(tmp_path / "run")
     assert records.read_record(tmp_path / "run")["config"]["seed"] == 1
-    told = "run: cannot be locked" in capsys.readouterr().out
-    assert told == (name == "flock" and number != errno.ENOSYS)
+    assert ("run: cannot be locked" in capsys.readouterr().out) == (number != errno.ENOSYS)
 
 
 CANNOT = [(os, "fsync", errno.EIO), (os, "fsync", errno.ENOSPC), (Path, "replace", errno.EPERM), (Path, "rename", 18)]
@@ -211,7 +201,6 @@ def test_links_are_not_followed(tmp_path):
     records.remove(run / "folder")
     records.remove(run / "nothing")
     assert [path.name for path in outside.iterdir()] == ["kept"] and [p.name for p in run.iterdir()] == ["a.json"]
-    records.sync(run)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -268,12 +257,6 @@ def test_jobs_keep_their_order_and_are_done_once(tmp_path):
     rows = records.do_jobs(records.RowFile(path, ("a", "b"), ("sum",)), [(3, 4), (2, 5), (1, None)], work, 10)
     assert [row["sum"] for row in rows] == [7, 7, 1] and done == [(1, None), (2, 5), (3, 4)]
 
-    def short(jobs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(InputError, match=r"x\.jsonl: out of GPU memory"):
-        records.do_jobs(records.RowFile(path, ("a", "b"), ("sum",)), [(4, 4)], short, 1)
-
 
 def test_a_training_runs_rows_are_cut_back_to_its_start(tmp_path, capsys):
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -319,11 +302,10 @@ def test_accuracies_that_are_no_runs_are_named(tmp_path, text):
 
 DECIDING = (
     "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "model.gguf",
-    "consolidated.00.pth", "generation_config.json", "merges.txt", "tokenizer.model", "qwen.tiktoken",
-    "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "adapter_config.json", "model.safetensors",
+    "consolidated.00.pth", "merges.txt", "tokenizer.model", "qwen.tiktoken", "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja", "adapter_config.json", "model.safetensors",
 )  # fmt: skip
-BESIDE = ("README.md", "trainer_state.pt", "optimizer.pt", "training_args.bin", "rng_state_0.pth", "manifest.json",
-          "ema.safetensors", ".gitattributes", "log.out")  # fmt: skip
+BESIDE = ("README.md", "trainer_state.pt", "optimizer.pt", "rng_state_0.pth", "manifest.json", "ema.safetensors", "log")
 
 
 @pytest.fixture
@@ -362,9 +344,11 @@ def test_a_hub_model_is_known_by_its_revision(tmp_path, monkeypatch):
 
 def test_problems_are_known_in_their_order_and_with_all_fields():
     one, two = Problem("a", "b", "c"), Problem("d", "e", "f")
-    others = ([two, one], [one], [Problem("a", "b", "x"), two], [Problem("a", "x", "c"), two],
-              [Problem("ab", "", "c"), two])  # fmt: skip
-    assert len({records.digest([one, two]), *map(records.digest, others)}) == 6
+    others = [Problem("a", "b", "x"), Problem("a", "x", "c"), Problem("ab", "", "c")]
+    assert (
+        len({records.digest(problems) for problems in ([one, two], [two, one], [one], *([o, two] for o in others))})
+        == 6
+    )
 
 
 def test_a_difference_in_words():
