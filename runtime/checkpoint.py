@@ -115,11 +115,8 @@ def save_checkpoint(folder: Path, step: int, run, base: str) -> Path:
     Raises InputError where it cannot be written (a full disk, say); any other error, of the GPU say, passes as it is.
     In each case the partial directory is removed and earlier checkpoints are untouched.
     """
-    final, partial, is_adapter = (
-        folder / f"checkpoint-{step}",
-        folder / f".partial-{step}",
-        bool(lora_layers(run.model)),
-    )
+    final, partial = folder / f"checkpoint-{step}", folder / f".partial-{step}"
+    is_adapter = bool(lora_layers(run.model))
     average, state = run.teacher.average, {"optimizer": run.optimizer, "scheduler": run.scheduler}
     try:
         remove(partial)

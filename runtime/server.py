@@ -44,11 +44,7 @@ VLLM_FIELDS = {
     "ignore_eos": False, "min_tokens": 0, "bad_words": [], "allowed_token_ids": None, "structured_outputs": None,
     "response_format": None, "truncate_prompt_tokens": None, "repetition_detection": None, "thinking_token_budget": -1,
 }  # fmt: skip
-
-
-AnswerError = (
-    openai.OpenAIError
-)  # what is wrong with an answer; `ServerEngine._run` puts the server's address before it
+AnswerError = openai.OpenAIError  # what is wrong with an answer; `_run` puts the server's address before it
 
 
 class ServerEngine(Engine):
