@@ -4,6 +4,8 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -20,6 +22,9 @@ from runtime.flags import FlagParser
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in [*ROOT.glob("docs/*.md")]}
 PAGES["README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
+WALK = ROOT / "docs/walkthrough.ipynb"
+CELLS = json.loads(WALK.read_text(encoding="utf-8"))["cells"]
+PAGES["docs/walkthrough.ipynb"] = "\n\n".join("".join(c["source"]) for c in CELLS if c["cell_type"] == "markdown")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 every_page = pytest.mark.parametrize("page", sorted(PAGES))
@@ -146,6 +151,22 @@ def test_the_examples_of_new_methods_run(monkeypatch):
     first_half_changed[:, :3] += torch.randn(2, 3, 9)
     torch.testing.assert_close(loss.method_loss("late_opsd", first_half_changed, teacher, ids, mask), late)
     assert 0 < loss.method_loss("hellinger", student, teacher, ids, mask).item() < 1
+
+
+DECIMAL = re.compile(r"-?\d+\.\d+")
+
+
+@pytest.mark.slow
+def test_the_walkthrough_prints_what_it_holds():
+    """Equal words; decimal numbers within two units of their last digit, which another machine's rounding may move."""
+    cells = [cell for cell in CELLS if cell["cell_type"] == "code"]
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    run = subprocess.run([sys.executable, "-c", code], cwd=WALK.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    held = "".join("".join(output["text"]) for cell in cells for output in cell["outputs"])
+    assert DECIMAL.sub("#", held) == DECIMAL.sub("#", run.stdout), "execute the notebook again"
+    for here, there in zip(DECIMAL.findall(held), DECIMAL.findall(run.stdout), strict=True):
+        assert float(here) == pytest.approx(float(there), abs=2.01 * 10 ** -len(here.split(".")[1]))
 
 
 # --- the study's numbers ----------------------------------------------------------------------------------------
