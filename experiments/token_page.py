@@ -102,8 +102,7 @@ def repaired(run: Path) -> list[int]:
     """
     rows = read_rows(run / "heldout.jsonl", ("step", "problem", "text", "correct", "decoding"))
     greedy = {(row["step"], row["problem"]): row for row in rows if row["decoding"] == "greedy"}
-    steps = {step for step, _ in greedy}
-    differing = {}
+    steps, differing = {step for step, _ in greedy}, {}
     for index in [index for step, index in greedy if step == max(steps)]:
         before, after = greedy[min(steps), index], greedy[max(steps), index]
         if after["correct"] and not before["correct"]:
@@ -151,11 +150,12 @@ h1 { font-size: 1.35rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .2rem } p { 
 .rollout { font: 1.05rem/2.1 ui-monospace, monospace }
 .t { background: rgb(214 69 0 / var(--a)); border-radius: .2rem; padding: .12rem .06rem; color: inherit;
   white-space: pre-wrap; cursor: pointer }
-.t:hover, .t:focus-visible, .t.on { outline: 2px solid LinkText }
+.t:is(:hover, :focus) { outline: 2px solid LinkText }
 #key { display: inline-block; width: 9rem; height: .8rem; border: 1px solid; vertical-align: middle;
   background: linear-gradient(90deg, transparent, rgb(214 69 0 / .85)) }
-#panel { position: fixed; inset: auto 0 0; margin: 0; padding: .6rem 1rem; max-height: 55vh; overflow: auto;
-  background: Canvas; border-top: 1px solid }
+.t:is(:hover, :focus)::after { content: attr(data-shown); position: fixed; inset: auto 0 0; padding: .6rem 1rem;
+  max-height: 55vh; overflow: auto; background: Canvas; border-top: 1px solid; line-height: 1.5 }
+.t:hover::after { z-index: 1 }
 </style></head><body>
 <h1>$title</h1>
 <p>Each token of a student's solution, coloured by its divergence from the teacher times its weight. Point at a token,
@@ -163,18 +163,7 @@ or move to it with Tab, for the five most likely tokens in both contexts.</p>
 <p>0 <span id="key"></span> $top nats, a square-root scale: the middle of the bar is $middle; negative numbers count by
 their size.</p>
 $sections
-<pre id="panel" aria-live="polite"></pre>
-<script>
-function show(token) {
-  document.querySelector('.on')?.classList.remove('on');
-  token.classList.add('on');
-  document.getElementById('panel').textContent = token.dataset.shown;
-}
-for (const kind of ['mouseover', 'focusin', 'click'])
-  document.addEventListener(kind, event => { if (event.target.matches?.('.t')) show(event.target); });
-const heat = token => +token.style.getPropertyValue('--a');
-show([...document.querySelectorAll('.t')].reduce((a, b) => heat(b) > heat(a) ? b : a));
-</script></body></html>
+</body></html>
 """)
 
 
@@ -186,8 +175,7 @@ def render(rollouts: list[RolloutView], title: str) -> str:
         verdict, problem = "right" if view.correct else "wrong", view.problem
         marks = (
             f'<mark class="t" tabindex="0" style="--a:{shade(token, top):.3f}" '
-            f'data-shown="{html.escape(panel(view, t))}">'
-            f"{html.escape(token.text) or '&#8709;'}</mark><wbr>"
+            f'data-shown="{html.escape(panel(view, t))}">{html.escape(token.text) or "&#8709;"}</mark><wbr>'
             for t, token in enumerate(view.tokens)
         )
         sections.append(
