@@ -11,7 +11,7 @@ import pytest
 import train
 from errors import InputError
 from experiments import draw_run
-from experiments.token_page import RolloutView, TokenView, render, repaired, run_config, view_rollouts
+from experiments.draw_run import RolloutView, TokenView, render, repaired, run_config, view_rollouts
 from problems import Problem
 
 # --- pictures ---------------------------------------------------------------------------------------------------
