@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -181,12 +182,17 @@ def study_tables() -> list[tuple[list[str], list[str], list[list[str]]]]:
     return found
 
 
+@cache
+def cells_of(folder: str) -> list[dict]:
+    lines = (ROOT / "experiments/results" / folder / "cells.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def measured(folder: str, row: str, column: str) -> dict[int, float]:
     """A row's values by seed in percent, from the cells alone; `column` is as in `greedy %, after 40`."""
-    lines = (ROOT / "experiments/results" / folder / "cells.jsonl").read_text().splitlines()
     name, step = column.split(" %")[0].replace(" ", "_"), re.search(r"after (\d+)", column)
     values = {}
-    for cell in map(json.loads, lines):
+    for cell in cells_of(folder):
         if row in (cell["row"], "before training"):
             last = "0" if row == "before training" else step[1] if step else max(cell["evaluation"], key=int)
             values[cell["seed"]] = 100 * (cell["evaluation"][last] | cell["behaviour"][last])[name]
