@@ -51,21 +51,56 @@ def random_scores(lengths, seed=0):
 # A value by hand and the limits, rule by rule
 
 
-def test_prefix_suffix_and_skip():
-    r = relative_position([10])
-    assert weigh("prefix", None, [10]).tolist() == [1.0] * 3 + [0.0] * 7
-    assert weigh("suffix", None, [10]).tolist() == [0.0] * 7 + [1.0] * 3
+def log(*chances):
+    return torch.tensor(chances).log()
+
+
+GAPS = {"student_logprob": [-1.0, -4.0, -2.0, -5.0], "teacher_logprob": [-2.0, -1.0, -2.0, -1.0]}  # |A| = 1, 3, 0, 4
+SURE = {"student_logprob": log(0.2, 0.98, 0.999, 1.0)}
+# |p_T - p_S| = .4, .1, .1, 0, .18; squared over |log p_T / p_S| = .099, .014, .085, 0, .014
+APART = {"teacher_logprob": log(0.5, 0.1, 0.9, 0.3, 0.02), "student_logprob": log(0.1, 0.2, 0.8, 0.3, 0.2)}
+# h = 0, 1, 0, .515 (cut at .97), d = 0, 0, 1, .1; s = 0, 1, 1, .564
+CONFIDENT = {"student_entropy": [0.0, 1.0, 0.0, 0.5]}
+UNSURE = CONFIDENT | {"loss": [0.0, 0.0, 2.0, 0.2]}
+# Of ten tokens the two least likely, the second and the fourth: entropies 1 and 3 of 0 to 4 give 5/8 and 7/8
+UNLIKELY = {"student_logprob": [0.0, -3.0, 0.0, -5.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0],
+            "student_entropy": [0.0, 1.0, 0.0, 3.0, 0.0, 4.0, 0.0, 0.0, 0.0, 0.0]}  # fmt: skip
+LN3 = math.log(3)
+
+
+@pytest.mark.parametrize(("name", "lengths", "given", "numbers", "weights"), [
+    ("prefix", [10], {}, {}, [1] * 3 + [0] * 7),
+    ("suffix", [10], {}, {}, [0] * 7 + [1] * 3),
+    ("skip", [5, 2], {}, {}, [0, 0, 0, 1, 1, 0, 0]),
+    ("skip", [5, 2], {}, {"first": 1}, [0, 1, 1, 1, 1, 0, 1]),
+    ("iw_opd", [4], GAPS, {}, [1.5, 1.4375, 1.25, 1.25]),  # what lies before is 0, 1/8, 1/2, 1/2
+    ("iw_opd", [4], GAPS, {"gamma": 1.0}, [2.0, 1.875, 1.5, 1.5]),
+    ("iw_opd", [4], GAPS, {"gamma": 0.0}, [1.0] * 4),
+    ("iw_opd", [3], {}, {}, [1.5] * 3),  # the two agree everywhere
+    ("dash", [3], {"loss": [-LN3, LN3, 0.0]}, {"kappa": 1.0}, [1.0, 1.75, 1.4375]),  # lambda = 3/4, 1/4
+    ("dash", [3], {"loss": [-LN3, LN3, 0.0]}, {"kappa": 0.0}, [1.0, 1.5, 1.75]),  # lambda = 1/2 everywhere
+    ("dash", [6], {"loss": [0.0] * 5 + [1.0]}, {"kappa": 1e4}, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]),
+    ("scgate", [4], SURE, {}, [1, 1, 0, 0]),
+    ("scgate", [4], SURE, {"most": 0.5}, [1, 0, 0, 0]),
+    ("tip", [4], UNSURE, {}, [0, 1, 1, 0]),
+    ("tip", [4], UNSURE, {"share": 0.75}, [0, 1, 1, 1]),
+    ("tip", [4], CONFIDENT, {}, [0, 1, 0, 1]),  # by entropy alone the third, confident and wrong, goes
+    ("tip", [4], {}, {}, [1, 1, 0, 0]),  # nothing to choose by: the first ones
+    ("dial", [5], APART, {}, [1, 0, 0, 0, 1]),  # two of five are kept
+    ("dial", [5], APART, {"b": 2.0}, [1, 0, 1, 0, 0]),
+    ("opsa", [10], UNLIKELY, {}, [0, 0.625, 0, 0.875, 0, 0, 0, 0, 0, 0]),
+    ("opsa", [5], {}, {}, [0.5, 0, 0, 0, 0]),
+])  # fmt: skip
+def test_weights_by_hand(name, lengths, given, numbers, weights):
+    assert weigh(name, scores_of(sum(lengths), **given), lengths, **numbers).tolist() == pytest.approx(weights)
+
+
+def test_weights_by_position_at_their_limits():
+    r, moderate = relative_position([10]), SCHEDULES["moderate"](relative_position([52]))
     assert torch.equal(rules.suffix(r), position_weight(r, w_min=0.0, tau=0.7, s=1e-6).round())
-    for length in range(1, 60):
-        r = relative_position([length])
-        assert torch.equal(rules.suffix(r), rules.prefix(r).flip(0)), length
-    assert weigh("skip", None, [5, 2]).tolist() == [0, 0, 0, 1, 1, 0, 0]
-    assert weigh("skip", None, [5, 2], first=1).tolist() == [0, 1, 1, 1, 1, 0, 1]
-
-
-def test_by_index_is_moderate_of_a_typical_length():
-    whole, moderate = weigh("by_index", None, [52, 10]), SCHEDULES["moderate"](relative_position([52]))
-    torch.testing.assert_close(whole, torch.cat([moderate, moderate[:10]]))
+    for r in map(relative_position, ([length] for length in range(1, 60))):
+        assert torch.equal(rules.suffix(r), rules.prefix(r).flip(0)), len(r)
+    torch.testing.assert_close(weigh("by_index", None, [52, 10]), torch.cat([moderate, moderate[:10]]))
 
 
 def test_shuffled():
@@ -86,24 +121,6 @@ def test_shuffled():
     assert loss.METHODS["shuffled"].reduction is loss.METHODS["pwopsd"].reduction  # so that the places alone differ
 
 
-def test_iw_opd():
-    """|A| = 1, 3, 0, 4 of 8: what lies before is 0, 1/8, 1/2, 1/2."""
-    scores = scores_of(4, student_logprob=[-1.0, -4.0, -2.0, -5.0], teacher_logprob=[-2.0, -1.0, -2.0, -1.0])
-    assert weigh("iw_opd", scores, [4]).tolist() == [1.5, 1.4375, 1.25, 1.25]
-    assert weigh("iw_opd", scores, [4], gamma=1.0).tolist() == [2.0, 1.875, 1.5, 1.5]
-    assert weigh("iw_opd", scores, [4], gamma=0.0).tolist() == [1.0] * 4
-    assert weigh("iw_opd", scores_of(3), [3]).tolist() == [1.5] * 3  # the two agree everywhere
-
-
-def test_dash():
-    """d = -ln 3, ln 3, 0 around their mean of 0: lambda = 3/4, 1/4; w = 1, 1 + 3/4, 1 + 1/4 * 7/4."""
-    scores = scores_of(3, loss=[-math.log(3), math.log(3), 0.0])
-    torch.testing.assert_close(weigh("dash", scores, [3], kappa=1.0), torch.tensor([1.0, 1.75, 1.4375]))
-    assert weigh("dash", scores, [3], kappa=0.0).tolist() == [1.0, 1.5, 1.75]  # lambda = 1/2 everywhere
-    low_then_high = scores_of(6, loss=[0.0] * 5 + [1.0])
-    assert weigh("dash", low_then_high, [6], kappa=1e4).tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
-
-
 def test_dash_is_the_backward_recursion():
     """A_t = d_t + sg(lambda_t) A_{t+1}: the sum of A has the gradient w_t at d_t and the value sum w_t d_t."""
     d = torch.rand(12, requires_grad=True)
@@ -118,12 +135,6 @@ def test_dash_is_the_backward_recursion():
     torch.testing.assert_close((weight * d).sum(), total)
 
 
-def test_scgate():
-    scores = scores_of(4, student_logprob=torch.tensor([0.2, 0.98, 0.999, 1.0]).log())
-    assert weigh("scgate", scores, [4]).tolist() == [1, 1, 0, 0]
-    assert weigh("scgate", scores, [4], most=0.5).tolist() == [1, 0, 0, 0]
-
-
 def test_correct_only():
     """Rows right, wrong, without an answer: 1, 0, 0; the loss is the mean of the right rows' tokens."""
     lengths, outcomes = [2, 3, 1], [True, False, None]
@@ -136,16 +147,8 @@ def test_correct_only():
     assert method_loss("correct_only", student, teacher, ids, mask, correct=[False, None, False]) == 0.0
 
 
-def test_tip():
-    """h = 0, 1, 0, .515 (cut at .97), d = 0, 0, 1, .1; s = 0, 1, 1, .564."""
-    given = {"student_entropy": [0.0, 1.0, 0.0, 0.5], "loss": [0.0, 0.0, 2.0, 0.2]}
-    scores = scores_of(4, **given)
-    assert weigh("tip", scores, [4]).tolist() == [0, 1, 1, 0]
-    assert weigh("tip", scores, [4], share=0.75).tolist() == [0, 1, 1, 1]
-    confident_and_wrong = scores_of(4, student_entropy=given["student_entropy"])
-    assert weigh("tip", confident_and_wrong, [4]).tolist() == [0, 1, 0, 1]  # by entropy alone the third goes
-    assert weigh("tip", scores_of(4), [4]).tolist() == [1, 1, 0, 0]  # nothing to choose by: the first ones
-    lengths = [6, 3, 1]  # a share of each row, whatever the scale
+def test_tip_keeps_a_share_of_each_row_whatever_the_scale():
+    lengths = [6, 3, 1]
     values = random_scores(lengths)
     kept = weigh("tip", TokenScores(**values), lengths)
     assert [int(row.sum()) for row in kept.split(lengths)] == [3, 1, 0]
@@ -153,23 +156,7 @@ def test_tip():
     assert torch.equal(weigh("tip", TokenScores(**scaled), lengths), kept)
 
 
-def test_dial():
-    """p_T, p_S = (.5, .1), (.1, .2), (.9, .8), (.3, .3), (.02, .2): apart .4, .1, .1, 0, .18; two of five are kept."""
-    teacher, student = ([0.5, 0.1, 0.9, 0.3, 0.02], [0.1, 0.2, 0.8, 0.3, 0.2])
-    scores = scores_of(5, teacher_logprob=torch.tensor(teacher).log(), student_logprob=torch.tensor(student).log())
-    assert weigh("dial", scores, [5]).tolist() == [1, 0, 0, 0, 1]
-    # b = 2, |apart|^2 / |log ratio|: .4^2 / 1.61 = .099, .1^2 / .693 = .014, .1^2 / .118 = .085, .18^2 / 2.30 = .014
-    assert weigh("dial", scores, [5], b=2.0).tolist() == [1, 0, 1, 0, 0]
-
-
-def test_opsa():
-    """Of ten tokens the two least likely, the second and the fourth: entropies 1 and 3 of 0 to 4 give 5/8 and 7/8."""
-    logp, entropy = torch.zeros(10), torch.zeros(10)
-    logp[1], logp[3], logp[5] = -3.0, -5.0, -1.0
-    entropy[1], entropy[3], entropy[5] = 1.0, 3.0, 4.0
-    scores = scores_of(10, student_logprob=logp, student_entropy=entropy)
-    assert weigh("opsa", scores, [10]).tolist() == [0, 0.625, 0, 0.875, 0, 0, 0, 0, 0, 0]
-    assert weigh("opsa", scores_of(5), [5]).tolist() == [0.5, 0, 0, 0, 0]
+def test_opsa_lowers_the_unlikeliest_token_and_sees_no_teacher():
     student, teacher, ids, mask = random_case(lengths=(7,))
     student.requires_grad_()
     value = method_loss("opsa", student, teacher, ids, mask)
@@ -177,7 +164,7 @@ def test_opsa():
     lowest = student.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1).argmin().item()
     assert student.grad[0, lowest, ids[0, lowest]] > 0  # descent lowers its logit
     assert not student.grad[0, torch.arange(7) != lowest].any()  # floor(.2 * 7) = 1 token
-    assert method_loss("opsa", student, -teacher, ids, mask) == value  # it sees no teacher
+    assert method_loss("opsa", student, -teacher, ids, mask) == value
 
 
 # What holds for every rule
