@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -17,6 +18,7 @@ FACTS = [(total, addend) for total in range(1, 55) for addend in range(1, 10)]
 TRY = re.compile(r"(\d+)\+(\d)=(\d+)([;!])")
 
 
+@cache
 def solutions(name: str, teacher: bool, count: int = 400):
     draw = random.Random(0)
     problems = tiny_problems("train", 20, num_addends=WORLDS[name].num_addends)
