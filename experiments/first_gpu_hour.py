@@ -4,7 +4,6 @@
     python -m experiments.first_gpu_hour --device cpu      the same parts at small shapes, for a look at the script
 
 - loss: seconds and memory at Qwen3's vocabulary by chunk size, beside whole logits
-- choice: our head in bfloat16 beside a linear map, a nucleus among the likeliest tokens beside one among all
 - each preset: two steps of `train.py` at its shape: seconds by part, sampling beside what reading the weights would
   allow, scoring beside the matrix rate, peak of the memory
 - kill: a run killed and resumed ends as one that was not
@@ -12,7 +11,7 @@
 Each part is a process of its own, and what it prints is kept beside the table: one that hangs or dies is a row. A
 preset's weights are random: speed and memory do not depend on them, and hardly a response ends before the limit. What
 is put side by side is taken in turns; on a CPU seconds are CPU seconds, which others on the machine disturb least.
-Axes: B rows, M tokens, V vocabulary, D hidden.
+Axes: M tokens, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config, Qwen3Config
@@ -41,8 +39,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config, Qwen3Co
 import train
 from experiments.study.run import processor
 from loss import LossOptions, clipped_divergence, log_probabilities, resolve_method, score_tokens_from_hidden
-from model import head_logits
-from rollout import Sampling, choose_tokens
 from runtime.flags import run_script
 from runtime.loading import load_tokenizer
 from runtime.ranks import pick_device
@@ -68,7 +64,7 @@ SHAPES = {
 }  # fmt: skip
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 1000}
-SECONDS = {"loss": 300, "choice": 120, **dict.fromkeys(SHAPES, 800), "kill": 400}  # limits
+SECONDS = {"loss": 300, **dict.fromkeys(SHAPES, 800), "kill": 400}  # limits
 
 # ---------------------------------------------------------------------------------------------------------------
 # Measuring
@@ -145,16 +141,6 @@ def loss(device: torch.device) -> None:
         seconds, twin = alternate([partial(ours, chunk), plain], device)
         add_row(f"loss, {chunk} tokens a chunk", seconds, twin, "s", f"V {V}, D {D}, {M} tokens")
         add_row("- its memory", peak_bytes(partial(ours, chunk), device) / GIB, peak_bytes(plain, device) / GIB, "GiB")
-
-
-def choice(device: torch.device) -> None:
-    V, x_MD = 151_936, torch.randn(69, 896, device=device).bfloat16().requires_grad_()
-    head_VD = torch.randn(V // 8, 896, device=device).bfloat16()
-    both = [lambda to=to: to(x_MD, head_VD).square().mean().backward() for to in (head_logits, F.linear)]
-    add_row("head in bfloat16 and its gradient", *alternate(both, device), "s", f"V {V // 8}, D 896, 69 tokens")
-    logits_BV, u_B = torch.randn(32, V, device=device) * 5.0, torch.rand(32, device=device)
-    choose = partial(choose_tokens, logits_BV, u_B, Sampling(1.0, 0.95, 0, 1))
-    add_row("choosing a token", *alternate([choose, partial(choose, candidates=V)], device), "s", f"V {V}, 32 rows")
 
 
 def rates(device: torch.device) -> tuple[float, float]:
@@ -262,7 +248,7 @@ def main() -> None:
     args = parser.parse_args()
     device = pick_device(args.device)
     if args.run:
-        {"loss": loss, "choice": choice, "kill": kill}.get(args.run, partial(steps, args.run))(device)
+        {"loss": loss, "kill": kill}.get(args.run, partial(steps, args.run))(device)
         return
     path = make_folder(args.output_dir) / "first-gpu-hour.md"
     with path.open("w") as file:
