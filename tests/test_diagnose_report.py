@@ -26,7 +26,7 @@ def short(monkeypatch):
     monkeypatch.setattr(report, "figure1", lambda *_: None)
 
 
-def a_world(teacher_factor=lambda r: 1.0, problems=60, seed=0, base=lambda r: 0.25 + 0.7 * r):
+def a_world(teacher_factor=lambda r: 1.0, problems=40, seed=0, base=lambda r: 0.25 + 0.7 * r):
     """Rows as phase F writes them: unforced viability base(r), and the teacher's children factor(r) of it."""
     draw, rows = np.random.default_rng(seed), []
     for problem in range(problems):
@@ -106,7 +106,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
 
 
 def test_runs_side_by_side_have_the_numbers_that_each_has_alone(tmp_path):
-    runs = [a_folder(tmp_path / name, a_world(seed=seed, problems=20)) for name, seed in (("one", 0), ("two", 7))]
+    runs = [a_folder(tmp_path / name, a_world(seed=seed, problems=10)) for name, seed in (("one", 0), ("two", 7))]
     cells = [write_report([run], run).splitlines() for run in runs]
     both = write_report(runs, tmp_path / "both").splitlines()
     assert both[0] == "| run | one | two |"

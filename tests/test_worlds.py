@@ -28,7 +28,7 @@ def solutions(name: str, teacher: bool, count: int = 400):
     return [(x, pieces, "".join(text for text, _ in pieces)) for x, pieces in zip(problems, traces, strict=True)]
 
 
-def tries(name: str, teacher: bool, count: int) -> list[tuple[int, int, int, str]]:
+def tries(name: str, teacher: bool, count: int = 400) -> list[tuple[int, int, int, str]]:
     """(total, addend, result, end) of every first try at a step."""
     found = []
     for *_, text in solutions(name, teacher, count):
@@ -62,7 +62,7 @@ def test_believed_facts_are_the_share_that_was_asked_for():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_student_errs_where_it_believes(name):
     world = WORLDS[name]
-    found = tries(name, teacher=False, count=2400)
+    found = tries(name, teacher=False, count=1200)
     believed = [(t, a, r) for t, a, r, _ in found if believed_result(t, a, world.believed) is not None]
     gives = [r == believed_result(t, a, world.believed) for t, a, r in believed]
     others = [t + a != r for t, a, r, _ in found if believed_result(t, a, world.believed) is None]
@@ -80,7 +80,7 @@ def test_the_teacher_is_right_and_never_learns_what_is_wrong(name):
         kept = [(int(t), int(a), int(r)) for t, a, r, end in TRY.findall(text) if end == ";"]
         assert all(t + a == r for t, a, r in kept)
         assert not any(learned for (_, learned), (following, _) in pairwise(pieces) if following.startswith("!"))
-    slips = [t + a != r for t, a, r, _ in tries(name, teacher=True, count=2400)]
+    slips = [t + a != r for t, a, r, _ in tries(name, teacher=True)]
     assert mean(slips) == pytest.approx(WORLDS[name].teacher_slip, abs=0.02)
 
 
@@ -109,17 +109,17 @@ def test_leaps_lie_where_the_world_says():
 def test_the_students_early_leaps_are_mostly_wrong():
     early = [
         answers_match(extract_boxed(text), problem.answer)
-        for problem, _, text in solutions("leap", teacher=False, count=6000)
+        for problem, _, text in solutions("leap", teacher=False, count=4000)
         if re.match(r"\d\+~", text)  # before the first step, so that nothing else can be wrong
     ]
-    assert len(early) > 250 and 0.02 < mean(early) < 0.09
+    assert len(early) > 150 and 0.02 < mean(early) < 0.09
 
 
-def guesses(name: str, teacher: bool) -> list[tuple[str, int, int, int, str, int]]:
+def guesses(name: str, teacher: bool, count: int = 800) -> list[tuple[str, int, int, int, str, int]]:
     """(problem, step, total, addend, sign, result) of every step that is kept."""
     return [
         (problem.problem, step, int(total), int(addend), sign, int(result))
-        for problem, _, text in solutions(name, teacher, count=1600)
+        for problem, _, text in solutions(name, teacher, count)
         for step, (total, addend, sign, result) in enumerate(re.findall(r"(\d+)\+(\d)([=~])(\d+);", text), start=1)
     ]
 
@@ -132,16 +132,16 @@ def test_guesses_lie_where_the_world_says(name):
         "random": lambda problem, step, *_: step % 3 == int(problem[0]) % 3,
         "believed": lambda _, step, total, addend: believed_result(total, addend, world.believed) is not None,
     }.get(world.placed, lambda _, step, *__: str(step) in world.placed)
-    placed = [row for row in found if where(*row[:4])]
-    assert all(row in placed for row in found if row[4] == "~")
-    assert mean([row[4] == "~" for row in placed]) == pytest.approx(world.teacher_guess, abs=0.03)
-    assert sum(row[4] == "~" for row in found) / 1600 == pytest.approx(0.8, abs=0.15)
+    assert all(where(*row[:4]) for row in found if row[4] == "~")
+    guessed = [row[4] == "~" for row in found if where(*row[:4])]
+    assert mean(guessed) == pytest.approx(world.teacher_guess, abs=0.03)
+    assert sum(guessed) / 800 == pytest.approx(0.8, abs=0.15)
     assert all(total + addend == result for _, _, total, addend, _, result in found)
 
 
 def test_the_students_guesses_are_anywhere_and_mostly_wrong():
-    found = guesses("placed-12", teacher=False)
-    assert found == guesses("placed-56", teacher=False)
+    found = guesses("placed-12", teacher=False, count=1600)
+    assert guesses("placed-12", teacher=False) == guesses("placed-56", teacher=False)
     for step in range(1, 7):
         signs = [row[4] for row in found if row[1] == step]
         assert signs.count("~") / len(signs) == pytest.approx(WORLDS["placed-12"].guess, abs=0.015)
@@ -197,7 +197,7 @@ def test_leaps_and_strays_by_hand():
 
 def test_no_solution_of_a_world_strays():
     for name in WORLDS:
-        for problem, _, text in solutions(name, teacher=False):
+        for problem, _, text in solutions(name, False, 100):
             assert not strays(problem.problem, text)
 
 
