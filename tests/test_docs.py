@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from functools import cache
+from itertools import dropwhile
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -73,25 +74,9 @@ def commands(page: str) -> list[list[str]]:
     """The commands of a page, word by word: those in bash blocks, and those of python that stand in a line of prose."""
     blocks = [line for block in fences(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
     inline = re.findall(r"`((?:python|torchrun) [^`]+)`", prose(page))
-    found = []
-    for line in [*blocks, *inline]:
-        command: list[str] = []
-        words = [word for word in shlex.split(line, comments=True) if word != "..."]
-        for word in [*words, ";"]:
-            if word in ("&&", "|", ";"):
-                found += [command] if command else []
-                command = []
-            elif command or not re.fullmatch(r"[A-Z_]+=.*", word):  # VARIABLE=value before a command
-                command.append(word)
-    return found
-
-
-def help_of(module: str, monkeypatch, capsys) -> str:
-    monkeypatch.setattr("sys.argv", [module, "--help"])
-    with pytest.raises(SystemExit) as ended:
-        getattr(importlib.import_module(module), "main", train.main)()  # the rules' own is train.py's
-    assert ended.value.code == 0
-    return capsys.readouterr().out
+    parts = [part for line in [*blocks, *inline] for part in re.split(r" && | \| |; ", line.partition(" #")[0])]
+    found = [[word for word in shlex.split(part, comments=True) if word != "..."] for part in parts]
+    return [list(dropwhile(re.compile("[A-Z_]+=").match, words)) for words in found if words]
 
 
 def check_command(words: list[str], monkeypatch, capsys) -> None:
@@ -106,7 +91,10 @@ def check_command(words: list[str], monkeypatch, capsys) -> None:
         if "--help" not in words:
             FlagParser(config_class, None).parse(presets, words[2:])
     elif words[1] == "-m":
-        known = set(re.findall(r"(?<![\w-])--?[\w-]+", help_of(words[2], monkeypatch, capsys)))
+        monkeypatch.setattr("sys.argv", [words[2], "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            getattr(importlib.import_module(words[2]), "main", train.main)()  # the rules' own is train.py's
+        known = set(re.findall(r"(?<![\w-])--?[\w-]+", capsys.readouterr().out))
         unknown = [word for word in words[3:] if word.startswith("-") and word.split("=")[0] not in known]
         assert not unknown, f"{words[2]} has no {', '.join(unknown)}"
     else:
