@@ -311,14 +311,9 @@ def analyse_run(run: Path) -> tuple[Candidates, dict]:
 
 def write_report(runs: list[Path], output_dir: Path) -> str:
     """OUTPUT_DIR/report.md on all runs; returns its text. Figure 1 is drawn last: it needs matplotlib."""
-    titled: dict[str, tuple[Candidates, dict]] = {}
     if output_dir not in runs:  # a folder named wrongly is not made
         make_folder(output_dir)
-    for run in runs:
-        name = run.resolve().name
-        if name in titled:
-            raise InputError(f"{run}: another of the runs is in a folder named {name}, too; give it a name of its own")
-        titled[name] = analyse_run(run)
+    titled = {str(run): analyse_run(run) for run in runs}
     columns = [column(result) for _, result in titled.values()]
     parts = [markdown(["run", *titled], [[name, *(entry[name] for entry in columns)] for name in columns[0]])]
     for title, (_, result) in titled.items():

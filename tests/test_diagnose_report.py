@@ -97,9 +97,6 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
         write_report([tmp_path], tmp_path)
     with pytest.raises(InputError, match="found no candidate"):
         write_report([a_folder(tmp_path, [])], tmp_path)
-    runs = [a_folder(tmp_path / parent / "run", a_world(problems=5)) for parent in ("one", "two")]
-    with pytest.raises(InputError, match="two/run: another of the runs is in a folder named run, too"):
-        write_report(runs, tmp_path / "both")
     monkeypatch.setattr(sys, "argv", ["diagnose_report", "a", "b"])
     with pytest.raises(InputError, match="--output_dir"):
         report.main()
@@ -109,7 +106,7 @@ def test_runs_side_by_side_have_the_numbers_that_each_has_alone(tmp_path):
     runs = [a_folder(tmp_path / name, a_world(seed=seed, problems=10)) for name, seed in (("one", 0), ("two", 7))]
     cells = [write_report([run], run).splitlines() for run in runs]
     both = write_report(runs, tmp_path / "both").splitlines()
-    assert both[0] == "| run | one | two |"
+    assert both[0] == f"| run | {tmp_path}/one | {tmp_path}/two |"
     size = both.index("")
     assert size > 20
     for together, one, two in zip(both[2:size], cells[0][2:], cells[1][2:], strict=False):
