@@ -57,8 +57,8 @@ def log(*chances):
 
 GAPS = {"student_logprob": [-1.0, -4.0, -2.0, -5.0], "teacher_logprob": [-2.0, -1.0, -2.0, -1.0]}  # |A| = 1, 3, 0, 4
 SURE = {"student_logprob": log(0.2, 0.98, 0.999, 1.0)}
-# |p_T - p_S| = .4, .1, .1, 0, .18; squared over |log p_T / p_S| = .099, .014, .085, 0, .014
-APART = {"teacher_logprob": log(0.5, 0.1, 0.9, 0.3, 0.02), "student_logprob": log(0.1, 0.2, 0.8, 0.3, 0.2)}
+# |p_T - p_S| = .4, .1, .3, 0, .18; times |log p_T / p_S| = .64, .07, .12, 0, .41
+APART = {"teacher_logprob": log(0.5, 0.1, 0.9, 0.3, 0.02), "student_logprob": log(0.1, 0.2, 0.6, 0.3, 0.2)}
 # h = 0, 1, 0, .515 (cut at .97), d = 0, 0, 1, .1; s = 0, 1, 1, .564
 CONFIDENT = {"student_entropy": [0.0, 1.0, 0.0, 0.5]}
 UNSURE = CONFIDENT | {"loss": [0.0, 0.0, 2.0, 0.2]}
@@ -84,11 +84,12 @@ LN3 = math.log(3)
     ("scgate", [4], SURE, {"most": 0.5}, [1, 0, 0, 0]),
     ("tip", [4], UNSURE, {}, [0, 1, 1, 0]),
     ("tip", [4], UNSURE, {"share": 0.75}, [0, 1, 1, 1]),
+    ("tip", [4], {"student_entropy": [1.0, 4.0, 1.0, 2.5], "loss": [-2.0, -2.0, 0.0, -1.8]}, {}, [0, 1, 1, 0]),
     ("tip", [4], CONFIDENT, {}, [0, 1, 0, 1]),  # by entropy alone the third, confident and wrong, goes
     ("tip", [4], {}, {}, [1, 1, 0, 0]),  # nothing to choose by: the first ones
     ("tip", [4, 3, 1], {"loss": [0.0, 9.0, 5.0, 1.0, 7.0, 8.0, 6.0, 2.0]}, {}, [0, 1, 1, 0, 0, 1, 0, 0]),  # of each row
-    ("dial", [5], APART, {}, [1, 0, 0, 0, 1]),  # two of five are kept
-    ("dial", [5], APART, {"b": 2.0}, [1, 0, 1, 0, 0]),
+    ("dial", [5], APART, {}, [1, 0, 1, 0, 0]),  # two of five are kept
+    ("dial", [5], APART, {"b": 0.5}, [1, 0, 0, 0, 1]),
     ("opsa", [10], UNLIKELY, {}, [0, 0.625, 0, 0.875, 0, 0, 0, 0, 0, 0]),
     ("opsa", [5], {}, {}, [0.5, 0, 0, 0, 0]),
 ])  # fmt: skip
