@@ -59,7 +59,7 @@ MARK = re.compile(r'<mark class="t" tabindex="0" style="--a:([\d.]+)" data-shown
 
 def a_view(*texts: str, correct: bool = True, student=(("a", 0.7), ("b", 0.2)), teacher=(("b", 0.9), ("a", 0.1))):
     tokens = [TokenView(text, 0.1 * i, 0.5, list(student), list(teacher)) for i, text in enumerate(texts)]
-    return RolloutView("x", Problem("1<2 & 3", "s", "6"), correct, tokens)
+    return RolloutView("x>y", Problem("1<2 & 3", "s", "6"), correct, tokens)
 
 
 def test_page_is_whole_and_escapes_what_the_model_wrote():
@@ -73,7 +73,11 @@ def test_page_is_whole_and_escapes_what_the_model_wrote():
     assert [lines[4].split() for lines in shown[1:3]] == [["</script>", "20.0%"] * 2, ["*", "</script>", "20.0%"] * 2]
     assert [len(lines) for lines in shown] == [7] * 6  # a line break is shown by a sign
     assert [*map(float, shades)] == pytest.approx([0.85 * (i / 5) ** 0.5 for i in range(6)], abs=1e-3)
-    assert "<h1>a &lt;title&gt;</h1>" in page and "<p>1&lt;2 &amp; 3 &nbsp; answer 6</p>" in page
+    assert (
+        "<h1>a &lt;title&gt;</h1>" in page
+        and "<h2>x&gt;y: right</h2>" in page
+        and "<p>1&lt;2 &amp; 3 &nbsp; answer 6</p>" in page
+    )
     assert not re.search(r"<script|https?://|@import|url\(|(src|href|onclick)=", MARK.sub("", page))
 
 
@@ -123,7 +127,7 @@ def test_the_picture_shows_the_token_where_the_solutions_part():
     drawn = draw_run.draw_tokens(a_view("=", "a", correct=False), a_view("=", "b"))
     strip, before, after = drawn.axes
     texts = [text.get_text() for text in strip.texts]
-    assert texts == ["x: 1<2 & 3, wrong", "=", "a", "x: 1<2 & 3, right", "=", "b"]
+    assert texts == ["x>y: 1<2 & 3, wrong", "=", "a", "x>y: 1<2 & 3, right", "=", "b"]
     titles = [axis.get_title() for axis in (before, after)]
     assert titles == ["token 2, before training: a", "token 2, after training: b"]
     assert [label.get_text() for label in before.get_yticklabels()] == ["b", "a"]
