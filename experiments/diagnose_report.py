@@ -86,10 +86,8 @@ def analyse_arm(data: Candidates, arm: str) -> dict:
 
 def analyse_null(data: Candidates, rule: LabelRule) -> dict:
     """Survival per remaining token fitted to the unforced arm, and position's AUROC in the null world that it makes."""
-    remaining_C, position_C = data.score[REMAINING], data.score[POSITION]
-    survival = fit_survival(remaining_C, data.viability["unforced"].mean(axis=1))
-    seed = rule.bootstrap_seed
-    values = simulate_null(survival**remaining_C, position_C, data.problem, rule, SIMULATIONS, seed)
+    survival = fit_survival(data.score[REMAINING], data.viability["unforced"].mean(axis=1))
+    values = simulate_null(survival ** data.score[REMAINING], data.score[POSITION], data.problem, rule)
     has_both = np.isfinite(values)
     return {
         "survival_per_token": survival,
@@ -101,10 +99,10 @@ def analyse_null(data: Candidates, rule: LabelRule) -> dict:
 
 def analyse_fit(data: Candidates, arm: str) -> dict:
     """(w_min, tau, s) of Eq. (5) fitted to an arm's mean viability, gray candidates included, with intervals."""
-    once = np.ones((1, data.counts.shape[1]))
-    fits = fit_schedule(data.r, data.viability[arm].mean(axis=1), data.problem, np.vstack([once, data.counts]))
-    columns = dict(zip(("w_min", "tau", "s"), fits.T, strict=True))
+    counts_RP = np.vstack([np.ones((1, data.counts.shape[1])), data.counts])
+    fits = fit_schedule(data.r, data.viability[arm].mean(axis=1), data.problem, counts_RP)
     edges = {"w_min": (0.0, 1.0), "tau": (TAU_GRID[0], TAU_GRID[-1]), "s": (S_GRID[0], S_GRID[-1])}
+    columns = dict(zip(edges, fits.T, strict=True))
     return {
         **{name: float(column[0]) for name, column in columns.items()},
         "at_the_edge": [name for name, column in columns.items() if column[0] in edges[name]],
@@ -155,13 +153,11 @@ def fit_survival(remaining_C: np.ndarray, viability_C: np.ndarray) -> float:
     return float(q_G[likelihood_G.argmax()])
 
 
-def simulate_null(
-    viability_C: np.ndarray, score_C: np.ndarray, problem_C: np.ndarray, rule: LabelRule, count: int, seed: int
-) -> np.ndarray:
-    """AUROC of a score in `count` null worlds on the given candidates; nan where a world lacks a class."""
+def simulate_null(viability_C: np.ndarray, score_C: np.ndarray, problem_C: np.ndarray, rule: LabelRule) -> np.ndarray:
+    """AUROC of a score in SIMULATIONS null worlds on the given candidates; nan where a world lacks a class."""
     uncertain_C, diversity_C = null_probabilities(viability_C, rule)
-    draw, values = np.random.default_rng(seed), np.full(count, np.nan)
-    for i in range(count):
+    draw, values = np.random.default_rng(rule.bootstrap_seed), np.full(SIMULATIONS, np.nan)
+    for i in range(SIMULATIONS):
         u_C = draw.random(len(viability_C))
         label_C = np.where(u_C < uncertain_C, UNCERTAIN, np.where(u_C >= 1.0 - diversity_C, DIVERSITY, GRAY))
         used = label_C != GRAY
@@ -234,9 +230,8 @@ def column(result: dict) -> dict[str, str]:
         own = arms[arm]["auroc"]["labelled"][POSITION]
         rows[f"labels of the {arm} arm"] = counts(arms[arm]["labels"])
         rows[f"- AUROC of {POSITION} on the {arm} arm's labels"] = cell(own, "auroc")
-        rows[f"- the teacher's minus the {arm} arm's"] = cell(
-            arms[arm]["position_teacher_minus_arm"], "difference", "+"
-        )
+        apart = arms[arm]["position_teacher_minus_arm"]
+        rows[f"- the teacher's minus the {arm} arm's"] = cell(apart, "difference", "+")
     for arm, fit in result["schedule"].items():
         for name, bounds in fit["intervals"].items():
             edge = ", at the edge of the grid" if name in fit["at_the_edge"] else ""
@@ -316,14 +311,9 @@ def analyse_run(run: Path) -> tuple[Candidates, dict]:
 
 def write_report(runs: list[Path], output_dir: Path) -> str:
     """OUTPUT_DIR/report.md on all runs; returns its text. Figure 1 is drawn last: it needs matplotlib."""
-    titled: dict[str, tuple[Candidates, dict]] = {}
     if output_dir not in runs:  # a folder named wrongly is not made
         make_folder(output_dir)
-    for run in runs:
-        name = run.resolve().name
-        if name in titled:
-            raise InputError(f"{run}: another of the runs is in a folder named {name}, too; give it a name of its own")
-        titled[name] = analyse_run(run)
+    titled = {str(run): analyse_run(run) for run in runs}
     columns = [column(result) for _, result in titled.values()]
     parts = [markdown(["run", *titled], [[name, *(entry[name] for entry in columns)] for name in columns[0]])]
     for title, (_, result) in titled.items():
@@ -340,7 +330,9 @@ def write_report(runs: list[Path], output_dir: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of diagnose.py")
-    parser.add_argument("--output_dir", type=Path, help="where report.md and Figure 1 go; needed for several runs")
+    parser.add_argument(
+        "--output_dir", type=Path, help="of report.md and Figure 1; default: the folder of a single run"
+    )
     args = parser.parse_args()
     if len(args.runs) > 1 and args.output_dir is None:
         raise InputError("several runs need --output_dir")

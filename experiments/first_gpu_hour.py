@@ -1,42 +1,52 @@
 """What to run in the first hour on a new GPU: every part bounded in time, one table, nothing stops the rest.
 
-    python -m experiments.first_gpu_hour                        a GPU, about an hour
-    python -m experiments.first_gpu_hour --small --device cpu   the same parts at small shapes, for a look at the script
+    python -m experiments.first_gpu_hour                   a GPU, about an hour
+    python -m experiments.first_gpu_hour --device cpu      the same parts at small shapes, for a look at the script
 
-- environment: versions, GPU, driver
-- loss: seconds and memory of the loss at Qwen3's vocabulary, by chunk size
-- rates: bytes a second of a copy, operations a second of a matrix product
+- loss: seconds and memory at Qwen3's vocabulary by chunk size, beside whole logits
 - each preset: two steps of `train.py` at its shape: seconds by part, sampling beside what reading the weights would
   allow, scoring beside the matrix rate, peak of the memory
 - kill: a run killed and resumed ends as one that was not
 
 Each part is a process of its own, and what it prints is kept beside the table: one that hangs or dies is a row. A
-preset's weights are random: speed and memory do not depend on them, and hardly a response ends before the limit.
+preset's weights are random: speed and memory do not depend on them, and hardly a response ends before the limit. What
+is put side by side is taken in turns; on a CPU seconds are CPU seconds, which others on the machine disturb least.
+Axes: M tokens, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config, PreTrainedModel, Qwen3Config
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config, Qwen3Config
 
 import train
-from experiments.bench import GIB, HEAD, add_row, alternate, facts, loss_functions, peak_bytes
+from experiments.study.run import processor
+from loss import LossOptions, clipped_divergence, log_probabilities, resolve_method, score_tokens_from_hidden
 from runtime.flags import run_script
-from runtime.loading import load_tokenizer, pick_device
-from runtime.records import make_folder, versions
+from runtime.loading import load_tokenizer
+from runtime.ranks import pick_device
+from runtime.records import git_commit, make_folder, versions
 
 ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+HEAD = "| what | ours | plain | plain / ours | unit | note |\n" + "|---" * 6 + "|"
 # The architectures behind the presets, from the checkpoints' config.json.
 SHAPES = {
     "qwen3-4b": partial(Qwen3Config,
@@ -54,42 +64,90 @@ SHAPES = {
 }  # fmt: skip
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 1000}
-SECONDS = {"environment": 120, "loss": 300, "rates": 120, **dict.fromkeys(SHAPES, 800), "kill": 400}  # limits
+SECONDS = {"loss": 300, **dict.fromkeys(SHAPES, 800), "kill": 400}  # limits
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measuring
 
 
-def random_model(preset: str, device: torch.device, small: bool) -> PreTrainedModel:
-    """A preset's shape with random weights; with `small` a narrow one of as many kinds of blocks."""
-    config = SHAPES[preset](**(SMALL if small else {}))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+def add_row(what: str, ours: float | None, plain: float | None = None, unit: str = "", note: str = "") -> None:
+    """Print a row of the table, at once."""
+    ratio = plain / ours if ours and plain is not None else None
+    numbers = ("-" if value is None else f"{value:.4g}" for value in (ours, plain, ratio))
+    print(f"| {' | '.join([what, *numbers, unit, note])} |", flush=True)
+
+
+def alternate(functions: list[Callable[[], object]], device: torch.device, turns: int = 3) -> list[float]:
+    """The smallest of `turns` times of each function, in s, taken in alternation after one unmeasured call each."""
+    on_gpu, times = device.type == "cuda", []
+    clock, wait = (time.perf_counter, torch.cuda.synchronize) if on_gpu else (time.process_time, lambda: None)
+    for _ in range(turns + 1):
+        for function in functions:
+            wait()
+            start = clock()
+            function()
+            wait()
+            times.append(clock() - start)
+    return [min(times[i + len(functions) :: len(functions)]) for i in range(len(functions))]
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Peak of PyTorch's allocations while `function` runs, beyond those alive before."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The parts, each in its own process; they print rows
 
 
-def environment(device: torch.device, small: bool) -> None:
-    add_row("environment", None, note=", ".join(f"{name} {version}" for name, version in versions().items()))
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        add_row("GPU memory free / all", free / GIB, total / GIB, "GiB", f"CUDA {torch.version.cuda}")
-
-
-def loss(device: torch.device, small: bool) -> None:
-    V, D, M = (1000, 64, 64) if small else (151_936, 2560, 4096)
-    ours, plain = loss_functions(M, D, V, device)
-    for chunk in (4, 16) if small else (32, 69, 128, 256, 512):
-        seconds, twin = alternate([lambda c=chunk: ours(c), plain], device)
-        peak = peak_bytes(lambda c=chunk: ours(c), device) / GIB
-        add_row(f"loss, {chunk} tokens a chunk", seconds, twin, "s", f"V {V}, {M} tokens; peak {peak:.3g} GiB")
-
-
-def rates(device: torch.device, small: bool) -> tuple[float, float]:
-    """Bytes a second of a copy (read and written), multiply-adds times two a second of a matrix product."""
-    size, side = (2**20, 128) if small else (2**30, 8192)
-    a, b = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+def loss_functions(M: int, D: int, V: int, device: torch.device) -> tuple[Callable, Callable]:
+    """Forward and backward of our OPSD loss, given a chunk size, and on whole logits, on the same random states."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    student = (0.3 * torch.randn(M, D, device=device)).to(dtype).requires_grad_()
+    teacher, head = (0.3 * torch.randn(M, D, device=device)).to(dtype), torch.randn(V, D, device=device).to(dtype)
+    ids, options = torch.randint(V, (M,), device=device), LossOptions()
+    method = resolve_method("opsd", options)
+
+    def backward(value: Tensor) -> tuple[float, Tensor]:
+        student.grad = None
+        value.backward()
+        return value.item(), student.grad
+
+    def ours(chunk_tokens: int) -> tuple[float, Tensor]:
+        scores = score_tokens_from_hidden(method, student, teacher, head, head, ids, options, chunk_tokens)
+        return backward(scores.loss.mean())
+
+    def plain() -> tuple[float, Tensor]:
+        logp_MV = [log_probabilities(hidden @ head.T, options.distill_temperature) for hidden in (student, teacher)]
+        return backward(clipped_divergence(*logp_MV, ids, options).mean())
+
+    return ours, plain
+
+
+def loss(device: torch.device) -> None:
+    V, D, M = (151_936, 2560, 4096) if device.type == "cuda" else (1000, 64, 64)
+    ours, plain = loss_functions(M, D, V, device)
+    for chunk in (32, 69, 128, 256, 512) if device.type == "cuda" else (4, 16):
+        seconds, twin = alternate([partial(ours, chunk), plain], device)
+        add_row(f"loss, {chunk} tokens a chunk", seconds, twin, "s", f"V {V}, D {D}, {M} tokens")
+        add_row("- its memory", peak_bytes(partial(ours, chunk), device) / GIB, peak_bytes(plain, device) / GIB, "GiB")
+
+
+def rates(device: torch.device) -> tuple[float, float]:
+    """Bytes a second of a copy (read and written), multiply-adds times two a second of a matrix product."""
+    on_gpu = device.type == "cuda"
+    size, side, dtype = (2**30, 8192, torch.bfloat16) if on_gpu else (2**20, 128, torch.float32)
+    a, b = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     x, y = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     copying, product = (max(seconds, 1e-9) for seconds in alternate([lambda: a.copy_(b), lambda: x @ y], device, 5))
     add_row("copy bandwidth", 2 * size / copying / 1e12, None, "TB/s")
@@ -97,11 +155,14 @@ def rates(device: torch.device, small: bool) -> tuple[float, float]:
     return 2 * size / copying, 2 * side**3 / product
 
 
-def steps(preset: str, device: torch.device, small: bool) -> None:
+def steps(preset: str, device: torch.device) -> None:
     """Two steps of train.py on a random checkpoint of the preset's shape; the second one is told."""
-    bandwidth, rate = rates(device, small)
+    on_gpu, (bandwidth, rate) = device.type == "cuda", rates(device)
     with tempfile.TemporaryDirectory() as folder:
-        model = random_model(preset, device, small)
+        config = SHAPES[preset](**({} if on_gpu else SMALL))
+        with torch.device(device):
+            dtype = torch.bfloat16 if on_gpu else torch.float32
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         table = model.get_input_embeddings().weight
         numbers = sum(p.numel() for p in model.parameters())
         # What decoding a token reads: all but the input embedding, unless the head is that table.
@@ -112,7 +173,7 @@ def steps(preset: str, device: torch.device, small: bool) -> None:
         del model, table
         flags = ["--preset", preset, "--model", f"{folder}/model", "--data", "tiny:train", "--eval_data", ""]
         flags += ["--num_steps", "2", "--device", str(device), "--output_dir", f"{folder}/run"]
-        flags += ["--max_new_tokens", "16", "--batch_size", "4"] if small else []
+        flags += ["--max_new_tokens", "16", "--batch_size", "4"] if not on_gpu else []
         with mock.patch.object(sys, "argv", ["train.py", *flags]):
             train.main()
         config = json.loads(Path(folder, "run/config.json").read_text())["config"]
@@ -126,12 +187,12 @@ def steps(preset: str, device: torch.device, small: bool) -> None:
     # Per weight and token: teacher 2, student 2, its recomputation 2, backward through frozen weights 2.
     scoring, passes = row["seconds_teacher"] + row["seconds_student"], 8 if config["gradient_checkpointing"] else 6
     add_row(f"{preset}, scoring", scoring, passes * numbers * tokens / rate, "s", "plain: responses at the matrix rate")
-    if device.type == "cuda":
+    if on_gpu:
         peak = torch.cuda.max_memory_allocated(device) / GIB
         add_row(f"{preset}, peak of the memory", peak, None, "GiB", f"{config['micro_batch_size']} rows a micro-batch")
 
 
-def kill(device: torch.device, small: bool) -> None:
+def kill(device: torch.device) -> None:
     """The embedded model: SIGKILL after the second checkpoint, resumed, beside an unbroken run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", "--preset", "tiny", "--num_steps", "4", "--save_steps", "1"]
@@ -152,11 +213,10 @@ def kill(device: torch.device, small: bool) -> None:
 # The script
 
 
-def run_part(name: str, args: argparse.Namespace) -> list[str]:
+def run_part(name: str, device: torch.device, output_dir: Path) -> list[str]:
     """The rows that a part has printed in its own process, and one that says how it ended where it failed."""
-    log, limit = args.output_dir / f"{name}.log", int(SECONDS[name] * args.patience)
-    command = [sys.executable, "-m", "experiments.first_gpu_hour", "--run", name, "--device", args.device]
-    command += ["--small"] if args.small else []
+    log, limit = output_dir / f"{name}.log", SECONDS[name]
+    command = [sys.executable, "-m", "experiments.first_gpu_hour", "--run", name, "--device", str(device)]
     with log.open("w") as file:
         try:
             done = subprocess.run(command, cwd=ROOT, timeout=limit, stdout=file, stderr=file, check=False)
@@ -169,29 +229,33 @@ def run_part(name: str, args: argparse.Namespace) -> list[str]:
     return rows + ([f"| {name}: FAILED | - | - | - | | {trouble}: {words}({log}) |"] if trouble else [])
 
 
+def facts(device: torch.device) -> str:
+    """What the numbers were measured on."""
+    hardware = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        hardware = f"{gpu.name}, {gpu.total_memory / GIB:.1f} GiB, CUDA {torch.version.cuda}"
+    found = {"hardware": hardware, **versions(), "commit": git_commit(), "load": f"{os.getloadavg()[0]:.1f}"}
+    return "\n".join(["# The first hour", "", *(f"- {name}: {value}" for name, value in found.items()), "", HEAD])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--small", action="store_true", help="small shapes")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--parts", nargs="+", choices=SECONDS, default=[*SECONDS])
-    parser.add_argument("--patience", type=float, default=1.0, help="factor on every part's time limit")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "first-gpu-hour")
     parser.add_argument("--run", choices=SECONDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = pick_device(args.device)
-    parts = {"environment": environment, "loss": loss, "rates": rates, "kill": kill}
-    if args.run in parts:
-        parts[args.run](device, args.small)
-    elif args.run:
-        steps(args.run, device, args.small)
-    else:
-        path = make_folder(args.output_dir) / "first-gpu-hour.md"
-        for number, name in enumerate([None, *args.parts]):
-            lines = run_part(name, args) if name else [facts(path.stem, device), HEAD]
+    if args.run:
+        {"loss": loss, "kill": kill}.get(args.run, partial(steps, args.run))(device)
+        return
+    path = make_folder(args.output_dir) / "first-gpu-hour.md"
+    with path.open("w") as file:
+        for lines in ([facts(device)], *(run_part(name, device, args.output_dir) for name in args.parts)):
             print("\n".join(lines), flush=True)
-            with path.open("a" if number else "w") as file:
-                file.write("\n".join(lines) + "\n")
-        print(f"wrote {path}")
+            print("\n".join(lines), file=file, flush=True)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

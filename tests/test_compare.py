@@ -6,31 +6,27 @@ import sys
 import pytest
 
 from errors import InputError
-from evaluate import Sample, benchmark_digest, summarise
+from evaluate import Sample, summarise
 from experiments.study.compare import compare, main
-from problems import load_problems
+from problems import Problem
 
 
 @pytest.fixture
 def evaluation(tmp_path):
     """Write an evaluation with N = 2 and the given numbers of right answers per problem; returns its folder."""
-    benchmark = tmp_path / "four.jsonl"
-    benchmark.write_text("".join(json.dumps({"problem": f"p{i}", "answer": str(i)}) + "\n" for i in range(4)))
-    problems = load_problems(str(benchmark), need_solution=False)
+    problems = [Problem(f"p{i}", "", str(i)) for i in range(4)]
 
     def make(name, right, seeds=(0, 1), grader="exact", num_samples=2, answers="x", **changes):
-        folder = tmp_path / name
-        digest = benchmark_digest(problems)
-        regime = {"model": "m", "adapter": name, "benchmark_sha256": digest, "temperature": 1.0, **changes}
+        regime = {"model": "m", "adapter": name, "benchmark_sha256": "b", "temperature": 1.0, **changes}
         samples = [
             Sample(i, n, seed, f"\\boxed{{{i if n < count else 99}}}", 5, "eos")
             for seed in seeds for i, count in enumerate(right) for n in range(2)
         ]  # fmt: skip
-        folder.mkdir()
         grader = {"name": grader, "version": "1", "stopped": 0}
         summary = {"num_samples": num_samples, "regime": regime, "answers_sha256": answers, "grader": grader}
-        (folder / "summary.json").write_text(json.dumps({**summarise(samples, problems), **summary}))
-        return str(folder)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(summarise(samples, problems) | summary))
+        return str(tmp_path / name)
 
     return make
 

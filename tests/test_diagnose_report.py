@@ -13,10 +13,10 @@ from experiments import diagnose_report as report
 from experiments.diagnose_report import REMAINING, write_report
 from loss import resolve_method
 from train import parse_config
-from viability import GRAY, LABELS, POSITION, LabelRule, auroc, auroc_of, label_children
+from viability import GRAY, LABELS, POSITION, LabelRule, auroc_of, label_children
 from weighting import SCHEDULES, relative_position
 
-RULE, FIGURE = LabelRule(bootstraps=300), report.figure1
+RULE, FIGURE = LabelRule(bootstraps=100), report.figure1
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def short(monkeypatch):
     monkeypatch.setattr(report, "figure1", lambda *_: None)
 
 
-def a_world(teacher_factor=lambda r: 1.0, problems=60, seed=0, base=lambda r: 0.25 + 0.7 * r):
+def a_world(teacher_factor=lambda r: 1.0, problems=40, seed=0, base=lambda r: 0.25 + 0.7 * r):
     """Rows as phase F writes them: unforced viability base(r), and the teacher's children factor(r) of it."""
     draw, rows = np.random.default_rng(seed), []
     for problem in range(problems):
@@ -70,35 +70,11 @@ def test_a_faultless_teacher_is_told_from_a_faulty_one():
     assert paired["early"]["interval"][1] < -0.1 and abs(paired["late"]["mean"]) < 0.05
 
 
-def test_orientation_is_fixed_beforehand():
-    """Late candidates suspect: the fixed AUROC falls below one half, and only the re-oriented interval hides it."""
-    result = analysed(a_world(base=lambda r: 0.95 - 0.7 * r))
-    row = result["table1"][POSITION]
-    assert row["auroc"] < 0.2 and row["interval"][1] < 0.5 and row["interval_reoriented"][0] > 0.5
-
-
-def test_scores_of_position_by_hand():
-    """Position 3 of 10 tokens: 1 - 3.5 / 10, seven tokens remain: earlier is suspect, and so is a low precision."""
-    rows = a_world(problems=1)
-    for row, position in zip(rows, (3, 4, 5, 6, 7), strict=True):
-        row.update(position=position, length=10, log_kappa=float(position))
-    score = report.analyse(rows, RULE)[0].score
-    assert score[POSITION][0] == pytest.approx(0.65) and score[REMAINING][0] == 7.0
-    assert all((np.diff(score[name]) < 0).all() for name in (POSITION, REMAINING, "log kappa"))
-
-
-def test_point_estimate_is_the_centred_auroc_of_labelled_candidates():
-    rows = a_world()
-    labelled = [row for row in rows if row["label"]["teacher"] != "gray"]
-    score = np.array([1.0 - (row["position"] + 0.5) / row["length"] for row in labelled])
-    label = np.array([row["label"]["teacher"] == "real-uncertain" for row in labelled]).astype(int)
-    problem = np.array([row["problem"] for row in labelled])
-    expected = auroc(viability.centre(score, problem), label)
-    result = analysed(rows)
-    assert result["table1"][POSITION]["auroc"] == expected
-    assert result["labels"]["gray"] == len(rows) - len(labelled)
-    printed = viability.table1(viability.to_columns(rows, RULE))["table1"]  # by diagnose.py
-    assert result["table1"].items() >= printed.items()
+def test_remaining_length_competes_in_the_table_that_diagnose_prints():
+    rows = a_world(problems=20)
+    data, result = report.analyse(rows, RULE)
+    assert data.score[REMAINING].tolist() == [row["length"] - row["position"] for row in rows]
+    assert result["table1"].items() >= viability.table1(viability.to_columns(rows, RULE))["table1"].items()
 
 
 def test_differences_are_paired_by_resample():
@@ -121,19 +97,16 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
         write_report([tmp_path], tmp_path)
     with pytest.raises(InputError, match="found no candidate"):
         write_report([a_folder(tmp_path, [])], tmp_path)
-    runs = [a_folder(tmp_path / parent / "run", a_world(problems=5)) for parent in ("one", "two")]
-    with pytest.raises(InputError, match="two/run: another of the runs is in a folder named run, too"):
-        write_report(runs, tmp_path / "both")
     monkeypatch.setattr(sys, "argv", ["diagnose_report", "a", "b"])
     with pytest.raises(InputError, match="--output_dir"):
         report.main()
 
 
 def test_runs_side_by_side_have_the_numbers_that_each_has_alone(tmp_path):
-    runs = [a_folder(tmp_path / name, a_world(seed=seed, problems=20)) for name, seed in (("one", 0), ("two", 7))]
+    runs = [a_folder(tmp_path / name, a_world(seed=seed, problems=10)) for name, seed in (("one", 0), ("two", 7))]
     cells = [write_report([run], run).splitlines() for run in runs]
     both = write_report(runs, tmp_path / "both").splitlines()
-    assert both[0] == "| run | one | two |"
+    assert both[0] == f"| run | {tmp_path}/one | {tmp_path}/two |"
     size = both.index("")
     assert size > 20
     for together, one, two in zip(both[2:size], cells[0][2:], cells[1][2:], strict=False):
@@ -191,17 +164,13 @@ def test_null_reproduces_the_published_probabilities(steps, uncertain, diversity
 def test_null_world_gives_position_an_auroc_without_any_teacher_fault():
     """Viability that only depends on what remains separates early from late; constant viability does not."""
     remaining, problem = np.tile([40.0, 25.0, 15.0, 8.0, 2.0], 60), np.repeat(np.arange(60), 5)
-    values = report.simulate_null(0.95**remaining, remaining, problem, RULE, 20, seed=0)
+    values = report.simulate_null(0.95**remaining, remaining, problem, RULE)
     assert values.min() > 0.95
-    flat = report.simulate_null(np.full(300, 0.5), remaining, problem, RULE, 200, seed=0)
+    flat = report.simulate_null(np.full(300, 0.5), remaining, problem, RULE)
     assert abs(np.nanmean(flat) - 0.5) < 0.03
-    one_class = report.simulate_null(np.ones(4), np.arange(4.0), np.zeros(4, int), RULE, 3, seed=0)
-    assert np.isnan(one_class).all()
-
-
-def test_survival_is_recovered():
-    remaining = np.arange(1.0, 60.0)
     assert report.fit_survival(remaining, 0.97**remaining) == pytest.approx(0.97, abs=1e-3)
+    one_class = report.simulate_null(np.ones(4), np.arange(4.0), np.zeros(4, int), RULE)
+    assert np.isnan(one_class).all()
 
 
 @pytest.mark.parametrize(("w_min", "tau", "s"), [(0.25, 0.30, 0.10), (0.6, 0.5, 0.0501187)])

@@ -4,6 +4,10 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
+import sys
+from functools import cache
+from itertools import dropwhile
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -20,6 +24,9 @@ from runtime.flags import FlagParser
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in [*ROOT.glob("docs/*.md")]}
 PAGES["README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
+WALK = ROOT / "docs/walkthrough.ipynb"
+CELLS = json.loads(WALK.read_text(encoding="utf-8"))["cells"]
+PAGES["docs/walkthrough.ipynb"] = "\n\n".join("".join(c["source"]) for c in CELLS if c["cell_type"] == "markdown")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 every_page = pytest.mark.parametrize("page", sorted(PAGES))
@@ -67,25 +74,9 @@ def commands(page: str) -> list[list[str]]:
     """The commands of a page, word by word: those in bash blocks, and those of python that stand in a line of prose."""
     blocks = [line for block in fences(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
     inline = re.findall(r"`((?:python|torchrun) [^`]+)`", prose(page))
-    found = []
-    for line in [*blocks, *inline]:
-        command: list[str] = []
-        words = [word for word in shlex.split(line, comments=True) if word != "..."]
-        for word in [*words, ";"]:
-            if word in ("&&", "|", ";"):
-                found += [command] if command else []
-                command = []
-            elif command or not re.fullmatch(r"[A-Z_]+=.*", word):  # VARIABLE=value before a command
-                command.append(word)
-    return found
-
-
-def help_of(module: str, monkeypatch, capsys) -> str:
-    monkeypatch.setattr("sys.argv", [module, "--help"])
-    with pytest.raises(SystemExit) as ended:
-        getattr(importlib.import_module(module), "main", train.main)()  # the rules' own is train.py's
-    assert ended.value.code == 0
-    return capsys.readouterr().out
+    parts = [part for line in [*blocks, *inline] for part in re.split(r" && | \| |; ", line.partition(" #")[0])]
+    found = [[word for word in shlex.split(part, comments=True) if word != "..."] for part in parts]
+    return [list(dropwhile(re.compile("[A-Z_]+=").match, words)) for words in found if words]
 
 
 def check_command(words: list[str], monkeypatch, capsys) -> None:
@@ -100,7 +91,10 @@ def check_command(words: list[str], monkeypatch, capsys) -> None:
         if "--help" not in words:
             FlagParser(config_class, None).parse(presets, words[2:])
     elif words[1] == "-m":
-        known = set(re.findall(r"(?<![\w-])--?[\w-]+", help_of(words[2], monkeypatch, capsys)))
+        monkeypatch.setattr("sys.argv", [words[2], "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            getattr(importlib.import_module(words[2]), "main", train.main)()  # the rules' own is train.py's
+        known = set(re.findall(r"(?<![\w-])--?[\w-]+", capsys.readouterr().out))
         unknown = [word for word in words[3:] if word.startswith("-") and word.split("=")[0] not in known]
         assert not unknown, f"{words[2]} has no {', '.join(unknown)}"
     else:
@@ -148,6 +142,22 @@ def test_the_examples_of_new_methods_run(monkeypatch):
     assert 0 < loss.method_loss("hellinger", student, teacher, ids, mask).item() < 1
 
 
+DECIMAL = re.compile(r"-?\d+\.\d+")
+
+
+@pytest.mark.slow
+def test_the_walkthrough_prints_what_it_holds():
+    """Equal words; decimal numbers within two units of their last digit, which another machine's rounding may move."""
+    cells = [cell for cell in CELLS if cell["cell_type"] == "code"]
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    run = subprocess.run([sys.executable, "-c", code], cwd=WALK.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    held = "".join("".join(output["text"]) for cell in cells for output in cell["outputs"])
+    assert DECIMAL.sub("#", held) == DECIMAL.sub("#", run.stdout), "execute the notebook again"
+    for here, there in zip(DECIMAL.findall(held), DECIMAL.findall(run.stdout), strict=True):
+        assert float(here) == pytest.approx(float(there), abs=2.01 * 10 ** -len(here.split(".")[1]))
+
+
 # --- the study's numbers ----------------------------------------------------------------------------------------
 
 
@@ -160,12 +170,17 @@ def study_tables() -> list[tuple[list[str], list[str], list[list[str]]]]:
     return found
 
 
+@cache
+def cells_of(folder: str) -> list[dict]:
+    lines = (ROOT / "experiments/results" / folder / "cells.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def measured(folder: str, row: str, column: str) -> dict[int, float]:
     """A row's values by seed in percent, from the cells alone; `column` is as in `greedy %, after 40`."""
-    lines = (ROOT / "experiments/results" / folder / "cells.jsonl").read_text().splitlines()
     name, step = column.split(" %")[0].replace(" ", "_"), re.search(r"after (\d+)", column)
     values = {}
-    for cell in map(json.loads, lines):
+    for cell in cells_of(folder):
         if row in (cell["row"], "before training"):
             last = "0" if row == "before training" else step[1] if step else max(cell["evaluation"], key=int)
             values[cell["seed"]] = 100 * (cell["evaluation"][last] | cell["behaviour"][last])[name]

@@ -1,29 +1,23 @@
 """Pictures of runs, and the page of tokens."""
 
+import html
 import json
 import math
 import re
 import sys
-from html.parser import HTMLParser
 
 import pytest
 
 import train
 from errors import InputError
 from experiments import draw_run
-from experiments.token_page import RolloutView, TokenView, render, repaired, run_config, view_rollouts
+from experiments.draw_run import RolloutView, TokenView, render, repaired, run_config, view_rollouts
 from problems import Problem
 
 # --- pictures ---------------------------------------------------------------------------------------------------
 
 
-def test_missing_matplotlib_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match="pip install matplotlib"):
-        draw_run.figure(1, 1, [["a"]])
-
-
-def test_a_run_is_drawn_with_what_it_wrote(tmp_path):
+def test_a_run_is_drawn_with_what_it_wrote(tmp_path, monkeypatch):
     """Each column in its panel over the steps; what a step could not measure is a gap; held-out scores too."""
     pytest.importorskip("matplotlib")
     (tmp_path / "config.json").write_text('{"config": {"method": "opsd"}, "versions": {}}')
@@ -44,6 +38,9 @@ def test_a_run_is_drawn_with_what_it_wrote(tmp_path):
             assert list(line.get_xdata()) == [0, 1, 2]
     greedy = axes[draw_run.HELD_OUT].lines[1]
     assert (list(greedy.get_xdata()), list(greedy.get_ydata())) == ([0, 3], [0.5, 0.5])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        draw_run.draw(tmp_path)
 
 
 @pytest.mark.parametrize("config", [None, '{"config": {"gone": 1}, "versions": {}}'])
@@ -54,57 +51,34 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, config):
         run_config(tmp_path)
 
 
-# --- the page ---------------------------------------------------------------------------------------------------
+# --- solutions --------------------------------------------------------------------------------------------------
 
 
-class Reader(HTMLParser):
-    """Collects tags, attributes, and the text inside each kind of tag."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.texts, self.attributes = [], {}, []
-
-    def handle_starttag(self, tag, attrs):
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        if tag not in ("meta", "wbr"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open:
-            self.texts.setdefault(self.open[-1], []).append(data)
+MARK = re.compile(r'<mark class="t" tabindex="0" style="--a:([\d.]+)" data-shown="([^"]*)">([^<]*)</mark><wbr>')
 
 
-def views(*texts):
-    alternatives = [(text, 0.2) for text in ("a", "<b>", "</script>", " ", "\n")]
-    tokens = [TokenView(text, 0.1 * i, 0.5, alternatives, alternatives) for i, text in enumerate(texts)]
-    return [RolloutView("problem 0", Problem("1<2 & 3", "s", "6"), True, tokens)]
+def a_view(*texts: str, correct: bool = True, student=(("a", 0.7), ("b", 0.2)), teacher=(("b", 0.9), ("a", 0.1))):
+    tokens = [TokenView(text, 0.1 * i, 0.5, list(student), list(teacher)) for i, text in enumerate(texts)]
+    return RolloutView("x>y", Problem("1<2 & 3", "s", "6"), correct, tokens)
 
 
 def test_page_is_whole_and_escapes_what_the_model_wrote():
-    texts = ("2", "<script>alert(1)</script>", "</script>", "&amp;", "\n", '" onclick="x')
-    page = render(views(*texts), "a <title>")
-    reader = Reader()
-    reader.feed(page)
-    assert reader.open == []
-    assert "".join(reader.texts["mark"]) == "".join(texts)
-    assert "alert" not in "".join(reader.texts["script"])
-    shown = [value.splitlines() for _, name, value in reader.attributes if name == "data-shown"]
+    texts = ["2", "<script>alert(1)</script>", "</script>", "&amp;", "\n", '" onclick="x']
+    top = [(text, 0.2) for text in ("a", "<b>", "</script>", " ", "\n")]
+    page = render([a_view(*texts, student=top, teacher=top)], "a <title>")
+    shades, shown, marked = zip(*MARK.findall(page), strict=True)
+    assert [html.unescape(text) for text in marked] == texts
+    shown = [html.unescape(text).splitlines() for text in shown]
     assert shown[1][0] == f"token 2 of 6: {texts[1]} \u00b7 divergence 0.1000 \u00d7 weight 0.500 = 0.0500"
     assert [lines[4].split() for lines in shown[1:3]] == [["</script>", "20.0%"] * 2, ["*", "</script>", "20.0%"] * 2]
     assert [len(lines) for lines in shown] == [7] * 6  # a line break is shown by a sign
-    assert reader.texts["title"] == ["a <title>"]
-    assert not [item for item in reader.attributes if item[1] in ("src", "href", "onclick")]
-    assert not re.search(r"https?://|@import|url\(", page)
-
-
-def test_page_colours_by_weighted_divergence():
-    reader = Reader()
-    reader.feed(render(views("a", "b", "c"), "x"))
-    shades = [float(value.removeprefix("--a:")) for tag, name, value in reader.attributes if name == "style"]
-    assert shades == [0.0, pytest.approx(0.85 / 2**0.5, abs=1e-3), 0.85]
+    assert [*map(float, shades)] == pytest.approx([0.85 * (i / 5) ** 0.5 for i in range(6)], abs=1e-3)
+    assert (
+        "<h1>a &lt;title&gt;</h1>" in page
+        and "<h2>x&gt;y: right</h2>" in page
+        and "<p>1&lt;2 &amp; 3 &nbsp; answer 6</p>" in page
+    )
+    assert not re.search(r"<script|https?://|@import|url\(|(src|href|onclick)=", MARK.sub("", page))
 
 
 @pytest.mark.slow
@@ -122,23 +96,16 @@ def test_page_of_a_real_run(tmp_path, monkeypatch):
     draw_run.main()
     assert all((run / name).stat().st_size > 0 for name in ("run.png", "tokens.html", "tokens.png"))
     before, after = views
-    assert "before training" in before.title
-    assert "checkpoint-1" in after.title
-    for view in (before, after):
+    assert "before training" in before.title and "checkpoint-1" in after.title
+    for view in views:
         weights = [token.weight for token in view.tokens]
-        assert weights == sorted(weights)  # Moderate rises
-        assert weights[-1] > 0.99
+        assert weights == sorted(weights) and weights[-1] > 0.99  # Moderate rises
         for token in view.tokens:
             for alternatives in (token.student, token.teacher):
                 chances = [p for _, p in alternatives]
-                assert len(chances) == 5
-                assert chances == sorted(chances, reverse=True)
-                assert sum(chances) <= 1.0 + 1e-6
+                assert len(chances) == 5 and chances == sorted(chances, reverse=True) and sum(chances) <= 1.0 + 1e-6
     assert any(abs(token.divergence) > 1e-4 for token in before.tokens)
     assert before.tokens[-1].text == "<|im_end|>"
-
-
-# --- what training repaired -------------------------------------------------------------------------------------
 
 
 def test_repaired_problems_are_right_after_and_not_before(tmp_path):
@@ -148,8 +115,8 @@ def test_repaired_problems_are_right_after_and_not_before(tmp_path):
         for step, text, correct in ((0, before, False), (5, "?", True), (20, after, ends_right)):
             rows.append({"step": step, "problem": index, "text": text, "correct": correct, "decoding": "greedy"})
         rows.append({"step": 20, "problem": index, "text": "", "correct": True, "decoding": "sampled"})
-    rows.append({"step": 0, "problem": 4, "text": "1", "correct": True, "decoding": "greedy"})
-    rows.append({"step": 20, "problem": 4, "text": "1", "correct": True, "decoding": "greedy"})
+    for step in (0, 20):
+        rows.append({"step": step, "problem": 4, "text": "1", "correct": True, "decoding": "greedy"})
     assert repaired(tmp_path) == []
     (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert repaired(tmp_path) == [1, 3, 0]  # one character differs, one, two
@@ -157,16 +124,11 @@ def test_repaired_problems_are_right_after_and_not_before(tmp_path):
 
 def test_the_picture_shows_the_token_where_the_solutions_part():
     pytest.importorskip("matplotlib")
-
-    def view(last: str, correct: bool) -> RolloutView:
-        tokens = [TokenView(text, 0.5, 1.0, [("a", 0.7), ("b", 0.2)], [("b", 0.9), ("a", 0.1)]) for text in ("=", last)]
-        return RolloutView("x", Problem("1+1", "", "2"), correct, tokens)
-
-    drawn = draw_run.draw_tokens(view("a", False), view("b", True))
+    drawn = draw_run.draw_tokens(a_view("=", "a", correct=False), a_view("=", "b"))
     strip, before, after = drawn.axes
-    assert [text.get_text() for text in strip.texts] == ["x: 1+1, wrong", "=", "a", "x: 1+1, right", "=", "b"]
-    assert [axis.get_title() for axis in (before, after)] == [
-        "token 2, before training: a", "token 2, after training: b",
-    ]  # fmt: skip
+    texts = [text.get_text() for text in strip.texts]
+    assert texts == ["x>y: 1<2 & 3, wrong", "=", "a", "x>y: 1<2 & 3, right", "=", "b"]
+    titles = [axis.get_title() for axis in (before, after)]
+    assert titles == ["token 2, before training: a", "token 2, after training: b"]
     assert [label.get_text() for label in before.get_yticklabels()] == ["b", "a"]
     assert [bar.get_width() for bar in before.patches] == [0.2, 0.7, 0.9, 0.1]  # student's two, then teacher's

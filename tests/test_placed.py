@@ -21,9 +21,9 @@ def world(tmp_path, monkeypatch):
     """A folder as make_world leaves it, with the embedded model, and numbers small enough for a test."""
     folder = tmp_path / "placed-12-seed1"
     shutil.copytree(TINY_MODEL, folder / "model")
-    rows = [{"problem": p.problem, "solution": p.solution, "answer": p.answer} for p in tiny_problems("train", 40)]
+    rows = [{"problem": p.problem, "solution": p.solution, "answer": p.answer} for p in tiny_problems("train", 24)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, size in (("SOLUTIONS", 40), ("DIAGNOSED", 40), ("POSITIONS", 200), ("CONTINUATIONS", 2)):
+    for name, size in (("SOLUTIONS", 24), ("DIAGNOSED", 24), ("POSITIONS", 120), ("CONTINUATIONS", 2)):
         monkeypatch.setattr(placed, name, size)
     return folder
 
@@ -40,7 +40,7 @@ def test_harm_early_speaks_for_rising_weights(world, monkeypatch, early):
                 self.problems = prompts
                 self.solutions = super().sample(prompts, keys, settings)
                 return self.solutions
-            answers = {tuple(x): p.answer for x, p in zip(self.problems, tiny_problems("train", 40), strict=True)}
+            answers = {tuple(x): p.answer for x, p in zip(self.problems, tiny_problems("train", 24), strict=True)}
             rows = []
             for prompt in prompts:
                 n = next(n for n, x in enumerate(self.problems) if prompt[: len(x)] == x)

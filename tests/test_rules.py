@@ -51,21 +51,58 @@ def random_scores(lengths, seed=0):
 # A value by hand and the limits, rule by rule
 
 
-def test_prefix_suffix_and_skip():
-    r = relative_position([10])
-    assert weigh("prefix", None, [10]).tolist() == [1.0] * 3 + [0.0] * 7
-    assert weigh("suffix", None, [10]).tolist() == [0.0] * 7 + [1.0] * 3
+def log(*chances):
+    return torch.tensor(chances).log()
+
+
+GAPS = {"student_logprob": [-1.0, -4.0, -2.0, -5.0], "teacher_logprob": [-2.0, -1.0, -2.0, -1.0]}  # |A| = 1, 3, 0, 4
+SURE = {"student_logprob": log(0.2, 0.98, 0.999, 1.0)}
+# |p_T - p_S| = .4, .1, .3, 0, .18; times |log p_T / p_S| = .64, .07, .12, 0, .41
+APART = {"teacher_logprob": log(0.5, 0.1, 0.9, 0.3, 0.02), "student_logprob": log(0.1, 0.2, 0.6, 0.3, 0.2)}
+# h = 0, 1, 0, .515 (cut at .97), d = 0, 0, 1, .1; s = 0, 1, 1, .564
+CONFIDENT = {"student_entropy": [0.0, 1.0, 0.0, 0.5]}
+UNSURE = CONFIDENT | {"loss": [0.0, 0.0, 2.0, 0.2]}
+# Of ten tokens the two least likely, the second and the fourth: entropies 1 and 3 of 0 to 4 give 5/8 and 7/8
+UNLIKELY = {"student_logprob": [0.0, -3.0, 0.0, -5.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0],
+            "student_entropy": [0.0, 1.0, 0.0, 3.0, 0.0, 4.0, 0.0, 0.0, 0.0, 0.0]}  # fmt: skip
+LN3 = math.log(3)
+
+
+@pytest.mark.parametrize(("name", "lengths", "given", "numbers", "weights"), [
+    ("prefix", [10], {}, {}, [1] * 3 + [0] * 7),
+    ("suffix", [10], {}, {}, [0] * 7 + [1] * 3),
+    ("skip", [5, 2], {}, {}, [0, 0, 0, 1, 1, 0, 0]),
+    ("skip", [5, 2], {}, {"first": 1}, [0, 1, 1, 1, 1, 0, 1]),
+    ("iw_opd", [4], GAPS, {}, [1.5, 1.4375, 1.25, 1.25]),  # what lies before is 0, 1/8, 1/2, 1/2
+    ("iw_opd", [4], GAPS, {"gamma": 1.0}, [2.0, 1.875, 1.5, 1.5]),
+    ("iw_opd", [4], GAPS, {"gamma": 0.0}, [1.0] * 4),
+    ("iw_opd", [3], {}, {}, [1.5] * 3),  # the two agree everywhere
+    ("dash", [3], {"loss": [-LN3, LN3, 0.0]}, {"kappa": 1.0}, [1.0, 1.75, 1.4375]),  # lambda = 3/4, 1/4
+    ("dash", [3], {"loss": [-LN3, LN3, 0.0]}, {"kappa": 0.0}, [1.0, 1.5, 1.75]),  # lambda = 1/2 everywhere
+    ("dash", [6], {"loss": [0.0] * 5 + [1.0]}, {"kappa": 1e4}, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]),
+    ("scgate", [4], SURE, {}, [1, 1, 0, 0]),
+    ("scgate", [4], SURE, {"most": 0.5}, [1, 0, 0, 0]),
+    ("tip", [4], UNSURE, {}, [0, 1, 1, 0]),
+    ("tip", [4], UNSURE, {"share": 0.75}, [0, 1, 1, 1]),
+    ("tip", [4], {"student_entropy": [1.0, 4.0, 1.0, 2.5], "loss": [-2.0, -2.0, 0.0, -1.8]}, {}, [0, 1, 1, 0]),
+    ("tip", [4], CONFIDENT, {}, [0, 1, 0, 1]),  # by entropy alone the third, confident and wrong, goes
+    ("tip", [4], {}, {}, [1, 1, 0, 0]),  # nothing to choose by: the first ones
+    ("tip", [4, 3, 1], {"loss": [0.0, 9.0, 5.0, 1.0, 7.0, 8.0, 6.0, 2.0]}, {}, [0, 1, 1, 0, 0, 1, 0, 0]),  # of each row
+    ("dial", [5], APART, {}, [1, 0, 1, 0, 0]),  # two of five are kept
+    ("dial", [5], APART, {"b": 0.5}, [1, 0, 0, 0, 1]),
+    ("opsa", [10], UNLIKELY, {}, [0, 0.625, 0, 0.875, 0, 0, 0, 0, 0, 0]),
+    ("opsa", [5], {}, {}, [0.5, 0, 0, 0, 0]),
+])  # fmt: skip
+def test_weights_by_hand(name, lengths, given, numbers, weights):
+    assert weigh(name, scores_of(sum(lengths), **given), lengths, **numbers).tolist() == pytest.approx(weights)
+
+
+def test_weights_by_position_at_their_limits():
+    r, moderate = relative_position([10]), SCHEDULES["moderate"](relative_position([52]))
     assert torch.equal(rules.suffix(r), position_weight(r, w_min=0.0, tau=0.7, s=1e-6).round())
-    for length in range(1, 60):
-        r = relative_position([length])
-        assert torch.equal(rules.suffix(r), rules.prefix(r).flip(0)), length
-    assert weigh("skip", None, [5, 2]).tolist() == [0, 0, 0, 1, 1, 0, 0]
-    assert weigh("skip", None, [5, 2], first=1).tolist() == [0, 1, 1, 1, 1, 0, 1]
-
-
-def test_by_index_is_moderate_of_a_typical_length():
-    whole, moderate = weigh("by_index", None, [52, 10]), SCHEDULES["moderate"](relative_position([52]))
-    torch.testing.assert_close(whole, torch.cat([moderate, moderate[:10]]))
+    for r in map(relative_position, ([length] for length in range(1, 60))):
+        assert torch.equal(rules.suffix(r), rules.prefix(r).flip(0)), len(r)
+    torch.testing.assert_close(weigh("by_index", None, [52, 10]), torch.cat([moderate, moderate[:10]]))
 
 
 def test_shuffled():
@@ -86,24 +123,6 @@ def test_shuffled():
     assert loss.METHODS["shuffled"].reduction is loss.METHODS["pwopsd"].reduction  # so that the places alone differ
 
 
-def test_iw_opd():
-    """|A| = 1, 3, 0, 4 of 8: what lies before is 0, 1/8, 1/2, 1/2."""
-    scores = scores_of(4, student_logprob=[-1.0, -4.0, -2.0, -5.0], teacher_logprob=[-2.0, -1.0, -2.0, -1.0])
-    assert weigh("iw_opd", scores, [4]).tolist() == [1.5, 1.4375, 1.25, 1.25]
-    assert weigh("iw_opd", scores, [4], gamma=1.0).tolist() == [2.0, 1.875, 1.5, 1.5]
-    assert weigh("iw_opd", scores, [4], gamma=0.0).tolist() == [1.0] * 4
-    assert weigh("iw_opd", scores_of(3), [3]).tolist() == [1.5] * 3  # the two agree everywhere
-
-
-def test_dash():
-    """d = -ln 3, ln 3, 0 around their mean of 0: lambda = 3/4, 1/4; w = 1, 1 + 3/4, 1 + 1/4 * 7/4."""
-    scores = scores_of(3, loss=[-math.log(3), math.log(3), 0.0])
-    torch.testing.assert_close(weigh("dash", scores, [3], kappa=1.0), torch.tensor([1.0, 1.75, 1.4375]))
-    assert weigh("dash", scores, [3], kappa=0.0).tolist() == [1.0, 1.5, 1.75]  # lambda = 1/2 everywhere
-    low_then_high = scores_of(6, loss=[0.0] * 5 + [1.0])
-    assert weigh("dash", low_then_high, [6], kappa=1e4).tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
-
-
 def test_dash_is_the_backward_recursion():
     """A_t = d_t + sg(lambda_t) A_{t+1}: the sum of A has the gradient w_t at d_t and the value sum w_t d_t."""
     d = torch.rand(12, requires_grad=True)
@@ -118,12 +137,6 @@ def test_dash_is_the_backward_recursion():
     torch.testing.assert_close((weight * d).sum(), total)
 
 
-def test_scgate():
-    scores = scores_of(4, student_logprob=torch.tensor([0.2, 0.98, 0.999, 1.0]).log())
-    assert weigh("scgate", scores, [4]).tolist() == [1, 1, 0, 0]
-    assert weigh("scgate", scores, [4], most=0.5).tolist() == [1, 0, 0, 0]
-
-
 def test_correct_only():
     """Rows right, wrong, without an answer: 1, 0, 0; the loss is the mean of the right rows' tokens."""
     lengths, outcomes = [2, 3, 1], [True, False, None]
@@ -134,50 +147,6 @@ def test_correct_only():
     first = (part[:1] for part in (student, teacher, ids, mask))
     torch.testing.assert_close(value, method_loss("opsd", *first))
     assert method_loss("correct_only", student, teacher, ids, mask, correct=[False, None, False]) == 0.0
-
-
-def test_tip():
-    """h = 0, 1, 0, .515 (cut at .97), d = 0, 0, 1, .1; s = 0, 1, 1, .564."""
-    given = {"student_entropy": [0.0, 1.0, 0.0, 0.5], "loss": [0.0, 0.0, 2.0, 0.2]}
-    scores = scores_of(4, **given)
-    assert weigh("tip", scores, [4]).tolist() == [0, 1, 1, 0]
-    assert weigh("tip", scores, [4], share=0.75).tolist() == [0, 1, 1, 1]
-    confident_and_wrong = scores_of(4, student_entropy=given["student_entropy"])
-    assert weigh("tip", confident_and_wrong, [4]).tolist() == [0, 1, 0, 1]  # by entropy alone the third goes
-    assert weigh("tip", scores_of(4), [4]).tolist() == [1, 1, 0, 0]  # nothing to choose by: the first ones
-    lengths = [6, 3, 1]  # a share of each row, whatever the scale
-    values = random_scores(lengths)
-    kept = weigh("tip", TokenScores(**values), lengths)
-    assert [int(row.sum()) for row in kept.split(lengths)] == [3, 1, 0]
-    scaled = {**values, "student_entropy": 3 * values["student_entropy"] + 1, "loss": 0.01 * values["loss"] - 2}
-    assert torch.equal(weigh("tip", TokenScores(**scaled), lengths), kept)
-
-
-def test_dial():
-    """p_T, p_S = (.5, .1), (.1, .2), (.9, .8), (.3, .3), (.02, .2): apart .4, .1, .1, 0, .18; two of five are kept."""
-    teacher, student = ([0.5, 0.1, 0.9, 0.3, 0.02], [0.1, 0.2, 0.8, 0.3, 0.2])
-    scores = scores_of(5, teacher_logprob=torch.tensor(teacher).log(), student_logprob=torch.tensor(student).log())
-    assert weigh("dial", scores, [5]).tolist() == [1, 0, 0, 0, 1]
-    # b = 2, |apart|^2 / |log ratio|: .4^2 / 1.61 = .099, .1^2 / .693 = .014, .1^2 / .118 = .085, .18^2 / 2.30 = .014
-    assert weigh("dial", scores, [5], b=2.0).tolist() == [1, 0, 1, 0, 0]
-
-
-def test_opsa():
-    """Of ten tokens the two least likely, the second and the fourth: entropies 1 and 3 of 0 to 4 give 5/8 and 7/8."""
-    logp, entropy = torch.zeros(10), torch.zeros(10)
-    logp[1], logp[3], logp[5] = -3.0, -5.0, -1.0
-    entropy[1], entropy[3], entropy[5] = 1.0, 3.0, 4.0
-    scores = scores_of(10, student_logprob=logp, student_entropy=entropy)
-    assert weigh("opsa", scores, [10]).tolist() == [0, 0.625, 0, 0.875, 0, 0, 0, 0, 0, 0]
-    assert weigh("opsa", scores_of(5), [5]).tolist() == [0.5, 0, 0, 0, 0]
-    student, teacher, ids, mask = random_case(lengths=(7,))
-    student.requires_grad_()
-    value = method_loss("opsa", student, teacher, ids, mask)
-    value.backward()
-    lowest = student.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1).argmin().item()
-    assert student.grad[0, lowest, ids[0, lowest]] > 0  # descent lowers its logit
-    assert not student.grad[0, torch.arange(7) != lowest].any()  # floor(.2 * 7) = 1 token
-    assert method_loss("opsa", student, -teacher, ids, mask) == value  # it sees no teacher
 
 
 # What holds for every rule
@@ -204,27 +173,16 @@ def test_weights_are_non_negative_float32_without_gradient(name):
     assert not weight.requires_grad and weight.min() >= 0
 
 
-@pytest.mark.parametrize("name", [*ON_OPSD, "tip"])
-def test_a_row_of_the_table_differs_from_opsd_in_the_weight_alone(name):
-    student, teacher, ids, mask = random_case()
-    lengths = mask.sum(1).tolist()
-    logs = [loss.log_probabilities(logits[mask], 1.1) for logits in (student, teacher)]
-    scores = loss.score_tokens(loss.METHODS["opsd"], *logs, ids[mask], LossOptions())
-    weight = weigh(name, scores, lengths)
-    divisor = len(weight) if name in ("iw_opd", "dash") else weight.sum()
-    torch.testing.assert_close(
-        method_loss(name, student, teacher, ids, mask), (weight * scores.loss).sum() / divisor, rtol=1e-5, atol=1e-6
-    )
-
-
-def test_what_each_row_is_divided_by():
+def test_what_each_row_adds_up_and_is_divided_by():
     """A rule that drops tokens by those kept, TIP's rows look beyond their own, and the clip is Eq. (1)'s rows'."""
     drop = {"prefix", "suffix", "skip", "scgate", "correct_only", "tip", "tip_reverse", "dial"}
+    sampled, others = {"opd", "iw_opd_pg", "dial"}, {"opsa", "tip_reverse", "beta_opsd", "sr_opsd", *TOKEN_CLIPS}
     for name in [*ROWS, "correct_only"]:
-        row = loss.METHODS[name]
+        row, on_eq_1 = loss.METHODS[name], name not in sampled | others
+        assert (row.token_loss is loss.clipped_divergence) == row.clips == on_eq_1, name
+        assert (row.token_loss is rules.sampled_token) == (name in sampled), name
         assert row.reduction is (loss.weighted_mean if name in drop else loss.token_mean), name
         assert row.over_batch is name.startswith("tip"), name
-        assert row.clips is (name in [*ON_OPSD, "correct_only", "tip"]), name
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -274,12 +232,14 @@ def test_closed_forms_of_the_losses(clip, seed):
         "opsd_token_clip": (d.clamp(max=tau), (p_S - p_T) * (d <= tau)),
         "opsd_scaled_clip": (d.clamp(max=tau), (p_S - p_T) * (tau / d).clamp(max=1.0)),
         "opd": (-A * p_S[0].log(), -A * (y - p_S)),
+        "opsa": (p_S[0].log(), y - p_S),
         "tip_reverse": ((p_S * (p_S / p_T).log()).sum(), p_S * ((p_S / p_T).log() - (p_S * (p_S / p_T).log()).sum())),
         "beta_opsd": by_entry(half),
         "sr_opsd": ((most * (most / p_S).log()).sum(), p_S - most),
     }
     for name, (value, gradient) in closed.items():
-        ids, every = torch.zeros(1, 1, dtype=torch.long), {"schedule": "uniform"} if name == "tip_reverse" else {}
+        every = {"schedule": "uniform"} if name in ("opsa", "tip_reverse") else {}  # they drop a row's only token
+        ids = torch.zeros(1, 1, dtype=torch.long)
         given = gradient_times_temperature(name, student, teacher, ids, clip=clip, **every)
         assert given[0] == pytest.approx(value.item(), abs=1e-5), name
         torch.testing.assert_close(given[1], gradient, rtol=1e-4, atol=2e-6)

@@ -1,4 +1,4 @@
-"""The benchmark's twins are equal in value, its measuring measures, and the first hour's shapes are the presets'."""
+"""The first hour's twins are equal in value, its measuring measures, its shapes are the presets'."""
 
 import sys
 
@@ -7,8 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from experiments import first_gpu_hour
-from experiments.bench import loss_functions, peak_bytes
-from experiments.first_gpu_hour import SHAPES
+from experiments.first_gpu_hour import SHAPES, loss_functions, peak_bytes
 
 CPU = torch.device("cpu")
 
@@ -22,22 +21,17 @@ def test_the_plain_loss_is_the_same_loss():
 
 def test_the_memory_of_the_loss_does_not_grow_with_the_tokens_but_the_plain_one_does():
     def peak(tokens: int, chunk: int | None) -> int:
-        ours, plain = loss_functions(tokens, 4, 5_000, CPU)
+        ours, plain = loss_functions(tokens, 4, 2_000, CPU)
         return peak_bytes(plain if chunk is None else lambda: ours(chunk), CPU)
 
-    logits = 5_000 * 4
-    assert peak(64, 8) < 1.05 * peak(16, 8) < 8.0 * 8 * logits
-    assert peak(64, None) > 3.5 * peak(16, None) > 3.5 * 4 * 16 * logits
+    logits = 2_000 * 4
+    assert peak(32, 8) < 1.05 * peak(16, 8) < 8.0 * 8 * logits
+    assert peak(32, None) > 1.9 * peak(16, None) > 1.9 * 4 * 16 * logits
 
 
 def test_peak_memory_by_hand():
     """Two tensors of 4 MB alive at once, then one of them again: 8 MB."""
-
-    def work():
-        b = torch.ones(1_000_000) + 1
-        return b * 2
-
-    assert peak_bytes(work, CPU) == pytest.approx(8e6, rel=0.01)
+    assert peak_bytes(lambda: (torch.ones(1_000_000) + 1) * 2, CPU) == pytest.approx(8e6, rel=0.01)
 
 
 @pytest.mark.parametrize("preset, billions", [("qwen3-4b", 4.02), ("dsr1-llama-8b", 8.03), ("olmo3-7b", 7.30)])
@@ -51,7 +45,7 @@ def test_the_shapes_have_the_published_number_of_weights(preset, billions):
 def test_a_part_that_runs_out_of_time_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     """Each part in a process of its own: one that is given a second, and those that have the time they need."""
     monkeypatch.setitem(first_gpu_hour.SECONDS, "kill", 1)
-    flags = ["--small", "--device", "cpu", "--output_dir", str(tmp_path), "--parts", "kill", "loss", "olmo3-7b"]
+    flags = ["--device", "cpu", "--output_dir", str(tmp_path), "--parts", "kill", "loss", "olmo3-7b"]
     monkeypatch.setattr(sys, "argv", ["first_gpu_hour", *flags])
     first_gpu_hour.main()
     rows = [line for line in (tmp_path / "first-gpu-hour.md").read_text().splitlines() if line.startswith("| ")][1:]
