@@ -66,9 +66,6 @@ def recompute_activations(model: PreTrainedModel) -> None:
             block.forward = partial(recomputed, block.forward)
 
 
-HEAD_ROWS = 512  # of a half-precision head in float32 at a time: they fit into a CPU's cache
-
-
 def head_logits(hidden_MD: Tensor, head_VD: Tensor) -> Tensor:
     """hidden @ head.T in float32, also of bfloat16 states: a matrix product accumulates in float32 anyway.
 
@@ -78,10 +75,7 @@ def head_logits(hidden_MD: Tensor, head_VD: Tensor) -> Tensor:
 
 
 class _WideProduct(torch.autograd.Function):
-    """x W^T in float32 for x and W in half precision, whose gradients have their precision.
-
-    A CPU multiplies in float32, HEAD_ROWS of W at a time, so that their copy stays in its cache.
-    """
+    """x W^T in float32 for x and W in half precision, whose gradients have their precision."""
 
     @staticmethod
     def forward(ctx, x_MD: Tensor, head_VD: Tensor) -> Tensor:
@@ -91,21 +85,16 @@ class _WideProduct(torch.autograd.Function):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # a CPU, or a kernel that lacks it
-            logits_MV = x_MD.new_empty(len(x_MD), len(head_VD), dtype=torch.float32)
-            for rows, out in zip(head_VD.split(HEAD_ROWS), logits_MV.split(HEAD_ROWS, dim=-1), strict=True):
-                torch.mm(x_MD.float(), rows.float().T, out=out)
-            return logits_MV
+            return x_MD.float() @ head_VD.float().T
 
     @staticmethod
     def backward(ctx, grad_MV: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (x_MD, head_VD), (to_x, to_head) = ctx.saved_tensors, ctx.needs_input_grad
-        if not to_head and x_MD.device.type == "cpu":  # whose half precision is slow in so long a sum
-            to_x_MD = torch.zeros_like(x_MD, dtype=torch.float32)
-            for rows, part in zip(head_VD.split(HEAD_ROWS), grad_MV.split(HEAD_ROWS, dim=-1), strict=True):
-                to_x_MD.addmm_(part, rows.float())
-            return to_x_MD.to(x_MD.dtype), None
+        half = x_MD.dtype
+        if x_MD.device.type == "cpu":  # whose half precision is slow
+            x_MD, head_VD = x_MD.float(), head_VD.float()
         grad_MV = grad_MV.to(x_MD.dtype)
-        return grad_MV @ head_VD if to_x else None, grad_MV.T @ x_MD if to_head else None
+        return (grad_MV @ head_VD).to(half) if to_x else None, (grad_MV.T @ x_MD).to(half) if to_head else None
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,11 @@ BAD = [
     ("d.jsonl", '[{"problem": "a",\n"solution" "s"}]', "line 2: not valid JSON"),
     ("d.jsonl", '{"Id": 3, "solution": "s"}', COLUMNS),
     ("d.jsonl", "", "no problems in it"),
-    ("d.jsonl", '{"problem": "half \\ud800 of a pair", "solution": "s"}', "line 1: the problem holds half of a surrog"),
+    (
+        "d.jsonl",
+        '{"problem": "half \\ud800 of a pair", "solution": "s"}',
+        r"line 1: the problem is neither text .*half .ud800",
+    ),
     ("d.jsonl", '{"problem": NaN, "solution": "s"}', "line 1: the problem is neither text nor a number .* but NaN"),
     ("d.jsonl", "[" * 100_000, "line 1: not valid JSON"),
     ("d.csv", "problem,solution\na,b,c\n", "line 2: not valid CSV .more or fewer cells"),
