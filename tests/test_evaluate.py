@@ -152,7 +152,8 @@ class Calculator:
             if done == self.stop_after:
                 raise InputError("--server: gone")
             numbers = self.tokenizer.decode(prompts[row]).split("user\n")[1].split("\n")[0]
-            on_finished(row, Response([], True, text=f"\\boxed{{{sum(map(int, numbers.split('+')))}}}"))
+            text = f"{keys[row]} \\boxed{{{sum(map(int, numbers.split('+')))}}}"  # each sample is another
+            on_finished(row, Response([], True, text=text))
 
     def close(self):
         self.closed = True
@@ -186,8 +187,7 @@ def run(tmp_path, monkeypatch, capsys):
     return call
 
 
-def test_an_evaluation_that_is_killed_or_grows_ends_like_an_unbroken_one(run, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_engine", OPEN_ENGINE)
+def test_an_evaluation_that_is_killed_or_grows_ends_like_an_unbroken_one(run):
     summary, lines = run("whole", "--seeds", 0, 1)
     assert len(lines) == 2 * 4 * 2 and summary["seeds"] == [0, 1] and summary["problems"] == list(range(4))
     first, one = run("growing", "--seeds", 1, "--num_samples", 1)

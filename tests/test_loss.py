@@ -182,7 +182,7 @@ def test_both_names_of_an_option_mean_the_same():
 
 
 @pytest.mark.parametrize("name, options", EVERY_LOSS)
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
+@pytest.mark.parametrize("chunk_tokens", [4, 100])
 @pytest.mark.parametrize("train_head", [False, True])
 def test_chunks_of_hidden_states_equal_whole_logits(name, options, chunk_tokens, train_head):
     student, teacher, ids, mask = random_case(D=5)

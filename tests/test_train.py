@@ -27,6 +27,7 @@ from rollout import Response, Sampling
 from runtime.checkpoint import damage
 from runtime.engines import GenerateEngine
 from runtime.ranks import rank
+from runtime.records import read_rows
 from teacher import EVALUATION_PROMPT
 from train import PRESETS, Rollout, TrainConfig, build, micro_batches, parse_config, step_problems
 
@@ -61,13 +62,9 @@ def flags(checkpoint, data, *more) -> list[str]:
     """A run of three steps of four short rollouts; later flags win."""
     flat = {
         "model": checkpoint, "data": data, "num_steps": 3, "batch_size": 4, "micro_batch_size": 3, "save_steps": 2,
-        "max_new_tokens": 10, "lora_rank": 4, "lora_alpha": 8.0, "learning_rate": 1e-3, "device": "cpu",
+        "max_new_tokens": 6, "lora_rank": 4, "lora_alpha": 8.0, "learning_rate": 1e-3, "device": "cpu",
     }  # fmt: skip
     return [word for name, value in flat.items() for word in (f"--{name}", str(value))] + [str(word) for word in more]
-
-
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @dataclass(frozen=True)
@@ -293,7 +290,7 @@ def test_a_step_samples_and_scores_with_its_own_settings(run, data, monkeypatch)
         picked = [problems[index] for index in step_problems(len(problems), 4, 42, step)]
         assert prompts == [train.teacher.student_prompt(tokenizer, problem) for problem in picked]
         assert keys == [(42, train.ROLLOUT_STREAM, step, slot) for slot in range(4)]
-        assert settings == Sampling(temperature=0.7, top_p=0.8, top_k=7, max_new_tokens=10)
+        assert settings == Sampling(temperature=0.7, top_p=0.8, top_k=7, max_new_tokens=6)
     tokens = [row["tokens"] for row in done.samples]
     assert len(scored) == 6 and sum(row[-1] for row in scored) == sum(tokens)  # micro-batches of 3 and 1
     assert {row[:3] for row in scored} == {(clipped_divergence, sequence_mean, 1.3)}
@@ -426,10 +423,10 @@ def test_a_prompt_that_just_fits_is_kept_and_a_longer_one_is_named(run, qwen3, d
     """The longer context with its response may fill --max_length, and may not exceed it."""
     tokenizer = train.loading.load_tokenizer(str(qwen3))
     longest = max(len(train.teacher.teacher_prompt(tokenizer, problem)) for problem in load_problems(str(data)))
-    for limit, words in ((longest + 10, "15 problems"), (longest + 9, "left out")):
+    for limit, words in ((longest + 6, "15 problems"), (longest + 5, "left out")):
         output = run("--num_steps", 1, "--max_length", limit, name=str(limit)).output
-        assert words in output and ("left out" in output) == (limit == longest + 9)
-    with pytest.raises(InputError, match=r"--data .*: no prompt leaves room for 10 new tokens in 20"):
+        assert words in output and ("left out" in output) == (limit == longest + 5)
+    with pytest.raises(InputError, match=r"--data .*: no prompt leaves room for 6 new tokens in 20"):
         run("--max_length", 20, name="none")
     assert not (tmp_path / "none/config.json").exists()  # the folder is free for the same command, mended
     long = tmp_path / "long.jsonl"
@@ -446,7 +443,7 @@ def test_the_rehearsal_changes_nothing_and_names_what_helps(qwen3, data, monkeyp
     hidden = train.model.response_hidden
     monkeypatch.setattr(train.model, "response_hidden", lambda *args: seen.append(args[1:]) or hidden(*args))
     train.rehearse(run, ([5, 6], [5, 6, 7]), config)
-    ids = [run.tokenizer.eos_token_id] * 10
+    ids = [run.tokenizer.eos_token_id] * 6
     assert seen == [([[5, 6, 7]] * 3, [ids] * 3), ([[5, 6]] * 3, [ids] * 3)]
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, run.parameters, strict=True))
     assert not run.optimizer.state
@@ -455,7 +452,7 @@ def test_the_rehearsal_changes_nothing_and_names_what_helps(qwen3, data, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train.model, "response_hidden", full)
-    with pytest.raises(InputError, match=r"3 rows with prompts of 2 and 3 tokens and 10 new .* --micro_batch_size"):
+    with pytest.raises(InputError, match=r"3 rows with prompts of 2 and 3 tokens and 6 new .* --micro_batch_size"):
         train.rehearse(run, ([5, 6], [5, 6, 7]), config)
 
 
@@ -701,7 +698,7 @@ def test_held_out_accuracy_is_measured_before_and_after(run, held_out, monkeypat
     monkeypatch.setattr(train.evaluate, "solve", spy)
     apart = ("--temperature", 0.7, "--distill_temperature", 1.3, "--top_k", 7, "--top_p", 0.8)
     done = run("--num_steps", 2, "--eval_data", held_out, *apart)
-    protocol = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=10)
+    protocol = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=6)
     sampled = ([(42, 0, 0)], protocol, EVALUATION_PROMPT)
     assert calls == 2 * [sampled, ([(42, 0, 0)], replace(protocol, temperature=0.0), EVALUATION_PROMPT)]
     accuracies = {"0": {"sampled": 0.0, "greedy": 0.0}, "2": {"sampled": 0.0, "greedy": 1.0}}
@@ -710,5 +707,5 @@ def test_held_out_accuracy_is_measured_before_and_after(run, held_out, monkeypat
     order = [(row["step"], row["decoding"], row["problem"], row["sample"]) for row in rows]
     assert order == [(step, *row) for step in (0, 2) for row in (("greedy", 0, 0), ("sampled", 0, 0))]
     assert [row["correct"] for row in rows] == [False, False, True, False]
-    assert all(isinstance(row["text"], str) and row["tokens"] <= 10 for row in rows)
+    assert all(isinstance(row["text"], str) and row["tokens"] <= 6 for row in rows)
     assert "after 2 steps: sampled 0.0000 -> 0.0000, greedy 0.0000 -> 1.0000 (1 problems)" in done.output
