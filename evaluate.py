@@ -145,8 +145,9 @@ def sample_missing(
         file.add([asdict(item)])
         bar.update()
 
+    settings = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
     with closing(open_engine(config, tokenizer)) as engine, bar:
-        solve(engine, tokenizer, problems, mine, config.sampling, config.enable_thinking, keep, prompts)
+        solve(engine, tokenizer, problems, mine, settings, config.enable_thinking, keep, prompts)
     file.collect()
     seconds, tokens = time.perf_counter() - start, sum(file.rows[job]["tokens"] for job in missing)
     say(f"sampled {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second (loading included)")
@@ -248,25 +249,18 @@ class EvaluationConfig:
     device: str = option("auto", "auto, cpu, cuda, ...")
     dtype: str = option("auto", "auto (bfloat16 on a GPU, else float32) or its name")
 
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_p, self.top_k, self.max_new_tokens)
-
 
 # What may differ when an evaluation is taken up again: how many samples are asked for, how they are computed, graded.
 FREE_ON_RESUME = {"num_samples", "seeds", "batch_size", "grader", "output_dir", "device"}
 
 
-def parse_config(arguments: list[str] | None = None) -> EvaluationConfig:
-    """Flags over the defaults. Raises InputError, naming the flag, for values that cannot work."""
-    config = FlagParser(EvaluationConfig, __doc__).parse(arguments=arguments)
-    _ = config.sampling  # checks itself
+def check_config(config: EvaluationConfig) -> None:
+    Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)  # checks itself
     load_prompts(config.prompts, config.chat_template_kwargs)
     if len(set(config.seeds)) < max(len(config.seeds), 1):
         raise InputError(f"--seeds {config.seeds}: must be different")
     if config.adapter and not (Path(config.adapter) / ADAPTER_CONFIG).is_file():
         raise InputError(f"--adapter {config.adapter}: no {ADAPTER_CONFIG} there")
-    return config
 
 
 def on_device(config: EvaluationConfig, device: torch.device) -> EvaluationConfig:
@@ -280,8 +274,9 @@ def on_device(config: EvaluationConfig, device: torch.device) -> EvaluationConfi
 
 
 def main() -> None:
-    config = parse_config()
+    config = FlagParser(EvaluationConfig, __doc__).parse()
     config = on_device(config, start_ranks(config.device))
+    check_config(config)
     problems, folder = load_problems(config.benchmark, False, config.columns)[: config.limit], Path(config.output_dir)
     if again := len(problems) - len({item.problem for item in problems}):
         say(f"--benchmark {config.benchmark}: {again} problems repeat another; means and intervals count each of them")

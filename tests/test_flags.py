@@ -10,7 +10,7 @@ import evaluate
 import train
 from errors import InputError
 from evaluate import EvaluationConfig
-from runtime.flags import departures
+from runtime.flags import FlagParser, departures
 from train import PRESETS, TrainConfig, parse_config
 
 # One value out of range for each flag whose value is checked before anything is loaded.
@@ -33,7 +33,11 @@ CASES = [(config, flag, value) for config, wrong in WRONG.items() for flag, valu
 
 def parse(config: type, *arguments: str) -> object:
     """Flags as the script takes them, with its checks."""
-    return (parse_config if config is TrainConfig else evaluate.parse_config)(list(arguments))
+    if config is TrainConfig:
+        return parse_config(list(arguments))
+    parsed = FlagParser(config, None).parse(arguments=list(arguments))
+    evaluate.check_config(parsed)
+    return parsed
 
 
 @pytest.mark.parametrize(("config", "flag", "value"), CASES, ids=[f"{c.__name__}-{flag}" for c, flag, _ in CASES])
