@@ -176,6 +176,9 @@ def test_arguments_of_the_template_reach_both_contexts(tokenizer):
     for name in ("tokenize", "conversation"):
         with pytest.raises(InputError, match=f"the chat template fails .*'{name}'"):
             student_prompt(tokenizer, PROBLEM, replace(PAPER_PROMPTS, chat=Chat({name: 1})))
+    for text in ("{", "[1]", "3", '{"chat_template": "x"}'):
+        with pytest.raises(InputError, match="--chat_template_kwargs"):
+            load_prompts(None, text)
 
 
 def test_the_date_of_a_template_stands_still(tokenizer):
@@ -472,9 +475,3 @@ def test_contexts_have_their_own_prompt_and_each_thinks_as_asked(tokenizer):
         assert student_prompt(tokenizer, PROBLEM, prompts) == encode_prompt(tokenizer, STUDENT_PROMPT, PROBLEM, on)
         assert teacher_prompt(tokenizer, PROBLEM, prompts) == encode_prompt(tokenizer, TEACHER_PROMPT, PROBLEM, not on)
     assert PROBLEM.solution not in tokenizer.decode(student_prompt(tokenizer, PROBLEM))
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", "3", '{"chat_template": "x"}'])
-def test_arguments_of_the_template_that_are_no_object_are_said(text):
-    with pytest.raises(InputError, match="--chat_template_kwargs"):
-        load_prompts(None, text)

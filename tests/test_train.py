@@ -510,23 +510,14 @@ def test_what_stops_one_of_two_ranks_stops_both_at_the_same_step(qwen3, data, tm
 AVERAGED = ("--teacher", "ema", "--lora_dropout", "0.1")
 
 
-@pytest.fixture
-def broken(whole, tmp_path):
-    """A copy of the run with these flags, as if killed while step 3 was being saved, with a torn line."""
-
-    def copy(*more):
-        shutil.copytree(whole(*more).folder, tmp_path / "run")
-        shutil.rmtree(tmp_path / "run/checkpoint-3")
-        with (tmp_path / "run/metrics.jsonl").open("a") as file:
-            file.write('{"step": 3, "lo')
-        return whole(*more)
-
-    return copy
-
-
 @pytest.mark.parametrize("more", [(), AVERAGED, ("--lora_rank", "0")])
-def test_a_resumed_run_equals_an_unbroken_one(run, broken, more):
-    unbroken, again = broken(*more), run("--resume", *more)
+def test_a_resumed_run_equals_an_unbroken_one(run, whole, tmp_path, more):
+    unbroken = whole(*more)
+    shutil.copytree(unbroken.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoint-3")  # as if killed while step 3 was being saved, with a torn line
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    again = run("--resume", *more)
     assert f"going on from {again.folder}/checkpoint-2" in again.output
     assert again.metrics == unbroken.metrics and again.samples == unbroken.samples
     assert sorted(path.name for path in unbroken.folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
