@@ -90,11 +90,10 @@ class _WideProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_MV: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (x_MD, head_VD), (to_x, to_head) = ctx.saved_tensors, ctx.needs_input_grad
-        half = x_MD.dtype
         if x_MD.device.type == "cpu":  # whose half precision is slow
             x_MD, head_VD = x_MD.float(), head_VD.float()
         grad_MV = grad_MV.to(x_MD.dtype)
-        return (grad_MV @ head_VD).to(half) if to_x else None, (grad_MV.T @ x_MD).to(half) if to_head else None
+        return grad_MV @ head_VD if to_x else None, grad_MV.T @ x_MD if to_head else None
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -240,17 +240,15 @@ def test_another_regime_is_refused_and_names_its_field(run):
     assert (run.folder / "pinned" / "samples.jsonl").read_bytes() == b"".join(lines)
 
 
-def test_a_model_that_changes_under_its_name_is_refused(run, monkeypatch):
+def test_a_model_that_changes_under_its_name_is_refused(run, tiny, monkeypatch):
     """By content: test_records.py has the files that count."""
     monkeypatch.setattr(evaluate, "open_engine", OPEN_ENGINE)
     model, adapter = run.folder / "model", run.folder / "adapter"
     shutil.copytree(TINY_MODEL, model)
-    adapted = load_model("tiny", device="cpu")
-    add_lora(adapted, 2, 4.0)
-    save_adapter(adapted, adapter, str(model))
+    save_adapter(tiny[0], adapter, str(model))
     given = ("--model", model, "--adapter", adapter)
     summary, lines = run("pinned", *given)
-
+    assert lines != run("plain", "--model", model)[1]  # the adapter speaks
     for flag, path in (("model", model / "model.safetensors"), ("adapter", adapter / "adapter_model.safetensors")):
         before = path.read_bytes()
         path.write_bytes(before[:-1] + b"\1")
