@@ -364,8 +364,7 @@ def valid_lengths(mask_BT: Tensor, response_ids_BT: Tensor, student_BTX: Tensor,
     if mask_BT.dtype != torch.bool or len({shape[:2] for shape in shapes}) > 1 or shapes[2] != shapes[3]:
         raise InputError(f"mask (bool), ids and both contexts must agree in shape: {mask_BT.dtype}, {shapes}")
     lengths_B = mask_BT.sum(dim=1)
-    is_prefix = torch.equal(mask_BT, torch.arange(mask_BT.shape[1], device=mask_BT.device) < lengths_B[:, None])
-    lengths = lengths_B.tolist()
-    if not is_prefix or 0 in lengths:
+    prefix_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device) < lengths_B[:, None]
+    if not torch.equal(mask_BT, prefix_BT) or (lengths_B == 0).any():
         raise InputError("each row of the mask must be True on a prefix of at least one token")
-    return lengths
+    return lengths_B.tolist()

@@ -51,7 +51,7 @@ USUAL = {
 }
 SPEAKERS = {"problem": ("user", "human"), "solution": ("assistant", "gpt"), "answer": ("assistant", "gpt")}
 Rows = list[tuple[str, dict]]  # (where it stands, for errors; its columns)
-SURROGATE = re.compile("[\ud800-\udfff]")
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")  # a surrogate alone, which is no text
 CALCULATOR = re.compile("<<[^<>]*>>")  # GSM8K: 48/2 = <<48/2=24>>24
 
 
@@ -79,11 +79,10 @@ def load_problems(source: str, need_solution: bool = True, columns: str | None =
 
 def _read(source: str) -> Rows:
     """What exists or looks like a path is never asked for on the hub."""
-    path, (folder, _, split) = Path(source).expanduser(), source.rpartition(":")
-    if folder and not path.exists() and Path(folder).expanduser().is_dir():
-        return _read_folder(Path(folder).expanduser(), split)
-    if path.is_dir():
-        return _read_folder(path, "")
+    path, (name, _, split) = Path(source).expanduser(), source.rpartition(":")
+    folder, split = (path, "") if path.exists() or not name else (Path(name).expanduser(), split)
+    if folder.is_dir():
+        return _read_folder(folder, split)
     if not (path.exists() or path.suffix in READERS or source.startswith((".", "/", "~"))):
         return _read_hub(source)
     if not path.is_file():
@@ -210,13 +209,10 @@ def _text(name: str, cell: object, where: str) -> str:
         if len(said) < 2:
             cell = said[0].get("content", said[0].get("value")) if said else None
     number = isinstance(cell, (int, float)) and not isinstance(cell, bool) and math.isfinite(cell)
-    if not (number or cell is None or isinstance(cell, str)):
+    if not (number or cell is None or (isinstance(cell, str) and not HALF_A_PAIR.search(cell))):
         shown = json.dumps(cell, default=str)[:60]
         raise InputError(f"{where}: the {name} is neither text nor a number nor one turn of a dialogue, but {shown}")
-    text = "" if cell is None else str(cell)
-    if SURROGATE.search(text):
-        raise InputError(f"{where}: the {name} holds half of a surrogate pair, which is no text")
-    return text
+    return "" if cell is None else str(cell)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -249,36 +249,34 @@ FREE_ON_RESUME = {"resume", "output_dir", "device", "micro_batch_size", "gradien
 
 
 def parse_config(arguments: list[str] | None = None) -> TrainConfig:
-    """Flags over the preset over the paper's defaults; without --model and --preset the preset is `tiny`."""
+    """Flags over the preset over the paper's defaults; without --model and --preset the preset is `tiny`.
+
+    Raises InputError, naming the flag, for values that cannot work, or change nothing beside the others.
+    """
     config = FlagParser(TrainConfig, __doc__).parse(PRESETS, arguments)
-    check_config(config)
-    return config
-
-
-def check_config(config: TrainConfig) -> None:
-    """Raise InputError, naming the flag, for values that cannot work, or change nothing beside the others."""
     loss.resolve_method(config.method, config)
-    for flag, counts, with_ in (
-        ("tau_clip", config.method not in ("eopd", "reopold"), "--method opsd or pwopsd"),
-        ("beta", config.method not in ("eopd", "reopold"), "--method opsd or pwopsd"),
-        ("switch_step", config.method not in ("opsd", "pwopsd", "eopd"), "--method reopold"),
-        ("ema_decay", config.teacher == "ema", "--teacher ema"),
-    ):
-        if not counts and f"--{flag}" in departures(config, PRESETS).split():
-            raise InputError(f"--{flag} {getattr(config, flag)}: counts only with {with_}")
-    if config.server and config.lora_rank == 0:
-        raise InputError("--server samples from an adapter that it loads by name: --lora_rank must be above 0")
-    if config.shard and config.lora_rank == 0:
-        raise InputError("--shard splits frozen weights: --lora_rank must be above 0; all weights: verl or ms-swift")
     _ = config.sampling  # checks itself
     teacher.load_prompts(config.prompts, config.chat_template_kwargs)
     if config.teacher not in teacher.KINDS:
         loading.find_checkpoint(config.teacher, f"--teacher {config.teacher}: none of {', '.join(teacher.KINDS)}, and")
-    if config.dtype in ("bfloat16", "float16") and config.lora_rank == 0:
-        helps = "--dtype float32, or LoRA, whose adapter is float32 beside any --dtype"
-        raise InputError(
-            f"--dtype {config.dtype} with --lora_rank 0: updates vanish in its few digits; what helps: {helps}"
-        )
+    given, clips = departures(config, PRESETS).split(), config.method not in ("eopd", "reopold")
+    for flag, counts, with_ in (
+        ("tau_clip", clips, "--method opsd or pwopsd"),
+        ("beta", clips, "--method opsd or pwopsd"),
+        ("switch_step", config.method not in ("opsd", "pwopsd", "eopd"), "--method reopold"),
+        ("ema_decay", config.teacher == "ema", "--teacher ema"),
+    ):
+        if not counts and f"--{flag}" in given:
+            raise InputError(f"--{flag} {getattr(config, flag)}: counts only with {with_}")
+    half = f"--dtype {config.dtype} with --lora_rank 0: updates vanish in its few digits; what helps: --dtype float32"
+    for is_asked, what in (
+        (config.server, "--server samples from an adapter that it loads by name: --lora_rank must be above 0"),
+        (config.shard, "--shard splits frozen weights: --lora_rank must be above 0; all weights: verl or ms-swift"),
+        (config.dtype in ("bfloat16", "float16"), f"{half}, or LoRA, whose adapter is float32 beside any --dtype"),
+    ):
+        if is_asked and config.lora_rank == 0:
+            raise InputError(what)
+    return config
 
 
 def on_device(config: TrainConfig, device: torch.device) -> TrainConfig:

@@ -7,6 +7,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import families
+import forked
+
+
+def pytest_collection_finish(session):
+    """What ranks are forked from imports the project meanwhile, beside the tests before theirs."""
+    if any(hasattr(item.module, "run_ranks") for item in session.items):
+        forked.server()
 
 
 @pytest.fixture(autouse=True)

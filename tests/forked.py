@@ -25,7 +25,7 @@ def script(name: str, arguments: list[str]) -> None:
 
 def run_ranks(folder: Path, target: Callable, *arguments: object, ranks: int = 2) -> list[str]:
     """What `target(*arguments)` prints on each rank. Fails, with that, unless all of them end with status 0."""
-    context, logs = _server(), [folder / f"rank{rank}.log" for rank in range(ranks)]
+    context, logs = server(), [folder / f"rank{rank}.log" for rank in range(ranks)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -48,7 +48,7 @@ def run_ranks(folder: Path, target: Callable, *arguments: object, ranks: int = 2
     return printed
 
 
-def _server() -> multiprocessing.context.BaseContext:
+def server() -> multiprocessing.context.BaseContext:
     """The process that is forked: clean, with the project's modules imported once for all tests."""
     context, before = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH")
     context.set_forkserver_preload(["train", "diagnose"])

@@ -4,8 +4,6 @@ import random
 import time
 from fractions import Fraction
 
-import pytest
-
 from grading import (
     DEEPEST,
     LONGEST,
@@ -120,9 +118,9 @@ ALIKE = [*EQUAL, *((answer, "10") for answer in DRESSES_OF_TEN)]
 APART = [*DIFFERENT, *((answer, "10") for answer in NOT_TEN)]
 
 
-@pytest.mark.parametrize(("a", "b", "equal"), [*((*pair, True) for pair in ALIKE), *((*pair, False) for pair in APART)])
-def test_a_number_is_read_through_its_dress_and_no_more_than_an_answer_says(a, b, equal):
-    assert same_answer(a, b) is same_answer(b, a) is equal
+def test_a_number_is_read_through_its_dress_and_no_more_than_an_answer_says():
+    assert [(a, b) for a, b in ALIKE if not (same_answer(a, b) and same_answer(b, a))] == []
+    assert [(a, b) for a, b in APART if same_answer(a, b) or same_answer(b, a)] == []
 
 
 # Left to math-verify, which knows that they are no number; all others are decided here, since it equates some of them.
@@ -133,15 +131,15 @@ OPEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("a", "b"), [pair for pair in APART if pair[0] not in OPEN])
-def test_what_form_and_arithmetic_decide_is_not_asked(a, b):
-    assert not same_answer(a, b, ask=lambda x, y: True) and not same_answer(b, a, ask=lambda x, y: True)
+def test_what_form_and_arithmetic_decide_is_not_asked():
+    closed = [pair for pair in APART if pair[0] not in OPEN]
+    assert [(a, b) for a, b in closed if any(same_answer(*pair, lambda x, y: True) for pair in ((a, b), (b, a)))] == []
 
 
-@pytest.mark.parametrize("sign", [r"\ne", r"\neq", r"\not=", r"\approx", "~", ">", r"\ge", r"\leq", "y>", r"y\le "])
-def test_a_relation_is_no_value(sign):
-    assert not same_answer(sign + r"\frac12x", r"\frac12x", ask=lambda x, y: True)
-    assert same_answer(sign + r"\frac12x", sign + r" \frac{1}{2} x")
+def test_a_relation_is_no_value():
+    for sign in (r"\ne", r"\neq", r"\not=", r"\approx", "~", ">", r"\ge", r"\leq", "y>", r"y\le "):
+        assert not same_answer(sign + r"\frac12x", r"\frac12x", ask=lambda x, y: True), sign
+        assert same_answer(sign + r"\frac12x", sign + r" \frac{1}{2} x"), sign
 
 
 def test_numbers_are_exact_and_bounded():

@@ -22,7 +22,7 @@ from runtime.loading import load_model, load_tokenizer
 from teacher import student_prompt
 from viability import LabelRule, labels, truncated_entropy, uncertainty
 
-SMALL = diagnose.PRESETS["tiny"] | {"num_problems": [4], "rollouts": 2, "batch_size": 64}
+SMALL = diagnose.PRESETS["tiny"] | {"num_problems": [4], "rollouts": 2}
 
 
 class FixedEngine:
@@ -230,7 +230,7 @@ def test_phases_on_the_embedded_model(small_run):
 
 def test_a_run_taken_up_at_any_phase_equals_an_unbroken_one(small_run, fresh, monkeypatch):
     """Files cut within each phase, the last line torn, and another batch size; a second time nothing is left to do."""
-    whole, run = small_run[1], fresh(config=DiagnoseConfig(**SMALL | {"batch_size": 23}))
+    whole, run = small_run[1], fresh(config=DiagnoseConfig(**SMALL | {"batch_size": 90}))
     for path in small_run[0].folder.iterdir():
         lines = path.read_text().splitlines(keepends=True)
         (run.folder / path.name).write_text("".join(lines[: len(lines) // 2]) + lines[-1][:9])
@@ -380,8 +380,9 @@ def script_with(monkeypatch, tmp_path):
     return main
 
 
-def test_the_grader_is_chosen_by_the_answers_used_and_pinned(script_with, tmp_path, monkeypatch, capsys):
-    asked, flags = [], "--num_problems 4 --rollouts 1 --context 100 "
+def test_a_run_ends_with_table_1_and_pins_its_grader(script_with, tmp_path, monkeypatch, capsys):
+    """The grader is chosen by the answers used, and table1.json says its rule; a resumed run makes its labels anew."""
+    asked, tables, flags = [], [], "--num_problems 6 --rollouts 1 --seed 3"
 
     def install(version):
         class Other(ExactGrader):
@@ -391,30 +392,22 @@ def test_the_grader_is_chosen_by_the_answers_used_and_pinned(script_with, tmp_pa
         monkeypatch.setattr(diagnose, "make_grader", lambda *given: asked.append(given) or Other())
 
     install("1.0")
-    script_with(flags)
-    config = diagnose.parse_config(flags.split())
-    assert asked == [("auto", [problem.answer for problem in diagnose.draw_problems(config)])]
-    assert "grader other 1.0, 2 comparisons stopped at a limit, 3 refused" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["grader"] == "other 1.0"
-    script_with(flags + "--resume")  # the same grader: goes on
-    with pytest.raises(InputError, match="--student_thinking False, not True"):
-        script_with(flags + "--resume --student_thinking")
-    install("2.0")
-    with pytest.raises(InputError, match=r"--grader other 1\.0"):
-        script_with(flags + "--resume")
-
-
-def test_a_run_ends_with_table_1_and_names_the_report(script_with, tmp_path, capsys):
-    """table1.json says by which rule it was made; labels are made anew from the rows of a resumed run."""
-    tables = []
     for more in ("", " --resume"):
-        script_with("--num_problems 6 --rollouts 2 --seed 3" + more)
+        script_with(flags + more)
         output = capsys.readouterr().out
         tables.append(json.loads((tmp_path / "run/table1.json").read_text()))
         assert f"{tables[-1]['labels']['diversity']} diversity" in output
         assert f"python -m experiments.diagnose_report {tmp_path / 'run'}" in output
-    assert tables[0] == tables[1] and "(0 of them from before" not in output
-    assert tables[0]["rule"] == asdict(LabelRule(children=2, rollouts=2))
+        assert "grader other 1.0, 2 comparisons stopped at a limit, 3 refused" in output
+    assert tables[0] == tables[1] and tables[0]["rule"] == asdict(LabelRule(children=2, rollouts=1))
+    config = diagnose.parse_config(flags.split())
+    assert asked[0] == ("auto", [problem.answer for problem in diagnose.draw_problems(config)])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["grader"] == "other 1.0"
+    with pytest.raises(InputError, match="--student_thinking False, not True"):
+        script_with(flags + " --resume --student_thinking")
+    install("2.0")
+    with pytest.raises(InputError, match=r"--grader other 1\.0"):
+        script_with(flags + " --resume")
 
 
 def test_a_prompt_without_room_is_named_by_its_source_and_row(script_with, tmp_path):

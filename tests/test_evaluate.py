@@ -140,9 +140,35 @@ def test_a_sample_is_the_same_whatever_is_sampled_beside_it(tiny):
 # The script
 
 
+class Calculator:
+    """An engine that answers every sum rightly and in the opposite order; it may stop after some rows."""
+
+    def __init__(self, tokenizer, stop_after=None):
+        self.tokenizer, self.stop_after, self.asked, self.closed = tokenizer, stop_after, [], False
+
+    def sample(self, prompts, keys, settings, on_finished):
+        self.asked.append((len(prompts), len(set(keys)), settings))
+        for done, row in enumerate(reversed(range(len(prompts)))):
+            if done == self.stop_after:
+                raise InputError("--server: gone")
+            numbers = self.tokenizer.decode(prompts[row]).split("user\n")[1].split("\n")[0]
+            text = f"{keys[row]} \\boxed{{{sum(map(int, numbers.split('+')))}}}"  # each sample is another
+            on_finished(row, Response(self.tokenizer.encode(text, add_special_tokens=False), True))
+
+    def close(self):
+        self.closed = True
+
+
+OPEN_ENGINE = evaluate.open_engine
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Run evaluate.py with the embedded model on four of its problems; returns (summary, lines of samples.jsonl)."""
+    """Run evaluate.py on four problems of the embedded model; returns (summary, lines of samples.jsonl).
+
+    A Calculator answers, where a test does not put OPEN_ENGINE back: the model itself.
+    """
+    monkeypatch.setattr(evaluate, "open_engine", lambda config, tokenizer: Calculator(tokenizer))
     benchmark = tmp_path / "four.jsonl"
     rows = [{"problem": p.problem, "answer": p.answer} for p in tiny_problems("heldout", 4)]
     benchmark.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -180,7 +206,7 @@ def test_an_evaluation_that_is_killed_or_grows_ends_like_an_unbroken_one(run):
 def test_the_same_command_grades_again_without_loading_a_model(run, monkeypatch):
     summary, lines = run("graded")
     (run.folder / "graded" / "summary.json").unlink()
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(evaluate, "open_engine", None)
     assert run("graded") == (summary, lines)
     run.benchmark.write_text(run.benchmark.read_text().splitlines(True)[0])
     with pytest.raises(InputError, match=r"what --benchmark .* names has changed"):
@@ -214,16 +240,15 @@ def test_another_regime_is_refused_and_names_its_field(run):
     assert (run.folder / "pinned" / "samples.jsonl").read_bytes() == b"".join(lines)
 
 
-def test_a_model_that_changes_under_its_name_is_refused(run):
+def test_a_model_that_changes_under_its_name_is_refused(run, tiny, monkeypatch):
     """By content: test_records.py has the files that count."""
+    monkeypatch.setattr(evaluate, "open_engine", OPEN_ENGINE)
     model, adapter = run.folder / "model", run.folder / "adapter"
     shutil.copytree(TINY_MODEL, model)
-    adapted = load_model("tiny", device="cpu")
-    add_lora(adapted, 2, 4.0)
-    save_adapter(adapted, adapter, str(model))
+    save_adapter(tiny[0], adapter, str(model))
     given = ("--model", model, "--adapter", adapter)
     summary, lines = run("pinned", *given)
-
+    assert lines != run("plain", "--model", model)[1]  # the adapter speaks
     for flag, path in (("model", model / "model.safetensors"), ("adapter", adapter / "adapter_model.safetensors")):
         before = path.read_bytes()
         path.write_bytes(before[:-1] + b"\1")
@@ -247,25 +272,6 @@ def test_a_response_stays_within_the_context(run, capsys):
     with pytest.raises(InputError, match=r"--benchmark .*, row 1: a prompt of 5\d\d tokens and a response of 1 exceed"):
         run("longer")
     assert not (run.folder / "longer").exists()
-
-
-class Calculator:
-    """An engine that answers every sum rightly and in the opposite order; it may stop after some rows."""
-
-    def __init__(self, tokenizer, stop_after=None):
-        self.tokenizer, self.stop_after, self.asked, self.closed = tokenizer, stop_after, [], False
-
-    def sample(self, prompts, keys, settings, on_finished):
-        self.asked.append((len(prompts), len(set(keys)), settings))
-        for done, row in enumerate(reversed(range(len(prompts)))):
-            if done == self.stop_after:
-                raise InputError("--server: gone")
-            numbers = self.tokenizer.decode(prompts[row]).split("user\n")[1].split("\n")[0]
-            text = f"\\boxed{{{sum(map(int, numbers.split('+')))}}}"
-            on_finished(row, Response(self.tokenizer.encode(text, add_special_tokens=False), True))
-
-    def close(self):
-        self.closed = True
 
 
 def test_an_engine_is_asked_for_exactly_what_is_missing_and_what_it_gave_is_kept(run, monkeypatch):

@@ -6,13 +6,13 @@ import families
 import numpy as np
 import pytest
 import torch
-from test_model import PROMPTS, RESPONSES, randomise
+from test_model import PROMPTS, RESPONSES
 
 import train
 from chat import Chat, render_turn
 from errors import InputError
 from grading import ExactGrader
-from model import adapter_dropout, add_lora, response_hidden
+from model import adapter_dropout, add_lora, response_hidden, trained_parameters
 from problems import Problem
 from runtime.loading import check_same_tokens, load_model, load_tokenizer, match_heads
 from teacher import (
@@ -35,6 +35,11 @@ from teacher import (
 
 PROBLEM = Problem("What is {1+1}, given <think>?", "It is {solution} \\boxed{2}.", "2")
 ASK = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+@pytest.fixture
+def tokenizer(checkpoint):
+    return load_tokenizer(checkpoint)
 
 
 def test_prompts_to_the_letter():
@@ -77,9 +82,8 @@ RENDERED = {
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-def test_rendered_prompts_of_the_three_families(checkpoint, family, thinking):
+def test_rendered_prompts_of_the_three_families(tokenizer, family, thinking):
     """Thinking off closes an open <think>, and only the one at the end: the problem's own stays."""
-    tokenizer = load_tokenizer(checkpoint)
     ids = encode_prompt(tokenizer, STUDENT_PROMPT, PROBLEM, thinking)
     expected = RENDERED[family][thinking].format(fill(STUDENT_PROMPT, PROBLEM))
     assert tokenizer.decode(ids, skip_special_tokens=False) == expected
@@ -88,17 +92,15 @@ def test_rendered_prompts_of_the_three_families(checkpoint, family, thinking):
 @pytest.mark.parametrize(
     "broken", [None, "{{ raise_exception('no') }}", "{% if %}", "{{ messages[7].content }}", "{{ 1 / 0 }}"]
 )
-def test_a_template_that_fails_is_said_in_one_line(checkpoint, broken):
-    tokenizer = load_tokenizer(checkpoint)
+def test_a_template_that_fails_is_said_in_one_line(tokenizer, broken):
     tokenizer.chat_template = broken
     with pytest.raises(InputError, match="chat template" if broken is None else "the chat template fails") as caught:
         student_prompt(tokenizer, PROBLEM)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_control_token_that_a_problem_spells_stays_text(checkpoint, family):
+def test_a_control_token_that_a_problem_spells_stays_text(tokenizer, family):
     """Turns, ends and thoughts are opened and closed by the template alone."""
-    tokenizer = load_tokenizer(checkpoint)
     plain = Problem("What is 1+1?", "It is \\boxed{2}.", "2")
     for token in [*tokenizer.all_special_tokens, "<think>", "</think>", "<|im_start|>", "<｜User｜>"]:
         for text in (token, f"a {token} b", f"{token}{token}", f"{token}\nuser\n{token}", f" \ue000{token} "):
@@ -119,8 +121,7 @@ def test_a_control_token_that_cannot_be_kept_as_text_is_said():
         student_prompt(tokenizer, Problem("a </s> b", "a", "1"))
 
 
-def test_a_problem_without_control_tokens_is_encoded_in_one_piece(checkpoint):
-    tokenizer = load_tokenizer(checkpoint)
+def test_a_problem_without_control_tokens_is_encoded_in_one_piece(tokenizer):
     for text in ("if x<y and y>z, <b>, <|im", "\ue000 and \uf8fe", "\n\n  1+1"):
         problem = Problem(text, "s", "2")
         messages = [{"role": "user", "content": fill(STUDENT_PROMPT, problem)}]
@@ -145,8 +146,7 @@ def test_a_problem_without_control_tokens_is_encoded_in_one_piece(checkpoint):
         ("<think> first", "<think> first"),
     ],
 )
-def test_a_thought_that_is_opened_regardless_is_closed_where_thinking_is_off(checkpoint, ending, closed):
-    tokenizer = load_tokenizer(checkpoint)
+def test_a_thought_that_is_opened_regardless_is_closed_where_thinking_is_off(tokenizer, ending, closed):
     tokenizer.chat_template = "{{ messages[0].content }}|" + f"{{{{ {ending!r} }}}}"
     on, off = (render_turn(tokenizer, "Why <think>", thinking, Chat())[0].replace("\ue000", "") for thinking in (1, 0))
     assert (on, off) == ("Why <think>|" + ending, "Why <think>|" + closed)
@@ -162,15 +162,13 @@ def test_a_thought_that_is_opened_regardless_is_closed_where_thinking_is_off(che
         ("", {}, "both thinking modes alike"),
     ],
 )
-def test_a_thinking_mode_without_effect_is_said(checkpoint, template, kwargs, words):
-    tokenizer = load_tokenizer(checkpoint)
+def test_a_thinking_mode_without_effect_is_said(tokenizer, template, kwargs, words):
     tokenizer.chat_template = template + "{{ messages[0].content }}"
     notes = check_prompts(tokenizer, replace(PAPER_PROMPTS, chat=Chat(kwargs)))
     assert [words in note for note in notes] == ([True] if words else [])
 
 
-def test_arguments_of_the_template_reach_both_contexts(checkpoint):
-    tokenizer = load_tokenizer(checkpoint)
+def test_arguments_of_the_template_reach_both_contexts(tokenizer):
     tokenizer.chat_template = "{{ reasoning_effort }}: {{ messages[0].content }}"
     prompts = load_prompts(None, '{"reasoning_effort": "high"}')
     for prompt in (student_prompt, teacher_prompt):
@@ -178,10 +176,12 @@ def test_arguments_of_the_template_reach_both_contexts(checkpoint):
     for name in ("tokenize", "conversation"):
         with pytest.raises(InputError, match=f"the chat template fails .*'{name}'"):
             student_prompt(tokenizer, PROBLEM, replace(PAPER_PROMPTS, chat=Chat({name: 1})))
+    for text in ("{", "[1]", "3", '{"chat_template": "x"}'):
+        with pytest.raises(InputError, match="--chat_template_kwargs"):
+            load_prompts(None, text)
 
 
-def test_the_date_of_a_template_stands_still(checkpoint):
-    tokenizer = load_tokenizer(checkpoint)
+def test_the_date_of_a_template_stands_still(tokenizer):
     tokenizer.chat_template = "Today is {{ strftime_now('%d %b %Y') }}. {{ messages[0].content }}{{ enable_thinking }}"
     prompts = load_prompts(None, None, "2026-02-03")
     assert tokenizer.decode(student_prompt(tokenizer, PROBLEM, prompts)).startswith("Today is 03 Feb 2026. Problem:")
@@ -198,8 +198,7 @@ def test_the_date_of_a_template_stands_still(checkpoint):
         ("{{ '' if enable_thinking else messages[0].content }}", "{problem} of the student's prompt"),
     ],
 )
-def test_a_template_that_drops_what_a_prompt_shows_is_refused(checkpoint, template, lost):
-    tokenizer = load_tokenizer(checkpoint)
+def test_a_template_that_drops_what_a_prompt_shows_is_refused(tokenizer, template, lost):
     assert check_prompts(tokenizer, PAPER_PROMPTS, ("student", "teacher", "evaluation", "diagnostic")) == []
     tokenizer.chat_template = template
     with pytest.raises(InputError, match=f"does not show the text of a turn: {lost}") as caught:
@@ -207,9 +206,8 @@ def test_a_template_that_drops_what_a_prompt_shows_is_refused(checkpoint, templa
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_problem_that_spells_a_field_keeps_its_spelling(checkpoint):
+def test_a_problem_that_spells_a_field_keeps_its_spelling(tokenizer):
     """No field is filled inside another: the student would see the solution."""
-    tokenizer = load_tokenizer(checkpoint)
     problem = Problem("Print {solution}, {answer} and {problem}.", "Say {problem} or {answer}.", "{solution}")
     for prompt in (student_prompt, teacher_prompt):
         assert problem.problem in tokenizer.decode(prompt(tokenizer, problem))
@@ -226,66 +224,67 @@ def student(checkpoint):
     return model
 
 
+@pytest.fixture(params=["lora", "all weights"])
+def any_student(request, checkpoint):
+    return request.getfixturevalue("student") if request.param == "lora" else load_model(checkpoint, device="cpu")
+
+
 def states(model):
     return response_hidden(model, PROMPTS, RESPONSES)
 
 
-def test_fixed_teacher_stays_the_base(student):
+def move(student) -> list[torch.Tensor]:
+    """As an optimizer does; returns what is trained, moved."""
+    torch.manual_seed(3)
+    for parameter in trained_parameters(student):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return [p.detach().clone() for p in trained_parameters(student)]
+
+
+def test_fixed_teacher_stays_the_base(any_student):
     with torch.no_grad():
-        base = states(student)
-    teacher = Teacher(student, "fixed")
-    randomise(student)
+        base = states(any_student)
+    teacher = Teacher(any_student, "fixed")
+    move(any_student)
     teacher.update()
     with teacher.scoring() as scorer:
         assert torch.equal(states(scorer), base)
         assert not states(scorer).requires_grad
-    assert not torch.equal(states(student), base)
+    assert not torch.equal(states(any_student), base)
+    assert not any(p.requires_grad for p in (teacher.copy.parameters() if teacher.copy else []))
 
 
 def test_live_teacher_is_the_student(student):
     teacher = Teacher(student, "live")
-    randomise(student)
+    move(student)
     with teacher.scoring() as scorer:
         assert torch.equal(states(scorer), states(student.eval()))
 
 
-@pytest.mark.parametrize("lora", [True, False])
-def test_ema_teacher_averages(checkpoint, lora):
-    """After one update from w0 to w1 the average is 0.75 w0 + 0.25 w1; the student is left as it was."""
-    student = load_model(checkpoint, device="cpu")
-    if lora:
-        add_lora(student, rank=4, alpha=8.0)
-    trained = [p for p in student.parameters() if p.requires_grad]
+def test_ema_teacher_averages(any_student):
+    """After one update from w0 to w1 the average is 0.75 w0 + 0.25 w1; the student is left as it was.
+
+    Of all weights there are two sets, the second scored with and averaged in place.
+    """
+    trained = trained_parameters(any_student)
     before = [p.detach().clone() for p in trained]
-    teacher = Teacher(student, "ema", ema_decay=0.75)
-    torch.manual_seed(3)
-    for parameter in trained:
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    after = [p.detach().clone() for p in trained]
+    teacher = Teacher(any_student, "ema", ema_decay=0.75)
+    after = move(any_student)
     teacher.update()
     with teacher.scoring() as scorer:
         scored = states(scorer)
     assert all(torch.equal(p, w1) for p, w1 in zip(trained, after, strict=True))
+    copied = list(teacher.copy.parameters()) if teacher.copy else []
+    assert len({p.data_ptr() for p in [*trained, *copied, *teacher.average]}) == 2 * len(trained)
     for parameter, w0, w1 in zip(trained, before, after, strict=True):
         parameter.data = 0.75 * w0 + 0.25 * w1
-    torch.testing.assert_close(scored, states(student))
-
-
-def test_fixed_teacher_of_full_fine_tuning_is_a_copy(checkpoint):
-    student = load_model(checkpoint, device="cpu")
-    teacher = Teacher(student, "fixed")
-    with torch.no_grad():
-        base = states(student)
-        student.get_input_embeddings().weight += 1.0
-    with teacher.scoring() as scorer:
-        assert torch.equal(states(scorer), base)
-    assert not any(p.requires_grad for p in teacher.copy.parameters())
+    torch.testing.assert_close(scored, states(any_student))
 
 
 @pytest.mark.parametrize("kind", ["fixed", "ema"])
 def test_the_student_is_itself_again_after_an_exception_while_scoring(student, kind):
     teacher = Teacher(student, kind, ema_decay=0.5)
-    randomise(student)
+    move(student)
     teacher.update()
     before, average = states(student), [tensor.clone() for tensor in teacher.average]
     with pytest.raises(RuntimeError, match="while scoring"), teacher.scoring() as scorer:
@@ -299,7 +298,7 @@ def test_the_student_is_itself_again_after_an_exception_while_scoring(student, k
 def test_a_teacher_drops_nothing_while_the_student_does(checkpoint, kind):
     student = load_model(checkpoint, device="cpu")
     add_lora(student, rank=4, alpha=8.0, dropout=0.5)
-    randomise(student)
+    move(student)
     teacher = Teacher(student, kind)
     with adapter_dropout(student):
         with teacher.scoring() as scorer:
@@ -307,28 +306,19 @@ def test_a_teacher_drops_nothing_while_the_student_does(checkpoint, kind):
         assert not torch.equal(states(student), states(student))
 
 
-def test_another_model_teaches_through_its_own_body_and_head(student, checkpoint, tmp_path):
-    other = load_model(checkpoint, device="cpu")
+def test_another_model_teaches_through_its_own_body_and_head(student, checkpoint):
+    """Sizes of one family pad their heads to different multiples: rows of padding are cut, missing ones are said."""
+    rows, other = len(student.get_output_embeddings().weight), load_model(checkpoint, device="cpu")
     with torch.no_grad():
-        other.get_output_embeddings().weight.mul_(2.0)
-        states_before = states(other)
+        own = other.get_output_embeddings().weight.mul_(2.0).clone()
+        before = states(other)
+    other.resize_token_embeddings(rows + 7, mean_resizing=False)
+    match_heads(student, other)
     teacher = Teacher(student, "other", other=other)
     teacher.update()
     with teacher.scoring() as scorer:
-        assert scorer is other and torch.equal(states(scorer), states_before)
-        assert scorer.get_output_embeddings().weight is other.get_output_embeddings().weight
-
-
-def test_padding_rows_of_another_head_are_cut_and_missing_ones_are_said(student, checkpoint):
-    """Sizes of one family pad their heads to different multiples."""
-    rows = len(student.get_output_embeddings().weight)
-    other = load_model(checkpoint, device="cpu")
-    own = other.get_output_embeddings().weight.detach().clone()
-    other.resize_token_embeddings(rows + 7, mean_resizing=False)
-    match_heads(student, other)
-    with Teacher(student, "other", other=other).scoring() as scorer:
+        assert scorer is other and torch.equal(states(scorer), before)
         assert torch.equal(scorer.get_output_embeddings().weight, own)
-        states(scorer)
     other.resize_token_embeddings(rows - 1, mean_resizing=False)
     with pytest.raises(InputError, match=f"its head has {rows - 1} rows, the student's {rows}"):
         match_heads(student, other)
@@ -361,14 +351,14 @@ def first_step(checkpoint, change=lambda run: None, **options) -> dict:
     return train.train_step(0, run, data, config)[0]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_identical_contexts_have_a_first_loss_of_zero_whatever_the_base_drops(checkpoint, tmp_path, checkpointing):
+def test_identical_contexts_have_a_first_loss_of_zero_whatever_the_base_drops(qwen3, tmp_path):
     """Same prompt, same mode, same weights; the config asks for attention dropout while training."""
-    shutil.copytree(checkpoint, tmp_path / "m")
-    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    shutil.copytree(qwen3, tmp_path / "m")
+    config = json.loads((qwen3 / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
-    same = {"reference": "none", "teacher_thinking": False, "gradient_checkpointing": checkpointing}
-    assert first_step(tmp_path / "m", **same)["loss"] == 0.0
+    for checkpointing in (False, True):
+        same = {"reference": "none", "teacher_thinking": False, "gradient_checkpointing": checkpointing}
+        assert first_step(tmp_path / "m", **same)["loss"] == 0.0
     assert first_step(tmp_path / "m")["loss"] != 0.0
 
 
@@ -391,14 +381,6 @@ def test_dropout_masks_are_drawn_anew_in_each_step_and_run():
 
     assert draw(1, 2) == draw(1, 2)
     assert len({tuple(draw(*key)) for key in ((1, 2), (1, 3), (2, 2), (2, 1))}) == 4
-
-
-def test_the_average_of_all_weights_holds_two_copies(checkpoint):
-    """The student and one copy that is scored with and averaged in place: no third set of weights."""
-    student = load_model(checkpoint, device="cpu")
-    teacher = Teacher(student, "ema")
-    storages = {p.data_ptr() for p in [*student.parameters(), *teacher.copy.parameters(), *teacher.average]}
-    assert len(storages) == 2 * len(list(student.parameters()))
 
 
 # What the teacher is shown
@@ -428,9 +410,8 @@ def test_another_problems_reference_is_never_ones_own_and_each_is_used_once():
 
 
 @pytest.mark.parametrize("kind", REFERENCES)
-def test_the_student_never_sees_the_reference(checkpoint, kind):
+def test_the_student_never_sees_the_reference(tokenizer, kind):
     """The student's ids are those of the bare problem; the teacher's hold what the option says."""
-    tokenizer = load_tokenizer(checkpoint)
     shown, prompts = chosen(kind)
     for own, given in zip(SUMS, shown, strict=True):
         assert (given.problem, given.answer) == (own.problem, own.answer)
@@ -488,16 +469,9 @@ def test_wrong_templates_name_file_and_template(tmp_path, content, words):
     assert str(path) in str(caught.value) and words in str(caught.value)
 
 
-def test_contexts_have_their_own_prompt_and_each_thinks_as_asked(checkpoint):
-    tokenizer = load_tokenizer(checkpoint)
+def test_contexts_have_their_own_prompt_and_each_thinks_as_asked(tokenizer):
     swapped = replace(PAPER_PROMPTS, student_thinking=True, teacher_thinking=False)
     for prompts, on in ((PAPER_PROMPTS, False), (swapped, True)):
         assert student_prompt(tokenizer, PROBLEM, prompts) == encode_prompt(tokenizer, STUDENT_PROMPT, PROBLEM, on)
         assert teacher_prompt(tokenizer, PROBLEM, prompts) == encode_prompt(tokenizer, TEACHER_PROMPT, PROBLEM, not on)
     assert PROBLEM.solution not in tokenizer.decode(student_prompt(tokenizer, PROBLEM))
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", "3", '{"chat_template": "x"}'])
-def test_arguments_of_the_template_that_are_no_object_are_said(text):
-    with pytest.raises(InputError, match="--chat_template_kwargs"):
-        load_prompts(None, text)
