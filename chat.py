@@ -4,8 +4,6 @@ A template is a program of the checkpoint's. It is told the thinking mode and, w
 and the date that it should take for today's. Whatever the text spells, only the template opens and closes turns.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -92,8 +90,7 @@ def cut_control_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[s
     return starts.sub(lambda match: match[0] + cut, text), cut
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What a template does, seen in what it renders
+# --- What a template does, seen in what it renders --------------------------------------------------------------
 
 
 def template_notes(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[str]:

@@ -13,8 +13,6 @@ on), with equal budgets: what a prefix has already cost is not the teacher's fau
 Axes: T response tokens, V vocabulary, K children of a candidate, N rollouts of a child, M dropout passes, C candidates.
 """
 
-from __future__ import annotations
-
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """The user's mistakes, and the words for them."""
 
-from __future__ import annotations
-
 
 class InputError(ValueError):
     """A mistake of the user's: the scripts print it as one line and exit with status 1."""

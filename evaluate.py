@@ -33,8 +33,7 @@ from runtime.loading import ADAPTER_CONFIG, check_room, context_length, load_con
 from runtime.ranks import progress, rank, say, start_ranks, stop_ranks, world_size
 from teacher import PAPER_PROMPTS, Prompts, check_prompts, encode_prompt, load_prompts
 
-# ---------------------------------------------------------------------------------------------------------------
-# Metrics of one problem. `correct` and `answers` are in the order of sampling.
+# --- Metrics of one problem. `correct` and `answers` are in the order of sampling. ------------------------------
 
 
 def avg_at_n(correct: Sequence[bool]) -> float:
@@ -73,8 +72,7 @@ def maj_at_n(answers: Sequence[str | None], correct: Sequence[bool], match: Call
     return float(answers[winner] is not None and correct[winner])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Sampling
+# --- Sampling ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -161,8 +159,7 @@ def open_engine(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
     return GenerateEngine(model, tokenizer, config.batch_size)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Counting
+# --- Counting ---------------------------------------------------------------------------------------------------
 
 
 def score(items: list[Sample], problem: Problem, match: Callable) -> dict[str, float]:
@@ -218,8 +215,7 @@ def bootstrap_interval(values_P: np.ndarray, resamples: int = 10_000, seed: int 
     return np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Options
+# --- Options ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -267,8 +263,7 @@ def on_device(config: EvaluationConfig, device: torch.device) -> EvaluationConfi
     return replace(config, device=str(device), dtype=auto if config.dtype == "auto" else config.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The run
+# --- The run ----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:

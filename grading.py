@@ -8,8 +8,6 @@ evaluated as code, and every size is bounded. math-verify is silent about much t
 asked about is decided here (`_open`).
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.metadata
 import importlib.util
@@ -46,8 +44,7 @@ def _rewrite(text: str, rules: list[tuple]) -> str:
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Brackets, and the last box
+# --- Brackets, and the last box ---------------------------------------------------------------------------------
 
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)  # the backslash of a line break (two of them) escapes nothing
 _BRACES = {"{": 1, "}": -1}
@@ -111,8 +108,7 @@ def extract_boxed(text: str) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Dress
+# --- Dress ------------------------------------------------------------------------------------------------------
 
 _SIGNS = r"""
 - − –; \ldots …; \infty ∞; \cup ∪; \text{cents} ¢; \approx ≈; \ne ≠; \div ÷; \times ×; \cdot · ⋅; \pi π; \theta θ
@@ -201,8 +197,7 @@ def normalise_answer(answer: str) -> str:
     return exact if about and exact and (exact in ("e", "\\pi") or not re.fullmatch(_NAMED, exact + "=")) else text
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Numbers and units
+# --- Numbers and units ------------------------------------------------------------------------------------------
 
 # What turns a number into signs, brackets and quotients of whole numbers
 _ARITHMETIC = [
@@ -329,8 +324,7 @@ def _counts(word: str, as_text: bool) -> bool:
     return len(word) > 1 if as_text else word == "per" or (len(word) > 3 and bool(re.search("[aeiou]", word)))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Forms
+# --- Forms ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -486,8 +480,7 @@ def needs_algebra(answer: str) -> bool:
     return reading.form == "formula" and not re.fullmatch(r"[a-zA-Z]|-?\\infty|\\emptyset", reading.text)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Comparison
+# --- Comparison -------------------------------------------------------------------------------------------------
 
 Ask = Callable[[str, str], bool]
 
@@ -631,8 +624,7 @@ def _for_algebra(*texts: str) -> list[str]:
     return [ready(text) for text in texts]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Graders
+# --- Graders ----------------------------------------------------------------------------------------------------
 
 WORKER = Path(__file__).resolve().parent / "runtime" / "grading_worker.py"
 _NO_GOLD = r"(?i:(?:\\text\{)?(?:proof|not ?found|n/?a|unknown|null|nan|see (?:the )?solution)\.?\}?)"

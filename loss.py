@@ -25,8 +25,7 @@ from errors import InputError, require
 from model import head_logits
 from weighting import get_schedule, relative_position
 
-# ---------------------------------------------------------------------------------------------------------------
-# OPSD and PW-OPSD: Eqs. (1) and (6)
+# --- OPSD and PW-OPSD: Eqs. (1) and (6) -------------------------------------------------------------------------
 
 
 def clipped_divergence(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
@@ -66,8 +65,7 @@ def sequence_mean(l_M: Tensor, w_M: Tensor, lengths: list[int]) -> tuple[Tensor,
     return torch.stack([row.mean() for row in rows]).sum(), l_M.new_tensor(float(len(lengths)))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# EOPD (arXiv 2603.07079) and REOPOLD (arXiv 2603.11137)
+# --- EOPD (arXiv 2603.07079) and REOPOLD (arXiv 2603.11137) -----------------------------------------------------
 
 ENTROPY_GATE = 0.8  # nats: EOPD adds the forward KL where the teacher's entropy is above it
 GATE_TOP_K = 16  # teacher's most likely tokens in that KL
@@ -131,8 +129,7 @@ def _at(logp_MV: Tensor, ids_M: Tensor) -> Tensor:
     return logp_MV.gather(-1, ids_M[:, None]).squeeze(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The methods
+# --- The methods ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -160,8 +157,7 @@ METHODS: dict[str, Method] = {
 REDUCTIONS = {"token_mean": token_mean, "sequence_mean": sequence_mean, "weighted_mean": weighted_mean}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# From two contexts to one number
+# --- From two contexts to one number ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -248,8 +244,7 @@ def method_loss(
     return reduce_tokens(method, scores, lengths, step, options)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Options, and the method as it runs
+# --- Options, and the method as it runs -------------------------------------------------------------------------
 
 
 def _option(default: object, text: str) -> object:
@@ -307,8 +302,7 @@ def _options(overrides: dict) -> LossOptions:
     return LossOptions(**given)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The same from hidden states, a chunk of tokens at a time: whole logits of a step would take many GiB
+# --- The same from hidden states, a chunk of tokens at a time: whole logits of a step would take many GiB -------
 
 # Of one float32 tensor of logits: 51 tokens at Qwen3's vocabulary, all of a small one's. From 32 MiB on the C library
 # maps every tensor anew, page by page, which costs as much as the mathematics on them.

@@ -7,8 +7,6 @@ A model always stays in evaluation mode: of all that may draw in a forward pass,
 Axes: B sequences, T response tokens, D hidden.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -23,8 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from errors import InputError, some
 
-# ---------------------------------------------------------------------------------------------------------------
-# The forward pass of both contexts
+# --- The forward pass of both contexts --------------------------------------------------------------------------
 
 
 def response_hidden(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
@@ -108,8 +105,7 @@ class _WideProduct(torch.autograd.Function):
         return grad_MV @ head_VD if to_x else None, grad_MV.T @ x_MD if to_head else None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# LoRA
+# --- LoRA -------------------------------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Module):

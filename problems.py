@@ -5,8 +5,6 @@ numbers, solved step by step in any order, so that the model that ships with the
 a download. JSON and CSV are read as they are written; Parquet and the hub need the optional package `datasets`.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json
@@ -32,8 +30,7 @@ class Problem:
     row: int = field(default=0, compare=False)  # its place in the data it comes from, counted from 0
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Loading
+# --- Loading ----------------------------------------------------------------------------------------------------
 
 # The benchmarks of the paper (Section 4.1) by short name; their columns are the usual ones.
 BENCHMARKS = {
@@ -215,8 +212,7 @@ def _text(name: str, cell: object, where: str) -> str:
     return "" if cell is None else str(cell)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The embedded world
+# --- The embedded world -----------------------------------------------------------------------------------------
 
 TINY_ADDENDS = 5
 HELDOUT_TENTHS = 2  # two tenths of all multisets of addends are held out

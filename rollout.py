@@ -6,8 +6,6 @@ gets a seed made from the key instead.
 Axes: B sequences, P prompt tokens (padded on the left), T response tokens, X = P + T, V vocabulary, K candidates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf

@@ -4,8 +4,6 @@ Here are the prompts of both contexts (paper Appendix H) and the choice of the t
 before training, the paper's choice), `ema` (their running average), `live` (the student's own) or another model's.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import re
@@ -25,8 +23,7 @@ from errors import InputError, require
 from model import LoRALinear, adapter_disabled, adapter_dropout, held, lora_layers, lora_parameters, trained_parameters
 from problems import Problem
 
-# ---------------------------------------------------------------------------------------------------------------
-# The prompts of both contexts, quoted from the paper: single user turn, no system message of ours
+# --- The prompts of both contexts, quoted from the paper: single user turn, no system message of ours -----------
 
 STUDENT_PROMPT = "Problem: {problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 TEACHER_PROMPT = (
@@ -158,8 +155,7 @@ def choose_reference(
     return shown, prompts
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Whose weights score
+# --- Whose weights score ----------------------------------------------------------------------------------------
 
 KINDS = ("fixed", "ema", "live")
 

@@ -138,8 +138,7 @@ def check_finite(step: int, value: Tensor, grad_norm: Tensor, broken: list[int],
         raise FloatingPointError(f"step {step}: loss {value:g}, gradient norm {grad_norm:g}, problems {where}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What a step draws: all of it a function of (seed, step, slot), whatever the ranks
+# --- What a step draws: all of it a function of (seed, step, slot), whatever the ranks --------------------------
 
 # Independent streams of random numbers of one seed: the second entry of a stream's key (rollout.py).
 ROLLOUT_STREAM, SHUFFLE_STREAM, DROPOUT_STREAM, REFERENCE_STREAM = 1, 2, 3, 4
@@ -180,8 +179,7 @@ def sample_rows(
     ]  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Options
+# --- Options ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -287,8 +285,7 @@ def on_device(config: TrainConfig, device: torch.device) -> TrainConfig:
     return replace(config, dtype=dtype, gradient_checkpointing=on_gpu if checkpointing is None else checkpointing)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The run
+# --- The run ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

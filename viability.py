@@ -8,8 +8,6 @@ Axes: T response tokens, V vocabulary, M dropout passes, C candidates, K childre
 P problems, R bootstrap resamples, U candidates of label 1, D of label 0.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -4,8 +4,6 @@ A schedule is a function of the relative position r in (0, 1) alone. To add one,
 script then knows it by name. Pure functions of tensors; axes: M valid tokens of a batch, row after row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

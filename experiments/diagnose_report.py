@@ -15,8 +15,6 @@ with train.py's flags for the fitted schedule, and Figure 1. Needs `pip install 
 Axes: C candidates, K children of a candidate, N rollouts of a child, P problems, R bootstrap resamples, G grid points.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from dataclasses import replace
@@ -42,8 +40,7 @@ CENTRINGS = {"labelled": False, "all": True}  # over which candidates a problem'
 Measured = tuple[dict, np.ndarray] | None  # a row of `viability.auroc_of`
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The analysis of one set of candidates
+# --- The analysis of one set of candidates ----------------------------------------------------------------------
 
 
 def analyse(rows: list[dict], rule: LabelRule) -> tuple[Candidates, dict]:
@@ -128,8 +125,7 @@ def mean_with_interval(value_C: np.ndarray, data: Candidates, where_C: np.ndarra
     return {"mean": float(value_C.mean()), "interval": interval(values_R), "n": len(value_C)}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The null: a teacher as good as the student, and only what remains to be done matters; the schedule that fits
+# --- The null: a teacher as good as the student, and only what remains to be done matters; the schedule that fits ---
 
 
 def null_probabilities(viability_C: np.ndarray, rule: LabelRule) -> tuple[np.ndarray, np.ndarray]:
@@ -186,8 +182,7 @@ def fit_schedule(
     return np.stack([w_min_GR[best_R, np.arange(len(best_R))], tau_G[best_R], s_G[best_R]], axis=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# In tables
+# --- In tables --------------------------------------------------------------------------------------------------
 
 
 def number(value: float | None, bounds: list[float] | None, sign: str = "") -> str:
@@ -239,8 +234,7 @@ def column(result: dict) -> dict[str, str]:
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Figure 1
+# --- Figure 1 ---------------------------------------------------------------------------------------------------
 
 
 def figure1(runs: dict[str, tuple[Candidates, dict]], path: Path) -> None:
@@ -291,8 +285,7 @@ def draw_reliability(axes, data: Candidates, result: dict) -> None:
     axes.legend(fontsize=8, frameon=False, loc="lower right")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The script
+# --- The script -------------------------------------------------------------------------------------------------
 
 
 def analyse_run(run: Path) -> tuple[Candidates, dict]:

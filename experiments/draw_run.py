@@ -90,8 +90,7 @@ def run_label(run: Path) -> str:
     return f"{run.name}: {', '.join(parts)}, clip {config.tau_clip:g}, {config.teacher} teacher"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# A run
+# --- A run ------------------------------------------------------------------------------------------------------
 
 
 def draw(run: Path) -> Figure:
@@ -126,8 +125,7 @@ def draw(run: Path) -> Figure:
     return drawn
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Solutions, token by token
+# --- Solutions, token by token ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -221,8 +219,7 @@ def _view(title: str, model, tokenizer, problem: Problem, index: int, prompts, s
     return RolloutView(title, problem, answers_match(answer, problem.answer), list(map(TokenView, *columns)))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The page
+# --- The page ---------------------------------------------------------------------------------------------------
 
 
 PAGE = Template("""<!doctype html>
@@ -292,8 +289,7 @@ def shade(token: TokenView, top: float) -> float:
     return 0.85 * (abs(token.divergence * token.weight) / top) ** 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The picture of a solution
+# --- The picture of a solution ----------------------------------------------------------------------------------
 
 
 def draw_tokens(before: RolloutView, after: RolloutView) -> Figure:

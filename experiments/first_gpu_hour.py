@@ -14,8 +14,6 @@ is put side by side is taken in turns; on a CPU seconds are CPU seconds, which o
 Axes: M tokens, V vocabulary, D hidden.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json
@@ -66,8 +64,7 @@ SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "n
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 1000}
 SECONDS = {"loss": 300, **dict.fromkeys(SHAPES, 800), "kill": 400}  # limits
 
-# ---------------------------------------------------------------------------------------------------------------
-# Measuring
+# --- Measuring --------------------------------------------------------------------------------------------------
 
 
 def add_row(what: str, ours: float | None, plain: float | None = None, unit: str = "", note: str = "") -> None:
@@ -105,8 +102,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The parts, each in its own process; they print rows
+# --- The parts, each in its own process; they print rows --------------------------------------------------------
 
 
 def loss_functions(M: int, D: int, V: int, device: torch.device) -> tuple[Callable, Callable]:
@@ -209,8 +205,7 @@ def kill(device: torch.device) -> None:
     add_row("killed and resumed: losses differ by", apart, None, "nats", "embedded model, 4 steps")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The script
+# --- The script -------------------------------------------------------------------------------------------------
 
 
 def run_part(name: str, device: torch.device, output_dir: Path) -> list[str]:

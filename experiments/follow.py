@@ -7,8 +7,6 @@ with the run. Each step is sent once: the same steps that a resumed run makes ag
 as another run there. Training does not know of it, waits for nothing and cannot fail with it.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import time

@@ -14,8 +14,6 @@ leak    Sums of seven addends. The teacher insists on the order of its reference
         Eq. (4), which shrinks as addends run out.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

@@ -8,8 +8,6 @@ within the limit. The first command can be killed and goes on; a finished cell i
 boxed and finished of each problem, no text. docs/real-model.md says what came out.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

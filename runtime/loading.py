@@ -205,8 +205,7 @@ def context_length(config: PreTrainedConfig) -> int:
     return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Which prompts fit into the context: counted in tokens before anything is sampled, never cut
+# --- Which prompts fit into the context: counted in tokens before anything is sampled, never cut ----------------
 
 
 def count_tokens(encode: Callable[[Problem], list[int]], problems: list[Problem]) -> list[int]:

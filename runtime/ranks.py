@@ -147,8 +147,7 @@ def progress(items: Iterable | None = None, **settings) -> tqdm:
     return tqdm(items, disable=rank() > 0, **settings)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# How a run is asked to stop, and when it does: after its last finished step, on all ranks alike
+# --- How a run is asked to stop, and when it does: after its last finished step, on all ranks alike -------------
 
 AGAIN = 1.0  # seconds: Ctrl-C reaches a process twice, from the terminal and from torchrun
 

@@ -31,8 +31,7 @@ from problems import Problem
 from runtime.loading import TINY_MODEL
 from runtime.ranks import gather_objects, progress, rank, say, wait_for_all, world_size
 
-# ---------------------------------------------------------------------------------------------------------------
-# Files
+# --- Files ------------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -66,8 +65,7 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Run folders
+# --- Run folders ------------------------------------------------------------------------------------------------
 
 RECORD, LOCK, TRIAL = "config.json", ".lock", ".trial"
 LEFTOVERS = {f".{RECORD}.partial", LOCK, TRIAL}  # of a start that failed
@@ -204,8 +202,7 @@ def git_commit() -> str | None:
     return found or None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Inputs by content, so that nothing changes under its name without a word
+# --- Inputs by content, so that nothing changes under its name without a word -----------------------------------
 
 # Weights of every format and their indices, configs, generation defaults, tokenizers, templates, adapters.
 DECIDING = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".json", ".jinja", ".txt", ".model",
@@ -260,8 +257,7 @@ def difference(found: object, wanted: object) -> str | None:
     return f"{str(found)[:12]}, now {str(wanted)[:12]}"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Rows
+# --- Rows -------------------------------------------------------------------------------------------------------
 
 
 def read_rows(path: Path, fields: tuple[str, ...] = (), exactly: bool = False) -> list[dict]:

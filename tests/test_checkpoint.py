@@ -251,8 +251,7 @@ def test_a_checkpoint_of_all_weights_that_lacks_one_is_not_filled_up(base, tmp_p
         Trained(base, lora=False).load(checkpoint)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Adapters in PEFT's format: ours in PEFT, PEFT's with us
+# --- Adapters in PEFT's format: ours in PEFT, PEFT's with us ----------------------------------------------------
 
 
 @pytest.fixture
@@ -323,8 +322,7 @@ def test_the_base_is_named_for_every_folder(model, checkpoint, tmp_path, monkeyp
         assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == stored
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Opened as others would, from another folder
+# --- Opened as others would, from another folder ----------------------------------------------------------------
 
 
 IDS = [[5, 9, 40, 7, 21, 33]]
@@ -427,8 +425,7 @@ def test_a_tokenizer_with_several_templates_is_saved_whole(base, tmp_path):
     assert "additional_chat_templates/tools.jinja is damaged" in checkpoints.damage(checkpoint)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Real processes
+# --- Real processes ---------------------------------------------------------------------------------------------
 
 
 def arguments(run: Path, **more: object) -> list[str]:

@@ -32,8 +32,7 @@ def tiny():
     return model, tokenizer
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Metrics
+# --- Metrics ----------------------------------------------------------------------------------------------------
 
 
 def test_avg_and_pass_by_hand_at_their_limits_and_by_enumeration():
@@ -106,8 +105,7 @@ def test_interval_where_all_problems_are_alike_is_the_exact_binomial_one():
     assert evaluate.bootstrap_interval(np.zeros(10)) == [0.0, 0.0]  # of differences, say
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Sampling
+# --- Sampling ---------------------------------------------------------------------------------------------------
 
 
 def test_streams_differ_by_seed_benchmark_problem_and_sample_only():
@@ -136,8 +134,7 @@ def test_a_sample_is_the_same_whatever_is_sampled_beside_it(tiny):
     model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The script
+# --- The script -------------------------------------------------------------------------------------------------
 
 
 class Calculator:

@@ -150,8 +150,7 @@ def test_the_gpu_gets_an_index_and_dtypes_have_names(checkpoint, monkeypatch):
         load_model(checkpoint, "bf16", device="cpu")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Looking at what was loaded
+# --- Looking at what was loaded ---------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -20,8 +20,7 @@ def jsonl(tmp_path, *lines):
     return str(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Loading
+# --- Loading ----------------------------------------------------------------------------------------------------
 
 
 COLUMNS = "problem is empty or missing .the columns are Id, solution; --columns prob"
@@ -104,8 +103,7 @@ def test_benchmark_names_reach_the_papers_data(monkeypatch):
     assert load_problems("tiny") == load_problems("tiny:heldout")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Data as people have them
+# --- Data as people have them -----------------------------------------------------------------------------------
 
 
 def texts(items):
@@ -272,8 +270,7 @@ def test_columns_by_name(tmp_path):
         load_problems(jsonl(tmp_path, {"problem": "p", "solution": "s"}, {"question": "another", "solution": "s"}))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The embedded world
+# --- The embedded world -----------------------------------------------------------------------------------------
 
 
 def test_tiny_problems_are_right_and_the_splits_are_disjoint_in_any_order():
@@ -286,8 +283,7 @@ def test_tiny_problems_are_right_and_the_splits_are_disjoint_in_any_order():
     assert tiny_split([3, 1, 2, 5, 9]) == tiny_split([9, 5, 3, 2, 1])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The last box
+# --- The last box -----------------------------------------------------------------------------------------------
 
 BOXES = {
     "5": ["\\boxed{5}", "\\boxed {5}", "\\boxed\n{5}", "\\boxed 5.", "$\\boxed5$", "\\fbox{5}",

@@ -33,8 +33,7 @@ def start_run(run):
         records.append_rows(run / "metrics.jsonl", [{"step": 0}])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Folders
+# --- Folders ----------------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_recorded_and_goes_on_where_asked(tmp_path):
@@ -149,8 +148,7 @@ def test_two_runs_without_a_name_get_two_folders(tmp_path, monkeypatch):
     assert str(records.new_folder("elsewhere", "name")) == "elsewhere" and not Path("elsewhere").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# File systems
+# --- File systems -----------------------------------------------------------------------------------------------
 
 
 def refuse(monkeypatch, owner, name, number):
@@ -203,8 +201,7 @@ def test_links_are_not_followed(tmp_path):
     assert [path.name for path in outside.iterdir()] == ["kept"] and [p.name for p in run.iterdir()] == ["a.json"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Rows
+# --- Rows -------------------------------------------------------------------------------------------------------
 
 KEY, VALUES = ("seed", "problem"), ("text",)
 ROWS = [{"seed": 0, "problem": i, "text": "zero \x00, half \ud800, \u2028\n"} for i in range(3)]
@@ -297,8 +294,7 @@ def test_accuracies_that_are_no_runs_are_named(tmp_path, text):
         records.RunLog(tmp_path, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Inputs by content
+# --- Inputs by content ------------------------------------------------------------------------------------------
 
 DECIDING = (
     "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "model.gguf",

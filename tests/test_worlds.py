@@ -172,8 +172,7 @@ def test_only_the_leaking_teacher_learns_the_order_of_its_reference():
             assert all(learned for _, learned in choices)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What solutions say
+# --- What solutions say -----------------------------------------------------------------------------------------
 
 
 def test_leaps_and_strays_by_hand():

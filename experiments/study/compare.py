@@ -6,8 +6,6 @@
 Takes folders of evaluate.py. Axes: P problems, S training seeds.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The grids of the study: rows of train.py's options that differ in one thing each."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 
 from errors import InputError

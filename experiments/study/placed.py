@@ -63,8 +63,7 @@ SIDES = {1: "up", 0: "none", -1: "down"}
 RATES, STEPS, TUNING_SEEDS, SEEDS = (1e-4, 3e-4, 1e-3), 20, [4], [0, 1, 2, 3]
 EQUIVALENT = 2.0  # points
 
-# ---------------------------------------------------------------------------------------------------------------
-# The prediction: the teacher's harm by position, sampled from the model before any training
+# --- The prediction: the teacher's harm by position, sampled from the model before any training -----------------
 
 
 def predict(world: Path) -> dict:
@@ -135,8 +134,7 @@ def with_claims(line: dict, auroc: dict[str, float]) -> dict:
     return line | {"auroc": auroc, "claims": {"harm": ours} | claims, "processor": processor(), "commit": git_commit()}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The cells
+# --- The cells --------------------------------------------------------------------------------------------------
 
 
 def grid(output: Path, rates: dict[tuple[str, str], Iterable[float]], seeds: list[int], split: str) -> Grid:
@@ -199,8 +197,7 @@ def scores(output: Path, part: str) -> dict[tuple[str, str, float], dict[int, fl
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The report
+# --- The report -------------------------------------------------------------------------------------------------
 
 
 def write_report(output: Path) -> str:

@@ -4,8 +4,6 @@ All comparisons are paired: a row minus the baseline at the same seed, then mean
 difference counts as settled only after Holm's correction over all comparisons of its table.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import isclose, sqrt
@@ -19,8 +17,7 @@ LEVEL, POWER = 0.05, 0.80
 DECODINGS = ("sampled", "greedy")
 SEGMENTS = 5  # points of a learning curve in the report
 
-# ---------------------------------------------------------------------------------------------------------------
-# Statistics
+# --- Statistics -------------------------------------------------------------------------------------------------
 
 
 def scipy_stats():
@@ -78,8 +75,7 @@ def detectable(std: float, pairs: int) -> float:
     return float(t.ppf(1 - LEVEL / 2, pairs - 1) + t.ppf(POWER, pairs - 1)) * std / sqrt(pairs)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# From cells to rows
+# --- From cells to rows -----------------------------------------------------------------------------------------
 
 
 BEHAVIOUR = ("repaired", "broken", "leaps", "leaps_sampled", "strays")
@@ -123,8 +119,7 @@ def segments(values: list[float]) -> list[float]:
     return [mean(values[start:end]) for start, end in pairwise(bounds)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Markdown
+# --- Markdown ---------------------------------------------------------------------------------------------------
 
 
 def write_report(grid: Grid, records: list[dict], output: Path) -> str:

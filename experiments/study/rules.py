@@ -12,8 +12,6 @@ token weight, (r_M, scores, lengths, step, options) -> [M], the last two unused 
 source.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from itertools import accumulate
 
@@ -24,8 +22,7 @@ import loss
 import weighting
 from loss import LossOptions, Method, TokenScores
 
-# ---------------------------------------------------------------------------------------------------------------
-# Weights by position
+# --- Weights by position ----------------------------------------------------------------------------------------
 
 
 def prefix(r: Tensor, share: float = 0.3) -> Tensor:
@@ -70,8 +67,7 @@ def shuffled(r_M: Tensor, scores: TokenScores, lengths: list[int], *_) -> Tensor
     return torch.cat([row[torch.randperm(len(row))] for row in rows])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Weights by score, within each row, or by its outcome
+# --- Weights by score, within each row, or by its outcome -------------------------------------------------------
 
 
 def iw_opd(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, gamma: float = 0.5) -> Tensor:
@@ -164,8 +160,7 @@ def _to_unit_range(value_M: Tensor) -> Tensor:
     return (value_M - low) / (high - low).clamp(min=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The losses of these sources; where they have a reference policy, the student stands here
+# --- The losses of these sources; where they have a reference policy, the student stands here -------------------
 
 
 def suppression(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
@@ -231,8 +226,7 @@ def scaled_clip(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor,
     return d_M * (options.tau_clip / d_M.detach().clamp(min=torch.finfo(d_M.dtype).tiny)).clamp(max=1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The rows
+# --- The rows ---------------------------------------------------------------------------------------------------
 
 weighting.SCHEDULES |= {"prefix": prefix, "suffix": suffix}
 # Rules that differ from OPSD in the weight alone train on Eq. (1), whatever loss their source uses: the clip is theirs.

@@ -10,8 +10,6 @@ compared in pairs. OUTPUT_DIR/cells.jsonl gets one line per finished cell and is
 cell that stands there is never run again. The rules of rules.py are registered as a fork would register its own.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

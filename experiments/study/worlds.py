@@ -16,8 +16,6 @@ Guesses    `12+7~19;` is as long as `12+7=19;`. Behind `~` the student is right 
 A world is an entry of WORLDS. Also here: what a trained model's own steps say about the facts it knows.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re
@@ -74,8 +72,7 @@ GUESSES = {"12": 0.4, "23": 0.4, "34": 0.4, "45": 0.4, "56": 0.4, "123456": 0.8 
 WORLDS |= {f"placed-{steps}": World(**PLACED, teacher_guess=chance, placed=steps) for steps, chance in GUESSES.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Solutions
+# --- Solutions --------------------------------------------------------------------------------------------------
 
 
 def believed_result(total: int, addend: int, share: float) -> int | None:
@@ -166,8 +163,7 @@ def guess_chance(problem: Problem, step: int, total: int, addend: int, world: Wo
     return world.teacher_guess if is_placed else 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What solutions say
+# --- What solutions say -----------------------------------------------------------------------------------------
 
 
 STEP = re.compile(r"(?<![0-9])([0-9]{1,3})\+([1-9])([=~])([0-9]{1,3});")
