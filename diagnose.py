@@ -381,7 +381,7 @@ def diagnose(run: Diagnosis) -> None:
         results |= table1(to_columns(rows, rule))
         print("\n".join(table1_lines(results)))
     records.write_atomically(run.folder / "table1.json", json.dumps(results, indent=2) + "\n")
-    print(f"\ncontrols, null, Figure 1, schedule: python -m experiments.diagnose_report {run.folder}")
+    print(f"\ncontrols, Figure 1, schedule: python -m experiments.diagnose_report {run.folder}")
 
 
 def main() -> None:

@@ -4,10 +4,9 @@
     python -m experiments.diagnose_report RUN RUN --output_dir runs/diagnose-report       runs side by side
 
 - Controls: is it the teacher's token, or the prefix, that costs viability? The student's own tokens forced, and nothing
-  forced, at the same positions with the same budget, compared by candidate.
+  forced, at the same positions with the same budget, compared by candidate. The unforced arm is the null of all scores:
+  early candidates fail more often there, too, because more remains to be done, with no fault of the teacher's at all.
 - Centrings: a score minus its problem's mean over the labelled candidates, or over all of them. The paper does not say.
-- The null: in a world where only what remains to be done matters, early candidates fail more often with no fault of
-  the teacher's at all.
 - The fit: the schedule that the measured viability supports.
 
 Each run's folder gets controls.json (all numbers); --output_dir, by default the folder of a single run, gets report.md,
@@ -18,8 +17,6 @@ Axes: C candidates, K children of a candidate, N rollouts of a child, P problems
 import argparse
 import json
 from dataclasses import replace
-from itertools import product
-from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +27,10 @@ from experiments.draw_run import figure
 from experiments.study.report import markdown
 from runtime.flags import run_script
 from runtime.records import make_folder, read_rows, write_atomically
-from viability import ARMS, DIVERSITY, GRAY, LABELS, POSITION, UNCERTAIN, Candidates, LabelRule, auroc_of, interval
+from viability import ARMS, DIVERSITY, LABELS, POSITION, UNCERTAIN, Candidates, LabelRule, auroc_of, interval
 from weighting import SIGMOIDS
 
 REMAINING = "remaining length"
-SIMULATIONS = 1000  # worlds drawn for the null
 TAU_GRID, S_GRID = np.linspace(-0.5, 1.0, 76), np.geomspace(0.01, 1.0, 41)  # of Eq. (5), searched
 CENTRINGS = {"labelled": False, "all": True}  # over which candidates a problem's mean is taken
 Measured = tuple[dict, np.ndarray] | None  # a row of `viability.auroc_of`
@@ -55,7 +51,6 @@ def analyse(rows: list[dict], rule: LabelRule) -> tuple[Candidates, dict]:
         **viability.table1(data),
         "position_minus_remaining": difference(auroc_of(data, data.score[POSITION]), auroc_of(data, rival_C)),
         "arms": {arm: analyse_arm(data, arm) for arm in ARMS},
-        "null": analyse_null(data, rule),
         "schedule": {arm: analyse_fit(data, arm) for arm in ("teacher", "unforced")},
     }
 
@@ -78,19 +73,6 @@ def analyse_arm(data: Candidates, arm: str) -> dict:
             for name, over_all in CENTRINGS.items()
         },
         "position_teacher_minus_arm": difference(teacher, position),
-    }
-
-
-def analyse_null(data: Candidates, rule: LabelRule) -> dict:
-    """Survival per remaining token fitted to the unforced arm, and position's AUROC in the null world that it makes."""
-    survival = fit_survival(data.score[REMAINING], data.viability["unforced"].mean(axis=1))
-    values = simulate_null(survival ** data.score[REMAINING], data.score[POSITION], data.problem, rule)
-    has_both = np.isfinite(values)
-    return {
-        "survival_per_token": survival,
-        "auroc": float(values[has_both].mean()) if has_both.any() else None,
-        "range": interval(values),
-        "worlds_with_both_classes": float(has_both.mean()),
     }
 
 
@@ -125,41 +107,7 @@ def mean_with_interval(value_C: np.ndarray, data: Candidates, where_C: np.ndarra
     return {"mean": float(value_C.mean()), "interval": interval(values_R), "n": len(value_C)}
 
 
-# --- The null: a teacher as good as the student, and only what remains to be done matters; the schedule that fits ---
-
-
-def null_probabilities(viability_C: np.ndarray, rule: LabelRule) -> tuple[np.ndarray, np.ndarray]:
-    """P(real-uncertain) and P(diversity) of a candidate whose K children all reach the answer with this probability.
-
-    Exact: each outcome of K children with N rollouts, labelled by the run's own rule, times its binomial probability.
-    """
-    K, N = rule.children, rule.rollouts
-    pmf_NC = np.array([comb(N, k) * viability_C**k * (1.0 - viability_C) ** (N - k) for k in range(N + 1)])
-    totals = np.zeros((len(LABELS), len(viability_C)))
-    for outcome in product(range(N + 1), repeat=K):
-        totals[viability.label_children(np.array(outcome) / N, rule)] += pmf_NC[list(outcome)].prod(axis=0)
-    return totals[UNCERTAIN], totals[DIVERSITY]
-
-
-def fit_survival(remaining_C: np.ndarray, viability_C: np.ndarray) -> float:
-    """The survival q of one remaining token, by maximum likelihood of viability = q^remaining."""
-    q_G = np.exp(-np.geomspace(1e-6, 3.0, 2000))
-    p_GC = np.clip(q_G[:, None] ** remaining_C, 1e-12, 1.0 - 1e-12)
-    likelihood_G = (viability_C * np.log(p_GC) + (1.0 - viability_C) * np.log(1.0 - p_GC)).sum(axis=1)
-    return float(q_G[likelihood_G.argmax()])
-
-
-def simulate_null(viability_C: np.ndarray, score_C: np.ndarray, problem_C: np.ndarray, rule: LabelRule) -> np.ndarray:
-    """AUROC of a score in SIMULATIONS null worlds on the given candidates; nan where a world lacks a class."""
-    uncertain_C, diversity_C = null_probabilities(viability_C, rule)
-    draw, values = np.random.default_rng(rule.bootstrap_seed), np.full(SIMULATIONS, np.nan)
-    for i in range(SIMULATIONS):
-        u_C = draw.random(len(viability_C))
-        label_C = np.where(u_C < uncertain_C, UNCERTAIN, np.where(u_C >= 1.0 - diversity_C, DIVERSITY, GRAY))
-        used = label_C != GRAY
-        if {UNCERTAIN, DIVERSITY} <= {*label_C}:
-            values[i] = viability.auroc(viability.centre(score_C[used], problem_C[used]), label_C[used])
-    return values
+# --- The schedule that fits ------------------------------------------------------------------------------------
 
 
 def fit_schedule(
@@ -214,7 +162,6 @@ def column(result: dict) -> dict[str, str]:
     rows = {
         "problems, candidates": f"{result['problems']}, {result['candidates']}",
         "real-uncertain / diversity / gray": counts(result["labels"]),
-        f"AUROC of {POSITION} if teacher = student (null)": number(result["null"]["auroc"], result["null"]["range"]),
         f"AUROC of {POSITION} minus {REMAINING}": cell(result["position_minus_remaining"], "difference", "+"),
         **{f"viability, {arm}": cell(arms[arm]["viability"]["all"]) for arm in ARMS},
     }

@@ -21,8 +21,7 @@ RULE, FIGURE = LabelRule(bootstraps=100), report.figure1
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """A small null, and no picture."""
-    monkeypatch.setattr(report, "SIMULATIONS", 50)
+    """No picture."""
     monkeypatch.setattr(report, "figure1", lambda *_: None)
 
 
@@ -140,7 +139,7 @@ def test_figure_and_its_absence(tmp_path, monkeypatch):
     assert (tmp_path / "report.md").exists()
 
 
-# --- statistics, the null, the fit ------------------------------------------------------------------------------
+# --- statistics, the fit ----------------------------------------------------------------------------------------
 
 
 def test_resamples_weight_candidates_not_problems():
@@ -149,28 +148,6 @@ def test_resamples_weight_candidates_not_problems():
     found = report.mean_with_interval(np.array([1.0, 1.0, 4.0, 99.0]), data, np.array([True, True, True, False]))
     assert found == {"mean": 2.0, "interval": pytest.approx(np.percentile([2.0, 1.0, 2.8], [2.5, 97.5])), "n": 3}
     assert report.mean_with_interval(np.ones(4), data, np.zeros(4, bool)) is None
-
-
-@pytest.mark.parametrize(
-    ("steps", "uncertain", "diversity"), [(1, 0, 0.996848), (10, 0.005925, 0.135772), (40, 0.908751, 1.06e-7)]
-)
-def test_null_reproduces_the_published_probabilities(steps, uncertain, diversity):
-    """Survival 0.95 a step, 3 children of 6 rollouts, teacher = student (paper's critics)."""
-    (got_uncertain,), (got_diversity,) = report.null_probabilities(np.array([0.95**steps]), RULE)
-    assert got_uncertain == pytest.approx(uncertain, abs=1e-12 if steps == 1 else 5e-7)
-    assert got_diversity == pytest.approx(diversity, rel=5e-3, abs=5e-9)
-
-
-def test_null_world_gives_position_an_auroc_without_any_teacher_fault():
-    """Viability that only depends on what remains separates early from late; constant viability does not."""
-    remaining, problem = np.tile([40.0, 25.0, 15.0, 8.0, 2.0], 60), np.repeat(np.arange(60), 5)
-    values = report.simulate_null(0.95**remaining, remaining, problem, RULE)
-    assert values.min() > 0.95
-    flat = report.simulate_null(np.full(300, 0.5), remaining, problem, RULE)
-    assert abs(np.nanmean(flat) - 0.5) < 0.03
-    assert report.fit_survival(remaining, 0.97**remaining) == pytest.approx(0.97, abs=1e-3)
-    one_class = report.simulate_null(np.ones(4), np.arange(4.0), np.zeros(4, int), RULE)
-    assert np.isnan(one_class).all()
 
 
 @pytest.mark.parametrize(("w_min", "tau", "s"), [(0.25, 0.30, 0.10), (0.6, 0.5, 0.0501187)])

@@ -1,3 +1,6 @@
+from itertools import product
+from math import comb, prod
+
 import numpy as np
 import pytest
 
@@ -118,3 +121,17 @@ def test_a_class_without_candidates_has_no_number():
     result = viability.table1(viability.to_columns(rows, LabelRule(bootstraps=5)))
     assert set(result["table1"].values()) == {None}
     assert "no candidate of one class" in viability.table1_lines(result)[2]
+
+
+@pytest.mark.parametrize(
+    ("steps", "uncertain", "diversity"), [(1, 0.0, 0.996848), (10, 0.005925, 0.135772), (40, 0.908751, 1.06e-7)]
+)
+def test_labels_turn_uncertain_early_with_no_fault_of_the_teacher(steps, uncertain, diversity):
+    """Each child as good as any other, .95 to survive a step: the published chances of both labels, by enumeration."""
+    p, found = 0.95**steps, {}
+    for right in product(range(7), repeat=3):
+        label = int(viability.label_children(np.array(right) / 6, LabelRule()))
+        chance = prod(comb(6, k) * p**k * (1 - p) ** (6 - k) for k in right)
+        found[label] = found.get(label, 0.0) + chance
+    assert found[UNCERTAIN] == pytest.approx(uncertain, abs=1e-6)
+    assert found[DIVERSITY] == pytest.approx(diversity, rel=5e-3)
