@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -44,12 +43,6 @@ def avg_at_n(correct: Sequence[bool]) -> float:
 def pass_at_n(correct: Sequence[bool]) -> float:
     """Eq. (10): Pass@N = 1[sum_i c_i >= 1]."""
     return float(any(correct))
-
-
-def pass_at_k(correct: Sequence[bool], k: int) -> float:
-    """Pass@k = 1 - C(N - c, k) / C(N, k), the unbiased estimate for k <= N from all N samples (arXiv 2107.03374)."""
-    N, c = len(correct), sum(correct)
-    return 1.0 - math.comb(N - c, k) / math.comb(N, k)
 
 
 def maj_at_n(answers: Sequence[str | None], correct: Sequence[bool], match: Callable = answers_match) -> float:
@@ -171,7 +164,6 @@ def score(items: list[Sample], problem: Problem, match: Callable) -> dict[str, f
         "avg": avg_at_n(correct),
         "pass": pass_at_n(correct),
         "maj": maj_at_n(answers, correct, match),
-        **{f"pass_at_{k}": pass_at_k(correct, k) for k in (2, 4, 8) if k < N},
         "parseable": sum(answer is not None for answer in answers) / N,
         "cut_at_limit": sum(item.finish_reason == "length" for item in items) / N,
         "tokens": sum(item.tokens for item in items) / N,

@@ -13,8 +13,6 @@ of it, has both contexts' top 5 of each.
 Axes: M tokens of one rollout, V vocabulary, K alternatives.
 """
 
-from __future__ import annotations
-
 import argparse
 import html
 import json
@@ -23,7 +21,6 @@ from itertools import zip_longest
 from pathlib import Path
 from string import Template
 from textwrap import shorten
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -43,9 +40,6 @@ from teacher import student_prompt, teacher_prompt
 from train import TrainConfig, choose_prompts
 from weighting import relative_position
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 PANELS = {  # columns of metrics.jsonl by what they have in common
     "loss": ["loss", "divergence"],
     "tokens of a solution": ["mean_length"],
@@ -60,7 +54,7 @@ ALTERNATIVES = 5
 PAGE_STREAM = 102  # second entry of the rollouts' stream key, apart from those of train.py
 
 
-def figure(width: float, height: float, layout: list[list[str]]) -> tuple[Figure, dict]:
+def figure(width: float, height: float, layout: list[list[str]]) -> tuple:
     """An empty figure and its axes by name, drawn without a screen. Raises InputError where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
@@ -93,7 +87,7 @@ def run_label(run: Path) -> str:
 # --- A run ------------------------------------------------------------------------------------------------------
 
 
-def draw(run: Path) -> Figure:
+def draw(run: Path):
     """The picture of a run. Raises InputError where it has no step yet."""
     columns = [name for names in PANELS.values() for name in names]
     rows = read_rows(run / "metrics.jsonl", ("step", "by_decile", *columns))
@@ -292,7 +286,7 @@ def shade(token: TokenView, top: float) -> float:
 # --- The picture of a solution ----------------------------------------------------------------------------------
 
 
-def draw_tokens(before: RolloutView, after: RolloutView) -> Figure:
+def draw_tokens(before: RolloutView, after: RolloutView):
     """A problem's solution before and after training, and what both contexts say at the token where the two part.
 
     Of long solutions the SHOWN characters around that token.

@@ -10,8 +10,6 @@ lines are only added: the report refuses a cell that ran before its world was pr
 Axes: N solutions, M their tokens, V vocabulary, C positions, R bootstrap resamples.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import re
@@ -19,7 +17,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -43,9 +40,6 @@ from runtime.records import append_rows, git_commit, make_folder, read_rows
 from teacher import student_prompt, teacher_prompt
 from viability import POSITION, LabelRule, auroc_of, interval, resamples, to_columns
 from weighting import relative_position
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Many positions with one continuation each: those of a position are worth less than another position.
 SOLUTIONS, POSITIONS, CONTINUATIONS, RESAMPLES, MAX_TOKENS = 1000, 4000, 1, 2000, 128
@@ -266,7 +260,7 @@ def clipped(lines: list[dict], by_arm: dict) -> list[str]:
     return [markdown(["base model", *(f"{left} - {right}" for left, right in pairs)], body)] if body else []
 
 
-def scatter(lines: list[dict], found: dict[tuple[str, str], Difference]) -> Figure:
+def scatter(lines: list[dict], found: dict[tuple[str, str], Difference]):
     """What each base model's harm predicts of an arm, against what was measured; both with their 95 % intervals."""
     drawn, axes = figure(7, 5, [["all"]])
     for arm in RISE:

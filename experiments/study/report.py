@@ -5,7 +5,6 @@ difference counts as settled only after Holm's correction over all comparisons o
 """
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from math import isclose, sqrt
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -15,7 +14,6 @@ from experiments.study.grids import BEFORE, Grid
 
 LEVEL, POWER = 0.05, 0.80
 DECODINGS = ("sampled", "greedy")
-SEGMENTS = 5  # points of a learning curve in the report
 
 # --- Statistics -------------------------------------------------------------------------------------------------
 
@@ -112,13 +110,6 @@ def after(cells: list[dict], measure: str, step: int | None = None) -> dict[int,
     return {seed: 100 * values[measure] for seed, values in scored if values.get(measure) is not None}
 
 
-def segments(values: list[float]) -> list[float]:
-    """Means over SEGMENTS parts of about equal length (over each value where there are fewer)."""
-    parts = min(SEGMENTS, len(values))
-    bounds = [round(i * len(values) / parts) for i in range(parts + 1)]
-    return [mean(values[start:end]) for start, end in pairwise(bounds)]
-
-
 # --- Markdown ---------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +144,7 @@ def _header(grid: Grid, records: list[dict], cells: int) -> str:
 
 def _answer(grid: Grid, rows: Rows) -> list[str]:
     if grid.baseline not in rows:
-        return ["The baseline has not been measured yet.", _curves(rows)]
+        return ["The baseline has not been measured yet."]
     baseline = rows[grid.baseline]
     others = {name: cells for name, cells in rows.items() if name != grid.baseline}
     found = {d: family({n: (after(c, d), after(baseline, d)) for n, c in others.items()}) for d in DECODINGS}
@@ -162,7 +153,6 @@ def _answer(grid: Grid, rows: Rows) -> list[str]:
         _table(grid, rows, found),
         _contrasts(grid, rows),
         _along(grid, rows),
-        _curves(rows),
     ]
 
 
@@ -234,17 +224,6 @@ def _along(grid: Grid, rows: Rows) -> str:
             measured = [list(after(cells, measure, step).values()) for measure in ("leaps", "strays", "repaired")]
             line.append(", ".join(f"{mean(values):.1f}" if values else "-" for values in measured))
     return "\n\n".join([*parts, "Leaps, strays and repaired facts, %, of greedy solutions.", markdown(head, body)])
-
-
-def _curves(rows: Rows) -> str:
-    curves = {name: [segments(cell["accuracy"]) for cell in cells] for name, cells in rows.items() if name != BEFORE}
-    body = [[n, *(f"{100 * mean(values):.1f}" for values in zip(*c, strict=True))] for n, c in curves.items() if c]
-    width = max(map(len, body), default=1) - 1
-    if not width:
-        return ""
-    head = ["row", *(f"{100 * i // width}-{100 * (i + 1) // width} %" for i in range(width))]
-    note = "Rollout accuracy, %, by part of training, mean over seeds."
-    return "\n\n".join(["## Learning curves", note, markdown(head, body)])
 
 
 def _mean_std(values: dict[int, float]) -> str:
