@@ -3,9 +3,8 @@
     python -m experiments.diagnose_report runs/diagnose-tiny
     python -m experiments.diagnose_report RUN RUN --output_dir runs/diagnose-report       runs side by side
 
-- Controls: is it the teacher's token, or the prefix, that costs viability? The student's own tokens forced, and nothing
-  forced, at the same positions with the same budget, compared by candidate. The unforced arm is the null of all scores:
-  early candidates fail more often there, too, because more remains to be done, with no fault of the teacher's at all.
+- Controls, compared by candidate: the student's own tokens forced, and nothing forced. The unforced arm is the null of
+  all scores: early candidates fail more often there, too, because more remains to be done.
 - Centrings: a score minus its problem's mean over the labelled candidates, or over all of them. The paper does not say.
 - The fit: the schedule that the measured viability supports.
 

@@ -3,13 +3,9 @@
     python -m experiments.draw_run runs/RUN
     python -m experiments.draw_run runs/RUN --tokens     also tokens.html and tokens.png: solutions, token by token
 
-Held-out accuracy, loss, length, how rollouts end, the entropies of both contexts, gradient norm, and the divergence by
-tenth of the solution, over the steps done; docs/metrics.md has the formulas. All axes start at 0 and are linear; the
-colours are not and say so.
-
-The solutions are of held-out problems that training repaired; in the embedded model's world each of them holds a
-belief. Their tokens are coloured by weighted divergence; the page, one HTML file with no references to anything outside
-of it, has both contexts' top 5 of each.
+docs/metrics.md has the formulas of what is drawn over the steps done. All axes start at 0 and are linear; the colours
+are not and say so. The solutions are of held-out problems that training repaired, their tokens coloured by weighted
+divergence; the page, one HTML file with no references to anything outside of it, has both contexts' top 5 of each.
 Axes: M tokens of one rollout, V vocabulary, K alternatives.
 """
 

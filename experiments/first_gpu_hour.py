@@ -6,11 +6,9 @@
 - loss: seconds and memory at Qwen3's vocabulary by chunk size, beside whole logits
 - each preset: two steps of `train.py` at its shape: seconds by part, sampling beside what reading the weights would
   allow, scoring beside the matrix rate, peak of the memory
-- kill: a run killed and resumed ends as one that was not
 
-Each part is a process of its own, and what it prints is kept beside the table: one that hangs or dies is a row. A
-preset's weights are random: speed and memory do not depend on them, and hardly a response ends before the limit. What
-is put side by side is taken in turns; on a CPU seconds are CPU seconds, which others on the machine disturb least.
+Each part is a process of its own, and what it prints is kept beside the table: one that hangs or dies is a row. The
+weights are random: hardly a response ends before the limit. On a CPU seconds are CPU seconds.
 Axes: M tokens, V vocabulary, D hidden.
 """
 
@@ -18,7 +16,6 @@ import argparse
 import gc
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -62,7 +59,7 @@ SHAPES = {
 }  # fmt: skip
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 1000}
-SECONDS = {"loss": 300, **dict.fromkeys(SHAPES, 800), "kill": 400}  # limits
+SECONDS = {"loss": 300, **dict.fromkeys(SHAPES, 800)}  # limits
 
 # --- Measuring --------------------------------------------------------------------------------------------------
 
@@ -188,23 +185,6 @@ def steps(preset: str, device: torch.device) -> None:
         add_row(f"{preset}, peak of the memory", peak, None, "GiB", f"{config['micro_batch_size']} rows a micro-batch")
 
 
-def kill(device: torch.device) -> None:
-    """The embedded model: SIGKILL after the second checkpoint, resumed, beside an unbroken run."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "train.py", "--preset", "tiny", "--num_steps", "4", "--save_steps", "1"]
-        command += ["--batch_size", "4", "--eval_data", "", "--device", str(device), "--output_dir"]
-        subprocess.run([*command, f"{folder}/whole"], check=True, cwd=ROOT)
-        process = subprocess.Popen([*command, f"{folder}/killed"], cwd=ROOT)
-        while process.poll() is None and not Path(folder, "killed", "checkpoint-2").exists():
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        subprocess.run([*command, f"{folder}/killed", "--resume"], check=True, cwd=ROOT)
-        lines = [Path(folder, name, "metrics.jsonl").read_text().splitlines() for name in ("killed", "whole")]
-    apart = max(abs(json.loads(a)["loss"] - json.loads(b)["loss"]) for a, b in zip(*lines, strict=True))
-    add_row("killed and resumed: losses differ by", apart, None, "nats", "embedded model, 4 steps")
-
-
 # --- The script -------------------------------------------------------------------------------------------------
 
 
@@ -243,14 +223,13 @@ def main() -> None:
     args = parser.parse_args()
     device = pick_device(args.device)
     if args.run:
-        {"loss": loss, "kill": kill}.get(args.run, partial(steps, args.run))(device)
-        return
+        return loss(device) if args.run == "loss" else steps(args.run, device)
     path = make_folder(args.output_dir) / "first-gpu-hour.md"
     with path.open("w") as file:
         for lines in ([facts(device)], *(run_part(name, device, args.output_dir) for name in args.parts)):
             print("\n".join(lines), flush=True)
             print("\n".join(lines), file=file, flush=True)
-    print(f"wrote {path}")
+    return print(f"wrote {path}")
 
 
 if __name__ == "__main__":

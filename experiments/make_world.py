@@ -7,11 +7,7 @@
 
 Times are of one CPU core. `embedded` is the model that ships with the project (byte for byte with torch 2.13 on
 x86-64). The others learn on from it and write model/, train.jsonl and heldout.jsonl into runs/worlds/leak or, with the
-dose, runs/worlds/leap-0.4, where the study's grids look for them: `train.py --model .../model --data ...`.
-
-leap    Sums of seven addends. While five or six are left, the teacher leaps to the end with probability --dose.
-leak    Sums of seven addends. The teacher insists on the order of its reference: the information term I(Y; Z | h) of
-        Eq. (4), which shrinks as addends run out.
+dose (the teacher's chance to leap), runs/worlds/leap-0.4, where the study's grids look for them.
 """
 
 import argparse

@@ -119,7 +119,8 @@ def trace(problem: Problem, draw: random.Random, world: World, teacher: bool) ->
     total, learned = take()
     pieces = [(str(total), learned)]
     while left:
-        if draw.random() < leap_chance(len(left), world, teacher):
+        leap = world.teacher_leap * (len(left) in TEACHER_LEAPS_AT) if teacher else world.leap * (len(left) >= 2)
+        if draw.random() < leap:
             right = teacher or draw.random() < LEAP_RIGHT[min(len(left), 6)]
             wrong = 0 if right else draw.choice((-1, 1)) * draw.randint(1, 9)
             total = max(1, total + sum(left) + wrong)
@@ -142,12 +143,6 @@ def trace(problem: Problem, draw: random.Random, world: World, teacher: bool) ->
         total = right if back or wrong is None else wrong
         pieces.append((f"{total};{total if left else ''}", True))
     return [*pieces, (f"\\boxed{{{total}}}", True)]
-
-
-def leap_chance(addends_left: int, world: World, teacher: bool) -> float:
-    if teacher:
-        return world.teacher_leap if addends_left in TEACHER_LEAPS_AT else 0.0
-    return world.leap if addends_left >= 2 else 0.0
 
 
 def guess_chance(problem: Problem, step: int, total: int, addend: int, world: World, teacher: bool) -> float:
