@@ -6,8 +6,6 @@ Sampling defaults are the paper's (Section 4.1), for one of its three seeds. Eve
 is graded: the same command goes on where a killed one stopped. Axes: N samples of one problem, P problems, S seeds.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time
@@ -123,7 +121,7 @@ def benchmark_digest(problems: list[Problem], part: str = "problem") -> str:
 
 
 def sample_missing(
-    config: EvaluationConfig, problems: list[Problem], tokenizer: PreTrainedTokenizerBase, prompts: Prompts,
+    config: "EvaluationConfig", problems: list[Problem], tokenizer: PreTrainedTokenizerBase, prompts: Prompts,
     missing: list[Job], file: records.RowFile,
 ) -> None:  # fmt: skip
     """Sample this rank's share of `missing`; each sample is on the disk as soon as it is there."""
@@ -142,7 +140,7 @@ def sample_missing(
     say(f"sampled {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second (loading included)")
 
 
-def open_engine(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
+def open_engine(config: "EvaluationConfig", tokenizer: PreTrainedTokenizerBase) -> Engine:
     """An engine in this process, with the model and its adapter, or the one of --server."""
     if config.server:
         return connect(config.server, config.model, tokenizer, config.batch_size, config.adapter)

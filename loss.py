@@ -1,4 +1,4 @@
-"""The losses: a method is a row (token loss l, token weight w, reduction) of one template, Eq. (8).
+"""The losses: a method is a row (token loss l, token weight w, reduction in place of its 1/|M| sum) of Eq. (8).
 
     L = reduce_t( w_t * l_t ),   l_t from p_t = pi_theta(. | x_stu, y_<t) and p^opsd_t = p_tch(. | x_tch, y_<t)
 

@@ -6,7 +6,6 @@
 - Controls, compared by candidate: the student's own tokens forced, and nothing forced. The unforced arm is the null of
   all scores: early candidates fail more often there, too, because more remains to be done.
 - Centrings: a score minus its problem's mean over the labelled candidates, or over all of them. The paper does not say.
-- The fit: the schedule that the measured viability supports.
 
 Each run's folder gets controls.json (all numbers); --output_dir, by default the folder of a single run, gets report.md,
 with train.py's flags for the fitted schedule, and Figure 1. Needs `pip install matplotlib` for the figure alone.

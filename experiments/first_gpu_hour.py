@@ -8,7 +8,7 @@
   allow, scoring beside the matrix rate, peak of the memory
 
 Each part is a process of its own, and what it prints is kept beside the table: one that hangs or dies is a row. The
-weights are random: hardly a response ends before the limit. On a CPU seconds are CPU seconds.
+weights are random: hardly a response ends before the limit. On a CPU the loss and the rates are in CPU seconds.
 Axes: M tokens, V vocabulary, D hidden.
 """
 

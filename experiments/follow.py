@@ -3,8 +3,7 @@
     python -m experiments.follow runs/RUN --to trackio
 
 Started at any time, it sends the rows of metrics.jsonl from the first one on, with the held-out accuracies, and ends
-with the run. Each step is sent once: the same steps that a resumed run makes again are not. Started again, it sends all
-as another run there. Training does not know of it, waits for nothing and cannot fail with it.
+with the run. Each step is sent once. Started again, it sends all as another run there. Training does not know of it.
 """
 
 import argparse

@@ -88,8 +88,9 @@ def publish(engine: Engine, model: PreTrainedModel, folder: Path, step: int) -> 
     if isinstance(engine, GenerateEngine):
         return
     if rank() == 0:
-        save_adapter(model, folder / SERVED, engine.base_model)
-        engine.use_adapter(folder / SERVED, f"step-{step}")
+        withdraw(folder)  # each step has a path of its own: a shared file system may remember what lay at an old one
+        save_adapter(model, folder / SERVED / f"step-{step}", engine.base_model)
+        engine.use_adapter(folder / SERVED / f"step-{step}", f"step-{step}")
     engine.model = gather_objects(engine.model)[0]
 
 

@@ -94,5 +94,5 @@ def describe(error: Exception) -> str | None:
     """A user's mistake, numbers that overflow, a fault of a disk or a lack of memory in one line; else None."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
-        return f"out of memory ({text[:200]}); what helps: a lower --micro_batch_size, --batch_size or --max_new_tokens"
+        return f"out of memory ({text[:200]}); what helps: lower --max_new_tokens, --batch_size, --micro_batch_size"
     return text if isinstance(error, (InputError, FloatingPointError, OSError)) else None

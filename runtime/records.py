@@ -147,7 +147,8 @@ def _try_to_write(folder: Path) -> None:
     try:
         trial.mkdir()  # without parents: another process may have taken the folder away
         (trial / "partial").mkdir()
-        write_atomically(trial / "partial" / "file", "text")
+        for text in ("new", "replaced"):
+            write_atomically(trial / "partial" / "file", text)
         (trial / "partial").rename(trial / "whole")
     except OSError as error:
         raise _refusal(folder, f"cannot be written ({error.strerror})") from None
@@ -176,7 +177,7 @@ def record_run(
         before = record["config"] | record.get("inputs", {})
         for flag, now in json.loads(json.dumps(config | inputs)).items():
             if flag not in free and (changed := difference(before.get(flag), now)):
-                how = f"was started with --{flag} {before.get(flag)}, not {now}"
+                how = f"was started with --{flag} {record['config'].get(flag)}, not {now}"
                 if flag in inputs:
                     how = f"what --{flag} {config[flag]} names has changed since the run began ({changed})"
                 raise _refusal(folder, f"{how}; for another run choose another folder")

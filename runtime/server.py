@@ -12,6 +12,7 @@ from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -216,6 +217,7 @@ class ServerEngine(Engine):
 def base_url(server: str) -> str:
     """The address of the API behind `--server`: http:// and /v1 are added where they are missing."""
     url = (server if "://" in server else f"http://{server}").rstrip("/")
+    _ = urlsplit(url).port  # ValueError where it is none
     return url if url.endswith("/v1") else f"{url}/v1"
 
 

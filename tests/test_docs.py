@@ -92,7 +92,7 @@ def check_command(words: list[str], monkeypatch, capsys) -> None:
             FlagParser(config_class, None).parse(presets, words[2:])
     elif words[1] == "-m":
         monkeypatch.setattr("sys.argv", [words[2], "--help"])
-        with pytest.raises(SystemExit, match="0"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             getattr(importlib.import_module(words[2]), "main", train.main)()  # the rules' own is train.py's
         known = set(re.findall(r"(?<![\w-])--?[\w-]+", capsys.readouterr().out))
         unknown = [word for word in words[3:] if word.startswith("-") and word.split("=")[0] not in known]
@@ -209,4 +209,4 @@ def test_the_studys_tables_hold_what_the_cells_say():
                 report = (ROOT / "experiments/results" / folder / "report.md").read_text()
                 assert not cell.startswith("**") or any(f"**{text}**" in report for text in shown), (name, column)
                 count += cell != "-"
-    assert count > 150
+    assert count > 110

@@ -387,10 +387,11 @@ def test_adapters_are_loaded_and_unloaded_each_once(fake, tmp_path):
         engine.sample([[2]], keys(1), SETTINGS)
     engine.close()
     load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-    whole = [{"lora_name": name, "lora_path": str(tmp_path / "served"), "load_inplace": True} for name in names]
+    paths = [str(tmp_path / "served" / f"step-{step}") for step in (1, 2)]
+    whole = [{"lora_name": a, "lora_path": b, "load_inplace": True} for a, b in zip(names, paths, strict=True)]
     gone = [{"lora_name": name} for name in names]
     assert fake.adapters == [(load, whole[0]), (load, whole[1]), (unload, gone[0]), (unload, gone[1])]
-    load_adapter(load_model("tiny", device="cpu"), tmp_path / "served")
+    load_adapter(load_model("tiny", device="cpu"), tmp_path / "served" / "step-2")
     engines.withdraw(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -492,8 +493,9 @@ ADDRESSES = {
 
 def test_addresses(fake):
     assert {typed: base_url(typed) for typed in ADDRESSES} == ADDRESSES
-    with one_line("--server host:port: Invalid port"):
-        ask("host:port")
+    for typed in ("host:port", "host:99999"):
+        with one_line(f"--server {typed}: Port"):
+            ask(typed)
 
 
 def test_eos_ids_and_vocabulary_are_the_checkpoints(tokenizer, tmp_path):

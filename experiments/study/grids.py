@@ -111,6 +111,7 @@ LEAP = Grid(
         ("PW-OPSD Moderate", "reversed Moderate"), ("PW-OPSD Moderate", "Moderate, shuffled"),
         ("PW-OPSD Moderate", "Mild"), ("Sharp", "PW-OPSD Moderate"), ("Aggressive", "Sharp"), ("suffix", "Aggressive"),
         ("prefix", "reversed Moderate"), ("PW-OPSD Moderate", "uniform, per sequence"),
+        ("reversed Moderate", "uniform, per sequence"), ("Aggressive", "uniform, per sequence"),
         ("Moderate, over tokens", "PW-OPSD Moderate"), ("another's reference", "no reference"),
         ("fitted, w_min 0", "Sharp"), ("fitted, w_min 0", "fitted by the diagnostic"),
         ("fitted, tau .5", "fitted by the diagnostic"), ("fitted by the diagnostic", "PW-OPSD Moderate"),

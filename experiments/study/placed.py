@@ -41,7 +41,6 @@ from teacher import student_prompt, teacher_prompt
 from viability import POSITION, LabelRule, auroc_of, interval, resamples, to_columns
 from weighting import relative_position
 
-# Many positions with one continuation each: those of a position are worth less than another position.
 SOLUTIONS, POSITIONS, CONTINUATIONS, RESAMPLES, MAX_TOKENS = 1000, 4000, 1, 2000, 128
 DIAGNOSED = 200  # problems of the paper's diagnostic, for the rivals
 ROLLOUT, EVALUATION = Sampling(1.1, 0.95, 0, MAX_TOKENS), Sampling(1.0, 0.95, 0, MAX_TOKENS)  # as train.py samples

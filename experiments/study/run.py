@@ -6,8 +6,8 @@
 
 For a grid of your own, a script puts it into `grids.GRIDS` and calls `main`. A cell is one run of train.py: one row's
 options and one seed. Rows share seeds, hence problems, their order and the random numbers of sampling, so rows are
-compared in pairs. OUTPUT_DIR/cells.jsonl gets one line per finished cell and is all that the report is made from; a
-cell that stands there is never run again. The rules of rules.py are registered as a fork would register its own.
+compared in pairs. OUTPUT_DIR/cells.jsonl gets one line per finished cell, which is never run again; the report is made
+from it alone.
 """
 
 import argparse
