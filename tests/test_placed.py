@@ -143,6 +143,8 @@ def test_report_by_hand(tmp_path):
     } | {
         (worlds[0], arm + placed.CLIPPED, 1e-3, seed): 0.3 + 0.01 * seed + (arm == "Moderate") * 0.02 * seed
         for arm in ("uniform", "Moderate") for seed in range(4)
+    } | {
+        ("placed-56-seed1", arm, 1e-3, seed): 0.3 for arm in ("uniform", "Moderate") for seed in range(3)
     })  # fmt: skip
     text = placed.write_report(tmp_path)
     assert (tmp_path / "report.md").read_text() == text
@@ -175,3 +177,18 @@ def test_rank_correlation_by_hand(monkeypatch):
     assert placed.rank_correlation([(1, 2), (2, 3), (3, 5), (4, 9)]) == "+1.00 [+1.00, +1.00]"
     assert placed.rank_correlation([(1, 9), (2, 5), (3, 3), (4, 2)]) == "-1.00 [-1.00, -1.00]"
     assert placed.rank_correlation([(1, 2), (2, 3), (3, 5)]) == "-"
+
+
+def test_each_rate_of_the_tuning_cells_by_hand():
+    """Harm and difference in opposite order over four windows; a rate with one arm shows that one alone."""
+    pytest.importorskip("scipy")
+    windows = {"12": (-0.02, "up", 3), "23": (-0.01, "up", 1), "45": (0.01, "down", -1), "56": (0.02, "down", -2)}
+    lines = [line(f"placed-{window}-seed1", claim, harm) for window, (harm, claim, _) in windows.items()]
+    tuned = {(f"placed-{window}-seed1", arm, 3e-4): {4: 50.0 + (arm == "Moderate") * gain}
+             for window, (_, _, gain) in windows.items() for arm in ("uniform", "Moderate", "reversed")}  # fmt: skip
+    tuned |= {(f"placed-{window}-seed1", "reversed", 1e-3): {4: 50.0} for window in windows}
+    table = placed.by_rate(lines, tuned)[1].splitlines()[2:]
+    assert table[0] == "| 0.0001 | - | - | - | - | - |"
+    every = "-1.00 [-1.00, -1.00]"
+    assert table[1] == f"| 0.0003 | {every}, up +2.0, down -1.5 | -, up +0.0, down +0.0 | - | - | {every} |"
+    assert table[2] == "| 0.001 | - | - | - | - | - |"

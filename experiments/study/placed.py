@@ -55,6 +55,7 @@ EXTREME = ("placed-12-", "placed-56-")
 SIDES = {1: "up", 0: "none", -1: "down"}
 RATES, STEPS, TUNING_SEEDS, SEEDS = (1e-4, 3e-4, 1e-3), 20, [4], [0, 1, 2, 3]
 EQUIVALENT = 2.0  # points
+WINDOW = r"placed-\d\d-"  # the worlds with a window; its first step is the name's eighth letter
 
 # --- The prediction: the teacher's harm by position, sampled from the model before any training -----------------
 
@@ -217,7 +218,8 @@ def write_report(output: Path) -> str:
     )
     predictors = markdown(["predictor", "hits"], [[name, f"{sum(hit)} of {len(hit)}"] for name, hit in hits.items()])
     table = markdown(["base model", *RISE, "Moderate - reversed"], body)
-    text = "\n\n".join([intro, table, predictors, *across(lines, found, by_arm), *clipped(lines, by_arm)]) + "\n"
+    parts = [*across(lines, found, by_arm), *by_rate(lines, scores(output, "tuning")), *clipped(lines, by_arm)]
+    text = "\n\n".join([intro, table, predictors, *parts]) + "\n"
     (output / "report.md").write_text(text, encoding="utf-8")
     if found:
         scatter(lines, found).savefig(output / "scatter.png")
@@ -225,7 +227,9 @@ def write_report(output: Path) -> str:
 
 
 def minus(by_arm: dict, world: str, left: str, right: str) -> Difference | None:
-    return paired_difference(by_arm.get((world, left), {}), by_arm.get((world, right), {}))
+    """None before all seeds of both are there."""
+    found = paired_difference(by_arm.get((world, left), {}), by_arm.get((world, right), {}))
+    return found if found and found.pairs == len(SEEDS) else None
 
 
 def across(lines: list[dict], found: dict[tuple[str, str], Difference], by_arm: dict) -> list[str]:
@@ -239,8 +243,8 @@ def across(lines: list[dict], found: dict[tuple[str, str], Difference], by_arm: 
             low, high = scipy_stats().ttest_1samp(values, 0.0).confidence_interval(0.90)
             said = "yes" if max(-low, high) < EQUIVALENT else "not shown"
             flat.append([arm, len(values), f"{mean(values):+.1f} [{low:+.1f}, {high:+.1f}]", said])
-    windows = [(int(line["world"][7]), d.mean) for line in lines if re.match(r"placed-\d\d-", line["world"])
-               and (d := minus(by_arm, line["world"], "Moderate", "reversed"))]  # fmt: skip
+    worlds = [line["world"] for line in lines if re.match(WINDOW, line["world"])]
+    windows = [(int(w[7]), d.mean) for w in worlds if (d := minus(by_arm, w, "Moderate", "reversed"))]
     return [
         "Rank correlation over base models of the predicted harm with the measured difference [95 %, resampled].",
         markdown(["arm", "base models", "Spearman"], harm),
@@ -248,6 +252,26 @@ def across(lines: list[dict], found: dict[tuple[str, str], Difference], by_arm: 
         "Worlds `123456` and `random`, mean over base models [90 %]: two one-sided tests at 5 %.",
         markdown(["arm", "base models", "mean", f"within {EQUIVALENT:g} points"], flat),
     ]
+
+
+def by_rate(lines: list[dict], tuned: dict[tuple[str, str, float], dict[int, float]]) -> list[str]:
+    """The tuning cells at each rate. A base model has one seed there: this speaks of all of them together only."""
+    body = []
+    for rate in RATES:
+        score = {(world, arm): mean(by_seed.values()) for (world, arm, at), by_seed in tuned.items() if at == rate}
+        base = {world: value for (world, arm), value in score.items() if arm == "uniform"}
+        gap = {(world, arm): value - base[world] for (world, arm), value in score.items() if world in base}
+        body.append([f"{rate:g}"])
+        for arm in RISE:
+            of = [(line, gap[line["world"], arm]) for line in lines if (line["world"], arm) in gap]
+            rho = rank_correlation([(100 * line["harm"][arm][0], d) for line, d in of])
+            said = {side: [d for line, d in of if line["claims"]["harm"][arm] == side] for side in SIDES.values()}
+            body[-1].append(", ".join([rho, *(f"{side} {mean(ds):+.1f}" for side, ds in said.items() if ds)]))
+        worlds = [world for world, arm in gap if arm == "reversed" and re.match(WINDOW, world)]
+        ends = [(int(w[7]), gap[w, "Moderate"] - gap[w, "reversed"]) for w in worlds if (w, "Moderate") in gap]
+        body[-1].append(rank_correlation(ends))
+    intro = "The tuning cells at each rate: the same Spearman, and the mean difference where up, none, down is claimed."
+    return [intro, markdown(["learning rate", *RISE, "Moderate - reversed by window"], body)]
 
 
 def clipped(lines: list[dict], by_arm: dict) -> list[str]:
