@@ -3,6 +3,7 @@
     python -m experiments.study.placed predict     a line of predictions.jsonl for each base model in runs/worlds
     python -m experiments.study.placed tune        each arm at three learning rates, on the validation sums
     python -m experiments.study.placed measure     each at its best rate, four seeds, four samples of the final sums
+    python -m experiments.study.placed early       the same at a rate at which learning is not done
     python -m experiments.study.placed report
 
 Each adds what is missing to runs/study-placed and may be killed. Cells carry the digest of predictions.jsonl, to which
@@ -54,6 +55,7 @@ ARMS |= {arm + CLIPPED: ARMS[arm] | {"tau_clip": 0.05} for arm in ("uniform", "M
 EXTREME = ("placed-12-", "placed-56-")
 SIDES = {1: "up", 0: "none", -1: "down"}
 RATES, STEPS, TUNING_SEEDS, SEEDS = (1e-4, 3e-4, 1e-3), 20, [4], [0, 1, 2, 3]
+EARLY = 3e-4  # picked for `early` after one seed at each rate was seen: its four seeds are others
 EQUIVALENT = 2.0  # points
 WINDOW = r"placed-\d\d-"  # the worlds with a window; its first step is the name's eighth letter
 
@@ -166,6 +168,11 @@ def final(output: Path) -> Grid:
             if arm == "uniform":
                 best[world, "OPSD"] = best[world, arm]
     return grid(output, best, SEEDS, "final")
+
+
+def early(output: Path) -> Grid:
+    arms = [key for key in tuned_arms(output) if CLIPPED not in key[1]]
+    return grid(output, dict.fromkeys(arms, [EARLY]), SEEDS, "final")
 
 
 def read_predictions(output: Path) -> list[dict]:
@@ -313,7 +320,7 @@ def rank_correlation(pairs: list[tuple[float, float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("predict", "tune", "measure", "report"))
+    parser.add_argument("action", choices=("predict", "tune", "measure", "early", "report"))
     parser.add_argument("--output_dir", type=Path, default=Path("runs/study-placed"))
     parser.add_argument("--workers", type=int, default=cores(), help="cells at a time")
     args = parser.parse_args()
@@ -329,6 +336,8 @@ def main() -> None:
         run_grid(tuning(output), output / "tuning", args.workers)
     elif args.action == "measure":
         run_grid(final(output), output / "final", args.workers)
+    elif args.action == "early":
+        run_grid(early(output), output / "early", args.workers)
     else:
         print(write_report(output))
 
