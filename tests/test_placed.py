@@ -14,6 +14,7 @@ from rollout import Response
 from runtime.loading import TINY_MODEL, load_tokenizer
 
 ARMS = list(placed.RISE)
+UNCLIPPED = ("uniform", "Moderate", "reversed", "Aggressive", "by index")
 
 
 @pytest.fixture
@@ -114,6 +115,11 @@ def test_each_arm_is_measured_at_its_best_rate(tmp_path):
     rows = [f"placed-12-seed1 / {arm} / {rate:g}" for arm, rate in {**best, "OPSD": 1e-4}.items()]
     assert set(grid.rows) == set(rows) and grid.seeds == [0, 1, 2, 3]
     assert {grid.options(row)["eval_data"] for row in rows} == {"runs/worlds/placed-12-seed1/final.jsonl"}
+    grid = placed.early(tmp_path)
+    assert set(grid.rows) == {
+        f"{w} / {arm} / 0.0003" for w in ("placed-12-seed1", "placed-34-seed1") for arm in UNCLIPPED
+    }
+    assert grid.seeds == [0, 1, 2, 3] and grid.options("placed-34-seed1 / reversed / 0.0003")["learning_rate"] == 3e-4
 
 
 def test_a_cell_before_its_prediction_is_refused(tmp_path):
@@ -136,7 +142,7 @@ def test_report_by_hand(tmp_path):
     pytest.importorskip("matplotlib")
     worlds = ["placed-12-seed1", "placed-123456-seed1", "placed-random-seed1", "placed-believed-seed1"]
     digest = predicted(tmp_path, *worlds, "placed-56-seed1")
-    write_cells(tmp_path, "final", digest, {
+    final = {
         (world, arm, 1e-4, seed): 0.5 + 0.01 * seed + (arm == "Moderate") * (gain + 0.001 * (-1) ** seed)
         for world, gain in zip(worlds, (0.1, 0.0, 0.004, 0.02), strict=True)
         for arm in ("uniform", "Moderate", "reversed") for seed in range(4)
@@ -145,11 +151,15 @@ def test_report_by_hand(tmp_path):
         for arm in ("uniform", "Moderate") for seed in range(4)
     } | {
         ("placed-56-seed1", arm, 1e-3, seed): 0.3 for arm in ("uniform", "Moderate") for seed in range(3)
-    })  # fmt: skip
+    }  # fmt: skip
+    write_cells(tmp_path, "final", digest, final)
+    early = {(worlds[0], arm, 3e-4, seed): 0.4 + (arm == "reversed") * (0.2 + 0.001 * (-1) ** seed)
+             for arm in ("uniform", "Moderate", "reversed") for seed in range(4)}  # fmt: skip
+    write_cells(tmp_path, "early", digest, early)
     text = placed.write_report(tmp_path)
     assert (tmp_path / "report.md").read_text() == text
-    assert "5 of 16 base models predicted, 8 of their 20 differences" in text
-    first = next(row for row in text.splitlines() if row.startswith("| placed-12-seed1"))
+    assert "5 of 16 base models predicted" in text and "At tuned rates: 8 of 20 differences" in text
+    first, at_fixed, clipped = (row for row in text.splitlines() if row.startswith("| placed-12-seed1"))
     gain, nothing = "+10.0 [+9.8, +10.2]", "+0.0 [+0.0, +0.0]"
     assert first == f"| placed-12-seed1 | up; {gain}, hit | up; {nothing} | up; - | up; - | {gain} |"
     assert "| placed-56-seed1 | up; - |" in text and "| harm | 3 of 8 |" in text  # Moderate, where it gains
@@ -157,7 +167,9 @@ def test_report_by_hand(tmp_path):
     # Moderate in the flat worlds: 0 and .4 points, mean .2, half a width t(1) at 90 % times .2: 6.31 * .2
     assert "| Moderate | 2 | +0.2 [-1.1, +1.5] | yes |" in text
     assert "| Moderate | 4 | - |" in text  # equal predictions have no rank
-    clipped = [row for row in text.splitlines() if row.startswith("| placed-12-seed1")][1]
+    assert "At 0.0003 everywhere: 2 of 20 differences" in text and "| harm | 1 of 2 |" in text
+    lost = "-20.0 [-20.2, -19.8]"
+    assert at_fixed == f"| placed-12-seed1 | up; {nothing} | up; +20.0 [+19.8, +20.2], hit | up; - | up; - | {lost} |"
     assert clipped == "| placed-12-seed1 | -20.0 [-20.0, -20.0] | +3.0 [-1.1, +7.1] | - | - |"  # 0, 2, 4, 6; t(3) 3.18
 
 
@@ -166,8 +178,10 @@ def test_scatter_shows_prediction_and_measurement(tmp_path):
         pytest.importorskip(name)
     predicted(tmp_path, "placed-12-seed1")
     up = placed.paired_difference({0: 3.0, 1: 5.0}, {0: 1.0, 1: 1.0})
-    (axis,) = placed.scatter(placed.read_predictions(tmp_path), {("placed-12-seed1", "Moderate"): up}).axes
-    (bars,) = axis.containers
+    found = {"final": {}, "early": {("placed-12-seed1", "Moderate"): up}}
+    tuned, early = placed.scatter(placed.read_predictions(tmp_path), found).axes
+    assert not tuned.containers
+    (bars,) = early.containers
     assert [*map(float, (*bars[0].get_xdata(), *bars[0].get_ydata()))] == [-1.0, 3.0]
 
 
@@ -177,18 +191,3 @@ def test_rank_correlation_by_hand(monkeypatch):
     assert placed.rank_correlation([(1, 2), (2, 3), (3, 5), (4, 9)]) == "+1.00 [+1.00, +1.00]"
     assert placed.rank_correlation([(1, 9), (2, 5), (3, 3), (4, 2)]) == "-1.00 [-1.00, -1.00]"
     assert placed.rank_correlation([(1, 2), (2, 3), (3, 5)]) == "-"
-
-
-def test_each_rate_of_the_tuning_cells_by_hand():
-    """Harm and difference in opposite order over four windows; a rate with one arm shows that one alone."""
-    pytest.importorskip("scipy")
-    windows = {"12": (-0.02, "up", 3), "23": (-0.01, "up", 1), "45": (0.01, "down", -1), "56": (0.02, "down", -2)}
-    lines = [line(f"placed-{window}-seed1", claim, harm) for window, (harm, claim, _) in windows.items()]
-    tuned = {(f"placed-{window}-seed1", arm, 3e-4): {4: 50.0 + (arm == "Moderate") * gain}
-             for window, (_, _, gain) in windows.items() for arm in ("uniform", "Moderate", "reversed")}  # fmt: skip
-    tuned |= {(f"placed-{window}-seed1", "reversed", 1e-3): {4: 50.0} for window in windows}
-    table = placed.by_rate(lines, tuned)[1].splitlines()[2:]
-    assert table[0] == "| 0.0001 | - | - | - | - | - |"
-    every = "-1.00 [-1.00, -1.00]"
-    assert table[1] == f"| 0.0003 | {every}, up +2.0, down -1.5 | -, up +0.0, down +0.0 | - | - | {every} |"
-    assert table[2] == "| 0.001 | - | - | - | - | - |"

@@ -56,6 +56,7 @@ EXTREME = ("placed-12-", "placed-56-")
 SIDES = {1: "up", 0: "none", -1: "down"}
 RATES, STEPS, TUNING_SEEDS, SEEDS = (1e-4, 3e-4, 1e-3), 20, [4], [0, 1, 2, 3]
 EARLY = 3e-4  # picked for `early` after one seed at each rate was seen: its four seeds are others
+PARTS = {"final": "At tuned rates", "early": f"At {EARLY:g} everywhere"}
 EQUIVALENT = 2.0  # points
 WINDOW = r"placed-\d\d-"  # the worlds with a window; its first step is the name's eighth letter
 
@@ -172,7 +173,7 @@ def final(output: Path) -> Grid:
 
 def early(output: Path) -> Grid:
     arms = [key for key in tuned_arms(output) if CLIPPED not in key[1]]
-    return grid(output, dict.fromkeys(arms, [EARLY]), SEEDS, "final")
+    return grid(output, dict.fromkeys(arms, (EARLY,)), SEEDS, "final")
 
 
 def read_predictions(output: Path) -> list[dict]:
@@ -202,11 +203,30 @@ def scores(output: Path, part: str) -> dict[tuple[str, str, float], dict[int, fl
 
 
 def write_report(output: Path) -> str:
-    """OUTPUT/report.md from the cells measured so far."""
+    """OUTPUT/report.md and, with matplotlib, scatter.png from the cells measured so far."""
     lines = read_predictions(output)
-    by_arm = {(world, arm): by_seed for (world, arm, _), by_seed in scores(output, "final").items()}
-    found = {(line["world"], arm): d for line in lines for arm in RISE
-             if (d := minus(by_arm, line["world"], arm, "uniform"))}  # fmt: skip
+    by_part = {
+        part: {(world, arm): by_seed for (world, arm, _), by_seed in scores(output, part).items()} for part in PARTS
+    }
+    found = {
+        part: {key: d for key in ((line["world"], arm) for line in lines for arm in RISE)
+               if (d := minus(by_arm, *key, "uniform"))} for part, by_arm in by_part.items()
+    }  # fmt: skip
+    intro = (
+        f"# Predicted before training\n\n{len(lines)} of 16 base models predicted. Each row: what was predicted; what "
+        "was measured, in points of sampled accuracy against uniform weights per sequence [95 % over "
+        f"{len(SEEDS)} seeds]; a hit where the interval lies on the predicted side of 0, or for none, around it."
+    )
+    sections = [text for part in PARTS for text in section(lines, part, found[part], by_part[part])]
+    text = "\n\n".join([intro, *sections, *clipped(lines, by_part["final"])]) + "\n"
+    (output / "report.md").write_text(text, encoding="utf-8")
+    if any(found.values()):
+        scatter(lines, found).savefig(output / "scatter.png")
+    return text
+
+
+def section(lines: list[dict], part: str, found: dict[tuple[str, str], Difference], by_arm: dict) -> list[str]:
+    """One measurement: a row for each base model, the hits of each predictor, and what holds over base models."""
     body, hits = [], {name: [] for name in lines[0]["claims"]}
     for line in lines:
         body.append([line["world"]])
@@ -217,20 +237,12 @@ def write_report(output: Path) -> str:
             for name, hit in hits.items():
                 hit += [measured == line["claims"][name][arm]] if d else []
         body[-1].append(minus(by_arm, line["world"], "Moderate", "reversed") or "-")
-    intro = (
-        f"# Predicted before training\n\n{len(lines)} of 16 base models predicted, {len(found)} of their "
-        f"{len(lines) * len(RISE)} differences to uniform weights per sequence measured: what was predicted; what was "
-        f"measured, in points of sampled accuracy at tuned rates [95 % over {len(SEEDS)} seeds]; a hit where the "
-        "interval lies on the predicted side of 0, or for none, around it."
-    )
-    predictors = markdown(["predictor", "hits"], [[name, f"{sum(hit)} of {len(hit)}"] for name, hit in hits.items()])
-    table = markdown(["base model", *RISE, "Moderate - reversed"], body)
-    parts = [*across(lines, found, by_arm), *by_rate(lines, scores(output, "tuning")), *clipped(lines, by_arm)]
-    text = "\n\n".join([intro, table, predictors, *parts]) + "\n"
-    (output / "report.md").write_text(text, encoding="utf-8")
-    if found:
-        scatter(lines, found).savefig(output / "scatter.png")
-    return text
+    return [
+        f"## {PARTS[part]}: {len(found)} of {len(lines) * len(RISE)} differences measured",
+        markdown(["base model", *RISE, "Moderate - reversed"], body),
+        markdown(["predictor", "hits"], [[name, f"{sum(hit)} of {len(hit)}"] for name, hit in hits.items()]),
+        *across(lines, found, by_arm),
+    ]
 
 
 def minus(by_arm: dict, world: str, left: str, right: str) -> Difference | None:
@@ -261,26 +273,6 @@ def across(lines: list[dict], found: dict[tuple[str, str], Difference], by_arm: 
     ]
 
 
-def by_rate(lines: list[dict], tuned: dict[tuple[str, str, float], dict[int, float]]) -> list[str]:
-    """The tuning cells at each rate. A base model has one seed there: this speaks of all of them together only."""
-    body = []
-    for rate in RATES:
-        score = {(world, arm): mean(by_seed.values()) for (world, arm, at), by_seed in tuned.items() if at == rate}
-        base = {world: value for (world, arm), value in score.items() if arm == "uniform"}
-        gap = {(world, arm): value - base[world] for (world, arm), value in score.items() if world in base}
-        body.append([f"{rate:g}"])
-        for arm in RISE:
-            of = [(line, gap[line["world"], arm]) for line in lines if (line["world"], arm) in gap]
-            rho = rank_correlation([(100 * line["harm"][arm][0], d) for line, d in of])
-            said = {side: [d for line, d in of if line["claims"]["harm"][arm] == side] for side in SIDES.values()}
-            body[-1].append(", ".join([rho, *(f"{side} {mean(ds):+.1f}" for side, ds in said.items() if ds)]))
-        worlds = [world for world, arm in gap if arm == "reversed" and re.match(WINDOW, world)]
-        ends = [(int(w[7]), gap[w, "Moderate"] - gap[w, "reversed"]) for w in worlds if (w, "Moderate") in gap]
-        body[-1].append(rank_correlation(ends))
-    intro = "The tuning cells at each rate: the same Spearman, and the mean difference where up, none, down is claimed."
-    return [intro, markdown(["learning rate", *RISE, "Moderate - reversed by window"], body)]
-
-
 def clipped(lines: list[dict], by_arm: dict) -> list[str]:
     """The arms under the paper's clip, each against uniform under it, and that clip alone against none."""
     worlds = [line["world"] for line in lines if line["world"].startswith(EXTREME)]
@@ -290,21 +282,23 @@ def clipped(lines: list[dict], by_arm: dict) -> list[str]:
     return [markdown(["base model", *(f"{left} - {right}" for left, right in pairs)], body)] if body else []
 
 
-def scatter(lines: list[dict], found: dict[tuple[str, str], Difference]):
+def scatter(lines: list[dict], found: dict[str, dict[tuple[str, str], Difference]]):
     """What each base model's harm predicts of an arm, against what was measured; both with their 95 % intervals."""
-    drawn, axes = figure(7, 5, [["all"]])
-    for arm in RISE:
-        of = [(line["harm"][arm], found[line["world"], arm]) for line in lines if (line["world"], arm) in found]
-        if of:
-            harm, low, high = 100 * np.array([h for h, _ in of]).T
-            y, *limits = np.array([[d.mean, d.low, d.high] for _, d in of]).T
-            bars = {"xerr": (harm - low, high - harm), "yerr": (y - limits[0], limits[1] - y)}
-            axes["all"].errorbar(harm, y, **bars, fmt="o", elinewidth=0.6, markersize=4, label=arm)
-    axes["all"].set(xlabel="harm before training, to uniform weights (points of right answers a token)",
-                    ylabel="sampled accuracy after training, to uniform weights (points)")  # fmt: skip
-    axes["all"].axhline(0.0, color="0.5", linewidth=0.8)
-    axes["all"].axvline(0.0, color="0.5", linewidth=0.8)
-    axes["all"].legend(fontsize=8, frameon=False)
+    drawn, axes = figure(12, 5, [[*PARTS]])
+    for part, by_line in found.items():
+        for arm in RISE:
+            of = [(line["harm"][arm], by_line[line["world"], arm]) for line in lines if (line["world"], arm) in by_line]
+            if of:
+                harm, low, high = 100 * np.array([h for h, _ in of]).T
+                y, *limits = np.array([[d.mean, d.low, d.high] for _, d in of]).T
+                bars = {"xerr": (harm - low, high - harm), "yerr": (y - limits[0], limits[1] - y)}
+                axes[part].errorbar(harm, y, **bars, fmt="o", elinewidth=0.6, markersize=4, label=arm)
+        axes[part].set(title=PARTS[part], xlabel="harm before training - uniform (points of right answers a token)",
+                       ylabel="sampled accuracy after training - uniform (points)")  # fmt: skip
+        axes[part].axhline(0.0, color="0.5", linewidth=0.8)
+        axes[part].axvline(0.0, color="0.5", linewidth=0.8)
+        if by_line:
+            axes[part].legend(fontsize=8, frameon=False)
     return drawn
 
 
