@@ -12,8 +12,8 @@
 # on one mode and cover all of them; a privileged teacher, whose surprises are just the tokens of large ratio.
 set -euo pipefail
 T=$(mktemp -d) && trap 'rm -rf "$T"' EXIT && cd "$T"
-python3 -m venv v && v/bin/pip install -q --disable-pip-version-check torch==2.13.0 transformers==5.24.0 \
-    tensordict==0.15.3 ray==2.60.0 omegaconf==2.4.0 codetiming==1.4.0 orjson==3.13.0
+python3 -m venv v && v/bin/pip install -q --disable-pip-version-check torch==2.13.0 transformers==5.10.2 \
+    tensordict==0.10.0 ray==2.60.0 omegaconf==2.4.0 codetiming==1.4.0 orjson==3.13.0
 v/bin/pip install -q --disable-pip-version-check --no-deps verl==0.9.1
 cat > seen.py <<'PY'
 from importlib.metadata import version
