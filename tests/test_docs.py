@@ -161,10 +161,10 @@ def test_the_walkthrough_prints_what_it_holds():
 # --- the study's numbers ----------------------------------------------------------------------------------------
 
 
-def study_tables() -> list[tuple[list[str], list[str], list[list[str]]]]:
-    """(folders, columns, rows) of each table of docs/study.md behind a mark `<!-- cells FOLDER ... -->`."""
+def study_tables(mark: str = "cells") -> list[tuple[list[str], list[str], list[list[str]]]]:
+    """(folders, columns, rows) of each table of docs/study.md behind `<!-- MARK FOLDER ... -->`."""
     found = []
-    for folders, lines in re.findall(r"<!-- cells (.+) -->\n((?:\|.*\n)+)", PAGES["docs/study.md"]):
+    for folders, lines in re.findall(rf"<!-- {mark} (.+) -->\n((?:\|.*\n)+)", PAGES["docs/study.md"]):
         head, _, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines.splitlines()]
         found.append((folders.split(), head[1:], rows))
     return found
@@ -188,11 +188,11 @@ def measured(folder: str, row: str, column: str) -> dict[int, float]:
 
 
 def as_shown(left: dict[int, float], right: dict[int, float] | None = None) -> str:
-    """mean ± sample deviation; of a difference its mean and 95 % t interval over the six seeds (t = 2.5706)."""
+    """mean ± sample deviation; of a difference its mean and 95 % t interval over six or four seeds."""
     if right is None:
         return f"{mean(left.values()):.1f} ± {stdev(left.values()):.1f}"
     d = [left[seed] - right[seed] for seed in left]
-    half = 2.570582 * stdev(d) / len(d) ** 0.5
+    half = {6: 2.570582, 4: 3.182446}[len(d)] * stdev(d) / len(d) ** 0.5
     return f"{mean(d):+.1f} [{mean(d) - half:+.1f}, {mean(d) + half:+.1f}]"
 
 
@@ -210,3 +210,26 @@ def test_the_studys_tables_hold_what_the_cells_say():
                 assert not cell.startswith("**") or any(f"**{text}**" in report for text in shown), (name, column)
                 count += cell != "-"
     assert count > 120
+
+
+def test_the_placed_table_holds_what_predictions_and_cells_say():
+    """What was claimed of base models 1; 2 and what the cells give, at 3e-4 (`early`) and at tuned rates (`final`)."""
+    ((folder,), columns, rows) = study_tables("placed")[0]
+    lines = (ROOT / "experiments/results" / folder / "predictions.jsonl").read_text().splitlines()
+    claims = {line["world"]: line["claims"]["harm"] for line in map(json.loads, lines)}
+    scores: dict[tuple[str, str], dict[int, float]] = {}
+    for part in ("early", "final"):
+        for cell in cells_of(f"{folder}/{part}"):
+            key = (part, cell["row"].rpartition(" / ")[0])
+            scores.setdefault(key, {})[cell["seed"]] = 100 * cell["evaluation"]["20"]["sampled"]
+    for where, *cells in rows:
+        for column, cell in zip(columns, cells, strict=True):
+            arms, rate = column.split(", ")
+            left, right = arms.split(" - ")
+            shown = []
+            for world in (f"placed-{where.replace(', ', '')}-seed{seed}" for seed in (1, 2)):
+                sides = [scores["early" if rate == "3e-4" else "final", f"{world} / {arm}"] for arm in (left, right)]
+                assert all(len(side) == 4 for side in sides)
+                shown.append((f"{claims[world][left]}: " if right == "uniform" else "") + as_shown(*sides))
+            assert cell == "; ".join(shown), (where, column)
+    assert len(rows) == 8
