@@ -122,6 +122,22 @@ def test_each_arm_is_measured_at_its_best_rate(tmp_path):
     assert grid.seeds == [0, 1, 2, 3] and grid.options("placed-34-seed1 / reversed / 0.0003")["learning_rate"] == 3e-4
 
 
+@pytest.mark.parametrize(
+    ("action", "part", "rows"), [("tune", "tuning", 42), ("measure", "final", 0), ("early", "early", 10)]
+)
+def test_each_action_runs_its_grid_in_its_own_folder(tmp_path, monkeypatch, action, part, rows):
+    predicted(tmp_path, "placed-12-seed1", "placed-34-seed1")
+    ran = []
+    monkeypatch.setattr(placed, "run_grid", lambda grid, output, workers: ran.append((output, len(grid.rows))))
+    monkeypatch.setattr("sys.argv", ["placed.py", action, f"--output_dir={tmp_path}"])
+    if rows:
+        placed.main()
+        assert ran == [(tmp_path / part, rows)]
+    else:
+        with pytest.raises(InputError, match="tuned"):
+            placed.main()
+
+
 def test_a_cell_before_its_prediction_is_refused(tmp_path):
     first = predicted(tmp_path, "a")
     second = predicted(tmp_path, "b")

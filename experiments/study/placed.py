@@ -3,7 +3,7 @@
     python -m experiments.study.placed predict     a line of predictions.jsonl for each base model in runs/worlds
     python -m experiments.study.placed tune        each arm at three learning rates, on the validation sums
     python -m experiments.study.placed measure     each at its best rate, four seeds, four samples of the final sums
-    python -m experiments.study.placed early       the same at a rate at which learning is not done
+    python -m experiments.study.placed early       the same at one rate, at which learning is not done
     python -m experiments.study.placed report
 
 Each adds what is missing to runs/study-placed and may be killed. Cells carry the digest of predictions.jsonl, to which
@@ -326,14 +326,11 @@ def main() -> None:
                 append_rows(output / "predictions.jsonl", [with_claims(predict(world), position_auroc(world))])
     elif not done:
         raise InputError(f"--output_dir {output}: no predictions.jsonl there; make_world, then `predict`")
-    elif args.action == "tune":
-        run_grid(tuning(output), output / "tuning", args.workers)
-    elif args.action == "measure":
-        run_grid(final(output), output / "final", args.workers)
-    elif args.action == "early":
-        run_grid(early(output), output / "early", args.workers)
-    else:
+    elif args.action == "report":
         print(write_report(output))
+    else:
+        make = {"tune": tuning, "measure": final, "early": early}[args.action]
+        run_grid(make(output), output / make.__name__, args.workers)
 
 
 if __name__ == "__main__":
