@@ -260,7 +260,8 @@ def main() -> None:
     config = FlagParser(EvaluationConfig, __doc__).parse()
     config = on_device(config, start_ranks(config.device))
     check_config(config)
-    problems, folder = load_problems(config.benchmark, False, config.columns)[: config.limit], Path(config.output_dir)
+    benchmark, folder = load_problems(config.benchmark, False, config.columns), Path(config.output_dir)
+    problems = benchmark[: config.limit]
     if again := len(problems) - len({item.problem for item in problems}):
         say(f"--benchmark {config.benchmark}: {again} problems repeat another; means and intervals count each of them")
     grader = make_grader(config.grader, [problem.answer for problem in problems])
@@ -278,7 +279,7 @@ def main() -> None:
             say(note)
         config = begin(config, problems, tokenizer, prompts, folder, record)
         if missing:
-            sample_missing(config, problems, tokenizer, prompts, missing, file)
+            sample_missing(config, benchmark, tokenizer, prompts, missing, file)  # whose whole digest keys the draws
         if rank() == 0:
             report(config, problems, [Sample(**file.rows[job]) for job in jobs], folder, grader)
     stop_ranks()

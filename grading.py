@@ -741,5 +741,6 @@ def make_grader(name: str, golds: list[str]) -> ExactGrader:
     if odd:
         notes.append(f"{len(odd)} of {len(golds)} gold answers are none that can be graded, such as {odd[0][-40:]!r}")
     grader = GRADERS[name]()
+    grader.name = name  # what the records hold, also of a class that inherits another's
     grader.note = "; ".join(notes)
     return grader

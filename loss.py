@@ -270,7 +270,7 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         T = self.distill_temperature
-        require(0.0 < T < inf, "distill_temperature", T, "be positive")
+        require(0.0 < T < inf, "distill_temperature", T, "be positive and finite")
         require(self.tau_clip > 0.0, "tau_clip", self.tau_clip, "be positive (inf for none)")
         require(0.0 <= self.beta <= 1.0, "beta", self.beta, "lie in [0, 1]")
 

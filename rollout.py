@@ -126,7 +126,10 @@ def choose_tokens(logits_BV: Tensor, uniform_B: Tensor, settings: Sampling, cand
 
 
 def _most_likely(values_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row and their ids; the largest first and, of equal ones, that of the lowest id."""
+    """The `count` largest of each row and their ids; the largest first, and of equal ones that of the lowest id.
+
+    Which of those as large as the last are among the `count` is torch.topk's choice.
+    """
     if count >= values_BV.shape[-1]:
         return values_BV.sort(dim=-1, descending=True, stable=True)
     ids_BK = values_BV.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values

@@ -174,17 +174,12 @@ class Teacher:
         self.model, self.kind, self.ema_decay = model, kind, ema_decay
         self.trained, lora = trained_parameters(model), bool(lora_parameters(model))
         copied = kind in ("fixed", "ema") and not lora
-        self.copy = copy.deepcopy(model).requires_grad_(False) if copied else None
+        self.scorer = other or (copy.deepcopy(model).requires_grad_(False) if copied else model)
         self.average: list[Tensor] = []  # for `ema`, one for each of `trained`; where there is a copy, its own weights
         if kind == "ema":
-            self.average = list(self.copy.parameters()) if copied else [p.detach().clone() for p in self.trained]
-        kinds = {  # the model that scores, and the state that it is in meanwhile
-            "fixed": (model, partial(adapter_disabled, model)) if lora else (self.copy, nullcontext),
-            "ema": (model, self._averaged) if lora else (self.copy, nullcontext),
-            "live": (model, nullcontext),
-            "other": (other, nullcontext),
-        }
-        self.scorer, self.state = kinds[kind]
+            self.average = list(self.scorer.parameters()) if copied else [p.detach().clone() for p in self.trained]
+        states = {"fixed": partial(adapter_disabled, model), "ema": self._averaged} if lora else {}
+        self.state = states.get(kind, nullcontext)  # that the model is in while it scores
 
     @contextmanager
     def scoring(self) -> Iterator[PreTrainedModel]:

@@ -99,7 +99,7 @@ def loss_fraction(
     scores = loss.of_rows(scores, L, correct=correct, finished=[row.y.finished for row in rows])
     r_M = weighting.relative_position(L).to(device)  # Eq. (5): r = (t - 0.5) / L
     w_M = run.method.token_weight(r_M, scores, L, step, config).detach()  # Eq. (5): w(r), or the method's own
-    seen.see([row.sample["problem"] for row in rows], r_M, w_M, scores,
+    seen.see([row.sample["problem"] for row in rows], L, r_M, w_M, scores,
              metrics.sampler_gap(student_MD, head_VD, ids_M, [row.y for row in rows]))  # fmt: skip
     return run.method.reduction(scores.loss, w_M, L)  # Eq. (8), PW-OPSD: Eq. (6), as a fraction
 

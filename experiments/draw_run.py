@@ -12,7 +12,9 @@ Axes: M tokens of one rollout, V vocabulary, K alternatives.
 import argparse
 import html
 import json
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from string import Template
@@ -23,16 +25,16 @@ import torch
 
 import experiments.study.rules  # noqa: F401  (registers its rows: a run of one can be shown)
 from errors import InputError
-from grading import answers_match, extract_boxed
-from loss import log_probabilities, resolve_method, score_tokens
-from model import adapter_disabled, response_hidden
+from grading import extract_boxed, make_grader
+from loss import log_probabilities, of_rows, resolve_method, score_tokens
+from model import adapter_disabled, head_logits, response_hidden
 from problems import Problem, load_problems
 from rollout import sample
 from runtime.checkpoint import load_adapter, newest_checkpoint
 from runtime.flags import run_script
 from runtime.loading import load_model, load_tokenizer
 from runtime.records import read_record, read_rows
-from teacher import student_prompt, teacher_prompt
+from teacher import Teacher, student_prompt, teacher_prompt
 from train import TrainConfig, choose_prompts
 from weighting import relative_position
 
@@ -143,9 +145,11 @@ def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
 
     They are held-out problems that the run repaired, solved greedily; where it has none with a reference solution, the
     first problems of its data, sampled as in training and both times with the same random numbers. Raises InputError
-    where the run has no adapter checkpoint.
+    where the run has no adapter checkpoint, or another teacher than the two.
     """
     config = run_config(run)
+    if config.teacher not in ("fixed", "live"):
+        raise InputError(f"{run}: --tokens scores by a fixed or a live teacher, not by --teacher {config.teacher}")
     checkpoint = newest_checkpoint(run)
     if checkpoint is None or config.lora_rank == 0:
         raise InputError(f"{run}: no checkpoint with an adapter to sample from")
@@ -158,13 +162,16 @@ def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
     if not chosen:
         problems, name, settings = load_problems(config.data, columns=config.columns), "problem", config.sampling
         chosen = list(range(len(problems)))[:count]
-    problems, prompts = choose_prompts(config, problems)
+    problems, prompts = choose_prompts(config, problems, read_record(run).get("date"))
+    times = [("before training", 0, partial(adapter_disabled, model)),
+             (checkpoint.name, int(checkpoint.name.rpartition("-")[2]), nullcontext)]  # fmt: skip
     views = []
-    for index in chosen:
-        shown = (model, tokenizer, problems[index], index, prompts, settings, config)
-        with adapter_disabled(model):
-            views.append(_view(f"{name} {index}, before training", *shown))
-        views.append(_view(f"{name} {index}, {checkpoint.name}", *shown))
+    with closing(make_grader(config.grader, [])) as grader:
+        for index in chosen:
+            for when, step, state in times:
+                shown = (model, tokenizer, problems[index], index, step, prompts, settings, config, grader)
+                with state():
+                    views.append(_view(f"{name} {index}, {when}", *shown))
     return views
 
 
@@ -183,30 +190,33 @@ def repaired(run: Path) -> list[int]:
     return sorted(differing, key=lambda index: (differing[index], index))
 
 
-def _view(title: str, model, tokenizer, problem: Problem, index: int, prompts, settings, config) -> RolloutView:
+def _view(
+    title: str, model, tokenizer, problem: Problem, index: int, step: int, prompts, settings, config, grader
+) -> RolloutView:
     prompt = student_prompt(tokenizer, problem, prompts)
     (sampled,) = sample(model, tokenizer, [prompt], [(config.seed, PAGE_STREAM, index)], settings)
     response, head_VD = sampled.ids, model.get_output_embeddings().weight
 
     def in_context(context: list[int]) -> torch.Tensor:
         hidden_MD = response_hidden(model, [context], [response])[0]
-        return log_probabilities(hidden_MD @ head_VD.T, config.distill_temperature)
+        return log_probabilities(head_logits(hidden_MD, head_VD), config.distill_temperature)
 
     def top(logp_MV: torch.Tensor) -> list[list[tuple[str, float]]]:
         rows = zip(*(part_MK.tolist() for part_MK in logp_MV.exp().topk(ALTERNATIVES, dim=-1)), strict=True)
         return [[(tokenizer.decode([j]), p) for p, j in zip(*row, strict=True)] for row in rows]
 
     student_logp_MV = in_context(prompt)
-    with adapter_disabled(model):
+    with Teacher(model, config.teacher).scoring():
         teacher_logp_MV = in_context(teacher_prompt(tokenizer, problem, prompts))
     method, L = resolve_method(config.method, config), [len(response)]
     ids_M = torch.tensor(response, device=head_VD.device)
     scores = score_tokens(method, student_logp_MV, teacher_logp_MV, ids_M, config)
-    w_M = method.token_weight(relative_position(L).to(ids_M.device), scores, L, 0, config)
+    correct = grader.match(extract_boxed(tokenizer.decode(response, skip_special_tokens=True)), problem.answer)
+    scores = of_rows(scores, L, correct=[correct], finished=[sampled.finished])
+    w_M = method.token_weight(relative_position(L).to(ids_M.device), scores, L, step, config)
     texts = [tokenizer.decode([token]) for token in response]
     columns = (texts, scores.loss.tolist(), w_M.tolist(), top(student_logp_MV), top(teacher_logp_MV))
-    answer = extract_boxed(tokenizer.decode(response, skip_special_tokens=True))
-    return RolloutView(title, problem, answers_match(answer, problem.answer), list(map(TokenView, *columns)))
+    return RolloutView(title, problem, correct, list(map(TokenView, *columns)))
 
 
 # --- The page ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
     python -m experiments.follow runs/RUN --to trackio
 
 Started at any time, it sends the rows of metrics.jsonl from the first one on, with the held-out accuracies, and ends
-with the run. Each step is sent once. Started again, it sends all as another run there. Training does not know of it.
+with the run's last step; where a run stops earlier it waits for more, until Ctrl-C. Each step is sent once. Started
+again, it sends all as another run there. Training does not know of it.
 """
 
 import argparse
@@ -55,14 +56,17 @@ def main() -> None:
         log, finish = tracker(args.to, args.run, config)
     except ImportError:
         raise InputError(f"--to {args.to} needs `pip install {args.to}`") from None
-    while True:
-        for step, row in sorted(numbers(args.run, config["num_steps"]).items()):
-            if step > last:
-                log(row, step=step)
-                last = step
-        if last >= config["num_steps"] - (not config["eval_data"]):
-            return finish()
-        time.sleep(SECONDS)
+    try:
+        while True:
+            for step, row in sorted(numbers(args.run, config["num_steps"]).items()):
+                if step > last:
+                    log(row, step=step)
+                    last = step
+            if last >= config["num_steps"] - (not config["eval_data"]):
+                return
+            time.sleep(SECONDS)
+    finally:
+        finish()
 
 
 if __name__ == "__main__":

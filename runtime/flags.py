@@ -58,7 +58,7 @@ class FlagParser(HfArgumentParser):
 def check_limits(name: str, value: object, least=None, positive=False, within=None) -> None:
     """Raise InputError, naming the flag, for a value beyond the limits of its `option`."""
     require(least is None or value >= least, name, value, f"be at least {least}")
-    require(not positive or 0.0 < value < inf, name, value, "be positive")
+    require(not positive or 0.0 < value < inf, name, value, "be positive and finite")
     if within is not None:
         require(within[0] <= value <= within[1], name, value, f"lie in [{within[0]:g}, {within[1]:g}]")
 

@@ -35,15 +35,19 @@ class Observer:
         self.seconds[part] += now - self._last
         self._last = now
 
-    def see(self, numbers: list[int], r_M: Tensor, w_M: Tensor, scores: TokenScores, gap_M: Tensor | None) -> None:
-        """A micro-batch of the problems with these row numbers; `gap_M` is `sampler_gap` of its tokens."""
+    def see(
+        self, numbers: list[int], L: list[int], r_M: Tensor, w_M: Tensor, scores: TokenScores, gap_M: Tensor | None
+    ) -> None:
+        """A micro-batch of the problems with these row numbers and lengths; `gap_M` is `sampler_gap` of its tokens."""
         self.has_gap = gap_M is not None
         columns = [
             torch.ones_like(w_M), scores.loss.detach(), w_M, scores.clipped_mass, scores.student_entropy,
             scores.teacher_entropy, torch.zeros_like(w_M) if gap_M is None else gap_M,
         ]  # fmt: skip
         self.table.index_add_(0, (r_M * 10).long().clamp(max=9), torch.stack(columns, dim=1))
-        self.broken += [] if scores.loss.isfinite().all() else numbers
+        if not scores.loss.isfinite().all():
+            rows = zip(numbers, scores.loss.split(L), strict=True)
+            self.broken += [number for number, loss_L in rows if not loss_L.isfinite().all()]
 
     def means(self) -> dict:
         """Means over the step's tokens, and by tenth of the solution (null where no token lies)."""
@@ -109,13 +113,13 @@ GAP_GROWTH = 3.0
 def gap_warning(history: list[dict], dtype: torch.dtype) -> str | None:
     """One line if the last step's `sampler_gap` is larger than rounding explains, else None.
 
-    In float32 rounding has one size. In 16 bit two engines differ by more, as the first step shows, before which the
-    adapter was loaded anew; what grows from there is no rounding.
+    In float32 rounding has one size. In 16 bit two engines differ by more, as the first step that tells shows, before
+    which the adapter was loaded anew; what grows from there is no rounding.
     """
-    gap, first = history[-1].get("sampler_gap"), history[0].get("sampler_gap")
-    if gap is None or first is None:
+    gaps = [row["sampler_gap"] for row in history if "sampler_gap" in row]
+    if "sampler_gap" not in history[-1]:
         return None
-    bound = GAP_FLOAT32 if dtype == torch.float32 else min(GAP_16_BIT, GAP_GROWTH * first)
+    gap, bound = gaps[-1], GAP_FLOAT32 if dtype == torch.float32 else min(GAP_16_BIT, GAP_GROWTH * gaps[0])
     why = "the engine samples from other weights than those trained (an adapter, checkpoint or precision of its own)"
     return f"sampler_gap {gap:.1e} is above {bound:.1e}: {why}" if gap > bound else None
 

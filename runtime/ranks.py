@@ -156,6 +156,9 @@ class StoppedError(BaseException):
     """A signal has asked the run to stop. No `except Exception` on the way may take it for a failure."""
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
 class Stop:
     """SIGTERM, Ctrl-C, and the USR1 and HUP of schedulers: each means to keep the last finished step and to end.
 
@@ -169,7 +172,7 @@ class Stop:
         self.held, self._sharded = True, sharded  # held: signals wait
 
     def listen(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP
                 signal.signal(number, self._note)
         return self

@@ -175,7 +175,9 @@ def record_run(
     """
     if record is not None:
         before = record["config"] | record.get("inputs", {})
-        for flag, now in json.loads(json.dumps(config | inputs)).items():
+        asked = json.loads(json.dumps(config | inputs))
+        for flag in sorted(asked, key=lambda flag: flag in inputs):  # last, as another flag may change what they name
+            now = asked[flag]
             if flag not in free and (changed := difference(before.get(flag), now)):
                 how = f"was started with --{flag} {record['config'].get(flag)}, not {now}"
                 if flag in inputs:

@@ -32,13 +32,14 @@ def other_settings(a: dict, b: dict, source: str) -> list[str]:
     Raises InputError, naming B's source, where the two are not answers to the same question.
     """
     asked, here = (
-        {"benchmark": s["regime"]["benchmark_sha256"], "answers": s["answers_sha256"], "grader": s["grader"]["name"],
-         "num_samples": s["num_samples"]} for s in (a, b)
+        {"benchmark": s["regime"]["benchmark_sha256"], "answers": s["answers_sha256"],
+         "grader": [s["grader"]["name"], s["grader"]["version"]], "num_samples": s["num_samples"]} for s in (a, b)
     )  # fmt: skip
     if change := difference(asked, here):
         raise InputError(f"{source}: not comparable with the first ({change})")
-    ours = ("model", "model_sha256", "adapter", "adapter_sha256", "benchmark")
-    different = [name for name, value in a["regime"].items() if name not in ours and b["regime"].get(name) != value]
+    a_regime, b_regime = (s["regime"] | {"prompts": s["inputs"]["prompts"]} for s in (a, b))  # the tokens, not a path
+    ours = ("model", "adapter", "benchmark")
+    different = [name for name, value in a_regime.items() if name not in ours and b_regime.get(name) != value]
     return sorted(different + ["seeds"] * (a["seeds"] != b["seeds"]))
 
 

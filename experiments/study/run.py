@@ -38,6 +38,7 @@ from experiments.study.worlds import fact_change, leaps, strays
 from problems import Problem, load_problems
 from runtime.flags import run_script
 from runtime.loading import find_checkpoint
+from runtime.ranks import STOP_SIGNALS
 from runtime.records import append_rows, make_folder, read_rows, write_rows
 
 
@@ -80,7 +81,7 @@ def run_cell(cell: Cell, output: Path) -> dict:
     """Train a cell, or go on with it, and return its line of cells.jsonl. A loss that is not finite is a result too."""
     run = output / "runs" / cell.folder
     run.mkdir(parents=True, exist_ok=True)
-    started, error, argv, on_sigterm = time.time(), None, sys.argv, signal.getsignal(signal.SIGTERM)
+    started, error, argv, handlers = time.time(), None, sys.argv, {n: signal.getsignal(n) for n in STOP_SIGNALS}
     with run.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         sys.argv = ["train.py", *cell.flags, f"--output_dir={run}", "--resume=true"]
         try:
@@ -89,7 +90,8 @@ def run_cell(cell: Cell, output: Path) -> dict:
             error = str(problem)
         finally:
             sys.argv = argv
-            signal.signal(signal.SIGTERM, on_sigterm)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     record = {**asdict(cell), **measured(run, error), "error": error, "seconds": round(time.time() - started, 1)}
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
