@@ -9,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import families
 import forked
 
+from runtime.loading import load_model, load_tokenizer
+
 
 def pytest_collection_finish(session):
     """What ranks are forked from imports the project meanwhile, beside the tests before theirs."""
@@ -31,6 +33,27 @@ def family(request) -> str:
 def checkpoint(family, tmp_path_factory) -> Path:
     """A random checkpoint of each family in turn."""
     return families.make_checkpoint(family, tmp_path_factory.mktemp("models") / family)
+
+
+@pytest.fixture
+def model(checkpoint):
+    return load_model(checkpoint, device="cpu")
+
+
+@pytest.fixture
+def tokenizer(checkpoint):
+    return load_tokenizer(checkpoint)
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Runs the `main` of a script with these words behind its name."""
+
+    def main(script, *words: object):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, words)])
+        return script.main()
+
+    return main
 
 
 @pytest.fixture(scope="session")

@@ -5,16 +5,7 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Olmo3Config,
-    Olmo3ForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 TURNS = (
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
@@ -55,15 +46,12 @@ def make_tokenizer(family: str, corpus=CORPUS) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     names = sorted(set(SPECIAL[family].values()))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(vocab_size=600, special_tokens=names, initial_alphabet=alphabet, show_progress=False),
-    )
+    settings = {"vocab_size": 600, "special_tokens": names, "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(**settings))
     if family == "llama":
         bos = SPECIAL["llama"]["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-        )
+        special = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=special)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL[family])
     wrapped.add_tokens(["<think>", "</think>", "<|im_start|>", "<｜User｜>", "<｜Assistant｜>"])
     wrapped.chat_template = TEMPLATES[family]
@@ -76,14 +64,12 @@ def make_checkpoint(family: str, directory: Path, corpus=CORPUS, seed: int = 0) 
     tokenizer = make_tokenizer(family, corpus)
     shared = {**SHAPE, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     shared |= {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
-    if family == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**shared, head_dim=8, tie_word_embeddings=True))
-    elif family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**shared))
-    else:
-        layers = ["sliding_attention", "full_attention"]
-        model = Olmo3ForCausalLM(Olmo3Config(**shared, sliding_window=16, layer_types=layers))
-    model.save_pretrained(directory)
+    name, more = {
+        "qwen3": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+        "llama": ("Llama", {}),
+        "olmo3": ("Olmo3", {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}),
+    }[family]
+    causal(name, **shared, **more).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -96,11 +82,16 @@ def composite(name: str, tower: dict, **more) -> PreTrainedModel:
     return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
 
-def odd(name: str, **more) -> PreTrainedModel:
-    """A random model of another family."""
+def causal(name: str, **settings) -> PreTrainedModel:
+    """A random language model of the library's class."""
     config = getattr(transformers, f"{name}TextConfig" if name in ("Gemma3", "Qwen3_5") else f"{name}Config")
     head = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
-    return getattr(transformers, head)(config(**{**SHAPE, "vocab_size": 300, **more}))
+    return getattr(transformers, head)(config(**settings))
+
+
+def odd(name: str, **more) -> PreTrainedModel:
+    """A random model of another family."""
+    return causal(name, **{**SHAPE, "vocab_size": 300, **more})
 
 
 MAMBA = {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1,
@@ -148,9 +139,8 @@ def make_odd(kind: str, directory: Path) -> Path:
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:
     """Llama 2's kind: spaces become a character, one is put in front, unknown characters fall back to bytes."""
-    vocabulary = {
-        token: i for i, token in enumerate(["<unk>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a"])
-    }
+    tokens = ["<unk>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])

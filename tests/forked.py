@@ -29,10 +29,8 @@ def run_ranks(folder: Path, target: Callable, *arguments: object, ranks: int = 2
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [
-        context.Process(target=_one_rank, args=(rank, ranks, port, str(logs[rank]), target, arguments))
-        for rank in range(ranks)
-    ]
+    given = [(rank, ranks, port, str(logs[rank]), target, arguments) for rank in range(ranks)]
+    processes = [context.Process(target=_one_rank, args=args) for args in given]
     for process in processes:
         process.start()
     end = time.monotonic() + SECONDS

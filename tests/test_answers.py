@@ -4,33 +4,22 @@ import random
 import time
 from fractions import Fraction
 
-from grading import (
-    DEEPEST,
-    LONGEST,
-    MOST_BITS,
-    MOST_PARTS,
-    needs_algebra,
-    normalise_answer,
-    parse_number,
-    read_answer,
-    same_answer,
-)
+import grading
+from grading import LONGEST, needs_algebra, normalise_answer, parse_number, read_answer, same_answer
 
 # What people box around the number 10. Each line is one kind of dress.
 DRESSES_OF_TEN = [
     "10", "10.0", "10.", "10,", "010", "+10", "1e1", "10^1", "20/2", r"\frac{20}{2}", r"\dfrac{20}2", r"2\cdot5",
     r"$10$", r"\(10\)", r"\[10\]", "{10}", "(10)", r"\left(10\right)", r"\boxed{10}", r"\fbox{10}",
     r"\mathbf{10}", r"\mathrm{10}", r"\textbf{10}", r"\text{10}", r"\displaystyle 10", r"\large 10", r"\boldsymbol{10}",
-    r"\$10", r"$\$10$", r"\$\,10", "10 USD", r"\$10.00", "€10",
+    r"\$10", r"$\$10$", r"\$\,10", "10 USD", r"\$10.00", "€10", "10 years old", "10 cups", "10¢",
     r"10\text{ dollars}", "10 dollars", r"10\text{ dollars}.", r"\text{10 dollars}", "10 apples", "10 cm", "10 days",
     r"10\,\text{cm}", r"10~\text{cm}", "10~cm", r"10\;\text{s}", r"10\ \text{cm}^2", r"10\textbf{ cm}", r"10\mbox{ cm}",
     r"10\text{ miles per hour}", "10 miles/hour", r"10\text{ km/h}", r"10\text{ square feet}",
     r"10^\circ", r"10^{\circ}", "10°", r"10\degree", r"10\%", "10%",
     "x=10", "x = 10", r"\theta=10", "x_1=10", "AB=10", "f(2)=10", "total = 10", r"\text{Total}=10",
     "１０", "\u00a010", "10\u200b", "\ufeff10", "10 = x", r"\text{10}\text{ cm}", r"10\text{.}", r"10\text{ \%}",
-    r"\underline{10}",
-    r"\color{red}{10}", r"\textcolor{red}{10}", r"10\ \mathrm{cm^2}", r"10\text{ cm$^2$}",
-    "10 years old", "10 cups", "10¢",
+    r"\underline{10}", r"\color{red}{10}", r"\textcolor{red}{10}", r"10\ \mathrm{cm^2}", r"10\text{ cm$^2$}",
     r"\text{\$}10", r"10~\text{\$}", r"US\$10", r"\mathdollar 10", r"\pounds 10", r"10\text{°}", r"10^\circ C",
     r"10^\circ\text{F}", r"10 \operatorname{cm}", r"a_{12}=10", r"a_{n+1} = 10", r"x_{\max}=10", r"A_{\text{max}}=10",
     r"S_{\triangle ABC}=10", "f(-2)=10", "f(1/2)=10", "f^{-1}(3)=10", r"\angle ABC=10^\circ", r"m\angle A = 10",
@@ -38,9 +27,8 @@ DRESSES_OF_TEN = [
 # Neighbours of the number 10 that say something else.
 NOT_TEN = [
     "10 or 12", r"10 \text{ or } 12", r"10\text{ and }11", "10, 12", "10,1", "(10,10)", r"\{10,11\}", r"10\pm1",
-    "10 11",
     "1 0", "x>10", r"\geq 10", "<10", r"x\ne10", r"\approx10", r"x\approx10", "~10", "about 10", r"\text{about }10",
-    "at least 10", "10 or more", "10 to 12", "10-12", "10~12", "10...", r"10\ldots", "10+",
+    "at least 10", "10 or more", "10 to 12", "10-12", "10~12", "10...", r"10\ldots", "10+", "10 11",
     "10 dozen", "10 million", r"10\text{ thousand}", "10 squared", "10 half", "10 percent more", "10 mod 12",
     "10x", "10i", "10e", "10m", "10abc", "10sinx", r"10 \sin x", r"10\pi", r"10\text{ i}", "10!", "10²", "10^2", "10½",
     "2x=10", "x^2=10", "|x|=10", "x=10,y=11", "10=11", "-10", "−10", "10_2", "10_3", "1000\\%", "10/0", "", "ten",
@@ -60,8 +48,7 @@ EQUAL = [
     (r"\frac{17}{6}\ (\approx 2.83)", r"\frac{17}{6}"), ("e\\approx2.718", "e"),
     # units
     (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}^\circ"), (r"15\text{ cm}^2", r"15\mbox{ cm}^2"),
-    (r"\$5", "5 dollars"),
-    (r"2\sqrt{5}\text{ cm}", r"2 \sqrt5"), (r"8\mbox{ inches}^2", "8 square inches"),
+    (r"\$5", "5 dollars"), (r"2\sqrt{5}\text{ cm}", r"2 \sqrt5"), (r"8\mbox{ inches}^2", "8 square inches"),
     # tuples, lists, sets, matrices
     ("(2,4)", "2,4"), ("(2,4)", r"\left( 2, 4 \right)"), ("(2,4)", "x=2, y=4"), ("(2,4)", "y=4, x=2"),
     ("(2,4)", "(x,y)=(2,4)"), ("(2,4)", "(y,x)=(4,2)"), ("(2,4)", r"\langle 2,4\rangle"),
@@ -80,9 +67,8 @@ EQUAL = [
     (r"\{x \mid x>10\}", r"(10,\infty)"),
     # signs and words
     (r"\emptyset", r"\varnothing"), (r"\emptyset", r"\{\}"), (r"\emptyset", "∅"), (r"\text{(B)}", "B"),
-    ("(B)", r"\text{B}"),
     (r"\text{Evelyn}", "Evelyn"), (r"\text{even}", "Even"), ("2516_8", "2516_{8}"), ("4210_{5}", "(4210)_5"),
-    ("21_{12}", "021_{12}"), ("-21_5", "−21_{5}"), ("N=21_3", r"21_{\text{3}}"),
+    ("21_{12}", "021_{12}"), ("-21_5", "−21_{5}"), ("N=21_3", r"21_{\text{3}}"), ("(B)", r"\text{B}"),
 ]  # fmt: skip
 DIFFERENT = [
     # separators
@@ -100,17 +86,15 @@ DIFFERENT = [
     ("-10_9", "-10"), ("-10_9", "-10_8"), ("10_9", "-10_9"), ("10_9+1", "11"), ("-(10_9)", "-10"),
     # sizes
     (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"), ("10^{-20}", "10^{-21}"), (r"\frac{1}{20!}", r"\frac{1}{21!}"),
-    ("10^{-20}", "0"), ("0.333333", "1/3"),
+    ("10^{-20}", "0"), ("0.333333", "1/3"), ("1/2", "2/1"),
     # units and names
     (r"500\%", "5"), ("50\\%", "0.5"), ("5 cm", "5 mm"), ("5 cm", r"5\text{ m}"), ("15 cm", "15 cm^2"), ("x=5", "y=5"),
-    (r"\$5", "5 cents"), ("x>5", "y>5"),
-    (r"5^\circ C", r"5^\circ F"), ("12\\%", "12/100"), ("a_{10}=9", "a_{11}=9"),
+    (r"\$5", "5 cents"), ("x>5", "y>5"), (r"5^\circ C", r"5^\circ F"), ("12\\%", "12/100"), ("a_{10}=9", "a_{11}=9"),
     # intervals
     ("[0,1)", "[0,1]"), ("(0,1)", "[0,1]"), ("(3,4)", "(3,4]"), ("x>5", r"x\ge5"), ("x<2, x>3", "(2,3)"),
     (r"x>2 \text{ and } x<3", r"(-\infty,3)\cup(2,\infty)"), (r"\{x \mid x>10\}", "10"), (r"[2,4]", "2,4"),
     # words
     (r"\text{east}", r"\text{seat}"), ("", ""), ("$", " "), (r"\{,\}", r"\{1\}"),
-    ("1/2", "2/1"),
 ]  # fmt: skip
 
 
@@ -153,7 +137,7 @@ def test_numbers_are_exact_and_bounded():
         assert parse_number(text) is None, text
     for text in ("9" * (LONGEST + 1), "(" * 400 + "1" + ")" * 400, "-" * 900 + "1", "*".join(["9^{999}"] * 90)):
         assert parse_number(text) is None, text[:20]
-    assert parse_number(f"2^{{{MOST_BITS // 2}}}") == 2 ** (MOST_BITS // 2)
+    assert parse_number(f"2^{{{grading.MOST_BITS // 2}}}") == 2 ** (grading.MOST_BITS // 2)
 
 
 def test_algebra_is_asked_only_where_it_is_needed():
@@ -191,10 +175,10 @@ def test_matching_is_symmetric_and_quick_on_anything():
 
 
 def test_depth_and_parts_are_bounded():
-    for depth, asked in ((DEEPEST, True), (DEEPEST + 1, False)):
+    for depth, asked in ((grading.DEEPEST, True), (grading.DEEPEST + 1, False)):
         deep, questions = "\\sqrt{" * depth + "x" + "}" * depth, []
         same_answer(deep, "x", ask=lambda a, b, questions=questions: questions.append(a))
         assert bool(questions) == asked and same_answer(deep, " " + deep)
-    few, many = (list(map(str, range(count))) for count in (MOST_PARTS, MOST_PARTS + 1))
+    few, many = (list(map(str, range(count))) for count in (grading.MOST_PARTS, grading.MOST_PARTS + 1))
     assert same_answer(",".join(few), ",".join(few[::-1])) and same_answer(",".join(many), ",".join(many))
     assert not same_answer(",".join(many), ",".join(many[::-1]), ask=lambda a, b: True)

@@ -9,21 +9,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
+import model as models
 from chat import end_of_turn, eos_ids
 from errors import InputError
-from model import (
-    LoRALinear,
-    adapter_disabled,
-    adapter_dropout,
-    add_lora,
-    cast_adapter,
-    lora_layers,
-    lora_parameters,
-    recompute_activations,
-    response_hidden,
-    response_mask,
-    trained_parameters,
-)
+from model import add_lora, lora_layers, lora_parameters, response_hidden
 from runtime.checkpoint import load_adapter, save_adapter
 from runtime.loading import check_head, find_checkpoint, load_config, load_model, load_tokenizer, pick_device
 
@@ -39,16 +28,8 @@ def randomise(model):
         parameter.data.normal_(std=0.1)
 
 
-@pytest.fixture
-def model(checkpoint):
-    return load_model(checkpoint, device="cpu").eval()
-
-
 def test_a_row_alone_equals_the_same_row_in_a_padded_batch(model):
-    """Prompts and responses of different lengths, one beyond Olmo3's window of 16; entry t predicts response token t.
-
-    The forward pass without a mask sees what generation sees with one.
-    """
+    """Lengths differ, one is beyond Olmo3's window of 16; without a mask it sees what generation sees with one."""
     batch = response_hidden(model, PROMPTS, RESPONSES)
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         alone = response_hidden(model, [prompt], [response])
@@ -57,10 +38,6 @@ def test_a_row_alone_equals_the_same_row_in_a_padded_batch(model):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(prompt) - 1 : -1]
         ours = model.get_output_embeddings()(alone[0])
         torch.testing.assert_close(ours, logits, atol=1e-5, rtol=0)
-
-
-def test_mask_comes_from_lengths():
-    assert response_mask([2, 4, 1]).tolist() == [[True] * n + [False] * (4 - n) for n in (2, 4, 1)]
 
 
 def test_lora_starts_at_the_base_and_switches_off_exactly(model):
@@ -72,7 +49,7 @@ def test_lora_starts_at_the_base_and_switches_off_exactly(model):
     randomise(model)
     changed = response_hidden(model, PROMPTS, RESPONSES)
     assert (changed - base).abs().max() > 1e-2
-    with adapter_disabled(model):
+    with models.adapter_disabled(model):
         assert torch.equal(response_hidden(model, PROMPTS, RESPONSES), base)
     assert torch.equal(response_hidden(model, PROMPTS, RESPONSES), changed)
 
@@ -112,12 +89,8 @@ def test_a_base_model_ends_where_its_template_ends_a_turn(qwen3):
     tokenizer.eos_token = "<|endoftext|>"
     assert end_of_turn(tokenizer) == turn
     assert eos_ids(GenerationConfig(), tokenizer) == sorted({turn, tokenizer.eos_token_id})
-    for template in (
-        None,
-        "{{ raise_exception('users only') }}",
-        "{{ messages[0].content }}",
-        "{%- for m in messages %}{{ m.content + '<think>' }}{%- endfor %}",
-    ):
+    each = "{%- for m in messages %}{{ m.content + '<think>' }}{%- endfor %}"
+    for template in (None, "{{ raise_exception('users only') }}", "{{ messages[0].content }}", each):
         tokenizer.chat_template = template
         assert end_of_turn(tokenizer) is None
 
@@ -150,9 +123,6 @@ def test_the_gpu_gets_an_index_and_dtypes_have_names(checkpoint, monkeypatch):
         load_model(checkpoint, "bf16", device="cpu")
 
 
-# --- Looking at what was loaded ---------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def qwen3(qwen3, tmp_path):
     """A copy, to be changed."""
@@ -162,15 +132,12 @@ def qwen3(qwen3, tmp_path):
 NORM = "model.layers.1.mlp.down_proj.weight"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda weights: weights.pop(NORM), f"lacks {NORM}$"),
-        (lambda weights: weights.update({"model.layers.7.stray.weight": torch.ones(2)}), "beyond .*layers.7.stray"),
-        (lambda weights: weights.update({NORM: torch.ones(3, 3)}), f"other shapes of {NORM}$"),
-        (lambda weights: [weights.pop(name) for name in [*weights] if "layers.1" in name], "lacks .* and 8 more$"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda weights: weights.pop(NORM), f"lacks {NORM}$"),
+    (lambda weights: weights.update({"model.layers.7.stray.weight": torch.ones(2)}), "beyond .*layers.7.stray"),
+    (lambda weights: weights.update({NORM: torch.ones(3, 3)}), f"other shapes of {NORM}$"),
+    (lambda weights: [weights.pop(name) for name in [*weights] if "layers.1" in name], "lacks .* and 8 more$"),
+])  # fmt: skip
 def test_weights_that_are_missing_or_too_many_are_named(qwen3, change, message):
     """transformers only warns, and draws what is missing anew at each load."""
     weights = load_file(qwen3 / "model.safetensors")
@@ -180,15 +147,10 @@ def test_weights_that_are_missing_or_too_many_are_named(qwen3, change, message):
         load_model(qwen3, device="cpu")
 
 
-@pytest.mark.parametrize(
-    ("added", "special", "template", "refused"),
-    [
-        (["<step>"], False, "", True),
-        (["<|turn|>"], True, "<|turn|>", True),
-        (["<|image|>"], True, "", False),  # which no prompt can hold
-        (["[PAD]"], True, "", False),
-    ],
-)
+@pytest.mark.parametrize(("added", "special", "template", "refused"), [
+    (["<step>"], False, "", True), (["<|turn|>"], True, "<|turn|>", True),
+    (["<|image|>"], True, "", False), (["[PAD]"], True, "", False),  # which no prompt can hold
+])  # fmt: skip
 def test_a_token_beyond_the_embedding_is_named(qwen3, added, special, template, refused):
     """A tokenizer that grew while the embedding did not."""
     tokenizer = load_tokenizer(qwen3)
@@ -217,18 +179,14 @@ def change_config(directory, **values):
     (directory / "config.json").write_text(json.dumps({**config, **values}))
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"model_type": "unheard-of", "architectures": ["Unheard"]}, "unheard-of"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised"),
-        ({"quantization_config": {"quant_method": "unheard-of"}}, "quantised"),
-        ({"hidden_size": "many"}, "cannot be loaded"),
-        ({"layer_types": ["one"]}, "layer_type"),
-        ({"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}, "lacks model.layers.2"),
-        ({"num_hidden_layers": 1, "layer_types": ["full_attention"]}, "beyond the architecture"),
-    ],
-)
+@pytest.mark.parametrize(("values", "message"), [
+    ({"model_type": "unheard-of", "architectures": ["Unheard"]}, "unheard-of"),
+    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised"),
+    ({"quantization_config": {"quant_method": "unheard-of"}}, "quantised"),
+    ({"hidden_size": "many"}, "cannot be loaded"), ({"layer_types": ["one"]}, "layer_type"),
+    ({"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}, "lacks model.layers.2"),
+    ({"num_hidden_layers": 1, "layer_types": ["full_attention"]}, "beyond the architecture"),
+])  # fmt: skip
 def test_a_config_that_does_not_fit_is_one_line(qwen3, values, message):
     change_config(qwen3, **values)
     with pytest.raises(InputError, match=message) as caught:
@@ -323,14 +281,14 @@ def test_only_the_adapters_own_dropout_draws(tmp_path, kind, rank):
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            recompute_activations(model)
+            models.recompute_activations(model)
         with torch.no_grad():
             still = response_hidden(model, PROMPTS, RESPONSES)
-        with adapter_dropout(model):
+        with models.adapter_dropout(model):
             hidden = response_hidden(model, PROMPTS, RESPONSES)
             assert torch.equal(hidden, still)
             hidden.square().sum().backward()
-        gradients.append([p.grad for p in trained_parameters(model) if p.grad is not None])
+        gradients.append([p.grad for p in models.trained_parameters(model) if p.grad is not None])
         model.zero_grad(set_to_none=True)
     assert gradients[0] and all(map(torch.equal, *gradients))
 
@@ -339,10 +297,10 @@ def test_the_adapters_dropout_draws_inside_its_context_alone(model):
     add_lora(model, rank=4, alpha=8.0, dropout=0.5)
     randomise(model)
     still = response_hidden(model, PROMPTS, RESPONSES)
-    with adapter_dropout(model):
+    with models.adapter_dropout(model):
         first, second = (response_hidden(model, PROMPTS, RESPONSES) for _ in range(2))
         assert not torch.equal(first, second)
-        with adapter_dropout(model, False):
+        with models.adapter_dropout(model, False):
             assert torch.equal(response_hidden(model, PROMPTS, RESPONSES), still)
         assert not torch.equal(response_hidden(model, PROMPTS, RESPONSES), still)
     assert torch.equal(response_hidden(model, PROMPTS, RESPONSES), still)
@@ -350,8 +308,8 @@ def test_the_adapters_dropout_draws_inside_its_context_alone(model):
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("meta", torch.bfloat16)])
 def test_sampling_casts_the_adapter_to_the_models_dtype_but_on_a_cpu(device, dtype):
-    layer = LoRALinear(torch.nn.Linear(4, 3, dtype=torch.bfloat16, device=device), 2, 4.0, 0.0)
-    with cast_adapter(torch.nn.Sequential(layer)):
+    layer = models.LoRALinear(torch.nn.Linear(4, 3, dtype=torch.bfloat16, device=device), 2, 4.0, 0.0)
+    with models.cast_adapter(torch.nn.Sequential(layer)):
         assert [part.dtype for part in layer.cast] == [dtype] * 2
     assert layer.cast is None
 
@@ -363,9 +321,9 @@ def test_checkpointing_computes_the_blocks_again_with_the_same_draws(model):
     gradients, kept, sizes = [], [], []
     for checkpointing in (False, True):
         if checkpointing:
-            recompute_activations(model)
+            models.recompute_activations(model)
         torch.manual_seed(5)
-        with adapter_dropout(model):
+        with models.adapter_dropout(model):
             with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
                 hidden = response_hidden(model, PROMPTS, RESPONSES)
             sizes.append(len(kept) - sum(sizes))

@@ -1,21 +1,12 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
-from errors import InputError
 from problems import Problem
 from rollout import Sampling, StreamSampler, choose_tokens, sample, uniforms, until_eos
-from runtime.loading import load_model, load_tokenizer
 from teacher import student_prompt
 
 SETTINGS = Sampling(temperature=1.1, top_p=0.95, top_k=20, max_new_tokens=12)
 PROBLEMS = [Problem(text, "", "") for text in ("What is 2+2?", "A much longer question: how many clips?", "Why?")]
-
-
-@pytest.fixture
-def loaded(checkpoint):
-    return load_model(checkpoint, device="cpu"), load_tokenizer(checkpoint)
 
 
 def test_choose_tokens_inverts_the_distribution():
@@ -67,8 +58,7 @@ def test_a_nucleus_needs_no_sort_of_all_tokens(spread, rounded):
 
 
 @pytest.mark.parametrize("mode", [True, False])
-def test_sampling_is_without_dropout_and_leaves_the_models_mode_also_where_it_fails(loaded, monkeypatch, mode):
-    model, tokenizer = loaded
+def test_sampling_is_without_dropout_and_leaves_the_mode_also_where_it_fails(model, tokenizer, monkeypatch, mode):
     model.train(mode)
     forward, seen = model.forward, []
     monkeypatch.setattr(model, "forward", lambda *args, **more: seen.append(model.training) or forward(*args, **more))
@@ -113,8 +103,7 @@ def test_a_row_ends_with_its_first_eos():
     assert (cut.ids, cut.finished) == ([5, 6, 7], False) and (ended.ids, ended.finished) == ([5, 2], True)
 
 
-def test_a_rows_sample_does_not_depend_on_its_batch(loaded):
-    model, tokenizer = loaded
+def test_a_rows_sample_does_not_depend_on_its_batch(model, tokenizer):
     prompts = [student_prompt(tokenizer, problem) for problem in PROBLEMS]
     keys = [(7, 0, i) for i in range(3)]
     told: list[int] = []
@@ -128,19 +117,16 @@ def test_a_rows_sample_does_not_depend_on_its_batch(loaded):
     assert other != alone
 
 
-def test_greedy_equals_generates_greedy(loaded):
-    model, tokenizer = loaded
+def test_greedy_equals_generates_greedy(model, tokenizer):
     prompt = student_prompt(tokenizer, PROBLEMS[0])
     (ours,) = sample(model, tokenizer, [prompt], [(0,)], Sampling(0.0, top_p=1.0, top_k=0, max_new_tokens=8))
-    theirs = model.eval().generate(
-        input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=8, pad_token_id=tokenizer.pad_token_id
-    )
+    how = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": tokenizer.pad_token_id}
+    theirs = model.generate(input_ids=torch.tensor([prompt]), **how)
     assert ours.ids == theirs[0, len(prompt) :].tolist()
 
 
-def test_the_eos_counts_as_a_token_also_where_pad_is_eos(loaded, family):
+def test_the_eos_counts_as_a_token_also_where_pad_is_eos(model, tokenizer, family):
     """The head is bent so that two EOS are likely: rows end with exactly one at their last position, or are cut."""
-    model, tokenizer = loaded
     assert (tokenizer.pad_token_id == tokenizer.eos_token_id) == (family == "llama")
     forward, ends = model.forward, [tokenizer.eos_token_id, *tokenizer.encode("9", add_special_tokens=False)[-1:]]
     model.generation_config.eos_token_id = ends[1:]  # the tokenizer's own counts besides
@@ -162,8 +148,7 @@ def test_the_eos_counts_as_a_token_also_where_pad_is_eos(loaded, family):
         assert response.finished or len(response.ids) == SETTINGS.max_new_tokens
 
 
-def test_logits_that_are_not_numbers_stop_the_run(loaded):
-    model, tokenizer = loaded
+def test_logits_that_are_not_numbers_stop_the_run(model, tokenizer):
     model.get_input_embeddings().weight.data[:] = float("nan")
     with pytest.raises(FloatingPointError, match="finite"):
         sample(model, tokenizer, [student_prompt(tokenizer, PROBLEMS[0])], [(0,)], SETTINGS)
@@ -175,20 +160,3 @@ def test_one_number_that_is_none_in_one_row_at_the_first_token_is_seen():
     sampler(torch.zeros(2, 1), scores)
     sampler(torch.zeros(2, 2), torch.zeros(2, 8))
     assert not sampler.finite
-
-
-@pytest.mark.parametrize(
-    "change, word",
-    [
-        ({"temperature": -1.0}, "--temperature"),
-        ({"temperature": float("nan")}, "--temperature"),
-        ({"temperature": 1e-39}, "0 .greedy. or at least 0.01"),  # scores over it would be inf, and the lowest id win
-        ({"top_p": 0.0}, "--top_p"),
-        ({"top_p": 1.01}, "--top_p"),
-        ({"top_k": -1}, "--top_k"),
-        ({"max_new_tokens": 0}, "--max_new_tokens"),
-    ],
-)
-def test_mistakes_are_named(change, word):
-    with pytest.raises(InputError, match=word):
-        replace(SETTINGS, **change)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_model import PROMPTS, RESPONSES
 
+import teacher as teachers
 import train
 from chat import Chat, render_turn
 from errors import InputError
@@ -15,37 +16,16 @@ from grading import ExactGrader
 from model import adapter_dropout, add_lora, response_hidden, trained_parameters
 from problems import Problem
 from runtime.loading import check_same_tokens, load_model, load_tokenizer, match_heads
-from teacher import (
-    DIAGNOSTIC_PROMPT,
-    EVALUATION_PROMPT,
-    PAPER_PROMPTS,
-    REFERENCES,
-    STUDENT_PROMPT,
-    TEACHER_PROMPT,
-    Prompts,
-    Teacher,
-    check_prompts,
-    choose_reference,
-    encode_prompt,
-    fill,
-    load_prompts,
-    student_prompt,
-    teacher_prompt,
-)
+from teacher import PAPER_PROMPTS, Teacher, check_prompts, encode_prompt, fill, student_prompt, teacher_prompt
 
 PROBLEM = Problem("What is {1+1}, given <think>?", "It is {solution} \\boxed{2}.", "2")
 ASK = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
-@pytest.fixture
-def tokenizer(checkpoint):
-    return load_tokenizer(checkpoint)
-
-
 def test_prompts_to_the_letter():
-    assert fill(STUDENT_PROMPT, PROBLEM) == "Problem: What is {1+1}, given <think>?" + ASK
-    assert fill(EVALUATION_PROMPT, PROBLEM) == "What is {1+1}, given <think>?" + ASK
-    teacher = fill(TEACHER_PROMPT, PROBLEM)
+    assert fill(PAPER_PROMPTS.student, PROBLEM) == "Problem: What is {1+1}, given <think>?" + ASK
+    assert fill(PAPER_PROMPTS.evaluation, PROBLEM) == "What is {1+1}, given <think>?" + ASK
+    teacher = fill(PAPER_PROMPTS.teacher, PROBLEM)
     assert teacher.startswith(
         "Problem: What is {1+1}, given <think>?\n\nHere is a reference solution to this problem:\n"
         "=== Reference Solution Begin ===\nIt is {solution} \\boxed{2}.\n=== Reference Solution End ===\n\n\nAfter"
@@ -56,47 +36,36 @@ def test_prompts_to_the_letter():
         "afraid to backtrack or reconsider if something doesn't work out:\n\nPlease reason step by step, and put your "
         "final answer within \\boxed{}."
     )
-    assert fill(DIAGNOSTIC_PROMPT, PROBLEM) == (
+    assert fill(PAPER_PROMPTS.diagnostic, PROBLEM) == (
         "You are a privileged teacher. Solve the problem and end your solution with the correct boxed answer. "
         "Problem: What is {1+1}, given <think>? Privileged ground-truth final answer: 2 Use the ground-truth answer "
         "above. Produce a complete step-by-step solution that ends with \\boxed{ answer }."
     )
 
 
-RENDERED = {
-    "qwen3": {
-        False: "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
-        True: "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-    },
-    "llama": {
-        False: "<｜begin▁of▁sentence｜><｜User｜>{}<｜Assistant｜><think>\n</think>\n\n",
-        True: "<｜begin▁of▁sentence｜><｜User｜>{}<｜Assistant｜><think>\n",
-    },
-    "olmo3": {
-        False: "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
-        "<|im_start|>assistant\n<think></think>\n\n",
-        True: "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
-        "<|im_start|>assistant\n<think>",
-    },
+TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+RENDERED = {  # with thinking on, and what is behind it with thinking off
+    "qwen3": (TURN, "<think>\n\n</think>\n\n"),
+    "llama": ("<｜begin▁of▁sentence｜><｜User｜>{}<｜Assistant｜><think>\n", "</think>\n\n"),
+    "olmo3": ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + TURN + "<think>", "</think>\n\n"),
 }
 
 
 @pytest.mark.parametrize("thinking", [False, True])
 def test_rendered_prompts_of_the_three_families(tokenizer, family, thinking):
     """Thinking off closes an open <think>, and only the one at the end: the problem's own stays."""
-    ids = encode_prompt(tokenizer, STUDENT_PROMPT, PROBLEM, thinking)
-    expected = RENDERED[family][thinking].format(fill(STUDENT_PROMPT, PROBLEM))
+    ids = encode_prompt(tokenizer, PAPER_PROMPTS.student, PROBLEM, thinking)
+    turn, closed = RENDERED[family]
+    expected = turn.format(fill(PAPER_PROMPTS.student, PROBLEM)) + ("" if thinking else closed)
     assert tokenizer.decode(ids, skip_special_tokens=False) == expected
 
 
-@pytest.mark.parametrize(
-    "broken", [None, "{{ raise_exception('no') }}", "{% if %}", "{{ messages[7].content }}", "{{ 1 / 0 }}"]
-)
-def test_a_template_that_fails_is_said_in_one_line(tokenizer, broken):
-    tokenizer.chat_template = broken
-    with pytest.raises(InputError, match="chat template" if broken is None else "the chat template fails") as caught:
-        student_prompt(tokenizer, PROBLEM)
-    assert len(str(caught.value).splitlines()) == 1
+def test_a_template_that_fails_is_said_in_one_line(tokenizer):
+    for broken in (None, "{{ raise_exception('no') }}", "{% if %}", "{{ messages[7].content }}", "{{ 1 / 0 }}"):
+        tokenizer.chat_template = broken
+        with pytest.raises(InputError, match="the chat template fails" if broken else "chat template") as caught:
+            student_prompt(tokenizer, PROBLEM)
+        assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_control_token_that_a_problem_spells_stays_text(tokenizer, family):
@@ -124,53 +93,38 @@ def test_a_control_token_that_cannot_be_kept_as_text_is_said():
 def test_a_problem_without_control_tokens_is_encoded_in_one_piece(tokenizer):
     for text in ("if x<y and y>z, <b>, <|im", "\ue000 and \uf8fe", "\n\n  1+1"):
         problem = Problem(text, "s", "2")
-        messages = [{"role": "user", "content": fill(STUDENT_PROMPT, problem)}]
-        whole = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
+        messages = [{"role": "user", "content": fill(PAPER_PROMPTS.student, problem)}]
+        how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+        whole = tokenizer.apply_chat_template(messages, **how)
         expected = tokenizer.encode(whole, add_special_tokens=False)
-        assert encode_prompt(tokenizer, STUDENT_PROMPT, problem, enable_thinking=True) == expected
+        assert encode_prompt(tokenizer, PAPER_PROMPTS.student, problem, enable_thinking=True) == expected
 
 
-# What a chat template does besides
-
-
-@pytest.mark.parametrize(
-    ("ending", "closed"),
-    [
-        ("<think>", "<think></think>\n\n"),
-        ("[THINK]\n", "[THINK]\n[/THINK]\n\n"),
-        ("<seed:think>", "<seed:think></seed:think>\n\n"),
-        ("<|thinking|>", "<|thinking|>"),
-        ("</think>", "</think>"),
-        ("<think> first", "<think> first"),
-    ],
-)
+@pytest.mark.parametrize(("ending", "closed"), [
+    ("<think>", "<think></think>\n\n"), ("[THINK]\n", "[THINK]\n[/THINK]\n\n"), ("</think>", "</think>"),
+    ("<seed:think>", "<seed:think></seed:think>\n\n"), ("<|thinking|>", "<|thinking|>"),
+    ("<think> first", "<think> first"),
+])  # fmt: skip
 def test_a_thought_that_is_opened_regardless_is_closed_where_thinking_is_off(tokenizer, ending, closed):
     tokenizer.chat_template = "{{ messages[0].content }}|" + f"{{{{ {ending!r} }}}}"
     on, off = (render_turn(tokenizer, "Why <think>", thinking, Chat())[0].replace("\ue000", "") for thinking in (1, 0))
     assert (on, off) == ("Why <think>|" + ending, "Why <think>|" + closed)
 
 
-@pytest.mark.parametrize(
-    ("template", "kwargs", "words"),
-    [
-        ("{{ 'deep ' if thinking }}", {}, None),  # DeepSeek V3.1's name of it
-        ("{{ 'deep ' if enable_thinking }}", {}, None),
-        ("{{ 'deep ' if reasoning_effort == 'high' }}", {}, "both thinking modes alike"),
-        ("{{ 'deep ' if enable_thinking }}", {"enable_thinking": True}, "both thinking modes alike"),
-        ("", {}, "both thinking modes alike"),
-    ],
-)
-def test_a_thinking_mode_without_effect_is_said(tokenizer, template, kwargs, words):
+@pytest.mark.parametrize(("template", "kwargs", "alike"), [
+    ("{{ 'deep ' if thinking }}", {}, False),  # DeepSeek V3.1's name of it
+    ("{{ 'deep ' if enable_thinking }}", {}, False), ("{{ 'deep ' if reasoning_effort == 'high' }}", {}, True),
+    ("{{ 'deep ' if enable_thinking }}", {"enable_thinking": True}, True), ("", {}, True),
+])  # fmt: skip
+def test_a_thinking_mode_without_effect_is_said(tokenizer, template, kwargs, alike):
     tokenizer.chat_template = template + "{{ messages[0].content }}"
     notes = check_prompts(tokenizer, replace(PAPER_PROMPTS, chat=Chat(kwargs)))
-    assert [words in note for note in notes] == ([True] if words else [])
+    assert ["both thinking modes alike" in note for note in notes] == [True] * alike
 
 
 def test_arguments_of_the_template_reach_both_contexts(tokenizer):
     tokenizer.chat_template = "{{ reasoning_effort }}: {{ messages[0].content }}"
-    prompts = load_prompts(None, '{"reasoning_effort": "high"}')
+    prompts = teachers.load_prompts(None, '{"reasoning_effort": "high"}')
     for prompt in (student_prompt, teacher_prompt):
         assert tokenizer.decode(prompt(tokenizer, PROBLEM, prompts)).startswith("high: Problem: What is")
     for name in ("tokenize", "conversation"):
@@ -178,26 +132,23 @@ def test_arguments_of_the_template_reach_both_contexts(tokenizer):
             student_prompt(tokenizer, PROBLEM, replace(PAPER_PROMPTS, chat=Chat({name: 1})))
     for text in ("{", "[1]", "3", '{"chat_template": "x"}'):
         with pytest.raises(InputError, match="--chat_template_kwargs"):
-            load_prompts(None, text)
+            teachers.load_prompts(None, text)
 
 
 def test_the_date_of_a_template_stands_still(tokenizer):
     tokenizer.chat_template = "Today is {{ strftime_now('%d %b %Y') }}. {{ messages[0].content }}{{ enable_thinking }}"
-    prompts = load_prompts(None, None, "2026-02-03")
+    prompts = teachers.load_prompts(None, None, "2026-02-03")
     assert tokenizer.decode(student_prompt(tokenizer, PROBLEM, prompts)).startswith("Today is 03 Feb 2026. Problem:")
     assert check_prompts(tokenizer, prompts) == ["the chat template shows the date: 2026-02-03"]
     assert "each day" in check_prompts(tokenizer, PAPER_PROMPTS)[0]
 
 
-@pytest.mark.parametrize(
-    ("template", "lost"),
-    [
-        ("Solve it.", "{problem} of the student's prompt"),
-        ("{{ messages[0].content[0].text }}", "{problem} of the student's prompt"),  # it takes a list of parts
-        ("{{ messages[0].content[:90] }}", "{solution} of the teacher's prompt"),
-        ("{{ '' if enable_thinking else messages[0].content }}", "{problem} of the student's prompt"),
-    ],
-)
+@pytest.mark.parametrize(("template", "lost"), [
+    ("Solve it.", "{problem} of the student's prompt"),
+    ("{{ messages[0].content[0].text }}", "{problem} of the student's prompt"),  # it takes a list of parts
+    ("{{ messages[0].content[:90] }}", "{solution} of the teacher's prompt"),
+    ("{{ '' if enable_thinking else messages[0].content }}", "{problem} of the student's prompt"),
+])  # fmt: skip
 def test_a_template_that_drops_what_a_prompt_shows_is_refused(tokenizer, template, lost):
     assert check_prompts(tokenizer, PAPER_PROMPTS, ("student", "teacher", "evaluation", "diagnostic")) == []
     tokenizer.chat_template = template
@@ -213,20 +164,19 @@ def test_a_problem_that_spells_a_field_keeps_its_spelling(tokenizer):
         assert problem.problem in tokenizer.decode(prompt(tokenizer, problem))
     assert problem.solution in tokenizer.decode(teacher_prompt(tokenizer, problem))
     assert "Say" not in tokenizer.decode(student_prompt(tokenizer, problem))
-    assert "answer: {solution} Use" in fill(DIAGNOSTIC_PROMPT, problem)
+    assert "answer: {solution} Use" in fill(PAPER_PROMPTS.diagnostic, problem)
     assert fill("{answer} {x} {answer}", problem) == "{solution} {x} {solution}"  # each place is filled
 
 
 @pytest.fixture
-def student(checkpoint):
-    model = load_model(checkpoint, device="cpu")
+def student(model):
     add_lora(model, rank=4, alpha=8.0)
     return model
 
 
 @pytest.fixture(params=["lora", "all weights"])
-def any_student(request, checkpoint):
-    return request.getfixturevalue("student") if request.param == "lora" else load_model(checkpoint, device="cpu")
+def any_student(request, model):
+    return request.getfixturevalue("student") if request.param == "lora" else model
 
 
 def states(model):
@@ -254,18 +204,8 @@ def test_fixed_teacher_stays_the_base(any_student):
     assert not any(p.requires_grad for p in (teacher.copy.parameters() if teacher.copy else []))
 
 
-def test_live_teacher_is_the_student(student):
-    teacher = Teacher(student, "live")
-    move(student)
-    with teacher.scoring() as scorer:
-        assert torch.equal(states(scorer), states(student.eval()))
-
-
 def test_ema_teacher_averages(any_student):
-    """After one update from w0 to w1 the average is 0.75 w0 + 0.25 w1; the student is left as it was.
-
-    Of all weights there are two sets, the second scored with and averaged in place.
-    """
+    """From w0 to w1 it is .75 w0 + .25 w1; the student is left as it was. Of all weights there are two sets alone."""
     trained = trained_parameters(any_student)
     before = [p.detach().clone() for p in trained]
     teacher = Teacher(any_student, "ema", ema_decay=0.75)
@@ -295,15 +235,14 @@ def test_the_student_is_itself_again_after_an_exception_while_scoring(student, k
 
 
 @pytest.mark.parametrize("kind", ["ema", "live"])
-def test_a_teacher_drops_nothing_while_the_student_does(checkpoint, kind):
-    student = load_model(checkpoint, device="cpu")
-    add_lora(student, rank=4, alpha=8.0, dropout=0.5)
-    move(student)
-    teacher = Teacher(student, kind)
-    with adapter_dropout(student):
+def test_a_teacher_drops_nothing_while_the_student_does(model, kind):
+    add_lora(model, rank=4, alpha=8.0, dropout=0.5)
+    move(model)
+    teacher = Teacher(model, kind)
+    with adapter_dropout(model):
         with teacher.scoring() as scorer:
             assert torch.equal(states(scorer), states(scorer))
-        assert not torch.equal(states(student), states(student))
+        assert not torch.equal(states(model), states(model))
 
 
 def test_another_model_teaches_through_its_own_body_and_head(student, checkpoint):
@@ -388,8 +327,8 @@ def test_dropout_masks_are_drawn_anew_in_each_step_and_run():
 SUMS = [Problem(f"{a}+1", f"{a}+1=\\boxed{{{a + 1}}}", str(a + 1)) for a in range(1, 8)]
 
 
-def chosen(kind: str, seed: int = 0) -> tuple[list[Problem], Prompts]:
-    return choose_reference(kind, SUMS, PAPER_PROMPTS, np.random.default_rng(seed))
+def chosen(kind: str, seed: int = 0) -> tuple[list[Problem], teachers.Prompts]:
+    return teachers.choose_reference(kind, SUMS, PAPER_PROMPTS, np.random.default_rng(seed))
 
 
 def test_references_by_hand():
@@ -398,7 +337,7 @@ def test_references_by_hand():
     assert [p.solution for p in answers] == ["2", "3", "4", "5", "6", "7", "8"]
     none, prompts = chosen("none")
     assert {p.solution for p in none} == {""}
-    assert (prompts.teacher, prompts.teacher_thinking) == (STUDENT_PROMPT, True)
+    assert (prompts.teacher, prompts.teacher_thinking) == (PAPER_PROMPTS.student, True)
 
 
 def test_another_problems_reference_is_never_ones_own_and_each_is_used_once():
@@ -409,7 +348,7 @@ def test_another_problems_reference_is_never_ones_own_and_each_is_used_once():
     assert chosen("other", 1) == chosen("other", 1) != chosen("other", 2)
 
 
-@pytest.mark.parametrize("kind", REFERENCES)
+@pytest.mark.parametrize("kind", teachers.REFERENCES)
 def test_the_student_never_sees_the_reference(tokenizer, kind):
     """The student's ids are those of the bare problem; the teacher's hold what the option says."""
     shown, prompts = chosen(kind)
@@ -422,56 +361,48 @@ def test_the_student_never_sees_the_reference(tokenizer, kind):
         assert ("Reference Solution Begin" in text) == (kind != "none")
         assert kind == "none" or f"Begin ===\n{given.solution}\n===" in text
         if kind == "none":
-            assert teacher_prompt(tokenizer, given, prompts) == encode_prompt(tokenizer, STUDENT_PROMPT, own, True)
+            assert teacher_prompt(tokenizer, given, prompts) == encode_prompt(tokenizer, prompts.student, own, True)
 
 
 def test_wrong_references_are_said():
     with pytest.raises(InputError, match="own, other, none, answer"):
         chosen("hers")
     with pytest.raises(InputError, match="problem 0 has no answer"):
-        choose_reference("answer", [Problem("a", "b", "")], PAPER_PROMPTS, np.random.default_rng(0))
+        teachers.choose_reference("answer", [Problem("a", "b", "")], PAPER_PROMPTS, np.random.default_rng(0))
     with pytest.raises(InputError, match="there is only one"):
-        choose_reference("other", SUMS[:1], PAPER_PROMPTS, np.random.default_rng(0))
-
-
-# Templates and thinking modes of one's own
+        teachers.choose_reference("other", SUMS[:1], PAPER_PROMPTS, np.random.default_rng(0))
 
 
 def test_templates_from_a_file(checkpoint, tmp_path):
     path = tmp_path / "prompts.json"
     text = json.dumps({"teacher": "{problem} \\frac{a}{b} It is {answer}: {solution}"})
     path.write_text("\ufeff" + text, encoding="utf-8")
-    prompts = load_prompts(str(path))
+    prompts = teachers.load_prompts(str(path))
     assert prompts == replace(PAPER_PROMPTS, teacher="{problem} \\frac{a}{b} It is {answer}: {solution}")
     assert fill(prompts.teacher, SUMS[0]) == "1+1 \\frac{a}{b} It is 2: 1+1=\\boxed{2}"
-    assert load_prompts(None) == PAPER_PROMPTS
+    assert teachers.load_prompts(None) == PAPER_PROMPTS
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("not json", "cannot be read as JSON"),
-        ("[]", "must be an object with some of student, teacher"),
-        ('{"pupil": "{problem}"}', "must be an object"),
-        ('{"student": 1}', "student: {problem} is missing"),
-        ('{"student": "{question}"}', "student: {problem} is missing"),
-        ('{"student": "{problem} \\\\boxed{answer}"}', "student: must not show {answer}"),
-        ('{"evaluation": "{problem} {solution}"}', "evaluation: must not show {solution}"),
-        ('{"evaluation": "{problem} {answer}"}', "evaluation: must not show {answer}"),
-        ('{"diagnostic": "{problem}"}', "diagnostic: {answer} is missing"),
-    ],
-)
+@pytest.mark.parametrize(("content", "words"), [
+    ("not json", "cannot be read as JSON"), ("[]", "must be an object with some of student, teacher"),
+    ('{"pupil": "{problem}"}', "must be an object"), ('{"student": 1}', "student: {problem} is missing"),
+    ('{"student": "{question}"}', "student: {problem} is missing"),
+    ('{"student": "{problem} \\\\boxed{answer}"}', "student: must not show {answer}"),
+    ('{"evaluation": "{problem} {solution}"}', "evaluation: must not show {solution}"),
+    ('{"evaluation": "{problem} {answer}"}', "evaluation: must not show {answer}"),
+    ('{"diagnostic": "{problem}"}', "diagnostic: {answer} is missing"),
+])  # fmt: skip
 def test_wrong_templates_name_file_and_template(tmp_path, content, words):
     path = tmp_path / "prompts.json"
     path.write_text(content)
     with pytest.raises(InputError) as caught:
-        load_prompts(str(path))
+        teachers.load_prompts(str(path))
     assert str(path) in str(caught.value) and words in str(caught.value)
 
 
 def test_contexts_have_their_own_prompt_and_each_thinks_as_asked(tokenizer):
     swapped = replace(PAPER_PROMPTS, student_thinking=True, teacher_thinking=False)
     for prompts, on in ((PAPER_PROMPTS, False), (swapped, True)):
-        assert student_prompt(tokenizer, PROBLEM, prompts) == encode_prompt(tokenizer, STUDENT_PROMPT, PROBLEM, on)
-        assert teacher_prompt(tokenizer, PROBLEM, prompts) == encode_prompt(tokenizer, TEACHER_PROMPT, PROBLEM, not on)
+        assert student_prompt(tokenizer, PROBLEM, prompts) == encode_prompt(tokenizer, prompts.student, PROBLEM, on)
+        assert teacher_prompt(tokenizer, PROBLEM, prompts) == encode_prompt(tokenizer, prompts.teacher, PROBLEM, not on)
     assert PROBLEM.solution not in tokenizer.decode(student_prompt(tokenizer, PROBLEM))
