@@ -1,13 +1,13 @@
 """Paired differences of evaluations by hand, and what may not be compared."""
 
 import json
-import sys
 
 import pytest
 
 from errors import InputError
 from evaluate import Sample, summarise
-from experiments.study.compare import compare, main
+from experiments.study import compare as module
+from experiments.study.compare import compare
 from problems import Problem
 
 
@@ -47,11 +47,9 @@ def test_two_evaluations_by_hand(evaluation):
     assert cells(compare([a], [evaluation("same", [1, 2, 0, 0])]))[2][3:] == ["+0.00", "-", "-"]  # no spread to go by
 
 
-def test_two_rows_of_a_study_by_hand(evaluation, monkeypatch, capsys):
+def test_two_rows_of_a_study_by_hand(evaluation, call, capsys):
     """Right minus left by training seed: +12.5, +25, +37.5: mean 25, half a width t(2) 12.5 / sqrt(3) = 31.05.
-
-    By problem, over the training seeds: +1/6, 0, +1/2, +1/3: std 21.52, half a width t(3) 21.52 / 2 = 34.24.
-    """
+    By problem, over the training seeds: +1/6, 0, +1/2, +1/3: std 21.52, half a width t(3) 21.52 / 2 = 34.24."""
     pytest.importorskip("scipy")
     left = [evaluation(f"a{i}", [1, 2, 0, 0]) for i in range(3)]
     right = [evaluation(f"b{i}", right) for i, right in enumerate(([1, 2, 1, 0], [1, 2, 1, 1], [2, 2, 1, 1]))]
@@ -62,8 +60,7 @@ def test_two_rows_of_a_study_by_hand(evaluation, monkeypatch, capsys):
     assert of_pass[:4] == ["pass", "50.00", "91.67", "+41.67"]  # 75 once and 100 twice, minus 50
     assert of_maj[0] == "maj"
     assert "| -25.00 | [-56.05, +6.05] " in compare(right, left)
-    monkeypatch.setattr(sys, "argv", ["compare", "--left", *left, "--right", *right])
-    main()
+    call(module, "--left", *left, "--right", *right)
     assert capsys.readouterr().out == compare(left, right) + "\n"
 
 

@@ -14,8 +14,6 @@ from experiments import draw_run
 from experiments.draw_run import RolloutView, TokenView, render, repaired, run_config, view_rollouts
 from problems import Problem
 
-# --- pictures ---------------------------------------------------------------------------------------------------
-
 
 def test_a_run_is_drawn_with_what_it_wrote(tmp_path, monkeypatch):
     """Each column in its panel over the steps; what a step could not measure is a gap; held-out scores too."""
@@ -51,9 +49,6 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, config):
         run_config(tmp_path)
 
 
-# --- solutions --------------------------------------------------------------------------------------------------
-
-
 MARK = re.compile(r'<mark class="t" tabindex="0" style="--a:([\d.]+)" data-shown="([^"]*)">([^<]*)</mark><wbr>')
 
 
@@ -73,27 +68,22 @@ def test_page_is_whole_and_escapes_what_the_model_wrote():
     assert [lines[4].split() for lines in shown[1:3]] == [["</script>", "20.0%"] * 2, ["*", "</script>", "20.0%"] * 2]
     assert [len(lines) for lines in shown] == [7] * 6  # a line break is shown by a sign
     assert [*map(float, shades)] == pytest.approx([0.85 * (i / 5) ** 0.5 for i in range(6)], abs=1e-3)
-    assert (
-        "<h1>a &lt;title&gt;</h1>" in page
-        and "<h2>x&gt;y: right</h2>" in page
-        and "<p>1&lt;2 &amp; 3 &nbsp; answer 6</p>" in page
-    )
+    for part in ("h1>a &lt;title&gt;</h1", "h2>x&gt;y: right</h2", "p>1&lt;2 &amp; 3 &nbsp; answer 6</p"):
+        assert f"<{part}>" in page
     assert not re.search(r"<script|https?://|@import|url\(|(src|href|onclick)=", MARK.sub("", page))
 
 
 @pytest.mark.slow
-def test_page_of_a_real_run(tmp_path, monkeypatch):
+def test_page_of_a_real_run(tmp_path, monkeypatch, call):
     """The tokens shown are the rollout's, the divergence is the loss's, and each top 5 is a distribution's head."""
     pytest.importorskip("matplotlib")
     run, views = tmp_path / "run", []
     flags = ["--num_steps", "1", "--batch_size", "2", "--eval_data", "", "--device", "cpu", "--output_dir", str(run)]
-    monkeypatch.setattr(sys, "argv", ["train.py", "--method", "pwopsd", *flags])
-    train.main()
+    call(train, "--method", "pwopsd", *flags)
     monkeypatch.setattr(draw_run, "view_rollouts", lambda run: views.extend(view_rollouts(run, count=1)) or views)
     for drawing in ("draw", "draw_tokens"):
         monkeypatch.setattr(draw_run, drawing, lambda *_: draw_run.figure(1, 1, [["a"]])[0])
-    monkeypatch.setattr(sys, "argv", ["draw_run", str(run), "--tokens"])
-    draw_run.main()
+    call(draw_run, run, "--tokens")
     assert all((run / name).stat().st_size > 0 for name in ("run.png", "tokens.html", "tokens.png"))
     before, after = views
     assert "before training" in before.title and "checkpoint-1" in after.title

@@ -5,12 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from problems import tiny_problems
-from rollout import Response, Sampling, sample
+from rollout import Response, Sampling
 from runtime import engines
 from runtime.engines import GenerateEngine
-from runtime.loading import load_model, load_tokenizer
-from teacher import student_prompt
 
 SETTINGS = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=8)
 ROWS = [[i] for i in range(7)], [(0, 1, i) for i in range(7)]
@@ -60,9 +57,3 @@ def test_a_row_that_does_not_fit_ends_it_and_ranks_that_share_a_model_do_not_try
         model, tokenizer = SimpleNamespace(_is_fsdp_managed_module=in_parts), SimpleNamespace(eos_token_id=0)
         GenerateEngine(model, tokenizer).sample(*ROWS, SETTINGS)
     assert small_memory.tried == tried
-
-
-def test_batches_do_not_change_the_responses():
-    tiny = load_model("tiny", device="cpu"), load_tokenizer("tiny")
-    rows = [student_prompt(tiny[1], problem) for problem in tiny_problems("train", 3)], ROWS[1][:3]
-    assert GenerateEngine(*tiny, batch_size=2).sample(*rows, SETTINGS) == sample(*tiny, *rows, SETTINGS)

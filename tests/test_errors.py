@@ -4,7 +4,6 @@ import errno
 import re
 import signal
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,52 +13,39 @@ from errors import InputError
 from runtime import ranks
 from runtime.flags import run_script
 
-ROOT = Path(__file__).resolve().parent.parent
 
+def failing(error):
+    """A script that ends with the error."""
 
-def line_of(capsys, error) -> str:
     def main():
         raise error
 
+    return main
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (InputError("--flag 3: no"), "error: --flag 3: no$"), (InputError("two\nlines"), "error: two lines$"),
+    (FloatingPointError("step 3: loss nan"), "error: step 3: loss nan$"), (MemoryError(), "error: out of memory"),
+    (OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"), "No space left .*metrics.jsonl"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory .*--micro_batch_size"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "error: out of memory"),
+])  # fmt: skip
+def test_what_a_user_can_mend_is_one_line(error, said):
     with pytest.raises(SystemExit) as caught:
-        run_script(main)
-    message = caught.value.code
-    assert isinstance(message, str) and len(message.splitlines()) == 1  # status 1, and the line on stderr
-    return message
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (InputError("--flag 3: no"), "error: --flag 3: no$"),
-        (InputError("two\nlines"), "error: two lines$"),
-        (FloatingPointError("step 3: loss nan"), "error: step 3: loss nan$"),
-        (OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"), "No space left .*metrics.jsonl"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory .*--micro_batch_size"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "error: out of memory"),
-        (MemoryError(), "error: out of memory"),
-    ],
-)
-def test_what_a_user_can_mend_is_one_line(capsys, error, said):
-    assert re.search(said, line_of(capsys, error))
+        run_script(failing(error))
+    message = caught.value.code  # a text: status 1, and the line on stderr
+    assert re.search(said, message) and len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize("error", [KeyError("k_proj"), RuntimeError("of CUDA"), AssertionError()])
 def test_a_fault_of_ours_keeps_its_traceback(error):
-    def main():
-        raise error
-
     with pytest.raises(type(error)):
-        run_script(main)
+        run_script(failing(error))
 
 
-def ctrl_c():
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    ("main", "status"), [(lambda: sys.exit(7), 7), (lambda: 143, 143), (lambda: None, None), (ctrl_c, 130)]
-)
+@pytest.mark.parametrize(("main", "status"), [
+    (lambda: sys.exit(7), 7), (lambda: 143, 143), (lambda: None, None), (failing(KeyboardInterrupt()), 130),
+])  # fmt: skip
 def test_a_status_of_its_own_passes(capsys, main, status):
     with pytest.raises(SystemExit) as caught:
         run_script(main)
@@ -80,15 +66,6 @@ def test_a_signal_during_the_wait_for_other_ranks_is_not_lost(monkeypatch):
     with pytest.raises(ranks.StoppedError):
         stop.release()
     assert stop.asked == signal.SIGUSR1
-
-
-def test_every_rank_knows_the_signal_that_one_was_sent(monkeypatch):
-    stop = ranks.Stop()
-    stop.release()
-    monkeypatch.setattr(ranks, "gather_objects", lambda asked: [asked, signal.SIGTERM])
-    with pytest.raises(ranks.StoppedError):
-        stop.hold()
-    assert stop.asked == signal.SIGTERM
 
 
 def test_where_a_model_is_shared_a_signal_waits_for_the_end_of_the_step():

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from rollout import Response, Sampling
 from runtime.checkpoint import save_adapter
 from runtime.engines import GenerateEngine
 from runtime.loading import TINY_MODEL, load_model, load_tokenizer
+from runtime.records import append_rows
 
 SETTINGS = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=48)
 
@@ -29,14 +29,6 @@ def tiny():
     for parameter in lora_parameters(model):
         torch.nn.init.normal_(parameter, std=0.05)
     return model, tokenizer
-
-
-# --- Metrics ----------------------------------------------------------------------------------------------------
-
-
-def test_avg_and_pass_by_hand():
-    assert evaluate.avg_at_n([True, False, True, True]) == 0.75 and evaluate.avg_at_n([False]) == 0.0
-    assert evaluate.pass_at_n([False, False, True]) == 1.0 and evaluate.pass_at_n([False, False]) == 0.0
 
 
 MAJORITIES = [
@@ -98,9 +90,6 @@ def test_interval_where_all_problems_are_alike_is_the_exact_binomial_one():
     assert evaluate.bootstrap_interval(np.zeros(10)) == [0.0, 0.0]  # of differences, say
 
 
-# --- Sampling ---------------------------------------------------------------------------------------------------
-
-
 def test_streams_differ_by_seed_benchmark_problem_and_sample_only():
     problems, others = tiny_problems("heldout", 3), tiny_problems("train", 3)
     jobs = [(seed, index, number) for seed in (0, 1) for index in (0, 1) for number in (0, 1)]
@@ -127,9 +116,6 @@ def test_a_sample_is_the_same_whatever_is_sampled_beside_it(tiny):
     model.eval()
 
 
-# --- The script -------------------------------------------------------------------------------------------------
-
-
 class Calculator:
     """An engine that answers every sum rightly and in the opposite order; it may stop after some rows."""
 
@@ -153,28 +139,21 @@ OPEN_ENGINE = evaluate.open_engine
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Run evaluate.py on four problems of the embedded model; returns (summary, lines of samples.jsonl).
-
-    A Calculator answers, where a test does not put OPEN_ENGINE back: the model itself.
-    """
+def run(tmp_path, monkeypatch, call):
+    """evaluate.py on four sums, solved by a Calculator or OPEN_ENGINE's model; (summary, lines of samples.jsonl)."""
     monkeypatch.setattr(evaluate, "open_engine", lambda config, tokenizer: Calculator(tokenizer))
     benchmark = tmp_path / "four.jsonl"
-    rows = [{"problem": p.problem, "answer": p.answer} for p in tiny_problems("heldout", 4)]
-    benchmark.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
+    append_rows(benchmark, [{"problem": p.problem, "answer": p.answer} for p in tiny_problems("heldout", 4)])
     settings = ["--num_samples", 2, "--max_new_tokens", 48, "--batch_size", 8, "--device", "cpu"]
 
-    def call(name, *flags):
+    def evaluated(name, *flags):
         folder = tmp_path / name
-        given = ["--benchmark", benchmark, *settings, "--output_dir", folder, *flags]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, given)])
-        evaluate.main()
+        call(evaluate, "--benchmark", benchmark, *settings, "--output_dir", folder, *flags)
         lines = (folder / "samples.jsonl").read_bytes().splitlines(True)
         return json.loads((folder / "summary.json").read_text()), lines
 
-    call.folder, call.benchmark = tmp_path, benchmark
-    return call
+    evaluated.folder, evaluated.benchmark = tmp_path, benchmark
+    return evaluated
 
 
 def test_an_evaluation_that_is_killed_or_grows_ends_like_an_unbroken_one(run):

@@ -1,7 +1,5 @@
 """The first hour's twins are equal in value, its measuring measures, its shapes are the presets'."""
 
-import sys
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -42,12 +40,11 @@ def test_the_shapes_have_the_published_number_of_weights(preset, billions):
 
 
 @pytest.mark.slow
-def test_a_part_that_runs_out_of_time_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_part_that_runs_out_of_time_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch, capsys, call):
     """Each part in a process of its own: one that is given a second, and those that have the time they need."""
     monkeypatch.setitem(first_gpu_hour.SECONDS, "qwen3-4b", 1)
     flags = ["--device", "cpu", "--output_dir", str(tmp_path), "--parts", "qwen3-4b", "loss", "olmo3-7b"]
-    monkeypatch.setattr(sys, "argv", ["first_gpu_hour", *flags])
-    first_gpu_hour.main()
+    call(first_gpu_hour, *flags)
     rows = [line for line in (tmp_path / "first-gpu-hour.md").read_text().splitlines() if line.startswith("| ")][1:]
     assert "qwen3-4b: FAILED" in rows[0] and "not done after 1 s" in rows[0]
     assert "tokens a chunk" in rows[1] and "olmo3-7b, scoring" in rows[-1] and "FAILED" not in "".join(rows[1:])

@@ -9,15 +9,13 @@ from errors import InputError
 from experiments import follow
 
 
-@pytest.fixture
-def sent(tmp_path, monkeypatch):
-    """The folder of a run of three steps, and what a follower of it sends; each look finds what `looks` writes next."""
+def test_each_step_is_sent_once_and_the_end_ends_it(tmp_path, monkeypatch, call):
+    """Of a run of three steps; each look finds what `looks` writes next."""
     config = {"config": {"num_steps": 3, "eval_data": "x"}, "script": "train", "versions": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     rows, ended = [], []
     tracker = (lambda row, step: rows.append((step, row)), lambda: ended.append(True))
     monkeypatch.setattr(follow, "tracker", lambda name, run, config: tracker)
-    monkeypatch.setattr(sys, "argv", ["follow", str(tmp_path), "--to", "trackio"])
 
     def write(steps: int, *scored: int) -> None:
         row = '{{"step": {0}, "loss": {0}.5, "accuracy": null, "by_decile": {{"weight": []}}}}\n'
@@ -26,26 +24,15 @@ def sent(tmp_path, monkeypatch):
 
     looks = iter([(2, 0), (1, 0), (3, 0), (3, 0, 3)])  # a resume has cut the second row, which is then made again
     monkeypatch.setattr(follow.time, "sleep", lambda seconds: write(*next(looks)))
-    follow.main()
-    return rows, ended
-
-
-def test_each_step_is_sent_once_and_the_end_ends_it(sent):
-    rows, ended = sent
-    assert rows == [
-        (0, {"loss": 0.5, "heldout_greedy": 0.0}), (1, {"loss": 1.5}), (2, {"loss": 2.5}),
-        (3, {"heldout_greedy": 0.75}),
-    ]  # fmt: skip
-    assert ended == [True]
+    call(follow, tmp_path, "--to", "trackio")
+    steps = [(0, {"loss": 0.5, "heldout_greedy": 0.0}), (1, {"loss": 1.5}), (2, {"loss": 2.5})]
+    assert rows == [*steps, (3, {"heldout_greedy": 0.75})] and ended == [True]
 
 
 @pytest.mark.parametrize("package", ["trackio", "tensorboard", "wandb"])
-def test_a_missing_package_is_one_line(package, tmp_path, monkeypatch):
+def test_a_missing_package_is_one_line(package, tmp_path, monkeypatch, call):
     (tmp_path / "config.json").write_text('{"config": {}, "script": "train", "versions": {}}')
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(package, package), None)
-    monkeypatch.setattr(sys, "argv", ["follow", str(tmp_path), "--to", package])
-    with pytest.raises(InputError, match=f"pip install {package}"):
-        follow.main()
-    monkeypatch.setattr(sys, "argv", ["follow", str(tmp_path / "no"), "--to", package])
-    with pytest.raises(InputError, match="no run folder"):
-        follow.main()
+    for folder, said in ((tmp_path, f"pip install {package}"), (tmp_path / "no", "no run folder")):
+        with pytest.raises(InputError, match=said):
+            call(follow, folder, "--to", package)

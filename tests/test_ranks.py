@@ -119,12 +119,11 @@ def test_a_model_in_parts_trains_as_whole_ones_do(tmp_path):
         assert [row[name] for row in rows[0]] == [row[name] for row in rows[1]] and rows[0][0][name] > 0
 
 
-def test_all_weights_are_not_trained_in_parts(monkeypatch):
+def test_all_weights_are_not_trained_in_parts(call):
     with pytest.raises(InputError, match=r"--shard splits frozen weights: --lora_rank .*: verl or ms-swift"):
         train.parse_config(["--shard", "--lora_rank", "0"])
-    monkeypatch.setattr(sys, "argv", ["train.py", "--shard"])
     with pytest.raises(InputError, match="--shard: needs ranks, two or more that divide --batch_size, not 1"):
-        train.main()
+        call(train, "--shard")
 
 
 def test_a_log_file_gets_a_line_now_and_then_and_nothing_of_what_is_quick(capsys, monkeypatch):
