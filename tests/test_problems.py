@@ -33,11 +33,7 @@ BAD = [
     ("d.jsonl", '[{"problem": "a",\n"solution" "s"}]', "line 2: not valid JSON"),
     ("d.jsonl", '{"Id": 3, "solution": "s"}', COLUMNS),
     ("d.jsonl", "", "no problems in it"),
-    (
-        "d.jsonl",
-        '{"problem": "half \\ud800 of a pair", "solution": "s"}',
-        r"line 1: the problem is neither text .*half .ud800",
-    ),
+    ("d.jsonl", '{"problem": "half \\ud800 a pair", "solution": "s"}', "line 1: the problem is neither .*half .ud800"),
     ("d.jsonl", '{"problem": NaN, "solution": "s"}', "line 1: the problem is neither text nor a number .* but NaN"),
     ("d.jsonl", "[" * 100_000, "line 1: not valid JSON"),
     ("d.csv", "problem,solution\na,b,c\n", "line 2: not valid CSV .more or fewer cells"),
@@ -84,9 +80,7 @@ def test_an_answer_is_needed_where_a_solution_is_not_and_null_is_as_good_as_miss
     assert load_problems(jsonl(tmp_path, pair))[0].problem.endswith("\U0001f600")
 
 
-def test_sources_that_are_not_there(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="no such data file"):
-        load_problems(str(tmp_path / "none.jsonl"))
+def test_sources_that_are_not_there(monkeypatch):
     with pytest.raises(InputError, match=r"math500.*owner/name"):
         load_problems("nonsense")
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
@@ -168,7 +162,7 @@ def test_a_long_cell_is_read_whole_and_several_files_of_a_split_in_order(tmp_pat
         load_problems(f"{saved(tmp_path / 'd')}:test")
 
 
-@pytest.mark.parametrize("source", ["./a/b", "/a/b", "~/a", "../a", "a/b.parquet", "a/b.csv"])
+@pytest.mark.parametrize("source", ["./a/b", "/a/b", "~/a", "../a", "a/b.parquet", "a/b.csv", "b.jsonl"])
 def test_what_looks_like_a_path_is_never_asked_for_on_the_hub(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(problems, "_read_hub", lambda source: pytest.fail("was asked for"))
@@ -215,45 +209,38 @@ def test_a_parquet_file_that_changes_is_read_anew(tmp_path):
     assert load_problems(str(path), False)[0].answer == "2"
 
 
-@pytest.mark.parametrize(
-    ("row", "wanted"),
-    [
-        ({"question": "q", "generated_solution": "s", "expected_answer": "1"}, ("q", "s", "1")),
-        ({"ID": 1, "Problem": "q", "Solution": "s", "Answer": 2}, ("q", "s", "2")),
-        ({"prompt": "instructions", "question": "q", "response": "s \\boxed{5}"}, ("q", "s \\boxed{5}", "5")),
-        ({"problem": "q", "solution": "s", "final_answer": "guess", "answer": "1"}, ("q", "s", "1")),
-        # GSM8K
-        ({"question": "q", "answer": "48/2 = <<48/2=24>>24\nso 72\n#### 72"}, ("q", "48/2 = 24\nso 72", "72")),
-        ({"question": "q", "answer": "so 1,000 #### 1,000\n"}, ("q", "so 1,000", "1,000")),
-        ({"question": "q", "solution": "other", "answer": "so <<1=1>>1\n#### 1"}, ("q", "other", "1")),
-        ({"question": "q", "solution": "so <<1=1>>1\n#### 1"}, ("q", "so 1", "1")),
-        ({"question": "q", "solution": "#### So\n1\n#### 7"}, ("q", "#### So\n1", "7")),
-        ({"problem": "q", "solution": "#### First\nwe see", "answer": ""}, ("q", "#### First\nwe see", "")),
-        ({"problem": "q", "solution": "x\n#### So \\boxed{3}"}, ("q", "x\n#### So \\boxed{3}", "3")),
-        ({"problem": "q", "solution": "so <<1=1>>1 #### 1", "answer": "1"}, ("q", "so <<1=1>>1 #### 1", "1")),
-        # dialogues
-        (
-            {"messages": [{"role": "system", "content": "be"}, {"role": "user", "content": "q"},
-                          {"role": "assistant", "content": "s \\boxed{5}"}]},
-            ("q", "s \\boxed{5}", "5"),
-        ),
-        ({"system": "be", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "s"}]},
-         ("q", "s", "")),
-        ({"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "s"}]},
-         ("q", "s", "")),
-        ({"messages": [{"role": "user", "content": "q"}], "solution": "s", "answer": 4}, ("q", "s", "4")),
-    ],
-)  # fmt: skip
+ASKED, SOLVED = {"role": "user", "content": "q"}, {"role": "assistant", "content": "s \\boxed{5}"}
+
+
+@pytest.mark.parametrize(("row", "wanted"), [
+    ({"question": "q", "generated_solution": "s", "expected_answer": "1"}, ("q", "s", "1")),
+    ({"ID": 1, "Problem": "q", "Solution": "s", "Answer": 2}, ("q", "s", "2")),
+    ({"prompt": "instructions", "question": "q", "response": "s \\boxed{5}"}, ("q", "s \\boxed{5}", "5")),
+    ({"problem": "q", "solution": "s", "final_answer": "guess", "answer": "1"}, ("q", "s", "1")),
+    # GSM8K
+    ({"question": "q", "answer": "48/2 = <<48/2=24>>24\nso 72\n#### 72"}, ("q", "48/2 = 24\nso 72", "72")),
+    ({"question": "q", "answer": "so 1,000 #### 1,000\n"}, ("q", "so 1,000", "1,000")),
+    ({"question": "q", "solution": "other", "answer": "so <<1=1>>1\n#### 1"}, ("q", "other", "1")),
+    ({"question": "q", "solution": "so <<1=1>>1\n#### 1"}, ("q", "so 1", "1")),
+    ({"question": "q", "solution": "#### So\n1\n#### 7"}, ("q", "#### So\n1", "7")),
+    ({"problem": "q", "solution": "#### First\nwe see", "answer": ""}, ("q", "#### First\nwe see", "")),
+    ({"problem": "q", "solution": "x\n#### So \\boxed{3}"}, ("q", "x\n#### So \\boxed{3}", "3")),
+    ({"problem": "q", "solution": "so <<1=1>>1 #### 1", "answer": "1"}, ("q", "so <<1=1>>1 #### 1", "1")),
+    # dialogues
+    ({"messages": [{"role": "system", "content": "be"}, ASKED, SOLVED]}, ("q", "s \\boxed{5}", "5")),
+    ({"extra": 1, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "s"}]}, ("q", "s", "")),
+    ({"prompt": [ASKED], "completion": [SOLVED]}, ("q", "s \\boxed{5}", "5")),
+    ({"messages": [ASKED], "solution": "s", "answer": 4}, ("q", "s", "4")),
+])  # fmt: skip
 def test_usual_columns_and_forms(tmp_path, row, wanted):
     assert texts(load_problems(jsonl(tmp_path, row))) == [wanted]
 
 
 def test_dialogues_that_are_no_problem_and_solution(tmp_path):
-    turn = {"role": "user", "content": "q"}
-    for turns, message in (([turn, turn], "the problem is neither"), ([turn], "the solution is empty or missing")):
+    for turns, message in (([ASKED] * 2, "the problem is neither"), ([ASKED], "the solution is empty or missing")):
         with pytest.raises(InputError, match=f"line 1: {message}"):
             load_problems(jsonl(tmp_path, {"messages": turns}))
-    assert load_problems(jsonl(tmp_path, {"messages": [turn], "answer": 1}), need_solution=False)[0].solution == ""
+    assert load_problems(jsonl(tmp_path, {"messages": [ASKED], "answer": 1}), need_solution=False)[0].solution == ""
 
 
 def test_columns_by_name(tmp_path):
@@ -270,9 +257,6 @@ def test_columns_by_name(tmp_path):
         load_problems(jsonl(tmp_path, {"problem": "p", "solution": "s"}, {"question": "another", "solution": "s"}))
 
 
-# --- The embedded world -----------------------------------------------------------------------------------------
-
-
 def test_tiny_problems_are_right_and_the_splits_are_disjoint_in_any_order():
     train, held_out = tiny_problems("train", 300), tiny_problems("heldout", 100)
     assert tiny_problems("train", 300) == train
@@ -282,8 +266,6 @@ def test_tiny_problems_are_right_and_the_splits_are_disjoint_in_any_order():
     assert not keys[0] & keys[1]
     assert tiny_split([3, 1, 2, 5, 9]) == tiny_split([9, 5, 3, 2, 1])
 
-
-# --- The last box -----------------------------------------------------------------------------------------------
 
 BOXES = {
     "5": ["\\boxed{5}", "\\boxed {5}", "\\boxed\n{5}", "\\boxed 5.", "$\\boxed5$", "\\fbox{5}",

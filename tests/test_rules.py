@@ -3,7 +3,7 @@ import runpy
 
 import pytest
 import torch
-from test_loss import method_loss_from_hidden
+from test_loss import method_loss_from_hidden, random_case, scores_of
 
 import loss
 import train
@@ -17,26 +17,11 @@ TOKEN_CLIPS = {"opsd_token_clip": rules.token_clip, "opsd_scaled_clip": rules.sc
 ROWS = [*WITHIN_A_ROW, "tip", "beta_opsd", "sr_opsd", "opd", "iw_opd_pg", "tip_reverse", *TOKEN_CLIPS]
 
 
-def scores_of(length, **given):
-    """TokenScores of `length` tokens: the values given, 0 for the others."""
-    values = {name: torch.zeros(length) for name in TokenScores.__dataclass_fields__}
-    return TokenScores(**{**values, **{name: torch.as_tensor(value) for name, value in given.items()}})
-
-
 def weigh(name, scores, lengths, **numbers):
     """A rule's weights, [M]."""
     if name in SCHEDULES:
         return SCHEDULES[name](relative_position(lengths), **numbers)
     return loss.METHODS[name].token_weight(relative_position(lengths), scores, lengths, 0, LossOptions(), **numbers)
-
-
-def random_case(lengths=(7, 4, 1), V=9, D=None, seed=0):
-    """Student and teacher values [B, T, D or V], response ids and mask."""
-    draw = torch.Generator().manual_seed(seed)
-    B, T = len(lengths), max(lengths)
-    student, teacher = 2 * torch.randn(2, B, T, D or V, generator=draw)
-    ids = torch.randint(V, (B, T), generator=draw)
-    return student, teacher, ids, torch.arange(T) < torch.tensor(lengths)[:, None]
 
 
 def random_scores(lengths, seed=0):
@@ -46,9 +31,6 @@ def random_scores(lengths, seed=0):
     scores["student_logprob"] *= -0.03  # probabilities of .97 to 1, on both sides of SCGate's threshold
     scores["teacher_logprob"] *= -1.0
     return scores
-
-
-# A value by hand and the limits, rule by rule
 
 
 def log(*chances):
@@ -115,9 +97,8 @@ def test_shuffled():
         for row, unshuffled in zip(weights.split(lengths), moderate.split(lengths), strict=True):
             assert torch.equal(row.sort().values, unshuffled)  # Moderate rises: sorted, they are its own
     for one, other in ((first, moderate), (second, moderate), (first, second)):
-        assert [torch.equal(*rows) for rows in zip(one.split(lengths), other.split(lengths), strict=True)] == [
-            False, True, False,
-        ]  # fmt: skip
+        rows = zip(one.split(lengths), other.split(lengths), strict=True)
+        assert [torch.equal(*pair) for pair in rows] == [False, True, False]
     torch.manual_seed(5)
     assert torch.equal(weigh("shuffled", scores, lengths), first)
     assert loss.METHODS["shuffled"].reduction is loss.METHODS["pwopsd"].reduction  # so that the places alone differ
@@ -142,35 +123,25 @@ def test_correct_only():
     lengths, outcomes = [2, 3, 1], [True, False, None]
     scores = loss.of_rows(scores_of(6), lengths, correct=outcomes)
     assert weigh("correct_only", scores, lengths).tolist() == [1, 1, 0, 0, 0, 0]
-    student, teacher, ids, mask = random_case(lengths)
+    student, teacher, ids, mask = random_case(lengths=lengths)
     value = method_loss("correct_only", student, teacher, ids, mask, correct=outcomes)
     first = (part[:1] for part in (student, teacher, ids, mask))
     torch.testing.assert_close(value, method_loss("opsd", *first))
     assert method_loss("correct_only", student, teacher, ids, mask, correct=[False, None, False]) == 0.0
 
 
-# What holds for every rule
-
-
-@pytest.mark.parametrize("name", WITHIN_A_ROW)
-def test_a_row_alone_has_the_weights_it_has_in_a_batch(name):
-    lengths = [7, 4, 1]
-    values = random_scores(lengths)
-    together = weigh(name, TokenScores(**values), lengths)
-    parts = zip(*(value.split(lengths) for value in values.values()), strict=True)
-    alone = [weigh(name, TokenScores(*row), [length]) for row, length in zip(parts, lengths, strict=True)]
-    assert torch.equal(together, torch.cat(alone))
-    assert together.unique().numel() > 1
-
-
 @pytest.mark.parametrize("name", [*WITHIN_A_ROW, "tip", "shuffled"])
-def test_weights_are_non_negative_float32_without_gradient(name):
+def test_weights_are_non_negative_float32_without_gradient_and_most_those_of_a_row_alone(name):
     lengths = [7, 4, 1]
     values = random_scores(lengths)
     values["loss"].requires_grad_()
     weight = weigh(name, TokenScores(**values), lengths)
     assert weight.shape == (12,) and weight.dtype == torch.float32
-    assert not weight.requires_grad and weight.min() >= 0
+    assert not weight.requires_grad and weight.min() >= 0 and weight.unique().numel() > 1
+    parts = zip(*(value.split(lengths) for value in values.values()), strict=True)
+    if name in WITHIN_A_ROW:
+        alone = [weigh(name, TokenScores(*row), [length]) for row, length in zip(parts, lengths, strict=True)]
+        assert torch.equal(weight, torch.cat(alone))
 
 
 def test_what_each_row_adds_up_and_is_divided_by():
@@ -189,7 +160,7 @@ def test_what_each_row_adds_up_and_is_divided_by():
 def test_every_row_trains_from_hidden_states(name):
     """Registered: known by name, and in chunks of hidden states what it is on whole logits, value and gradient."""
     student, teacher, ids, mask = random_case(D=5)
-    head = torch.randn(9, 5, generator=torch.Generator().manual_seed(1))
+    head = torch.randn(11, 5, generator=torch.Generator().manual_seed(1))
     plain, chunked = student.clone().requires_grad_(), student.clone().requires_grad_()
     expected = method_loss(name, plain @ head.T, teacher @ head.T, ids, mask, clip=2.0)
     given = method_loss_from_hidden(name, chunked, teacher, head, ids, mask, clip=2.0, chunk_tokens=5)
@@ -198,9 +169,6 @@ def test_every_row_trains_from_hidden_states(name):
     torch.testing.assert_close(given, expected)
     torch.testing.assert_close(chunked.grad, plain.grad)
     assert plain.grad.any() and not plain.grad[~mask].any()
-
-
-# The losses
 
 
 def gradient_times_temperature(name, student, teacher, ids, **options):
@@ -275,12 +243,7 @@ def test_a_divergence_around_zero_passes_unchanged(name, clip, offset):
 @pytest.mark.parametrize("name", TOKEN_CLIPS)
 def test_no_clip_is_opsd_without_a_clip(name, beta):
     case = random_case()
-    torch.testing.assert_close(
-        method_loss(name, *case, clip=None, beta=beta), method_loss("opsd", *case, clip=None, beta=beta)
-    )
-
-
-# The file as a script
+    torch.testing.assert_close(*(method_loss(row, *case, clip=None, beta=beta) for row in (name, "opsd")))
 
 
 def test_the_file_is_train_with_its_rows_known(monkeypatch):

@@ -123,9 +123,9 @@ def test_a_class_without_candidates_has_no_number():
     assert "no candidate of one class" in viability.table1_lines(result)[2]
 
 
-@pytest.mark.parametrize(
-    ("steps", "uncertain", "diversity"), [(1, 0.0, 0.996848), (10, 0.005925, 0.135772), (40, 0.908751, 1.06e-7)]
-)
+@pytest.mark.parametrize(("steps", "uncertain", "diversity"), [
+    (1, 0.0, 0.996848), (10, 0.005925, 0.135772), (40, 0.908751, 1.06e-7),
+])  # fmt: skip
 def test_labels_turn_uncertain_early_with_no_fault_of_the_teacher(steps, uncertain, diversity):
     """Each child as good as any other, .95 to survive a step: the published chances of both labels, by enumeration."""
     p, found = 0.95**steps, {}

@@ -21,13 +21,9 @@ def test_moderate_has_the_papers_values(r, w):
 @pytest.mark.parametrize("name", SIGMOIDS)
 def test_eq5_against_a_slow_twin(name):
     w_min, tau, s = SIGMOIDS[name]
-    lengths = [7, 3]
-    slow = [
-        w_min + (1 - w_min) / (1 + math.exp(-((t - 0.5) / length - tau) / s))
-        for length in lengths
-        for t in range(1, length + 1)
-    ]
-    torch.testing.assert_close(get_schedule(name)(relative_position(lengths)), torch.tensor(slow))
+    positions = [(t - 0.5) / length for length in (7, 3) for t in range(1, length + 1)]
+    slow = [w_min + (1 - w_min) / (1 + math.exp(-(r - tau) / s)) for r in positions]
+    torch.testing.assert_close(get_schedule(name)(relative_position([7, 3])), torch.tensor(slow))
 
 
 def test_limits():
@@ -55,16 +51,11 @@ def test_the_smallest_width_still_gives_numbers():
     torch.testing.assert_close(weights, torch.tensor([0.25, 0.625, 1.0]))
 
 
-@pytest.mark.parametrize(
-    "arguments, word",
-    [
-        ({"name": "steep"}, "moderate"),
-        ({"name": "moderate_mean1"}, "moderate_mean1: must be one of"),
-        ({"name": "linear_up", "tau": 0.2}, "linear_up"),
-        ({"name": "moderate", "s": 1e-46}, "--s 1e-46: must lie"),
-        ({"name": "moderate", "s": float("inf")}, "--s inf"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "word"), [
+    ({"name": "moderate_mean1"}, "moderate_mean1: must be one of .*moderate"),
+    ({"name": "linear_up", "tau": 0.2}, "linear_up"),
+    ({"name": "moderate", "s": 1e-46}, "--s 1e-46: must lie"), ({"name": "moderate", "s": math.inf}, "--s inf"),
+])  # fmt: skip
 def test_mistakes_are_named(arguments, word):
     with pytest.raises(InputError, match=word):
         get_schedule(**arguments)
