@@ -1,6 +1,5 @@
 import json
 import math
-import sys
 from collections import Counter
 from dataclasses import asdict, replace
 
@@ -19,6 +18,7 @@ from rollout import Response
 from runtime import loading
 from runtime.engines import GenerateEngine
 from runtime.loading import load_model, load_tokenizer
+from runtime.records import append_rows
 from teacher import student_prompt
 from viability import LabelRule, labels, truncated_entropy, uncertainty
 
@@ -240,13 +240,12 @@ def test_a_run_taken_up_at_any_phase_equals_an_unbroken_one(small_run, fresh, mo
 
 
 @pytest.mark.slow
-def test_two_ranks_leave_the_rows_of_one(tmp_path, monkeypatch):
+def test_two_ranks_leave_the_rows_of_one(tmp_path, call):
     """Five problems, three on one rank and two on the other; the same rows in the same files, and the same table."""
     flags = "--num_problems 5 --rollouts 1 --batch_size 16 --device cpu --seed 1 --output_dir"
     outputs = run_ranks(tmp_path, script, "diagnose.py", [*flags.split(), str(tmp_path / "two")], ranks=2)
     assert "".join(outputs).count("problems, ") == 1  # one rank speaks
-    monkeypatch.setattr(sys, "argv", ["diagnose.py", *flags.split(), str(tmp_path / "one")])
-    diagnose.main()
+    call(diagnose, *flags.split(), tmp_path / "one")
     one, two = ({path.name for path in (tmp_path / run).iterdir()} for run in ("one", "two"))
     assert one == two and len(one) == 9
     for name in ("A_spines", "B_teacher", "C_candidates", "D_dropout", "E_continuations", "F_labels"):
@@ -344,8 +343,7 @@ def test_defaults_are_the_papers_protocol():
 
 def test_problems_are_drawn_without_replacement_from_each_source(tmp_path):
     for name in "ab":
-        lines = [json.dumps({"problem": f"{name}{i}", "answer": str(i)}) + "\n" for i in range(9)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        append_rows(tmp_path / f"{name}.jsonl", [{"problem": f"{name}{i}", "answer": str(i)} for i in range(9)])
     data = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
     drawn = diagnose.draw_problems(DiagnoseConfig(data=data, num_problems=[9, 4]))
     texts = [problem.problem for problem in drawn]
@@ -370,14 +368,9 @@ def test_mistakes_are_named(flags):
 
 
 @pytest.fixture
-def script_with(monkeypatch, tmp_path):
+def script_with(call, tmp_path):
     """diagnose.py with these flags, in the folder `run`."""
-
-    def main(flags: str):
-        monkeypatch.setattr(sys, "argv", f"diagnose.py --output_dir {tmp_path / 'run'} --device cpu {flags}".split())
-        diagnose.main()
-
-    return main
+    return lambda flags: call(diagnose, "--output_dir", tmp_path / "run", "--device", "cpu", *flags.split())
 
 
 def test_a_run_ends_with_table_1_and_pins_its_grader(script_with, tmp_path, monkeypatch, capsys):
@@ -414,8 +407,7 @@ def test_a_prompt_without_room_is_named_by_its_source_and_row(script_with, tmp_p
     """Before anything is sampled; the longer of the two contexts counts, and a row that just fits is taken."""
     loading.check_room("--data", [Problem("1", "", "1")], [78], 72, 150)
     for name, problems in (("short", ["1+2+3+4+5"]), ("long", ["1+2", "1+2+3", "+".join("123456789" * 4)])):
-        lines = [json.dumps({"problem": p, "answer": "6"}) + "\n" for p in problems]
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        append_rows(tmp_path / f"{name}.jsonl", [{"problem": p, "answer": "6"} for p in problems])
     with pytest.raises(InputError, match=r"--data .*long.jsonl, row 2: a prompt of 81 tokens and a response of 73"):
         script_with(f"--data {tmp_path}/short.jsonl {tmp_path}/long.jsonl --num_problems 1 3 --context 153")
     assert not (tmp_path / "run").exists()

@@ -41,9 +41,6 @@ def fences(page: str, language: str) -> list[str]:
     return [match[2] for match in FENCE.finditer(PAGES[page]) if match[1] == language]
 
 
-# --- links, files -----------------------------------------------------------------------------------------------
-
-
 @every_page
 def test_every_file_and_name_that_a_page_mentions_exists(page):
     """In links, by their folder, in the README's tree, and as FILE.py::NAME."""
@@ -117,9 +114,6 @@ def test_flags_in_prose_exist(page):
     declared = {flag for path in sources for flag in re.findall(r'"--(\w+)"', path.read_text(encoding="utf-8"))}
     for flag in re.findall(r"`(?:[^`\n]* )?--(\w+)(?![\w-])[^`\n]*`", prose(page)):
         assert flag in known | shown | declared, f"{page}: no script has --{flag}"
-
-
-# --- examples ---------------------------------------------------------------------------------------------------
 
 
 def test_the_examples_of_new_methods_run(monkeypatch):

@@ -4,7 +4,6 @@ A new weighting by position is one line of weighting.SCHEDULES, a method one row
 """
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -25,10 +24,8 @@ def test_a_fork_that_wraps_a_clipping_loss_tells_what_is_clipped():
     """`clips` says so, whatever function stands in the row; without it nothing is told as clipped."""
     logs, ids = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0)).log_softmax(-1), torch.zeros(5).long()
     half = partial(loss.Method, lambda *given: 0.5 * loss.clipped_divergence(*given), "uniform", loss.token_mean)
-    told, silent, opsd = (
-        loss.score_tokens(method, *logs, ids, loss.LossOptions())
-        for method in (half(clips=True), half(), loss.METHODS["opsd"])
-    )
+    methods = (half(clips=True), half(), loss.METHODS["opsd"])
+    told, silent, opsd = (loss.score_tokens(method, *logs, ids, loss.LossOptions()) for method in methods)
     assert torch.equal(told.clipped_mass, opsd.clipped_mass) and opsd.clipped_mass.any()
     assert torch.equal(told.loss, 0.5 * opsd.loss) and not silent.clipped_mass.any()
 
@@ -58,7 +55,7 @@ grading.GRADERS["lenient"] = Lenient""",
 
 
 @pytest.mark.parametrize("task", SCRIPTS)
-def test_what_forks_change(task, tmp_path, monkeypatch):
+def test_what_forks_change(task, tmp_path, monkeypatch, call):
     """Each trains a step; README's table tells the lines."""
     script, flags = SCRIPTS[task]
     for module, name in ((weighting, "SCHEDULES"), (loss, "METHODS"), (grading, "GRADERS")):
@@ -74,9 +71,8 @@ def test_what_forks_change(task, tmp_path, monkeypatch):
     fixed = f"--data {data} --columns problem=task,answer=key,solution=why --eval_data= --num_steps 1 --batch_size 4"
     fixed += f" --max_new_tokens 24 --device cpu --output_dir {run} "
     words = (fixed + flags.format(family=tmp_path / "family", teacher=tmp_path / "teacher")).split()
-    monkeypatch.setattr(sys, "argv", ["train.py", *words])
     exec(script, {"loss": loss, "weighting": weighting, "grading": grading})
-    train.main()
+    call(train, *words)
     row = json.loads((run / "metrics.jsonl").read_text())
     assert row["grad_norm"] >= 0.0
     assert task != "an own grader" or row["accuracy"] == 1.0

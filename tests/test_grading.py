@@ -19,9 +19,8 @@ from grading import ExactGrader, MathVerifyGrader, answers_match, make_grader
 from runtime import grading_worker
 from tests.test_answers import ALIKE, APART
 
-needs_math_verify = pytest.mark.skipif(
-    importlib.util.find_spec("math_verify") is None, reason="the optional package math-verify is not installed"
-)
+is_missing = importlib.util.find_spec("math_verify") is None
+needs_math_verify = pytest.mark.skipif(is_missing, reason="the optional package math-verify is not installed")
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,8 @@ assert threading.active_count() == 1, threading.enumerate()
 """
 
 
-FILES = [
-    path for folder in ("", "runtime/", "experiments/", "experiments/study/") for path in ROOT.glob(f"{folder}*.py")
-]
+FOLDERS = ("", "runtime/", "experiments/", "experiments/study/")
+FILES = [path for folder in FOLDERS for path in ROOT.glob(f"{folder}*.py")]
 
 
 def level(name: str) -> int:

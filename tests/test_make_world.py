@@ -141,9 +141,8 @@ def test_a_placed_world_has_sums_to_tune_on_and_others_four_times(run, tmp_path,
     monkeypatch.chdir(tmp_path)
     assert run("--world", "placed-12", "--seed", "2") is None and seeds == [2, 2]
     folder = Path("runs/worlds/placed-12-seed2")
-    held_out, tuned_on, final = (
-        (folder / f"{name}.jsonl").read_text().splitlines() for name in ("heldout", "validation", "final")
-    )
+    files = (folder / f"{name}.jsonl" for name in ("heldout", "validation", "final"))
+    held_out, tuned_on, final = (file.read_text().splitlines() for file in files)
     assert len(set(held_out)) == 400 and tuned_on == held_out[:200] and final == 4 * held_out[200:]
 
 

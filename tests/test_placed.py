@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from hashlib import sha256
 
 import pytest
@@ -73,9 +74,6 @@ def test_the_papers_diagnostic_is_a_rival(world):
     assert set(found) == {"teacher", "unforced"} and all(0.0 <= value <= 1.0 for value in found.values())
 
 
-# --- cells ------------------------------------------------------------------------------------------------------
-
-
 def line(world, claim="up", harm=-0.01):
     claims = {"harm": dict.fromkeys(ARMS, claim)}
     return {"world": world, "model_id": f"{world} m", "harm": dict.fromkeys(ARMS, [harm] * 3), "claims": claims}
@@ -101,41 +99,34 @@ def write_cells(output, part, digest, scores):
 
 
 def test_each_arm_is_measured_at_its_best_rate(tmp_path):
-    digest = predicted(tmp_path, "placed-12-seed1", "placed-34-seed1")
+    worlds = ("placed-12-seed1", "placed-34-seed1")
+    digest = predicted(tmp_path, *worlds)
     grid = placed.tuning(tmp_path)
     assert len(grid.rows) == (2 * 5 + 4) * 3 and grid.facts == {"predictions": digest} and grid.seeds == [4]
     assert grid.options("placed-12-seed1 / reversed / 0.001")["eval_data"].endswith("placed-12-seed1/validation.jsonl")
     assert grid.options("placed-12-seed1 / uniform, clip .05 / 0.001")["tau_clip"] == 0.05
     best = {"uniform": 1e-4, "Moderate": 3e-4, "reversed": 1e-3, "by index": 3e-4, "uniform, clip .05": 3e-4}
-    tuned = {
-        ("placed-12-seed1", arm, rate, 4): 0.5 + 0.1 * (rate == best[arm]) for arm in best for rate in placed.RATES
-    }
+    tuned = {(worlds[0], arm, rate, 4): 0.5 + 0.1 * (rate == best[arm]) for arm in best for rate in placed.RATES}
     write_cells(tmp_path, "tuning", digest, tuned | {("placed-34-seed1", "uniform", 1e-4, 4): 0.9})
     grid = placed.final(tmp_path)
     rows = [f"placed-12-seed1 / {arm} / {rate:g}" for arm, rate in {**best, "OPSD": 1e-4}.items()]
     assert set(grid.rows) == set(rows) and grid.seeds == [0, 1, 2, 3]
     assert {grid.options(row)["eval_data"] for row in rows} == {"runs/worlds/placed-12-seed1/final.jsonl"}
     grid = placed.early(tmp_path)
-    assert set(grid.rows) == {
-        f"{w} / {arm} / 0.0003" for w in ("placed-12-seed1", "placed-34-seed1") for arm in UNCLIPPED
-    }
+    assert set(grid.rows) == {f"{world} / {arm} / 0.0003" for world in worlds for arm in UNCLIPPED}
     assert grid.seeds == [0, 1, 2, 3] and grid.options("placed-34-seed1 / reversed / 0.0003")["learning_rate"] == 3e-4
 
 
-@pytest.mark.parametrize(
-    ("action", "part", "rows"), [("tune", "tuning", 42), ("measure", "final", 0), ("early", "early", 10)]
-)
-def test_each_action_runs_its_grid_in_its_own_folder(tmp_path, monkeypatch, action, part, rows):
+@pytest.mark.parametrize(("action", "part", "rows"), [
+    ("tune", "tuning", 42), ("measure", "final", 0), ("early", "early", 10),
+])  # fmt: skip
+def test_each_action_runs_its_grid_in_its_own_folder(tmp_path, monkeypatch, call, action, part, rows):
     predicted(tmp_path, "placed-12-seed1", "placed-34-seed1")
     ran = []
     monkeypatch.setattr(placed, "run_grid", lambda grid, output, workers: ran.append((output, len(grid.rows))))
-    monkeypatch.setattr("sys.argv", ["placed.py", action, f"--output_dir={tmp_path}"])
-    if rows:
-        placed.main()
-        assert ran == [(tmp_path / part, rows)]
-    else:
-        with pytest.raises(InputError, match="tuned"):
-            placed.main()
+    with nullcontext() if rows else pytest.raises(InputError, match="tuned"):
+        call(placed, action, f"--output_dir={tmp_path}")
+    assert ran == [(tmp_path / part, rows)] * (rows > 0)
 
 
 def test_a_cell_before_its_prediction_is_refused(tmp_path):

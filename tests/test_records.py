@@ -340,11 +340,8 @@ def test_a_hub_model_is_known_by_its_revision(tmp_path, monkeypatch):
 
 def test_problems_are_known_in_their_order_and_with_all_fields():
     one, two = Problem("a", "b", "c"), Problem("d", "e", "f")
-    others = [Problem("a", "b", "x"), Problem("a", "x", "c"), Problem("ab", "", "c")]
-    assert (
-        len({records.digest(problems) for problems in ([one, two], [two, one], [one], *([o, two] for o in others))})
-        == 6
-    )
+    others = [[Problem(*fields), two] for fields in (("a", "b", "x"), ("a", "x", "c"), ("ab", "", "c"))]
+    assert len({records.digest(problems) for problems in ([one, two], [two, one], [one], *others)}) == 6
 
 
 def test_a_difference_in_words():

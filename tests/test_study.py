@@ -18,10 +18,8 @@ from train import parse_config
 
 RESULTS = Path(__file__).resolve().parent.parent / "experiments" / "results"
 TINY = Grid(common={"num_steps": 2}, seeds=[0, 1], rows={"OPSD": {"method": "opsd"}, "PW": {"method": "pwopsd"}})
-BEHAVIOUR = {
-    "repaired": 0.5, "broken": None, "stated": 0.9, "leaps": 0.0, "strays": 0.0, "leaps_sampled": 0.0,
-    "strays_sampled": 0.0,
-}  # fmt: skip
+BEHAVIOUR = dict.fromkeys(("leaps", "strays", "leaps_sampled", "strays_sampled"), 0.0)
+BEHAVIOUR |= {"repaired": 0.5, "broken": None, "stated": 0.9}
 
 
 def record(options, seed, after, *, error=None):

@@ -172,9 +172,6 @@ def test_only_the_leaking_teacher_learns_the_order_of_its_reference():
             assert all(learned for _, learned in choices)
 
 
-# --- What solutions say -----------------------------------------------------------------------------------------
-
-
 def test_leaps_and_strays_by_hand():
     for text in ("7+5=12;12+~=43;\\boxed{43}", "12+~=4"):
         assert leaps(text)
