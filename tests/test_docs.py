@@ -57,8 +57,6 @@ def test_every_file_and_name_that_a_page_mentions_exists(page):
         assert re.search(rf"^(class |def )?{name}\b", code, re.MULTILINE), f"{page}: {file} has no {name}"
 
 
-# --- commands ---------------------------------------------------------------------------------------------------
-
 OTHERS = {"pip", "vllm", "export", "lm_eval"}  # commands of others, which are not checked
 SCRIPTS = {
     "train.py": (train.TrainConfig, train.PRESETS),

@@ -53,9 +53,10 @@ def test_a_status_of_its_own_passes(capsys, main, status):
     assert capsys.readouterr().err.startswith("stopped; what was written stays") == (status == 130)
 
 
-def test_a_signal_during_the_wait_for_other_ranks_is_not_lost(monkeypatch):
-    stop = ranks.Stop()
+def test_a_signal_during_the_wait_for_other_ranks_is_not_lost_and_all_know_the_signal_of_one(monkeypatch):
+    stop, other = ranks.Stop(), ranks.Stop()
     stop.release()
+    other.release()
 
     def wait(asked):
         stop._note(signal.SIGUSR1, None)
@@ -65,7 +66,10 @@ def test_a_signal_during_the_wait_for_other_ranks_is_not_lost(monkeypatch):
     stop.hold()  # the other ranks know nothing of it, and go on to their next `hold`
     with pytest.raises(ranks.StoppedError):
         stop.release()
-    assert stop.asked == signal.SIGUSR1
+    monkeypatch.setattr(ranks, "gather_objects", lambda asked: [asked, signal.SIGUSR1])
+    with pytest.raises(ranks.StoppedError):
+        other.hold()
+    assert stop.asked == other.asked == signal.SIGUSR1
 
 
 def test_where_a_model_is_shared_a_signal_waits_for_the_end_of_the_step():

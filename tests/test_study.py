@@ -46,9 +46,6 @@ def fake_cells(monkeypatch):
     return ran
 
 
-# --- statistics -------------------------------------------------------------------------------------------------
-
-
 def test_paired_difference_by_hand(monkeypatch):
     pytest.importorskip("scipy")
     left, right = {0: 3.0, 1: 5.0, 2: 7.0, 9: 100.0}, {0: 1.0, 1: 4.0, 2: 4.0, 8: -100.0}
