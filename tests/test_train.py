@@ -31,14 +31,8 @@ from runtime.records import read_rows
 from teacher import EVALUATION_PROMPT
 from train import PRESETS, Rollout, TrainConfig, build, micro_batches, parse_config, step_problems
 
-PROBLEMS = [
-    {
-        "problem": f"How many clips are {a} and {b}{' and nothing more' * (a % 3)}?",
-        "solution": f"{a}+{b}=\\boxed{{{a + b}}}",
-    }
-    for a in range(1, 6)
-    for b in range(1, 4)
-]
+PROBLEMS = [{"problem": f"How many clips are {a} and {b}{' and nothing more' * (a % 3)}?",
+             "solution": f"{a}+{b}=\\boxed{{{a + b}}}"} for a in range(1, 6) for b in range(1, 4)]  # fmt: skip
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 CPU = torch.device("cpu")
 
@@ -122,9 +116,6 @@ def largest_difference(a: dict, b: dict) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-# Data order and micro-batches
-
-
 def test_each_epoch_visits_every_problem_once_in_a_new_order():
     picked = [problem for step in range(6) for problem in step_problems(9, 3, seed=1, step=step)]
     assert sorted(picked[:9]) == sorted(picked[9:]) == list(range(9))
@@ -149,26 +140,14 @@ def test_defaults_are_the_papers():
     assert (c.batch_size, c.max_grad_norm, c.seed, c.save_steps, c.max_length) == (32, 0.1, 42, 25, 20000)
     assert c.sampling == Sampling(temperature=1.1, top_p=0.95, top_k=20, max_new_tokens=1024)
     assert (c.distill_temperature, c.tau_clip, c.teacher) == (1.1, 0.05, "fixed")
-    assert [PRESETS[name]["model"] for name in ("qwen3-4b", "dsr1-llama-8b", "olmo3-7b")] == [
-        "Qwen/Qwen3-4B", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "allenai/Olmo-3-7B-Think",
-    ]  # fmt: skip
+    models = ["Qwen/Qwen3-4B", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "allenai/Olmo-3-7B-Think"]
+    assert [PRESETS[name]["model"] for name in ("qwen3-4b", "dsr1-llama-8b", "olmo3-7b")] == models
 
 
-def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
-    assert parse_config([]).preset == "tiny" and parse_config([]).tau_clip == 1.0
-    assert parse_config(["--tau_clip", "0.05"]).tau_clip == 0.05
-    assert parse_config(["--preset", "dsr1-llama-8b"]).micro_batch_size == 2
-    plain = parse_config(["--model", "some/where"])
-    assert plain.preset is None and plain.max_new_tokens == 1024
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        ("--data /no/such.jsonl", "/no/such.jsonl: no such data file"),
-        ("--model /no/such --data /no/such.jsonl", "--model /no/such: neither a directory"),  # before any data
-    ],
-)
+@pytest.mark.parametrize(("words", "told"), [
+    ("--data /no/such.jsonl", "/no/such.jsonl: no such data file"),
+    ("--model /no/such --data /no/such.jsonl", "--model /no/such: neither a directory"),  # before any data
+])  # fmt: skip
 def test_the_script_ends_with_one_line(tmp_path, monkeypatch, words, told):
     monkeypatch.setattr(sys, "argv", ["train.py", *words.split(), "--output_dir", f"{tmp_path}/run"])
     with pytest.raises(SystemExit) as ended:
@@ -225,10 +204,7 @@ def uneven_rollouts(monkeypatch):
 
 @pytest.mark.parametrize("method", ["opsd", "pwopsd", "eopd", "reopold"])
 def test_the_gradient_of_a_step_is_that_of_the_plain_loss(qwen3, data, monkeypatch, uneven_rollouts, method):
-    """Of two micro-batches, its scale included: autograd of `method_loss` on whole logits, all rows in one batch.
-
-    It is clipped to --max_grad_norm, and logged as it was before.
-    """
+    """Of two micro-batches, scale included: autograd of `method_loss`, all rows in one batch; then clipped."""
     words = ["--method", method, "--max_grad_norm", 1e-3]
     words += ["--tau_clip", 0.5] if method in ("opsd", "pwopsd") else []
     config = parse_config(flags(qwen3, data, *words))
@@ -247,10 +223,8 @@ def test_the_gradient_of_a_step_is_that_of_the_plain_loss(qwen3, data, monkeypat
     drawn, ids = train.step_share(0, problems, config)[0], uneven_rollouts[0]
     assert [len(row_ids) for row_ids in ids] == [3, 4, 5, 6]
     head_VD = run.model.get_output_embeddings().weight
-    x_stu, x_tch = (
-        [prompt(run.tokenizer, problem) for problem in drawn]
-        for prompt in (train.teacher.student_prompt, train.teacher.teacher_prompt)
-    )
+    prompts = (train.teacher.student_prompt, train.teacher.teacher_prompt)
+    x_stu, x_tch = ([prompt(run.tokenizer, problem) for problem in drawn] for prompt in prompts)
     with run.teacher.scoring() as scorer:
         teacher_BTV = train.model.response_hidden(scorer, x_tch, ids) @ head_VD.T
     student_BTV = train.model.response_hidden(run.model, x_stu, ids) @ head_VD.T
@@ -309,9 +283,8 @@ def test_the_optimizer_is_the_papers(qwen3, data):
 
 def test_what_the_teacher_is_changes_its_context_or_its_weights_alone(run, qwen3, tmp_path):
     """Weights of the base or of another model, of the student as it is (an EMA of decay 0) or was; other references."""
-    twin, other = tmp_path / "twin", tmp_path / "other"
-    shutil.copytree(qwen3, twin)
-    families.make_checkpoint("qwen3", other, seed=1)
+    twin = shutil.copytree(qwen3, tmp_path / "twin")
+    other = families.make_checkpoint("qwen3", tmp_path / "other", seed=1)
     kinds = [("fixed",), (twin,), ("live",), ("ema", "--ema_decay", 0.0), (other,)]
     kinds += [("fixed", "--reference", shown) for shown in ("other", "none", "answer")]
     runs = [run("--num_steps", 2, "--teacher", *kind, name=str(number)) for number, kind in enumerate(kinds)]
@@ -394,9 +367,6 @@ def test_a_loss_that_is_not_a_number_stops_with_step_and_problems(run, tmp_path,
         run()
     assert "step 1: loss nan" in str(caught.value) and str(expected) in str(caught.value)
     assert len(Run(tmp_path / "run").metrics) == 1 and (tmp_path / "run/checkpoint-1").is_dir()
-
-
-# What fits
 
 
 def test_problems_that_are_too_long_are_left_out_and_the_others_keep_their_numbers(run, data, tmp_path):
@@ -538,8 +508,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_then_replaced(run, whole, tmp_p
 
 def test_a_resumed_run_wants_the_files_it_began_with(run, qwen3, data, held_out, tmp_path):
     """By content, though each keeps its name: data, base weights, template, held-out problems, prompts."""
-    model, prompts = tmp_path / "model", tmp_path / "prompts.json"
-    shutil.copytree(qwen3, model)
+    model, prompts = shutil.copytree(qwen3, tmp_path / "model"), tmp_path / "prompts.json"
     prompts.write_text(json.dumps({"student": "Sum: {problem}"}))
     given = ("--model", model, "--num_steps", 1, "--eval_data", held_out, "--prompts", prompts)
     run(*given)
@@ -576,8 +545,7 @@ def test_a_resumed_run_keeps_its_options_and_the_grader_that_auto_has_found(run,
 
 def test_a_template_with_the_date_renders_the_runs_first_day(run, qwen3, tmp_path):
     """A run that is resumed on another day goes on with the very prompts that it began with."""
-    model = tmp_path / "model"
-    shutil.copytree(qwen3, model)
+    model = shutil.copytree(qwen3, tmp_path / "model")
     template = model / "chat_template.jinja"
     template.write_text("{{ strftime_now('%d %B %Y') }}" + template.read_text())
     given = ("--model", model, "--save_steps", 1, "--num_steps", 2)
@@ -592,18 +560,14 @@ def test_a_template_with_the_date_renders_the_runs_first_day(run, qwen3, tmp_pat
     assert again.metrics[0] == before[0] and again.metrics[1]["loss"] != before[1]["loss"]
 
 
-@pytest.mark.parametrize(
-    ("where", "number"),
-    [("sampling", signal.SIGTERM), ("scoring", signal.SIGINT), ("scoring", signal.SIGHUP), ("update", signal.SIGUSR1)],
-)
+@pytest.mark.parametrize(("where", "number"), [
+    ("sampling", signal.SIGTERM), ("scoring", signal.SIGINT), ("scoring", signal.SIGHUP), ("update", signal.SIGUSR1),
+])  # fmt: skip
 def test_a_signal_keeps_the_last_finished_step(run, whole, tmp_path, monkeypatch, where, number):
     """It leaves a step wherever it stands, except within its update; the run then goes on as if unbroken."""
     unbroken, stopped = whole(*AVERAGED), Run(tmp_path / "run")
-    owner, name = {
-        "sampling": (train.rollout.StreamSampler, "__call__"),
-        "scoring": (LoRALinear, "forward"),
-        "update": (train, "update"),
-    }[where]
+    places = {"sampling": (train.rollout.StreamSampler, "__call__"), "scoring": (LoRALinear, "forward")}
+    owner, name = places.get(where, (train, "update"))
     original, calls = getattr(owner, name), []
 
     def preempted(*args, **more):
@@ -630,10 +594,8 @@ def test_a_signal_keeps_the_last_finished_step(run, whole, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("call", "behind"), [(2, 0), (4, 1), (10, 3)])
-def test_sigterm_while_held_out_problems_are_scored_ends_at_once_and_is_made_up_for(
-    run, whole, held_out, monkeypatch, call, behind
-):
-    """Before the first step, on the way and at the end: two calls to score (sampled, greedy), one for a step."""
+def test_sigterm_while_scoring_held_out_problems_is_made_up_for(run, whole, held_out, monkeypatch, call, behind):
+    """At once: before step 0, on the way, at the end. Two calls to score (sampled, greedy), one for a step."""
     given = ("--eval_data", held_out, "--eval_steps", 1)
     unbroken, (original, calls) = whole(*given), (GenerateEngine.sample, [])
 
