@@ -16,14 +16,16 @@ def evaluation(tmp_path):
     """Write an evaluation with N = 2 and the given numbers of right answers per problem; returns its folder."""
     problems = [Problem(f"p{i}", "", str(i)) for i in range(4)]
 
-    def make(name, right, seeds=(0, 1), grader="exact", num_samples=2, answers="x", **changes):
+    def make(
+        name, right, seeds=(0, 1), grader="exact", num_samples=2, answers="x", prompts="p", version="1", **changes
+    ):
         regime = {"model": "m", "adapter": name, "benchmark_sha256": "b", "temperature": 1.0, **changes}
         samples = [
             Sample(i, n, seed, f"\\boxed{{{i if n < count else 99}}}", 5, "eos")
             for seed in seeds for i, count in enumerate(right) for n in range(2)
         ]  # fmt: skip
-        grader = {"name": grader, "version": "1", "stopped": 0}
-        summary = {"num_samples": num_samples, "regime": regime, "answers_sha256": answers, "grader": grader}
+        summary = {"num_samples": num_samples, "regime": regime, "inputs": {"prompts": prompts},
+                   "answers_sha256": answers, "grader": {"name": grader, "version": version, "stopped": 0}}  # fmt: skip
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text(json.dumps(summarise(samples, problems) | summary))
         return str(tmp_path / name)
@@ -68,15 +70,17 @@ def test_what_cannot_be_compared_is_one_line(evaluation, tmp_path):
     a, b, c = (evaluation(name, [1, 2, 0, 0]) for name in "abc")
     changed = {"cool": {"temperature": 0.7}, "once": {"seeds": (0,)}, "other": {"benchmark_sha256": "x"},
                "verified": {"grader": "math-verify"}, "more": {"num_samples": 4},
-               "mended": {"answers": "y"}}  # fmt: skip
+               "mended": {"answers": "y"}, "asked": {"prompts": "q"}, "newer": {"version": "2"}}  # fmt: skip
     runs = {name: evaluation(name, [1, 2, 0, 0], **changes) for name, changes in changed.items()}
     for left, right, said in (
         ([a, b], [c], "2 and 1 evaluations"),
         ([a, b], [c, a], f"{a} is named twice"),
         ([a, b], [c, runs["cool"]], "cool: evaluated otherwise .*temperature"),
         ([a, b], [c, runs["once"]], "once: evaluated otherwise .*seeds"),
+        ([a, b], [c, runs["asked"]], "asked: evaluated otherwise .*prompts"),  # the file's name is no prompt
         ([a], [runs["other"]], "other: not comparable with the first .benchmark .*, now x"),
         ([a], [runs["verified"]], "grader exact, now math-verify"),
+        ([a], [runs["newer"]], "grader's version 1, now 2"),
         ([a], [runs["mended"]], "mended: .*answers x, now y"),
         ([a], [runs["more"]], "num_samples 2, now 4"),
         ([a], [str(tmp_path)], "summary.json: not there"),

@@ -7,12 +7,18 @@ import re
 import sys
 
 import pytest
+import torch
 
+import grading
+import loss
 import train
 from errors import InputError
 from experiments import draw_run
 from experiments.draw_run import RolloutView, TokenView, render, repaired, run_config, view_rollouts
 from problems import Problem
+from runtime.checkpoint import load_adapter
+from runtime.loading import load_model, load_tokenizer
+from teacher import student_prompt, teacher_prompt
 
 
 def test_a_run_is_drawn_with_what_it_wrote(tmp_path, monkeypatch):
@@ -96,6 +102,45 @@ def test_page_of_a_real_run(tmp_path, monkeypatch, call):
                 assert len(chances) == 5 and chances == sorted(chances, reverse=True) and sum(chances) <= 1.0 + 1e-6
     assert any(abs(token.divergence) > 1e-4 for token in before.tokens)
     assert before.tokens[-1].text == "<|im_end|>"
+
+
+@pytest.mark.slow
+def test_a_solution_is_scored_as_in_its_run(tmp_path, monkeypatch, call):
+    """By its teacher, a live one, in float32 from its 16-bit states; by its step, its grader and its outcome."""
+
+    class AllRight(grading.ExactGrader):
+        def match(self, answer, gold):
+            return True
+
+    weigh = lambda r_M, scores, lengths, step, options: scores.correct + step  # noqa: E731
+    monkeypatch.setitem(loss.METHODS, "mine", loss.Method(loss.clipped_divergence, weigh, loss.token_mean))
+    monkeypatch.setitem(grading.GRADERS, "all right", AllRight)
+    run = tmp_path / "run"
+    call(train, "--method", "mine", "--teacher", "live", "--grader", "all right", "--dtype", "bfloat16", "--num_steps",
+         1, "--batch_size", 4, "--learning_rate", 2e-2, "--tau_clip", "inf", "--distill_temperature", 1.1,
+         "--eval_data", "", "--device", "cpu", "--output_dir", run)  # fmt: skip
+    before, after = view_rollouts(run, count=1)
+    assert [{token.weight for token in view.tokens} for view in (before, after)] == [{1.0}, {2.0}]
+    assert before.correct and after.correct
+    model, tokenizer = load_model("tiny", "bfloat16", device="cpu"), load_tokenizer("tiny")
+    load_adapter(model, run / "checkpoint-1")
+    ids = tokenizer.encode("".join(token.text for token in after.tokens), add_special_tokens=False)
+    assert len(ids) == len(after.tokens)
+    _, prompts = train.choose_prompts(run_config(run), [after.problem])
+    logps = []
+    for make in (student_prompt, teacher_prompt):
+        x = make(tokenizer, after.problem, prompts)
+        with torch.no_grad():
+            states = model.model(torch.tensor([x + ids])).last_hidden_state[0, len(x) - 1 : -1]
+        logps.append((states.double() @ model.lm_head.weight.double().T / 1.1).log_softmax(dim=-1))
+    expected = (logps[1].exp() * (logps[1] - logps[0])).sum(dim=-1)
+    assert [token.divergence for token in after.tokens] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_only_a_teacher_that_the_checkpoint_holds_scores(tmp_path):
+    (tmp_path / "config.json").write_text('{"config": {"teacher": "ema"}, "versions": {}}')
+    with pytest.raises(InputError, match="not by --teacher ema"):
+        view_rollouts(tmp_path)
 
 
 def test_repaired_problems_are_right_after_and_not_before(tmp_path):

@@ -185,19 +185,20 @@ def test_the_same_command_grades_again_without_loading_a_model(run, monkeypatch)
         run("graded")
 
 
-def test_limit_takes_the_first_problems_and_columns_are_passed_on(run):
-    summary, lines = run("few", "--limit", 3)
-    rows = [json.loads(line) for line in run.benchmark.read_text().splitlines()][:3]
+def test_a_limit_takes_the_first_problems_with_the_same_draws_and_columns_are_passed_on(run):
+    summary, lines = run("whole")
+    few, first = run("few", "--limit", 3)
+    assert few["problems"] == [0, 1, 2] and set(first) < set(lines)
+    rows = [json.loads(line) for line in run.benchmark.read_text().splitlines()]
     run.benchmark.write_text("".join(json.dumps({"task": r["problem"], "key": r["answer"]}) + "\n" for r in rows))
-    assert summary["problems"] == [0, 1, 2]
-    named, again = run("named", "--columns", "problem=task,answer=key")  # the same three problems
+    named, again = run("named", "--columns", "problem=task,answer=key")
     assert named["metrics"] == summary["metrics"] and again == lines
 
 
 def test_another_regime_is_refused_and_names_its_field(run):
     _, lines = run("pinned")
     for flag, value in (("temperature", 0.5), ("top_p", 1.0), ("top_k", 5), ("max_new_tokens", 40),
-                        ("enable_thinking", False), ("dtype", "bfloat16")):  # fmt: skip
+                        ("enable_thinking", False), ("dtype", "bfloat16"), ("limit", 2)):  # fmt: skip
         with pytest.raises(InputError, match=f"pinned: was started with --{flag} .*, not {value}; "):
             run("pinned", f"--{flag}", value)
     (run.folder / "prompts.json").write_text('{"evaluation": "{problem}"}')

@@ -1,6 +1,7 @@
 """A follower sends each step of a run once, whatever a resume makes again."""
 
 import json
+import signal
 import sys
 
 import pytest
@@ -27,6 +28,18 @@ def test_each_step_is_sent_once_and_the_end_ends_it(tmp_path, monkeypatch, call)
     call(follow, tmp_path, "--to", "trackio")
     steps = [(0, {"loss": 0.5, "heldout_greedy": 0.0}), (1, {"loss": 1.5}), (2, {"loss": 2.5})]
     assert rows == [*steps, (3, {"heldout_greedy": 0.75})] and ended == [True]
+
+
+def test_ctrl_c_ends_what_was_sent_too(tmp_path, monkeypatch, call):
+    (tmp_path / "config.json").write_text(
+        '{"config": {"num_steps": 3, "eval_data": ""}, "script": "train", "versions": {}}'
+    )
+    ended = []
+    monkeypatch.setattr(follow, "tracker", lambda *_: (None, lambda: ended.append(True)))
+    monkeypatch.setattr(follow.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        call(follow, tmp_path, "--to", "trackio")
+    assert ended == [True]
 
 
 @pytest.mark.parametrize("package", ["trackio", "tensorboard", "wandb"])

@@ -75,5 +75,6 @@ def test_what_forks_change(task, tmp_path, monkeypatch, call):
     call(train, *words)
     row = json.loads((run / "metrics.jsonl").read_text())
     assert row["grad_norm"] >= 0.0
-    assert task != "an own grader" or row["accuracy"] == 1.0
+    grader = json.loads((run / "config.json").read_text())["config"]["grader"]
+    assert (grader == "lenient") == (task == "an own grader") and (grader != "lenient" or row["accuracy"] == 1.0)
     assert f"| {task} | {len(script.strip().splitlines())} " in (ROOT / "README.md").read_text()

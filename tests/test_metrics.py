@@ -57,10 +57,11 @@ def test_a_run_of_twenty_tokens_that_stands_twice_is_a_repetition():
     ([None, None], torch.float32, None), ([1.1e-5], torch.float32, "1.0e-05"),
     ([2.0e-3, 5.9e-3], torch.bfloat16, None), ([2.0e-3, 2.5e-3, 6.1e-3], torch.bfloat16, "6.0e-03"),
     ([4.9e-2], torch.bfloat16, None), ([3.0e-2, 5.1e-2], torch.bfloat16, "5.0e-02"),
-    ([5.1e-2], torch.float16, "5.0e-02"),
+    ([5.1e-2], torch.float16, "5.0e-02"), ([1.1e-5, None], torch.float32, None),
+    ([None, 1.1e-5], torch.float32, "1.0e-05"), ([None, 2.0e-3, 6.1e-3], torch.bfloat16, "6.0e-03"),
 ])  # fmt: skip
 def test_a_gap_that_rounding_does_not_explain_is_told(gaps, dtype, bound):
-    line = gap_warning([{"sampler_gap": gap} for gap in gaps], dtype)
+    line = gap_warning([{} if gap is None else {"sampler_gap": gap} for gap in gaps], dtype)
     assert line is None if bound is None else f"sampler_gap {gaps[-1]:.1e} is above {bound}: the engine" in line
 
 
@@ -83,15 +84,15 @@ def test_metrics_by_tenth_of_the_solution():
     M = torch.arange(4.0)
     r = torch.tensor([0.05, 0.09, 0.55, 0.999])
     for _ in range(2):
-        seen.see([0], r, torch.ones(4), scores_of(4, loss=M, clipped_mass=M / 10), None)
+        seen.see([0], [4], r, torch.ones(4), scores_of(4, loss=M, clipped_mass=M / 10), None)
     row = seen.means()
     assert row["divergence"] == 1.5 and row["weight"] == 1.0 and seen.broken == []
     assert row["by_decile"]["divergence"] == [0.5, None, None, None, None, 2.0, None, None, None, 3.0]
 
 
-@pytest.mark.parametrize("token", [0, 3])
-def test_one_token_that_is_no_number_marks_its_rows(token):
+@pytest.mark.parametrize(("token", "row"), [(0, 7), (2, 7), (3, 2)])
+def test_one_token_that_is_no_number_marks_its_row(token, row):
     seen, values = Observer(torch.device("cpu")), torch.ones(4)
     values[token] = float("nan")
-    seen.see([7, 2], torch.full((4,), 0.5), torch.ones(4), scores_of(4, loss=values), None)
-    assert seen.broken == [7, 2]
+    seen.see([7, 2], [3, 1], torch.full((4,), 0.5), torch.ones(4), scores_of(4, loss=values), None)
+    assert seen.broken == [row]

@@ -1,6 +1,7 @@
 """The study: its statistics against known values, its bookkeeping of cells, and the report made from them."""
 
 import json
+import signal
 import sys
 from itertools import product
 from pathlib import Path
@@ -13,7 +14,8 @@ from experiments.study import report
 from experiments.study import run as study
 from experiments.study.grids import GRIDS, Grid
 from experiments.study.report import Difference, after, detectable, family, paired_difference, write_report
-from experiments.study.run import missing_cells, read_cells, run_grid
+from experiments.study.run import Cell, missing_cells, read_cells, run_grid
+from runtime.ranks import STOP_SIGNALS, Stop
 from train import parse_config
 
 RESULTS = Path(__file__).resolve().parent.parent / "experiments" / "results"
@@ -44,6 +46,15 @@ def fake_cells(monkeypatch):
 
     monkeypatch.setattr(study, "run_cell", run_cell)
     return ran
+
+
+def test_a_cell_leaves_the_signals_as_they_were(tmp_path, monkeypatch):
+    """train.main leaves those of its run, which would swallow a Ctrl-C between two cells."""
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    monkeypatch.setattr(study.train, "main", lambda: Stop().listen())
+    monkeypatch.setattr(study, "measured", lambda run, error: {})
+    study.run_cell(Cell("row", {}, 0, "m"), tmp_path)
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 def test_paired_difference_by_hand(monkeypatch):

@@ -33,7 +33,8 @@ def other_settings(a: dict, b: dict, source: str) -> list[str]:
     """
     asked, here = (
         {"benchmark": s["regime"]["benchmark_sha256"], "answers": s["answers_sha256"],
-         "grader": [s["grader"]["name"], s["grader"]["version"]], "num_samples": s["num_samples"]} for s in (a, b)
+         "grader": s["grader"]["name"], "grader's version": s["grader"]["version"],
+         "num_samples": s["num_samples"]} for s in (a, b)
     )  # fmt: skip
     if change := difference(asked, here):
         raise InputError(f"{source}: not comparable with the first ({change})")
