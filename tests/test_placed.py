@@ -15,7 +15,6 @@ from rollout import Response
 from runtime.loading import TINY_MODEL, load_tokenizer
 
 ARMS = list(placed.RISE)
-UNCLIPPED = ("uniform", "Moderate", "reversed", "Aggressive", "by index")
 
 
 @pytest.fixture
@@ -113,12 +112,12 @@ def test_each_arm_is_measured_at_its_best_rate(tmp_path):
     assert set(grid.rows) == set(rows) and grid.seeds == [0, 1, 2, 3]
     assert {grid.options(row)["eval_data"] for row in rows} == {"runs/worlds/placed-12-seed1/final.jsonl"}
     grid = placed.early(tmp_path)
-    assert set(grid.rows) == {f"{world} / {arm} / 0.0003" for world in worlds for arm in UNCLIPPED}
+    assert set(grid.rows) == {f"{world} / {arm} / 0.0003" for world in worlds for arm in placed.FOUR}
     assert grid.seeds == [0, 1, 2, 3] and grid.options("placed-34-seed1 / reversed / 0.0003")["learning_rate"] == 3e-4
 
 
 @pytest.mark.parametrize(("action", "part", "rows"), [
-    ("tune", "tuning", 42), ("measure", "final", 0), ("early", "early", 10),
+    ("tune", "tuning", 42), ("measure", "final", 0), ("early", "early", 8),
 ])  # fmt: skip
 def test_each_action_runs_its_grid_in_its_own_folder(tmp_path, monkeypatch, call, action, part, rows):
     predicted(tmp_path, "placed-12-seed1", "placed-34-seed1")
@@ -152,7 +151,7 @@ def test_report_by_hand(tmp_path):
     final = {
         (world, arm, 1e-4, seed): 0.5 + 0.01 * seed + (arm == "Moderate") * (gain + 0.001 * (-1) ** seed)
         for world, gain in zip(worlds, (0.1, 0.0, 0.004, 0.02), strict=True)
-        for arm in ("uniform", "Moderate", "reversed") for seed in range(4)
+        for arm in ("uniform", "Moderate", "reversed", "OPSD") for seed in range(4)
     } | {
         (worlds[0], arm + placed.CLIPPED, 1e-3, seed): 0.3 + 0.01 * seed + (arm == "Moderate") * 0.02 * seed
         for arm in ("uniform", "Moderate") for seed in range(4)
@@ -165,18 +164,20 @@ def test_report_by_hand(tmp_path):
     write_cells(tmp_path, "early", digest, early)
     text = placed.write_report(tmp_path)
     assert (tmp_path / "report.md").read_text() == text
-    assert "5 of 16 base models predicted" in text and "At tuned rates: 8 of 20 differences" in text
+    assert "5 of 16 base models predicted" in text and "At tuned rates: 8 of 10 differences" in text
     first, at_fixed, clipped = (row for row in text.splitlines() if row.startswith("| placed-12-seed1"))
     gain, nothing = "+10.0 [+9.8, +10.2]", "+0.0 [+0.0, +0.0]"
-    assert first == f"| placed-12-seed1 | up; {gain}, hit | up; {nothing} | up; - | up; - | {gain} |"
+    assert (
+        first == f"| placed-12-seed1 | up; {gain}, hit | up; {nothing} | {gain} | {nothing} |"
+    )  # OPSD is as good as uniform
     assert "| placed-56-seed1 | up; - |" in text and "| harm | 3 of 8 |" in text  # Moderate, where it gains
     assert "window's place: Spearman -." in text  # one window
     # Moderate in the flat worlds: 0 and .4 points, mean .2, half a width t(1) at 90 % times .2: 6.31 * .2
     assert "| Moderate | 2 | +0.2 [-1.1, +1.5] | yes |" in text
     assert "| Moderate | 4 | - |" in text  # equal predictions have no rank
-    assert "At 0.0003 everywhere: 2 of 20 differences" in text and "| harm | 1 of 2 |" in text
+    assert "At 0.0003 everywhere: 2 of 10 differences" in text and "| harm | 1 of 2 |" in text
     lost = "-20.0 [-20.2, -19.8]"
-    assert at_fixed == f"| placed-12-seed1 | up; {nothing} | up; +20.0 [+19.8, +20.2], hit | up; - | up; - | {lost} |"
+    assert at_fixed == f"| placed-12-seed1 | up; {nothing} | up; +20.0 [+19.8, +20.2], hit | {lost} |"
     assert clipped == "| placed-12-seed1 | -20.0 [-20.0, -20.0] | +3.0 [-1.1, +7.1] | - | - |"  # 0, 2, 4, 6; t(3) 3.18
 
 

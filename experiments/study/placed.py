@@ -50,8 +50,9 @@ ARMS = {
     "reversed": ROWS["reversed Moderate"], "Aggressive": ROWS["Aggressive"], "by index": {"method": "by_index"},
 }  # fmt: skip
 RISE = {"Moderate": 1, "reversed": -1, "Aggressive": 1, "by index": 1}  # arms predicted against uniform
-CLIPPED = ", clip .05"  # the same arms under the paper's clip, in the two extreme windows
-ARMS |= {arm + CLIPPED: ARMS[arm] | {"tau_clip": 0.05} for arm in ("uniform", "Moderate", "reversed", "Aggressive")}
+FOUR = ("uniform", "Moderate", "reversed", "Aggressive")  # measured at a fixed rate too
+CLIPPED = ", clip .05"  # and under the paper's clip, in the two extreme windows
+ARMS |= {arm + CLIPPED: ARMS[arm] | {"tau_clip": 0.05} for arm in FOUR}
 EXTREME = ("placed-12-", "placed-56-")
 SIDES = {1: "up", 0: "none", -1: "down"}
 RATES, STEPS, TUNING_SEEDS, SEEDS = (1e-4, 3e-4, 1e-3), 20, [4], [0, 1, 2, 3]
@@ -172,7 +173,7 @@ def final(output: Path) -> Grid:
 
 
 def early(output: Path) -> Grid:
-    arms = [key for key in tuned_arms(output) if CLIPPED not in key[1]]
+    arms = [key for key in tuned_arms(output) if key[1] in FOUR]
     return grid(output, dict.fromkeys(arms, (EARLY,)), SEEDS, "final")
 
 
@@ -227,19 +228,21 @@ def write_report(output: Path) -> str:
 
 def section(lines: list[dict], part: str, found: dict[tuple[str, str], Difference], by_arm: dict) -> list[str]:
     """One measurement: a row for each base model, the hits of each predictor, and what holds over base models."""
+    arms = [arm for arm in RISE if any(measured == arm for _, measured in found)] or [*RISE]
+    beside = [("Moderate", "reversed"), *[("OPSD", "uniform")] * any(arm == "OPSD" for _, arm in by_arm)]
     body, hits = [], {name: [] for name in lines[0]["claims"]}
     for line in lines:
         body.append([line["world"]])
-        for arm in RISE:
+        for arm in arms:
             claim, d = line["claims"]["harm"][arm], found.get((line["world"], arm))
             measured = d and SIDES[int(np.sign(d.mean)) if d.p < LEVEL else 0]
             body[-1].append(f"{claim}; {d or '-'}" + (", hit" if measured == claim else ""))
             for name, hit in hits.items():
                 hit += [measured == line["claims"][name][arm]] if d else []
-        body[-1].append(minus(by_arm, line["world"], "Moderate", "reversed") or "-")
+        body[-1] += [minus(by_arm, line["world"], *pair) or "-" for pair in beside]
     return [
-        f"## {PARTS[part]}: {len(found)} of {len(lines) * len(RISE)} differences measured",
-        markdown(["base model", *RISE, "Moderate - reversed"], body),
+        f"## {PARTS[part]}: {len(found)} of {len(lines) * len(arms)} differences measured",
+        markdown(["base model", *arms, *map(" - ".join, beside)], body),
         markdown(["predictor", "hits"], [[name, f"{sum(hit)} of {len(hit)}"] for name, hit in hits.items()]),
         *across(lines, found, by_arm),
     ]
@@ -256,6 +259,8 @@ def across(lines: list[dict], found: dict[tuple[str, str], Difference], by_arm: 
     harm, flat = [], []
     for arm in RISE:
         of = [(line, found[line["world"], arm].mean) for line in lines if (line["world"], arm) in found]
+        if not of:
+            continue
         harm.append([arm, len(of), rank_correlation([(100 * line["harm"][arm][0], value) for line, value in of])])
         values = [value for line, value in of if line["world"].split("-")[1] in ("123456", "random")]
         if len(values) > 1:
@@ -279,7 +284,8 @@ def clipped(lines: list[dict], by_arm: dict) -> list[str]:
     pairs = [("uniform" + CLIPPED, "uniform"), *((arm + CLIPPED, "uniform" + CLIPPED) for arm in RISE)]
     pairs = [(left, right) for left, right in pairs if left in ARMS]
     body = [[world, *(minus(by_arm, world, *pair) or "-" for pair in pairs)] for world in worlds]
-    return [markdown(["base model", *(f"{left} - {right}" for left, right in pairs)], body)] if body else []
+    head = f"## Under the paper's clip, {', '.join(EXTREME)[:-1]}: at tuned rates"
+    return [head, markdown(["base model", *map(" - ".join, pairs)], body)] if body else []
 
 
 def scatter(lines: list[dict], found: dict[str, dict[tuple[str, str], Difference]]):
