@@ -277,7 +277,7 @@ def main() -> None:
         prompts = load_prompts(config.prompts, config.chat_template_kwargs, records.first_day(record))
         for note in check_prompts(tokenizer, prompts, ("evaluation",)):
             say(note)
-        config = begin(config, problems, tokenizer, prompts, folder, record)
+        config = begin(config, benchmark, tokenizer, prompts, folder, record)
         if missing:
             sample_missing(config, benchmark, tokenizer, prompts, missing, file)  # whose whole digest keys the draws
         if rank() == 0:
@@ -286,13 +286,14 @@ def main() -> None:
 
 
 def begin(
-    config: EvaluationConfig, problems: list[Problem], tokenizer: PreTrainedTokenizerBase, prompts: Prompts,
+    config: EvaluationConfig, benchmark: list[Problem], tokenizer: PreTrainedTokenizerBase, prompts: Prompts,
     folder: Path, record: dict | None,
 ) -> EvaluationConfig:  # fmt: skip
     """Write config.json, or check that the samples in the folder were asked for in the same way.
 
     Returns the options with one limit for all problems, min(--max_new_tokens, context - longest prompt).
     """
+    problems = benchmark[: config.limit]
     encoded = encode(tokenizer, problems, config.enable_thinking, prompts)
     lengths, context = [len(ids) for ids in encoded], context_length(load_config(config.model).get_text_config())
     check_room(f"--benchmark {config.benchmark}", problems, lengths, 1, context)
@@ -300,7 +301,7 @@ def begin(
         say(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {room}")
         config = replace(config, max_new_tokens=room)
     inputs = records.fingerprints({"model": config.model, "adapter": config.adapter}) | {
-        "benchmark": benchmark_digest(problems), "prompts": hashlib.sha256(json.dumps(encoded).encode()).hexdigest(),
+        "benchmark": benchmark_digest(benchmark), "prompts": hashlib.sha256(json.dumps(encoded).encode()).hexdigest(),
         "server": "a server" if config.server else "this process",
     }  # fmt: skip
     records.record_run(folder, "evaluate", record, asdict(config), FREE_ON_RESUME, inputs,

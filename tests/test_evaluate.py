@@ -190,6 +190,9 @@ def test_a_limit_takes_the_first_problems_with_the_same_draws_and_columns_are_pa
     few, first = run("few", "--limit", 3)
     assert few["problems"] == [0, 1, 2] and set(first) < set(lines)
     rows = [json.loads(line) for line in run.benchmark.read_text().splitlines()]
+    run.benchmark.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))  # a row beyond the limit keys too
+    with pytest.raises(InputError, match=r"what --benchmark .* names has changed"):
+        run("few", "--limit", 3)
     run.benchmark.write_text("".join(json.dumps({"task": r["problem"], "key": r["answer"]}) + "\n" for r in rows))
     named, again = run("named", "--columns", "problem=task,answer=key")
     assert named["metrics"] == summary["metrics"] and again == lines
