@@ -304,9 +304,9 @@ def _options(overrides: dict) -> LossOptions:
 
 # --- The same from hidden states, a chunk of tokens at a time: whole logits of a step would take many GiB -------
 
-# Of one float32 tensor of logits: 51 tokens at Qwen3's vocabulary, all of a small one's. From 32 MiB on the C library
-# maps every tensor anew, page by page, which costs as much as the mathematics on them.
-CHUNK_BYTES = 30 * 2**20
+# Of one float32 tensor of logits, by device: at Qwen3's vocabulary 51 tokens on a CPU, where from 32 MiB on the C
+# library maps every tensor anew, page by page, which costs as much as the mathematics on them; on a GPU 256.
+CHUNK_BYTES = {"cpu": 30 * 2**20, "cuda": 150 * 2**20}
 
 
 def score_tokens_from_hidden(
@@ -319,7 +319,8 @@ def score_tokens_from_hidden(
     trained too, they are made again (torch.utils.checkpoint). At most `chunk_tokens` rows of logits exist at any time;
     by default as many as CHUNK_BYTES hold.
     """
-    size, score = chunk_tokens or max(1, CHUNK_BYTES // (4 * head_VD.shape[0])), _score_chunk
+    chunk_bytes = CHUNK_BYTES.get(head_VD.device.type, CHUNK_BYTES["cpu"])
+    size, score = chunk_tokens or max(1, chunk_bytes // (4 * head_VD.shape[0])), _score_chunk
     if head_VD.requires_grad:
         score = partial(checkpoint, _score_chunk, use_reentrant=False, preserve_rng_state=False)
     elif student_MD.requires_grad and torch.is_grad_enabled():

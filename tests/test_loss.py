@@ -11,6 +11,7 @@ from errors import InputError
 from loss import METHODS, LossOptions, entropy, method_loss
 
 PAPERS = ("opsd", "pwopsd", "eopd", "reopold")  # METHODS grows where experiments/study/rules.py is imported
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 GOLDEN = json.loads(Path(__file__).with_name("golden_losses.json").read_text())
 CALLS = {
     "opsd": ("opsd", {}), "opsd_noclip": ("opsd", {"clip": None}),
@@ -65,16 +66,18 @@ def value_and_gradient(name, student, teacher, ids, mask, **options):
     return loss.item(), student.grad
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", range(len(GOLDEN)))
 @pytest.mark.parametrize("key", CALLS)
-def test_golden(case, key):
+def test_golden(case, key, device):
     golden, (name, options) = GOLDEN[case], CALLS[key]
     assert golden["expected"].keys() <= CALLS.keys()  # all are used
-    ids = torch.tensor(golden["response_ids"])
-    student, teacher = torch.tensor(golden["student_logits"]), torch.tensor(golden["teacher_logits"])
+    student, teacher, ids = (
+        torch.tensor(golden[name], device=device) for name in ("student_logits", "teacher_logits", "response_ids")
+    )
     loss, gradient = value_and_gradient(name, student, teacher, ids, ids != -100, **options)
     assert loss == pytest.approx(golden["expected"][key]["loss"], abs=1e-5)
-    torch.testing.assert_close(gradient, torch.tensor(golden["expected"][key]["grad"]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(gradient.cpu(), torch.tensor(golden["expected"][key]["grad"]), atol=1e-6, rtol=0)
 
 
 P_T, P_S, MIXED = (0.75, 0.25), (0.5, 0.5), (0.575, 0.425)  # MIXED = .3 P_T + .7 P_S
@@ -200,7 +203,7 @@ def test_no_chunk_is_larger_than_asked(name, train_head, monkeypatch):
 
     monkeypatch.setattr(model.F, "linear", spy)
     for chunk_tokens, chunk_bytes, expected in ((4, 2**30, [4, 4, 2]), (None, 3 * 4 * 11, [3, 3, 3, 1])):
-        monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", chunk_bytes)
         sizes.clear()
         more = {"chunk_tokens": chunk_tokens, "teacher_head": head.detach()}
         value = method_loss_from_hidden(name, student.requires_grad_(), teacher, head, ids, mask, **more)
@@ -334,20 +337,22 @@ def test_scores_by_hand():
     assert scores.student_entropy.item() == scores.teacher_entropy.item() == pytest.approx(1.5 * math.log(2))
 
 
-def test_logits_of_half_precision_states_are_not_rounded():
+@pytest.mark.parametrize("device", DEVICES)
+def test_logits_of_half_precision_states_are_not_rounded(device):
     """The product of bfloat16 numbers in float32; its gradients are those of the bfloat16 product."""
     torch.manual_seed(0)
     V = 2 * model.HEAD_ROWS + 30
-    x_MD, head_VD = torch.randn(5, 64).bfloat16().requires_grad_(), torch.randn(V, 64).bfloat16().requires_grad_()
+    x_MD, head_VD = (torch.randn(n, 64).to(device, torch.bfloat16).requires_grad_() for n in (5, V))
     logits_MV = model.head_logits(x_MD, head_VD)
     assert logits_MV.dtype == torch.float32
     torch.testing.assert_close(logits_MV, x_MD.float() @ head_VD.float().T)
     half_MV = logits_MV.detach().bfloat16()
     assert not torch.equal(logits_MV, half_MV.float())
     assert torch.equal(losses.log_probabilities(half_MV, 1.1), (half_MV.float() / 1.1).log_softmax(dim=-1))
-    up_MV = torch.randn(5, V) / V**0.5
+    up_MV = torch.randn(5, V, device=device) / V**0.5
     (to_x,) = torch.autograd.grad(model.head_logits(x_MD, head_VD.detach()), x_MD, up_MV)  # the head is frozen
-    torch.testing.assert_close(to_x, (up_MV @ head_VD.float()).bfloat16())
+    gradient_MV = up_MV if device == "cpu" else up_MV.bfloat16()  # a GPU multiplies in the states' precision
+    torch.testing.assert_close(to_x, (gradient_MV.float() @ head_VD.float()).bfloat16())
     found = torch.autograd.grad(logits_MV, (x_MD, head_VD), up_MV)
     wanted = torch.autograd.grad(torch.nn.functional.linear(x_MD, head_VD), (x_MD, head_VD), up_MV.bfloat16())
     for ours, theirs in zip(found, wanted, strict=True):

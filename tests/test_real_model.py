@@ -3,6 +3,7 @@
 import json
 import sys
 from concurrent.futures import Executor, Future
+from dataclasses import asdict
 
 import pytest
 
@@ -10,7 +11,8 @@ import evaluate
 import train
 from errors import InputError
 from experiments import real_model
-from problems import Problem
+from problems import load_problems
+from runtime.records import write_rows
 
 
 class Inline(Executor):
@@ -27,7 +29,7 @@ class Inline(Executor):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """The command on four sums, the untrained model and one arm, all in this process; returns the folder."""
+    """The command on four sums, all in this process: two rates, the untrained model, one arm; returns the folder."""
 
     def call(script, **flags):
         main = {"train.py": train.main, "evaluate.py": evaluate.main}[script]
@@ -36,15 +38,17 @@ def run(monkeypatch, tmp_path):
 
     monkeypatch.setattr(real_model, "call", call)
     monkeypatch.setattr(real_model, "ThreadPoolExecutor", Inline)
-    monkeypatch.setattr(real_model, "TRAINING", {"num_steps": 1, "batch_size": 2, "max_new_tokens": 8, "top_k": 0})
-    monkeypatch.setattr(real_model, "NEW_TOKENS", 48)
-    monkeypatch.setattr(real_model, "CELLS", [("untrained", 0), ("OPSD", 1)])
-    monkeypatch.setattr(real_model, "DECODINGS", {"greedy": 0.0})
-    prompts = {"student": "Problem: {problem}", "teacher": "{problem} {solution}", "evaluation": "Problem: {problem}"}
-    monkeypatch.setattr(real_model, "PROMPTS", prompts)
+    training = {"num_steps": 1, "batch_size": 2, "max_new_tokens": 8, "top_k": 0}
+    for name, value in {
+        "TRAINING": training, "SCORED_TOKENS": 48, "TUNING_PROBLEMS": 4, "RATES": (1e-5, 1e-2), "FINAL": [("OPSD", 1)],
+        "TUNING_STEPS": 2, "DECODINGS": {"tuning": ["greedy"], "test": ["greedy"]},
+    }.items():  # fmt: skip
+        monkeypatch.setattr(real_model, name, value)
+    test = tmp_path / "four.jsonl"
+    write_rows(test, [asdict(problem) for problem in load_problems("tiny:heldout")[:4]])
 
     def command(*arguments: str):
-        flags = ["--model=tiny", "--train=tiny:train", "--test=tiny:heldout", "--count=4", f"--output_dir={tmp_path}"]
+        flags = ["--model=tiny", "--train=tiny:train", f"--test={test}", f"--output_dir={tmp_path}"]
         monkeypatch.setattr(sys, "argv", ["real_model", *(arguments or flags)])
         real_model.main()
         return tmp_path
@@ -56,52 +60,58 @@ def run(monkeypatch, tmp_path):
 def test_a_killed_run_goes_on_and_says_the_same(run, capsys):
     path = run() / "cells.jsonl"
     whole = path.read_text()
-    cells = {(cell := json.loads(line))["row"]: cell for line in whole.splitlines()}
-    untrained, trained = cells["untrained"], cells["OPSD"]
-    assert len(cells) == 2 and len(trained["steps"]) == 1
-    assert all(len(cell[name]) == 4 for cell in (untrained, trained) for name in ("correct", "boxed", "finished"))
-    assert trained["train"]["method"] == "opsd" and trained["ground"] == untrained["ground"]
+    cells = [json.loads(line) for line in whole.splitlines()]
+    by_key = {(cell["row"], cell["rate"], cell["seed"], cell["problems"]): cell for cell in cells}
+    trained, best = cells[-1], real_model.best_rate(cells, "OPSD")
+    tuned = {(arm, rate, 0, "tuning") for arm in ("OPSD", "OPSD, no clip") for rate in (1e-5, 1e-2)}
+    tuned |= {("untrained", None, 0, "tuning")}
+    tested = {("untrained", None, 0, "test"), (real_model.SHOWN, None, 0, "test"), ("OPSD", best, 1, "test")}
+    assert len(cells) == len(by_key) == 8 and by_key.keys() == tuned | tested
+    assert trained is by_key["OPSD", best, 1, "test"] and trained["train"]["method"] == "opsd"
+    assert len(trained["steps"]) == 1
+    assert all(len(cell[name]) == 4 for cell in cells for name in ("correct", "boxed", "finished"))
+    assert len({by_key[key]["ground"] for key in tested}) == len({by_key[key]["ground"] for key in tuned}) == 1
     out, step = capsys.readouterr().out, trained["steps"][0]
     assert "| OPSD - untrained | greedy | 1 |" in out
-    assert f"| OPSD | 1 | {step['mean_length']:.2f} | {step['eos_rate']:.2f} | {step['repetition']:.2f} |" in out
+    assert f"| OPSD | {trained['rate']} | 1 | first | {step['mean_length']:.3f} | {step['eos_rate']:.3f} |" in out
     path.write_text(whole[:-50])  # the last line is torn
     run()
     assert path.read_text() == whole
 
 
+def cell(row, seed, correct, problems="test", rate=1e-5):
+    return {"row": row, "seed": seed, "decoding": "greedy", "ground": "a", "correct": correct, "boxed": [1.0] * 4,
+            "finished": [1.0, 1.0, 0.0, 0.0], "tokens": [1, 2, 3, 4], "problems": problems, "rate": rate}  # fmt: skip
+
+
 def test_the_table_pairs_problems_and_seeds():
     """OPSD is right on one problem more than the untrained model in seed 1, on two more in seed 2, of four."""
     pytest.importorskip("scipy")
-
-    def cell(row, seed, correct):
-        return {"row": row, "seed": seed, "decoding": "greedy", "ground": "a", "correct": correct, "boxed": [1.0] * 4,
-                "finished": [1.0, 1.0, 0.0, 0.0], "tokens": [1, 2, 3, 4]}  # fmt: skip
-
     table = real_model.report([
-        cell("untrained", 0, [1, 0, 0, 0]), cell("OPSD", 1, [1, 1, 0, 0]), cell("OPSD", 2, [1, 1, 1, 0]),
+        cell("untrained", 0, [1, 0, 0, 0], rate=None), cell("OPSD", 1, [1, 1, 0, 0]), cell("OPSD", 2, [1, 1, 1, 0]),
+        cell("OPSD", 0, [0, 0, 0, 0], "tuning"),
     ])  # fmt: skip
-    assert "| OPSD | greedy | 1, 2 | 62.5 | 100.0 | 50.0 | 2.5 |" in table
+    assert "| test | OPSD | 1e-05 | greedy | 1, 2 | 62.5 | 100.0 | 50.0 | 2 |" in table
     # over seeds: mean 37.5, t(.975, 1) = 12.706 times 12.5
     assert "| OPSD - untrained | greedy | 1, 2 | +37.5 [+0.0, +75.0] | [-121.3, +196.3] |" in table
     with pytest.raises(InputError, match="not comparable"):
         real_model.report([cell("untrained", 0, [1, 0, 0, 0]), cell("OPSD", 1, [1, 1, 0, 0]) | {"ground": "b"}])
 
 
+def test_the_rate_is_that_of_the_tuning_problems_and_of_equals_the_lowest():
+    lowest, middle, highest = real_model.RATES
+    tuned = [cell("OPSD", 0, [1, 0, 0, 0], "tuning", lowest), cell("OPSD", 0, [1, 1, 0, 0], "tuning", middle),
+             cell("OPSD", 0, [1, 1, 0, 0], "tuning", highest)]  # fmt: skip
+    others = [cell("OPSD", 1, [1, 1, 1, 1], "test", lowest), cell("Moderate", 0, [1, 1, 1, 1], "tuning", highest)]
+    assert real_model.best_rate(tuned + others, "OPSD") == middle
+
+
 def test_what_cannot_run_says_so(run):
     with pytest.raises(InputError, match="name all three"):
         run("--model", "tiny")
-    with pytest.raises(InputError, match="tiny:heldout: has 400 problems with equations, 401 are asked for"):
-        real_model.shortest("tiny:heldout", 401, None)
-
-
-@pytest.mark.parametrize(("solution", "answer", "line"), [
-    ("He pays 20 x $50=$1,000.\nSo 1,000*.5 = $5", "5", "20*50 = 1,000, 1,000*.5 = 5. The answer is \\boxed{5}."),
-    ("90-.5*40=70\nHe has 1200+70 = 1,270", "1270", "90-.5*40 = 70, 1200+70 = 1,270. The answer is \\boxed{1270}."),
-    ("He has 4+3 = 7. Then he loses two.", "5", None),
-    ("4x+7 = 15, so x = 2", "2", None),
-])  # fmt: skip
-def test_a_solution_becomes_its_equations(solution, answer, line):
-    assert real_model.as_equations(Problem("", solution, answer)) == line
+    real_model.TUNING_PROBLEMS = 400
+    with pytest.raises(InputError, match="tiny:heldout: has 400 problems, 400 of them are for tuning"):
+        real_model.write_problems("tiny:heldout", "tiny:heldout", None)
 
 
 def test_a_script_that_fails_ends_the_run(tmp_path, capfd, monkeypatch):

@@ -125,6 +125,15 @@ def test_greedy_equals_generates_greedy(model, tokenizer):
     assert ours.ids == theirs[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_head_is_given_its_states_in_one_piece(model, tokenizer, rows):
+    """A strided view of each row's last state has torch copy the head once a row: seconds at a real vocabulary."""
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda head, states, _: seen.append(states[0]))
+    sample(model, tokenizer, [[1, 2, 3]] * rows, [(i,) for i in range(rows)], Sampling(0.0, 1.0, 0, 2))
+    assert len(seen) == 2 and {states.stride() for states in seen} == {(seen[0].shape[-1], seen[0].shape[-1], 1)}
+
+
 def test_the_eos_counts_as_a_token_also_where_pad_is_eos(model, tokenizer, family):
     """The head is bent so that two EOS are likely: rows end with exactly one at their last position, or are cut."""
     assert (tokenizer.pad_token_id == tokenizer.eos_token_id) == (family == "llama")
