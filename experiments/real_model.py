@@ -4,9 +4,9 @@
     python -m experiments.real_model --report experiments/results/real-model/cells.jsonl
 
 Prompts, sampling, adapter and optimizer are the paper's; what a smaller model and a shorter time change stands in the
-constants below. First OPSD at each learning rate, scored on problems that are neither trained on nor held out; then all
-arms at the best rate, several seeds. The first command can be killed and goes on; a finished cell is a line of
-cells.jsonl: what is right, boxed and finished of each problem, no text. docs/real-model.md says what came out.
+constants below. First OPSD at each learning rate, whose rollouts say which is best; then all arms at that rate, several
+seeds. The first command can be killed and goes on; a finished cell is a line of cells.jsonl: what is right, boxed and
+finished of each problem, no text. docs/real-model.md says what came out.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,9 @@ from teacher import EVALUATION_PROMPT, TEACHER_PROMPT, fill
 ROOT = Path(__file__).parent.parent
 TRAINING = {"num_steps": 20, "max_new_tokens": 288, "micro_batch_size": 16, "save_steps": 10}  # the rest: the paper's
 SCORED_TOKENS = 448  # limit of the scored answers
-TUNING_PROBLEMS = 200  # the last of --train, which no run trains on
-RATES, TUNING_SEED, TUNING_STEPS = (5e-6, 3e-5, 2e-4), 0, 10
-TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
-DECODINGS = {"tuning": ["sampled"], "test": ["greedy", "sampled"]}
+RATES, TUNING_SEED, TUNING_STEPS = (5e-6, 3e-5, 1e-4), 0, 10
+TUNED, TUNING = ("OPSD", "OPSD, no clip"), "tuning"
+DECODINGS = {"greedy": 0.0, "sampled": 1.0}
 UNTRAINED, SHOWN = "untrained", "untrained, shown the solution"
 ARMS = {
     "OPSD": {"method": "opsd"},
@@ -53,16 +53,12 @@ CONTRASTS += [(f"{left}, no clip", f"{right}, no clip") for left, right in CONTR
 CONTRASTS = [(SHOWN, UNTRAINED), *((arm, UNTRAINED) for arm in ARMS), *CONTRASTS]
 
 
-def write_problems(train: str, test: str, folder: Path) -> None:
-    """train, tuning and test problems, and the test problems as the teacher is shown them; prompts for these."""
-    known, held_out = load_problems(train), load_problems(test)
-    if len(known) <= TUNING_PROBLEMS:
-        raise InputError(f"{train}: has {len(known)} problems, {TUNING_PROBLEMS} of them are for tuning")
-    parts = {"train": known[:-TUNING_PROBLEMS], "tuning": known[-TUNING_PROBLEMS:], "test": held_out}
-    parts["shown"] = [replace(item, problem=fill(TEACHER_PROMPT, item)) for item in held_out]
-    for name, problems in parts.items():
+def write_problems(test: str, folder: Path) -> None:
+    """The held-out problems, the same as the teacher is shown them, and the prompts for these."""
+    held_out = load_problems(test)
+    shown = [replace(item, problem=fill(TEACHER_PROMPT, item)) for item in held_out]
+    for name, problems, template in (("test", held_out, EVALUATION_PROMPT), ("shown", shown, "{problem}")):
         write_rows(folder / f"{name}.jsonl", [asdict(problem) for problem in problems])
-        template = "{problem}" if name == "shown" else EVALUATION_PROMPT
         write_atomically(folder / f"prompts-{name}.json", json.dumps({"evaluation": template}))
 
 
@@ -75,22 +71,21 @@ def call(script: str, **flags: object) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def measure(row: str, rate: float | None, seed: int, problems: str, model: str, folder: Path) -> list[dict]:
-    """Train an arm, unless that is done, and score it: a line of cells.jsonl for each decoding."""
-    cell = {"row": row, "rate": rate, "seed": seed, "problems": problems}
-    run, given = folder / "runs" / "-".join(map(str, cell.values())).replace(" ", "-").replace(",", ""), {}
+def measure(row: str, rate: float | None, seed: int, kind: str, model: str, train: str, folder: Path) -> list[dict]:
+    """Lines of cells.jsonl: an arm trained, unless that is done; but for tuning scored, a line for each decoding."""
+    cell, given = {"row": row, "rate": rate, "seed": seed}, {}
+    run = folder / "runs" / "-".join(map(str, [*cell.values(), kind])).replace(" ", "-").replace(",", "")
     if row in ARMS:
         options = TRAINING | ARMS[row] | {"learning_rate": rate, "seed": seed}
-        options |= {"num_steps": TUNING_STEPS} if problems == "tuning" else {}
+        options |= {"num_steps": TUNING_STEPS} if kind == TUNING else {}
         cell["train"] = {name: str(value) for name, value in options.items()}
-        data = folder / "train.jsonl"
-        cell["train_cpu_s"] = round(call("train.py", model=model, data=data, output_dir=run, resume=True, **options))
+        cell["train_cpu_s"] = round(call("train.py", model=model, data=train, output_dir=run, resume=True, **options))
         cell["steps"] = read_rows(run / "metrics.jsonl")
         given = {"adapter": run / f"checkpoint-{options['num_steps']}"}
-    source, cells = "shown" if row == SHOWN else problems, []
-    for decoding in DECODINGS[problems]:
+    cells, source = [cell | {"decoding": TUNING}] if kind == TUNING else [], "shown" if row == SHOWN else "test"
+    for decoding, temperature in {} if kind == TUNING else DECODINGS.items():
         output = run.with_name(f"{run.name}-{decoding}")
-        cpu_s = call("evaluate.py", model=model, benchmark=folder / f"{source}.jsonl", temperature=TEMPERATURES[decoding],
+        cpu_s = call("evaluate.py", model=model, benchmark=folder / f"{source}.jsonl", temperature=temperature,
                      prompts=folder / f"prompts-{source}.json", num_samples=1, batch_size=500,
                      max_new_tokens=SCORED_TOKENS, output_dir=output, **given)  # fmt: skip
         summary = json.loads((output / "summary.json").read_text())
@@ -109,9 +104,9 @@ def measure(row: str, rate: float | None, seed: int, problems: str, model: str, 
 
 def best_rate(cells: list[dict], arm: str) -> float:
     """The rate at which an arm's rollouts are right most often in the second half of tuning; of equals the lower."""
-    steps = {cell["rate"]: cell["steps"][TUNING_STEPS // 2 :] for cell in cells
-             if (cell["problems"], cell["row"]) == ("tuning", arm)}  # fmt: skip
-    return max(RATES, key=lambda rate: (np.mean([step["accuracy"] for step in steps[rate]]), -rate))
+    steps = {cell["rate"]: cell["steps"] for cell in cells if (cell["decoding"], cell["row"]) == (TUNING, arm)}
+    right = {rate: np.mean([step["accuracy"] for step in steps[rate][TUNING_STEPS // 2 :]]) for rate in RATES}
+    return max(RATES, key=lambda rate: (right[rate], -rate))
 
 
 def report(cells: list[dict]) -> str:
@@ -119,22 +114,23 @@ def report(cells: list[dict]) -> str:
 
     Raises InputError for cells of more than one ground (model, problems, limit).
     """
-    lines = ["| problems | row | rate | decoding | seeds | right % | boxed % | finished % | tokens |", "|---" * 9 + "|"]
+    lines = ["| row | rate | decoding | seeds | right % | boxed % | finished % | tokens |", "|---" * 8 + "|"]
+    if len({cell["ground"] for cell in cells if cell["decoding"] != TUNING}) > 1:
+        raise InputError("the cells differ in model, problems or limit: they are not comparable")
     rows: dict[tuple, dict[int, dict]] = {}
     for cell in cells:
-        rows.setdefault((cell["problems"], cell["decoding"], cell["row"], cell["rate"]), {})[cell["seed"]] = cell
-        if cell["ground"] != next(other["ground"] for other in cells if other["problems"] == cell["problems"]):
-            raise InputError("the cells differ in model, problems or limit: they are not comparable")
-    for (problems, decoding, row, rate), by_seed in rows.items():
+        rows.setdefault((cell["row"], cell["rate"], cell["decoding"]), {})[cell["seed"]] = cell
+    scored = {key: by_seed for key, by_seed in rows.items() if key[2] != TUNING}
+    for (row, rate, decoding), by_seed in scored.items():
         means = {name: np.mean([cell[name] for cell in by_seed.values()]) for name in ("correct", "boxed", "finished")}
         shares = " | ".join(f"{100 * value:.1f}" for value in means.values())
         tokens, seeds = np.mean([cell["tokens"] for cell in by_seed.values()]), ", ".join(map(str, sorted(by_seed)))
-        lines.append(f"| {problems} | {row} | {rate or ''} | {decoding} | {seeds} | {shares} | {tokens:.0f} |")
-    lines += ["", "| difference in points | decoding | seeds | over problems | over seeds |", "|---|---|---|---|---|"]
-    tested = {(row, decoding): by_seed for (problems, decoding, row, _), by_seed in rows.items() if problems == "test"}
-    for (left, right), decoding in [(pair, decoding) for decoding in TEMPERATURES for pair in CONTRASTS]:
-        a, b = tested.get((left, decoding), {}), tested.get((right, decoding), {})
-        b = dict.fromkeys(a, b[0]) if right == UNTRAINED and b else b
+        lines.append(f"| {row} | {rate or ''} | {decoding} | {seeds} | {shares} | {tokens:.1f} |")
+    lines += ["", "| difference in points | rate | decoding | seeds | over problems | over seeds |", "|---" * 6 + "|"]
+    for pair, (row, rate, decoding) in product(CONTRASTS, scored):
+        b = scored.get((pair[1], None if pair[1] == UNTRAINED else rate, decoding), {})
+        a = scored[row, rate, decoding] if row == pair[0] else {}
+        b = dict.fromkeys(a, b[0]) if pair[1] == UNTRAINED and b else b
         if seeds := sorted(a.keys() & b.keys()):
             a_SP, b_SP = (100 * np.array([side[seed]["correct"] for seed in seeds]) for side in (a, b))
             low, high = bootstrap_interval((a_SP - b_SP).mean(axis=0))
@@ -142,7 +138,7 @@ def report(cells: list[dict]) -> str:
             over = paired_difference(*seed_means)
             over_seeds = f"[{over.low:+.1f}, {over.high:+.1f}]" if over else "one seed"
             mean = (a_SP - b_SP).mean()
-            lines.append(f"| {left} - {right} | {decoding} | {', '.join(map(str, seeds))} | "
+            lines.append(f"| {' - '.join(pair)} | {rate or ''} | {decoding} | {', '.join(map(str, seeds))} | "
                          f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] | {over_seeds} |")  # fmt: skip
     return "\n".join(lines + training_lines(rows))
 
@@ -152,13 +148,14 @@ def training_lines(rows: dict) -> list[str]:
     names = ["mean_length", "eos_rate", "repetition", "divergence", "student_entropy", "teacher_entropy"]
     tenths = "divergence by tenth"
     lines = ["", f"| row | rate | seeds | step | {' | '.join(names)} | {tenths} |", "|---" * (5 + len(names)) + "|"]
-    for (problems, decoding, row, rate), by_seed in rows.items():
-        runs = [cell["steps"] for cell in by_seed.values() if "steps" in cell and decoding == DECODINGS[problems][0]]
+    for (row, rate, decoding), by_seed in rows.items():
+        runs = [cell["steps"] for cell in by_seed.values() if "steps" in cell and decoding != "sampled"]
         for i, step in ((0, "first"), (-1, "last")) if runs else ():
             parts = [f"{np.mean([run[i][name] for run in runs]):.3f}" for name in names]
             by_tenth = zip(*(run[i]["by_decile"]["divergence"] for run in runs), strict=True)
             parts += [" ".join(f"{np.mean([d for d in tenth if d is not None] or [np.nan]):.3f}" for tenth in by_tenth)]
-            lines.append(f"| {row} | {rate} | {', '.join(map(str, by_seed))} | {step} | {' | '.join(parts)} |")
+            seeds = ", ".join(map(str, by_seed)) + f" ({TUNING})" * (decoding == TUNING)
+            lines.append(f"| {row} | {rate} | {seeds} | {step} | {' | '.join(parts)} |")
     return lines
 
 
@@ -176,26 +173,25 @@ def main() -> None:
     if not (args.model and args.train and args.test):
         raise InputError("--model, --train and --test: name all three, or --report CELLS")
     folder = make_folder(args.output_dir)
-    write_problems(args.train, args.test, folder)
+    write_problems(args.test, folder)
     path, cells = folder / "cells.jsonl", read_rows(folder / "cells.jsonl")
     write_rows(path, cells)  # without a line that a kill cut short
     pool = ThreadPoolExecutor(args.at_once)
 
-    def run(jobs: list[tuple]) -> None:
-        done = [tuple(cell[name] for name in ("row", "rate", "seed", "problems", "decoding")) for cell in cells]
-        missing = [job for job in jobs if any((*job, decoding) not in done for decoding in DECODINGS[job[3]])]
-        for job in as_completed([pool.submit(measure, *job, args.model, folder) for job in missing]):
-            new = [cell for cell in job.result() if (*list(cell.values())[:4], cell["decoding"]) not in done]
+    def run(kind: str, jobs: list[tuple]) -> None:
+        done = {(cell["row"], cell["rate"], cell["seed"], cell["decoding"]) for cell in cells}
+        decodings = [TUNING] if kind == TUNING else DECODINGS
+        missing = [job for job in jobs if not all((*job, decoding) in done for decoding in decodings)]
+        for job in as_completed([pool.submit(measure, *job, kind, args.model, args.train, folder) for job in missing]):
+            new = [cell for cell in job.result() if (*list(cell.values())[:3], cell["decoding"]) not in done]
             append_rows(path, new)
             cells.extend(new)
             print(report(cells), flush=True)
 
-    arms = ("OPSD", "OPSD, no clip")
     try:
-        run([(arm, rate, TUNING_SEED, "tuning") for rate in RATES for arm in arms]
-            + [(UNTRAINED, None, 0, "tuning"), *((row, None, 0, "test") for row in (UNTRAINED, SHOWN))])  # fmt: skip
-        rates = {arm: best_rate(cells, arms[arm.endswith(arms[1].removeprefix(arms[0]))]) for arm in ARMS}
-        run([(arm, rates[arm], seed, "test") for arm, seed in FINAL])
+        run(TUNING, [(arm, rate, TUNING_SEED) for rate in RATES for arm in TUNED])
+        rates = {arm: best_rate(cells, TUNED["no clip" in arm]) for arm in ARMS}
+        run("final", [(row, None, 0) for row in (UNTRAINED, SHOWN)] + [(arm, rates[arm], seed) for arm, seed in FINAL])
     finally:
         pool.shutdown(cancel_futures=True)
     return print(report(cells))

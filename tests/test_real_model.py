@@ -40,8 +40,8 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(real_model, "ThreadPoolExecutor", Inline)
     training = {"num_steps": 1, "batch_size": 2, "max_new_tokens": 8, "top_k": 0}
     for name, value in {
-        "TRAINING": training, "SCORED_TOKENS": 48, "TUNING_PROBLEMS": 4, "RATES": (1e-5, 1e-2), "FINAL": [("OPSD", 1)],
-        "TUNING_STEPS": 2, "DECODINGS": {"tuning": ["greedy"], "test": ["greedy"]},
+        "TRAINING": training, "SCORED_TOKENS": 48, "RATES": (1e-5, 1e-2), "FINAL": [("OPSD", 1)],
+        "TUNING_STEPS": 2, "DECODINGS": {"greedy": 0.0},
     }.items():  # fmt: skip
         monkeypatch.setattr(real_model, name, value)
     test = tmp_path / "four.jsonl"
@@ -61,57 +61,59 @@ def test_a_killed_run_goes_on_and_says_the_same(run, capsys):
     path = run() / "cells.jsonl"
     whole = path.read_text()
     cells = [json.loads(line) for line in whole.splitlines()]
-    by_key = {(cell["row"], cell["rate"], cell["seed"], cell["problems"]): cell for cell in cells}
-    trained, best = cells[-1], real_model.best_rate(cells, "OPSD")
-    tuned = {(arm, rate, 0, "tuning") for arm in ("OPSD", "OPSD, no clip") for rate in (1e-5, 1e-2)}
-    tuned |= {("untrained", None, 0, "tuning")}
-    tested = {("untrained", None, 0, "test"), (real_model.SHOWN, None, 0, "test"), ("OPSD", best, 1, "test")}
-    assert len(cells) == len(by_key) == 8 and by_key.keys() == tuned | tested
-    assert trained is by_key["OPSD", best, 1, "test"] and trained["train"]["method"] == "opsd"
-    assert len(trained["steps"]) == 1
-    assert all(len(cell[name]) == 4 for cell in cells for name in ("correct", "boxed", "finished"))
-    assert len({by_key[key]["ground"] for key in tested}) == len({by_key[key]["ground"] for key in tuned}) == 1
+    by_key = {(cell["row"], cell["rate"], cell["decoding"]): cell for cell in cells}
+    best = real_model.best_rate(cells, "OPSD")
+    tuned = {(arm, rate, "tuning") for arm in ("OPSD", "OPSD, no clip") for rate in (1e-5, 1e-2)}
+    scored = {(row, None, "greedy") for row in ("untrained", real_model.SHOWN)} | {("OPSD", best, "greedy")}
+    assert len(cells) == len(by_key) == 7 and by_key.keys() == tuned | scored
+    trained = by_key["OPSD", best, "greedy"]
+    assert trained["train"]["method"] == "opsd"
+    assert len(trained["steps"]) == 1 and {len(by_key[key]["steps"]) for key in tuned} == {2}
+    assert all(len(by_key[key][name]) == 4 for key in scored for name in ("correct", "boxed", "finished"))
     out, step = capsys.readouterr().out, trained["steps"][0]
-    assert "| OPSD - untrained | greedy | 1 |" in out
-    assert f"| OPSD | {trained['rate']} | 1 | first | {step['mean_length']:.3f} | {step['eos_rate']:.3f} |" in out
+    assert f"| OPSD - untrained | {best} | greedy | 1 |" in out
+    assert f"| OPSD | {best} | 1 | first | {step['mean_length']:.3f} | {step['eos_rate']:.3f} |" in out
     path.write_text(whole[:-50])  # the last line is torn
     run()
     assert path.read_text() == whole
 
 
-def cell(row, seed, correct, problems="test", rate=1e-5):
+def cell(row, seed, correct, rate=1e-5):
     return {"row": row, "seed": seed, "decoding": "greedy", "ground": "a", "correct": correct, "boxed": [1.0] * 4,
-            "finished": [1.0, 1.0, 0.0, 0.0], "tokens": [1, 2, 3, 4], "problems": problems, "rate": rate}  # fmt: skip
+            "finished": [1.0, 1.0, 0.0, 0.0], "tokens": [1, 2, 3, 4], "rate": rate}  # fmt: skip
 
 
-def test_the_table_pairs_problems_and_seeds():
+def test_the_table_pairs_problems_seeds_and_rates():
     """OPSD is right on one problem more than the untrained model in seed 1, on two more in seed 2, of four."""
     pytest.importorskip("scipy")
     table = real_model.report([
-        cell("untrained", 0, [1, 0, 0, 0], rate=None), cell("OPSD", 1, [1, 1, 0, 0]), cell("OPSD", 2, [1, 1, 1, 0]),
-        cell("OPSD", 0, [0, 0, 0, 0], "tuning"),
+        cell("untrained", 0, [1, 0, 0, 0], None), cell("OPSD", 1, [1, 1, 0, 0]), cell("OPSD", 2, [1, 1, 1, 0]),
+        cell("Moderate", 1, [1, 1, 1, 0]), cell("Moderate", 2, [0, 0, 0, 0], 1e-4),
     ])  # fmt: skip
-    assert "| test | OPSD | 1e-05 | greedy | 1, 2 | 62.5 | 100.0 | 50.0 | 2 |" in table
+    assert "| OPSD | 1e-05 | greedy | 1, 2 | 62.5 | 100.0 | 50.0 | 2.5 |" in table
     # over seeds: mean 37.5, t(.975, 1) = 12.706 times 12.5
-    assert "| OPSD - untrained | greedy | 1, 2 | +37.5 [+0.0, +75.0] | [-121.3, +196.3] |" in table
+    assert "| OPSD - untrained | 1e-05 | greedy | 1, 2 | +37.5 [+0.0, +75.0] | [-121.3, +196.3] |" in table
+    assert "| Moderate - OPSD | 1e-05 | greedy | 1 | +25.0 [+0.0, +75.0] | one seed |" in table
+    assert "Moderate - OPSD | 0.0001" not in table and "| Moderate - untrained | 0.0001 |" in table
     with pytest.raises(InputError, match="not comparable"):
         real_model.report([cell("untrained", 0, [1, 0, 0, 0]), cell("OPSD", 1, [1, 1, 0, 0]) | {"ground": "b"}])
 
 
-def test_the_rate_is_that_of_the_tuning_problems_and_of_equals_the_lowest():
+def test_the_rate_is_that_of_the_later_rollouts_and_of_equals_the_lowest():
+    def tuned(row, rate, late):
+        steps = [{"accuracy": value} for value in [1.0 - late] * 5 + [late] * 5]
+        return {"row": row, "rate": rate, "seed": 0, "decoding": "tuning", "steps": steps}
+
     lowest, middle, highest = real_model.RATES
-    tuned = [cell("OPSD", 0, [1, 0, 0, 0], "tuning", lowest), cell("OPSD", 0, [1, 1, 0, 0], "tuning", middle),
-             cell("OPSD", 0, [1, 1, 0, 0], "tuning", highest)]  # fmt: skip
-    others = [cell("OPSD", 1, [1, 1, 1, 1], "test", lowest), cell("Moderate", 0, [1, 1, 1, 1], "tuning", highest)]
-    assert real_model.best_rate(tuned + others, "OPSD") == middle
+    cells = [tuned("OPSD", lowest, 0.2), tuned("OPSD", middle, 0.4), tuned("OPSD", highest, 0.4)]
+    others = [tuned("OPSD, no clip", rate, 0.9) for rate in real_model.RATES]
+    assert real_model.best_rate(cells + others, "OPSD") == middle
+    assert real_model.best_rate(cells + others, "OPSD, no clip") == lowest
 
 
 def test_what_cannot_run_says_so(run):
     with pytest.raises(InputError, match="name all three"):
         run("--model", "tiny")
-    real_model.TUNING_PROBLEMS = 400
-    with pytest.raises(InputError, match="tiny:heldout: has 400 problems, 400 of them are for tuning"):
-        real_model.write_problems("tiny:heldout", "tiny:heldout", None)
 
 
 def test_a_script_that_fails_ends_the_run(tmp_path, capfd, monkeypatch):
