@@ -306,7 +306,12 @@ def _options(overrides: dict) -> LossOptions:
 
 # Of one float32 tensor of logits, by device: at Qwen3's vocabulary 51 tokens on a CPU, where from 32 MiB on the C
 # library maps every tensor anew, page by page, which costs as much as the mathematics on them; on a GPU 256.
-CHUNK_BYTES = {"cpu": 30 * 2**20, "cuda": 150 * 2**20}
+CHUNK_BYTES = {"cpu": 30 * 2**20, "cuda": 4 * 256 * 151_936}
+
+
+def chunk_rows(head_VD: Tensor) -> int:
+    """Tokens whose logits CHUNK_BYTES hold on the head's device."""
+    return max(1, CHUNK_BYTES.get(head_VD.device.type, CHUNK_BYTES["cpu"]) // (4 * head_VD.shape[0]))
 
 
 def score_tokens_from_hidden(
@@ -319,8 +324,7 @@ def score_tokens_from_hidden(
     trained too, they are made again (torch.utils.checkpoint). At most `chunk_tokens` rows of logits exist at any time;
     by default as many as CHUNK_BYTES hold.
     """
-    chunk_bytes = CHUNK_BYTES.get(head_VD.device.type, CHUNK_BYTES["cpu"])
-    size, score = chunk_tokens or max(1, chunk_bytes // (4 * head_VD.shape[0])), _score_chunk
+    size, score = chunk_tokens or chunk_rows(head_VD), _score_chunk
     if head_VD.requires_grad:
         score = partial(checkpoint, _score_chunk, use_reentrant=False, preserve_rng_state=False)
     elif student_MD.requires_grad and torch.is_grad_enabled():

@@ -1,12 +1,12 @@
 """What the method does to a real model: arms trained by train.py, scored by evaluate.py on the same held-out problems.
 
-    python -m experiments.real_model --model DIR --train gsm8k_train.jsonl --test gsm8k_test.jsonl --at_once 12
-    python -m experiments.real_model --report experiments/results/real-model/cells.jsonl
+    python -m experiments.real_model --model DIR --train gsm8k_train.jsonl --test gsm8k_test.jsonl
+    python -m experiments.real_model --report experiments/results/real-model/short-answers.jsonl
 
 Prompts, sampling, adapter and optimizer are the paper's; what a smaller model and a shorter time change stands in the
-constants below. First OPSD at each learning rate, whose rollouts say which is best; then all arms at that rate, several
-seeds. The first command can be killed and goes on; a finished cell is a line of cells.jsonl: what is right, boxed and
-finished of each problem, no text. docs/real-model.md says what came out.
+constants below. First OPSD at each learning rate, with the clip and without, whose rollouts say which rate is best for
+either; then all arms at these, several seeds. After Ctrl-C the first command goes on; a finished cell is a line of
+cells.jsonl: what is right, boxed and finished of each problem, no text. docs/real-model.md says what came out.
 """
 
 import argparse
@@ -26,13 +26,16 @@ from errors import InputError
 from evaluate import bootstrap_interval
 from experiments.study.report import paired_difference
 from grading import extract_boxed
-from problems import load_problems
+from problems import Problem, load_problems
+from runtime import records
 from runtime.flags import run_script
-from runtime.records import append_rows, make_folder, read_rows, write_atomically, write_rows
+from runtime.records import read_rows, write_rows
 from teacher import EVALUATION_PROMPT, TEACHER_PROMPT, fill
 
 ROOT = Path(__file__).parent.parent
-TRAINING = {"num_steps": 20, "max_new_tokens": 288, "micro_batch_size": 16, "save_steps": 10}  # the rest: the paper's
+TRAINING = {
+    "num_steps": 20, "max_new_tokens": 288, "micro_batch_size": 16, "gradient_checkpointing": True, "save_steps": 10,
+}  # fmt: skip
 SCORED_TOKENS = 448  # limit of the scored answers
 RATES, TUNING_SEED, TUNING_STEPS = (5e-6, 3e-5, 1e-4), 0, 10
 TUNED, TUNING = ("OPSD", "OPSD, no clip"), "tuning"
@@ -53,40 +56,50 @@ CONTRASTS += [(f"{left}, no clip", f"{right}, no clip") for left, right in CONTR
 CONTRASTS = [(SHOWN, UNTRAINED), *((arm, UNTRAINED) for arm in ARMS), *CONTRASTS]
 
 
-def write_problems(test: str, folder: Path) -> None:
-    """The held-out problems, the same as the teacher is shown them, and the prompts for these."""
-    held_out = load_problems(test)
-    shown = [replace(item, problem=fill(TEACHER_PROMPT, item)) for item in held_out]
-    for name, problems, template in (("test", held_out, EVALUATION_PROMPT), ("shown", shown, "{problem}")):
+def write_problems(train: list[Problem], test: list[Problem], folder: Path) -> None:
+    """The problems, the held-out ones also as the teacher is shown them, and the prompts to score them with."""
+    shown = [replace(item, problem=fill(TEACHER_PROMPT, item)) for item in test]
+    for name, problems, template in (
+        ("train", train, EVALUATION_PROMPT), ("test", test, EVALUATION_PROMPT), ("shown", shown, "{problem}"),
+    ):  # fmt: skip
+        if any(not problem.answer for problem in problems):
+            raise InputError(f"--{name}: all problems need answers, and some have none")
         write_rows(folder / f"{name}.jsonl", [asdict(problem) for problem in problems])
-        write_atomically(folder / f"prompts-{name}.json", json.dumps({"evaluation": template}))
+        records.write_atomically(folder / f"prompts-{name}.json", json.dumps({"evaluation": template}))
 
 
 def call(script: str, **flags: object) -> float:
     """Run a script of ours as a command; its CPU seconds. Raises InputError where it fails, after its own line."""
     words = [sys.executable, str(ROOT / script), *(f"--{name}={value}" for name, value in flags.items())]
-    _, status, usage = os.wait4(subprocess.Popen(words).pid, 0)
+    process = subprocess.Popen(words)  # held, so that no other thread's Popen waits for it
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
     if status:
-        raise InputError(f"{script} has stopped; the same command goes on")
+        raise InputError(f"{script} has stopped, and its own line says why")
     return usage.ru_utime + usage.ru_stime
 
 
-def measure(row: str, rate: float | None, seed: int, kind: str, model: str, train: str, folder: Path) -> list[dict]:
-    """Lines of cells.jsonl: an arm trained, unless that is done; but for tuning scored, a line for each decoding."""
-    cell, given = {"row": row, "rate": rate, "seed": seed}, {}
-    run = folder / "runs" / "-".join(map(str, [*cell.values(), kind])).replace(" ", "-").replace(",", "")
+def measure(
+    row: str, rate: float | None, seed: int, decodings: tuple[str, ...], model: str, folder: Path
+) -> list[dict]:
+    """Lines of cells.jsonl: an arm trained, unless that is done, and scored for each decoding; TUNING is not scored."""
+    cell, given, is_tuning, cells = {"row": row, "rate": rate, "seed": seed}, {}, decodings == (TUNING,), []
+    run = folder / "runs" / "-".join(map(str, [*cell.values(), *decodings])).replace(" ", "-").replace(",", "")
     if row in ARMS:
         options = TRAINING | ARMS[row] | {"learning_rate": rate, "seed": seed}
-        options |= {"num_steps": TUNING_STEPS} if kind == TUNING else {}
+        options |= {"num_steps": TUNING_STEPS} if is_tuning else {}
         cell["train"] = {name: str(value) for name, value in options.items()}
-        cell["train_cpu_s"] = round(call("train.py", model=model, data=train, output_dir=run, resume=True, **options))
+        data = folder / "train.jsonl"
+        cell["train_cpu_s"] = round(call("train.py", model=model, data=data, output_dir=run, resume=True, **options))
         cell["steps"] = read_rows(run / "metrics.jsonl")
         given = {"adapter": run / f"checkpoint-{options['num_steps']}"}
-    cells, source = [cell | {"decoding": TUNING}] if kind == TUNING else [], "shown" if row == SHOWN else "test"
-    for decoding, temperature in {} if kind == TUNING else DECODINGS.items():
+    if is_tuning:
+        return [cell | {"decoding": TUNING}]
+    source = "shown" if row == SHOWN else "test"
+    for decoding in decodings:
         output = run.with_name(f"{run.name}-{decoding}")
-        cpu_s = call("evaluate.py", model=model, benchmark=folder / f"{source}.jsonl", temperature=temperature,
-                     prompts=folder / f"prompts-{source}.json", num_samples=1, batch_size=500,
+        cpu_s = call("evaluate.py", model=model, benchmark=folder / f"{source}.jsonl", num_samples=1, batch_size=500,
+                     prompts=folder / f"prompts-{source}.json", temperature=DECODINGS[decoding],
                      max_new_tokens=SCORED_TOKENS, output_dir=output, **given)  # fmt: skip
         summary = json.loads((output / "summary.json").read_text())
         samples = sorted(read_rows(output / "samples.jsonl"), key=lambda sample: sample["problem"])
@@ -169,32 +182,46 @@ def main() -> None:
     parser.add_argument("--report", type=Path, metavar="CELLS", help="run nothing, print the table of a cells.jsonl")
     args = parser.parse_args()
     if args.report:
+        if not args.report.is_file():
+            raise InputError(f"--report {args.report}: no such file")
         return print(report(read_rows(args.report)))
     if not (args.model and args.train and args.test):
         raise InputError("--model, --train and --test: name all three, or --report CELLS")
-    folder = make_folder(args.output_dir)
-    write_problems(args.test, folder)
-    path, cells = folder / "cells.jsonl", read_rows(folder / "cells.jsonl")
-    write_rows(path, cells)  # without a line that a kill cut short
-    pool = ThreadPoolExecutor(args.at_once)
+    train, test = load_problems(args.train), load_problems(args.test)
+    folder, path, pool = args.output_dir, args.output_dir / "cells.jsonl", ThreadPoolExecutor(args.at_once)
+    constants = {"training": TRAINING, "arms": ARMS, "tuning": [TUNING_STEPS, TUNING_SEED], "scored": SCORED_TOKENS}
+    inputs = records.fingerprints({"model": args.model}) | {
+        "train": records.digest(train),
+        "test": records.digest(test),
+    }
+    with records.open_run(folder, "real_model", resume=True) as record:
+        named = {"model": args.model, "train": args.train, "test": args.test}
+        records.record_run(folder, "real_model", record, named | constants, set(), inputs, {})
+        write_problems(train, test, folder)
+        cells = read_rows(path)
+        write_rows(path, cells)  # without a line that a kill cut short
 
-    def run(kind: str, jobs: list[tuple]) -> None:
-        done = {(cell["row"], cell["rate"], cell["seed"], cell["decoding"]) for cell in cells}
-        decodings = [TUNING] if kind == TUNING else DECODINGS
-        missing = [job for job in jobs if not all((*job, decoding) in done for decoding in decodings)]
-        for job in as_completed([pool.submit(measure, *job, kind, args.model, args.train, folder) for job in missing]):
-            new = [cell for cell in job.result() if (*list(cell.values())[:3], cell["decoding"]) not in done]
-            append_rows(path, new)
-            cells.extend(new)
-            print(report(cells), flush=True)
+        def run(jobs: list[tuple], decodings: tuple[str, ...]) -> None:
+            done = {key(cell) for cell in cells}
+            missing = [job for job in jobs if not {(*job, decoding) for decoding in decodings} <= done]
+            for job in as_completed([pool.submit(measure, *job, decodings, args.model, folder) for job in missing]):
+                new = [cell for cell in job.result() if key(cell) not in done]
+                records.append_rows(path, new)
+                cells.extend(new)
+                print(f"{len(cells)} cells, the last of {key(new[-1])}", flush=True)
 
-    try:
-        run(TUNING, [(arm, rate, TUNING_SEED) for rate in RATES for arm in TUNED])
-        rates = {arm: best_rate(cells, TUNED["no clip" in arm]) for arm in ARMS}
-        run("final", [(row, None, 0) for row in (UNTRAINED, SHOWN)] + [(arm, rates[arm], seed) for arm, seed in FINAL])
-    finally:
-        pool.shutdown(cancel_futures=True)
+        try:
+            run([(arm, rate, TUNING_SEED) for rate in RATES for arm in TUNED], (TUNING,))
+            rates = {arm: best_rate(cells, TUNED["no clip" in arm]) for arm in ARMS}
+            rows = [(row, None, 0) for row in (UNTRAINED, SHOWN)] + [(arm, rates[arm], seed) for arm, seed in FINAL]
+            run(rows, tuple(DECODINGS))
+        finally:
+            pool.shutdown(cancel_futures=True)
     return print(report(cells))
+
+
+def key(cell: dict) -> tuple:
+    return cell["row"], cell["rate"], cell["seed"], cell["decoding"]
 
 
 if __name__ == "__main__":

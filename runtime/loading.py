@@ -59,7 +59,7 @@ def load_model(
 
 
 def _in_order(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """States in one piece: for the last of each row, a strided view, torch's matmul copies the head once a row."""
+    """States in one piece: for a view, as of the last of each row, torch copies a frozen head once a row on a CPU."""
     return (inputs[0].clone(memory_format=torch.contiguous_format),)
 
 

@@ -8,7 +8,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from loss import CHUNK_BYTES, TokenScores, log_probabilities
+from loss import TokenScores, chunk_rows, log_probabilities
 from model import head_logits
 from rollout import Response
 from runtime.ranks import gather_objects
@@ -71,7 +71,7 @@ def sampler_gap(student_MD: Tensor, head_VD: Tensor, ids_M: Tensor, responses: l
     if any(response.logprobs is None for response in responses):
         return None
     sampler_logp_M = torch.tensor([logp for response in responses for logp in response.logprobs], device=ids_M.device)
-    size = max(1, CHUNK_BYTES // (4 * head_VD.shape[0]))
+    size = chunk_rows(head_VD)
     chunks = zip(student_MD.split(size), ids_M.split(size), strict=True)
     logps = [log_probabilities(head_logits(x, head_VD), 1.0).gather(-1, y[:, None]) for x, y in chunks]
     return (sampler_logp_M - torch.cat(logps)[:, 0]).abs()

@@ -4,6 +4,9 @@ import pytest
 import torch
 from test_loss import scores_of
 
+import loss as losses
+from rollout import Response
+from runtime import metrics
 from runtime.metrics import COLLAPSE_WINDOW, Observer, Watch, collapse_warning, gap_warning, repeats, rollout_metrics
 
 HEALTHY = {"accuracy": 0.6, "eos_rate": 1.0, "mean_length": 30.0, "repetition": 0.1}
@@ -50,6 +53,16 @@ def test_a_run_of_twenty_tokens_that_stands_twice_is_a_repetition():
     assert repeats([7] * 21) and not repeats([7] * 20) and not repeats([])
     far = [*range(50), *range(1000, 1170), *range(20)]  # the first stands before the last 200
     assert len(far) == 240 and not repeats(far)
+
+
+def test_the_samplers_gap_by_hand_a_chunk_at_a_time(monkeypatch):
+    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 2 * 4 * 3)  # two tokens of three logits
+    student_MD, head_VD, ids_M = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([2, 0, 1])
+    told = [Response([2, 0], True, [-0.5, -1.0]), Response([1], True, [-2.0])]
+    logp_M = (student_MD @ head_VD.T).log_softmax(dim=-1)[range(3), ids_M]
+    gap_M = metrics.sampler_gap(student_MD, head_VD, ids_M, told)
+    torch.testing.assert_close(gap_M, (torch.tensor([-0.5, -1.0, -2.0]) - logp_M).abs())
+    assert metrics.sampler_gap(student_MD, head_VD, ids_M, [told[0], Response([1], True)]) is None
 
 
 @pytest.mark.parametrize(("gaps", "dtype", "bound"), [

@@ -11,7 +11,7 @@ import evaluate
 import train
 from errors import InputError
 from experiments import real_model
-from problems import load_problems
+from problems import Problem, load_problems
 from runtime.records import write_rows
 
 
@@ -40,18 +40,19 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(real_model, "ThreadPoolExecutor", Inline)
     training = {"num_steps": 1, "batch_size": 2, "max_new_tokens": 8, "top_k": 0}
     for name, value in {
-        "TRAINING": training, "SCORED_TOKENS": 48, "RATES": (1e-5, 1e-2), "FINAL": [("OPSD", 1)],
-        "TUNING_STEPS": 2, "DECODINGS": {"greedy": 0.0},
+        "TRAINING": training, "SCORED_TOKENS": 48, "RATES": (1e-5, 1e-2), "TUNING_STEPS": 2,
+        "FINAL": [("OPSD", 1), ("Moderate, no clip", 1)],
+        "best_rate": lambda cells, arm: {"OPSD": 1e-5, "OPSD, no clip": 1e-2}[arm],
     }.items():  # fmt: skip
         monkeypatch.setattr(real_model, name, value)
     test = tmp_path / "four.jsonl"
     write_rows(test, [asdict(problem) for problem in load_problems("tiny:heldout")[:4]])
 
     def command(*arguments: str):
-        flags = ["--model=tiny", "--train=tiny:train", f"--test={test}", f"--output_dir={tmp_path}"]
+        flags = ["--model=tiny", "--train=tiny:train", f"--test={test}", f"--output_dir={tmp_path / 'run'}"]
         monkeypatch.setattr(sys, "argv", ["real_model", *(arguments or flags)])
         real_model.main()
-        return tmp_path
+        return tmp_path / "run"
 
     return command
 
@@ -61,21 +62,37 @@ def test_a_killed_run_goes_on_and_says_the_same(run, capsys):
     path = run() / "cells.jsonl"
     whole = path.read_text()
     cells = [json.loads(line) for line in whole.splitlines()]
-    by_key = {(cell["row"], cell["rate"], cell["decoding"]): cell for cell in cells}
-    best = real_model.best_rate(cells, "OPSD")
-    tuned = {(arm, rate, "tuning") for arm in ("OPSD", "OPSD, no clip") for rate in (1e-5, 1e-2)}
-    scored = {(row, None, "greedy") for row in ("untrained", real_model.SHOWN)} | {("OPSD", best, "greedy")}
-    assert len(cells) == len(by_key) == 7 and by_key.keys() == tuned | scored
-    trained = by_key["OPSD", best, "greedy"]
-    assert trained["train"]["method"] == "opsd"
+    by_key = {real_model.key(cell): cell for cell in cells}
+    tuned = {(arm, rate, 0, "tuning") for arm in ("OPSD", "OPSD, no clip") for rate in (1e-5, 1e-2)}
+    rows = [("untrained", None, 0), (real_model.SHOWN, None, 0), ("OPSD", 1e-5, 1), ("Moderate, no clip", 1e-2, 1)]
+    scored = {(*row, decoding) for row in rows for decoding in ("greedy", "sampled")}
+    assert len(cells) == len(by_key) == 12 and by_key.keys() == tuned | scored
+    trained = by_key["OPSD", 1e-5, 1, "greedy"]
+    assert trained["train"]["method"] == "opsd" and by_key["Moderate, no clip", 1e-2, 1, "greedy"]["steps"]
     assert len(trained["steps"]) == 1 and {len(by_key[key]["steps"]) for key in tuned} == {2}
     assert all(len(by_key[key][name]) == 4 for key in scored for name in ("correct", "boxed", "finished"))
     out, step = capsys.readouterr().out, trained["steps"][0]
-    assert f"| OPSD - untrained | {best} | greedy | 1 |" in out
-    assert f"| OPSD | {best} | 1 | first | {step['mean_length']:.3f} | {step['eos_rate']:.3f} |" in out
-    path.write_text(whole[:-50])  # the last line is torn
+    assert "| OPSD - untrained | 1e-05 | greedy | 1 |" in out
+    assert f"| OPSD | 1e-05 | 1 | first | {step['mean_length']:.3f} | {step['eos_rate']:.3f} |" in out
+    lines = whole.splitlines(keepends=True)
+    gone = next(i for i, cell in enumerate(cells) if cell["decoding"] == "sampled" and cell["row"] == "OPSD")
+    path.write_text("".join(lines[1:gone] + lines[gone + 1 :])[:-50])  # of two cells no line, and the last is torn
     run()
-    assert path.read_text() == whole
+    assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
+
+
+def test_a_folder_goes_on_with_its_own_model_and_problems_alone(run, tmp_path):
+    """A rate that was tuned on other problems would be another experiment's."""
+    record = {"script": "real_model", "versions": {}, "config": {"model": "other"}, "inputs": {"model": {}}}
+    (tmp_path / "run").mkdir()
+    write_rows(tmp_path / "run" / "cells.jsonl", [])
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="for another run choose another folder"):
+        run()
+    with pytest.raises(InputError, match="--test: all problems need answers, and some have none"):
+        real_model.write_problems([Problem("1+1", "2", "2")], [Problem("1+1", "2", "")], tmp_path)
+    with pytest.raises(InputError, match=r"--report .*nothing.jsonl: no such file"):
+        run("--report", str(tmp_path / "nothing.jsonl"))
 
 
 def cell(row, seed, correct, rate=1e-5):

@@ -127,7 +127,7 @@ def test_greedy_equals_generates_greedy(model, tokenizer):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_head_is_given_its_states_in_one_piece(model, tokenizer, rows):
-    """A strided view of each row's last state has torch copy the head once a row: seconds at a real vocabulary."""
+    """For a strided view of each row's last state torch copies a frozen head once a row on a CPU: seconds each."""
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda head, states, _: seen.append(states[0]))
     sample(model, tokenizer, [[1, 2, 3]] * rows, [(i,) for i in range(rows)], Sampling(0.0, 1.0, 0, 2))
