@@ -10,7 +10,6 @@ cells.jsonl: what is right, boxed and finished of each problem, no text. docs/re
 """
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -103,10 +102,8 @@ def measure(
                      max_new_tokens=SCORED_TOKENS, output_dir=output, **given)  # fmt: skip
         summary = json.loads((output / "summary.json").read_text())
         samples = sorted(read_rows(output / "samples.jsonl"), key=lambda sample: sample["problem"])
-        ground = json.dumps([summary["inputs"]["model"], summary["answers_sha256"], SCORED_TOKENS])
         cells.append(cell | {
             "decoding": decoding, "evaluate_cpu_s": round(cpu_s),
-            "ground": hashlib.sha256(ground.encode()).hexdigest()[:12],
             "correct": summary["per_problem"]["avg"][0],
             "boxed": [float(extract_boxed(sample["text"]) is not None) for sample in samples],
             "finished": [float(sample["finish_reason"] != "length") for sample in samples],
@@ -123,13 +120,8 @@ def best_rate(cells: list[dict], arm: str) -> float:
 
 
 def report(cells: list[dict]) -> str:
-    """Markdown: each row's shares, then the paired differences with 95 % intervals over problems and over seeds.
-
-    Raises InputError for cells of more than one ground (model, problems, limit).
-    """
+    """Markdown: each row's shares, then the paired differences with 95 % intervals over problems and over seeds."""
     lines = ["| row | rate | decoding | seeds | right % | boxed % | finished % | tokens |", "|---" * 8 + "|"]
-    if len({cell["ground"] for cell in cells if cell["decoding"] != TUNING}) > 1:
-        raise InputError("the cells differ in model, problems or limit: they are not comparable")
     rows: dict[tuple, dict[int, dict]] = {}
     for cell in cells:
         rows.setdefault((cell["row"], cell["rate"], cell["decoding"]), {})[cell["seed"]] = cell
