@@ -25,7 +25,7 @@ from experiments.draw_run import figure
 from experiments.study.report import markdown
 from runtime.flags import run_script
 from runtime.records import make_folder, read_rows, write_atomically
-from viability import ARMS, DIVERSITY, LABELS, POSITION, UNCERTAIN, Candidates, LabelRule, auroc_of, interval
+from viability import ARMS, DIVERSITY, LABELS, POSITION, UNCERTAIN, Candidates, LabelRule, auroc_of, centre, interval
 from weighting import SIGMOIDS
 
 REMAINING = "remaining length"
@@ -63,6 +63,8 @@ def analyse_arm(data: Candidates, arm: str) -> dict:
     return {
         "viability": {part: mean_with_interval(mean_C, data, where_C) for part, where_C in parts.items()},
         "teacher_minus_arm": {part: mean_with_interval(paired_C, data, where_C) for part, where_C in parts.items()},
+        "slope": slope(mean_C, data),
+        "slope_teacher_minus_arm": slope(paired_C, data),
         "labels": {name: int((data.label[arm] == code).sum()) for code, name in enumerate(LABELS)},
         "problems_labelled": len(uncertain | diverse),
         "problems_with_both_classes": len(uncertain & diverse),
@@ -103,6 +105,15 @@ def mean_with_interval(value_C: np.ndarray, data: Candidates, where_C: np.ndarra
     with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold none
         values_R = (data.counts @ sums) / (data.counts @ sizes)
     return {"mean": float(value_C.mean()), "interval": interval(values_R), "n": len(value_C)}
+
+
+def slope(value_C: np.ndarray, data: Candidates) -> dict:
+    """How much a value rises from r = 0 to 1 within a problem (least squares): needs neither labels nor a centring."""
+    r_C, value_C = (centre(x_C, data.problem) for x_C in (data.r, value_C))
+    rises_P, squares_P = (np.bincount(data.problem, r_C * x_C) for x_C in (value_C, r_C))
+    with np.errstate(invalid="ignore"):  # one candidate a problem
+        values_R = (data.counts @ rises_P) / (data.counts @ squares_P)
+        return {"mean": float(rises_P.sum() / squares_P.sum()), "interval": interval(values_R)}
 
 
 # --- The schedule that fits ------------------------------------------------------------------------------------
@@ -162,10 +173,12 @@ def column(result: dict) -> dict[str, str]:
         "real-uncertain / diversity / gray": counts(result["labels"]),
         f"AUROC of {POSITION} minus {REMAINING}": cell(result["position_minus_remaining"], "difference", "+"),
         **{f"viability, {arm}": cell(arms[arm]["viability"]["all"]) for arm in ARMS},
+        **{f"- its rise from r = 0 to 1 within a problem, {arm}": cell(arms[arm]["slope"], sign="+") for arm in ARMS},
     }
     for arm in ARMS[1:]:
         for part, what in (("all", ""), ("early", ", early (r < 0.5)"), ("late", ", late")):
             rows[f"- teacher minus {arm}{what}"] = cell(arms[arm]["teacher_minus_arm"][part], sign="+")
+        rows[f"- rise, teacher minus {arm}"] = cell(arms[arm]["slope_teacher_minus_arm"], sign="+")
     for arm in ARMS[1:]:
         own = arms[arm]["auroc"]["labelled"][POSITION]
         rows[f"labels of the {arm} arm"] = counts(arms[arm]["labels"])

@@ -144,6 +144,16 @@ def test_resamples_weight_candidates_not_problems():
     assert report.mean_with_interval(np.ones(4), data, np.zeros(4, bool)) is None
 
 
+def test_the_rise_of_viability_is_taken_within_problems():
+    """Two problems whose viability rises by .5 and 1.5 over r, one of them lower throughout; r is 0, 1 and 0, .5."""
+    data = SimpleNamespace(problem=np.array([0, 0, 1, 1]), r=np.array([0.0, 1.0, 0.0, 0.5]),
+                           counts=np.array([[2, 0], [0, 2], [1, 1]]))  # fmt: skip
+    found = report.slope(np.array([0.4, 0.9, 0.0, 0.75]), data)
+    mean = (0.5 * 0.5 + 1.5 * 0.125) / (0.5 + 0.125)  # each weighted by its squares of r around the mean
+    assert found["mean"] == pytest.approx(mean)
+    assert found["interval"] == pytest.approx(np.percentile([0.5, 1.5, mean], [2.5, 97.5]))
+
+
 @pytest.mark.parametrize(("w_min", "tau", "s"), [(0.25, 0.30, 0.10), (0.6, 0.5, 0.0501187)])
 def test_schedule_is_recovered_from_its_own_curve(w_min, tau, s):
     draw = np.random.default_rng(0)
