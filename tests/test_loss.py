@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from loss import METHODS, LossOptions, entropy, method_loss
 
 PAPERS = ("opsd", "pwopsd", "eopd", "reopold")  # METHODS grows where experiments/study/rules.py is imported
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads(Path(__file__).with_name("golden_losses.json").read_text())
 CALLS = {
     "opsd": ("opsd", {}), "opsd_noclip": ("opsd", {"clip": None}),
@@ -357,3 +360,26 @@ def test_logits_of_half_precision_states_are_not_rounded(device):
     wanted = torch.autograd.grad(torch.nn.functional.linear(x_MD, head_VD), (x_MD, head_VD), up_MV.bfloat16())
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak of the resident memory")
+def test_the_resident_memory_does_not_grow_with_the_chunks():
+    """A chunk's tensors go back to the system: of a heap, small results between them would keep .1 GiB a chunk."""
+    code = """
+import re, torch
+from loss import LossOptions, resolve_method, score_tokens_from_hidden
+def gib(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2**20
+torch.set_num_threads(1)
+M, V, D = 1024, 151_936, 8
+student_MD, teacher_MD = torch.randn(M, D, requires_grad=True), torch.randn(M, D)
+head_VD, ids_M, options = torch.randn(V, D), torch.randint(V, (M,)), LossOptions()
+open("/proc/self/clear_refs", "w").write("5")
+start = gib("VmRSS")
+method = resolve_method("opsd", options)
+score_tokens_from_hidden(method, student_MD, teacher_MD, head_VD, head_VD, ids_M, options).loss.mean().backward()
+print(gib("VmHWM") - start)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert float(done.stdout) < 0.8
