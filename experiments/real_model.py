@@ -164,6 +164,32 @@ def training_lines(rows: dict) -> list[str]:
     return lines
 
 
+def measure_all(cells: list[dict], model: str, folder: Path, at_once: int) -> None:
+    """Measure the cells that are missing, `at_once` at a time: tuning, then the final ones at the best rates."""
+    pool = ThreadPoolExecutor(at_once)
+
+    def run(jobs: list[tuple], decodings: tuple[str, ...]) -> None:
+        done = {key(cell) for cell in cells}
+        missing = [job for job in jobs if not {(*job, decoding) for decoding in decodings} <= done]
+        for job in as_completed([pool.submit(measure, *job, decodings, model, folder) for job in missing]):
+            new = [cell for cell in job.result() if key(cell) not in done]
+            records.append_rows(folder / "cells.jsonl", new)
+            cells.extend(new)
+            print(f"{len(cells)} cells, the last of {key(new[-1])}", flush=True)
+
+    try:
+        run([(arm, rate, TUNING_SEED) for rate in RATES for arm in TUNED], (TUNING,))
+        rates = {arm: best_rate(cells, TUNED["no clip" in arm]) for arm in ARMS}
+        rows = [(row, None, 0) for row in (UNTRAINED, SHOWN)] + [(arm, rates[arm], seed) for arm, seed in FINAL]
+        run(rows, tuple(DECODINGS))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def key(cell: dict) -> tuple:
+    return cell["row"], cell["rate"], cell["seed"], cell["decoding"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="directory or hub name of an instruction-tuned checkpoint")
@@ -179,41 +205,18 @@ def main() -> None:
         return print(report(read_rows(args.report)))
     if not (args.model and args.train and args.test):
         raise InputError("--model, --train and --test: name all three, or --report CELLS")
-    train, test = load_problems(args.train), load_problems(args.test)
-    folder, path, pool = args.output_dir, args.output_dir / "cells.jsonl", ThreadPoolExecutor(args.at_once)
-    constants = {"training": TRAINING, "arms": ARMS, "tuning": [TUNING_STEPS, TUNING_SEED], "scored": SCORED_TOKENS}
-    inputs = records.fingerprints({"model": args.model}) | {
-        "train": records.digest(train),
-        "test": records.digest(test),
-    }
+    train, test, folder = load_problems(args.train), load_problems(args.test), args.output_dir
+    constants = {"training": TRAINING, "arms": ARMS, "tuning": [RATES, TUNING_STEPS, TUNING_SEED]}
+    named = {"model": args.model, "train": args.train, "test": args.test, "scored_tokens": SCORED_TOKENS}
+    digests = {"train": records.digest(train), "test": records.digest(test)}
     with records.open_run(folder, "real_model", resume=True) as record:
-        named = {"model": args.model, "train": args.train, "test": args.test}
+        inputs = records.fingerprints({"model": args.model}) | digests
         records.record_run(folder, "real_model", record, named | constants, set(), inputs, {})
         write_problems(train, test, folder)
-        cells = read_rows(path)
-        write_rows(path, cells)  # without a line that a kill cut short
-
-        def run(jobs: list[tuple], decodings: tuple[str, ...]) -> None:
-            done = {key(cell) for cell in cells}
-            missing = [job for job in jobs if not {(*job, decoding) for decoding in decodings} <= done]
-            for job in as_completed([pool.submit(measure, *job, decodings, args.model, folder) for job in missing]):
-                new = [cell for cell in job.result() if key(cell) not in done]
-                records.append_rows(path, new)
-                cells.extend(new)
-                print(f"{len(cells)} cells, the last of {key(new[-1])}", flush=True)
-
-        try:
-            run([(arm, rate, TUNING_SEED) for rate in RATES for arm in TUNED], (TUNING,))
-            rates = {arm: best_rate(cells, TUNED["no clip" in arm]) for arm in ARMS}
-            rows = [(row, None, 0) for row in (UNTRAINED, SHOWN)] + [(arm, rates[arm], seed) for arm, seed in FINAL]
-            run(rows, tuple(DECODINGS))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        cells = read_rows(folder / "cells.jsonl")
+        write_rows(folder / "cells.jsonl", cells)  # without a line that a kill cut short
+        measure_all(cells, args.model, folder, args.at_once)
     return print(report(cells))
-
-
-def key(cell: dict) -> tuple:
-    return cell["row"], cell["rate"], cell["seed"], cell["decoding"]
 
 
 if __name__ == "__main__":

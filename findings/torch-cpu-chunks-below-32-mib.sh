@@ -2,7 +2,7 @@
 # Guess: a loss over a large vocabulary, taken a chunk of tokens at a time, needs the less memory the smaller its chunks
 # are: 30 MiB of logits a chunk at most as much as 34.
 # True (torch 2.13.0, Linux with glibc, CPU, one thread): over 1,024 tokens of a vocabulary of 151,936 the resident
-# memory grows by 1.3 to 1.5 GiB with chunks of 30 MiB, and on with every chunk, and by .3 GiB in all with chunks of 34 MiB.
+# memory grows by 1.3 to 1.5 GiB with chunks of 30 MiB, and on with every chunk; by .3 GiB in all with chunks of 34.
 # Why: torch's CPU allocator (c10/core/impl/alloc_cpu.cpp) keeps no cache; glibc maps a tensor for itself only above a
 # threshold that rises, as tensors are freed, up to 32 MiB (DEFAULT_MMAP_THRESHOLD_MAX in malloc/malloc.c). Smaller ones
 # are cut from the heap, and the few numbers that each chunk leaves lie between them, so that freed room no longer fits.
