@@ -4,9 +4,8 @@
     python -m experiments.real_model --report experiments/results/real-model/short-answers.jsonl
 
 Prompts, sampling, adapter and optimizer are the paper's; what a smaller model and a shorter time change stands in the
-constants below. First OPSD at each learning rate, with the clip and without, whose rollouts say which rate is best for
-either; then all arms at these, several seeds. After Ctrl-C the first command goes on; a finished cell is a line of
-cells.jsonl: what is right, boxed and finished of each problem, no text. docs/real-model.md says what came out.
+constants below. After Ctrl-C the first command goes on; a finished cell is a line of cells.jsonl: what is right, boxed
+and finished of each problem, no text. docs/real-model.md says what came out.
 """
 
 import argparse
@@ -32,12 +31,10 @@ from runtime.records import read_rows, write_rows
 from teacher import EVALUATION_PROMPT, TEACHER_PROMPT, fill
 
 ROOT = Path(__file__).parent.parent
-TRAINING = {
-    "num_steps": 20, "max_new_tokens": 288, "micro_batch_size": 16, "gradient_checkpointing": True, "save_steps": 10,
-}  # fmt: skip
+# 20 rates that fall linearly from 3e-5 sum to 3.2e-4; the 100 steps that the paper evaluates sum to 3.4e-4.
+TRAINING = {"num_steps": 20, "batch_size": 8, "micro_batch_size": 8, "max_new_tokens": 128, "learning_rate": 3e-5,
+            "save_steps": 5}  # fmt: skip
 SCORED_TOKENS = 448  # limit of the scored answers
-RATES, TUNING_SEED, TUNING_STEPS = (5e-6, 3e-5, 1e-4), 0, 10
-TUNED, TUNING = ("OPSD", "OPSD, no clip"), "tuning"
 DECODINGS = {"greedy": 0.0, "sampled": 1.0}
 UNTRAINED, SHOWN = "untrained", "untrained, shown the solution"
 ARMS = {
@@ -48,7 +45,8 @@ ARMS = {
 }
 ARMS |= {f"{arm}, no clip": options | {"tau_clip": "inf"} for arm, options in ARMS.items()}
 # (arm, seed), the most important ones first.
-FINAL = [(arm, seed) for arms in (list(ARMS)[:4], list(ARMS)[4:]) for seed in (1, 2, 3) for arm in arms]
+FINAL = [(arm, 1) for arm in list(ARMS)[:4]] + [(arm, seed) for seed in (2, 3) for arm in ("OPSD", "Moderate")]
+FINAL += [(arm, 1) for arm in list(ARMS)[4:]] + [(arm, seed) for arm in list(ARMS)[2:4] for seed in (2, 3)]
 CONTRASTS = [("Moderate", "uniform, per sequence"), ("reversed Moderate", "uniform, per sequence"),
              ("uniform, per sequence", "OPSD"), ("Moderate", "OPSD")]  # fmt: skip
 CONTRASTS += [(f"{left}, no clip", f"{right}, no clip") for left, right in CONTRASTS]
@@ -78,45 +76,30 @@ def call(script: str, **flags: object) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def measure(
-    row: str, rate: float | None, seed: int, decodings: tuple[str, ...], model: str, folder: Path
-) -> list[dict]:
-    """Lines of cells.jsonl: an arm trained, unless that is done, and scored for each decoding; TUNING is not scored."""
-    cell, given, is_tuning, cells = {"row": row, "rate": rate, "seed": seed}, {}, decodings == (TUNING,), []
-    run = folder / "runs" / "-".join(map(str, [*cell.values(), *decodings])).replace(" ", "-").replace(",", "")
+def measure(row: str, seed: int, decoding: str, model: str, dtype: str, folder: Path) -> dict:
+    """A line of cells.jsonl: an arm trained, unless that is done, and scored."""
+    cell, given = {"row": row, "rate": TRAINING["learning_rate"] if row in ARMS else None, "seed": seed}, {}
+    run = folder / "runs" / f"{row}-{seed}".replace(" ", "-").replace(",", "")
     if row in ARMS:
-        options = TRAINING | ARMS[row] | {"learning_rate": rate, "seed": seed}
-        options |= {"num_steps": TUNING_STEPS} if is_tuning else {}
+        options = TRAINING | ARMS[row] | {"seed": seed, "dtype": dtype}
         cell["train"] = {name: str(value) for name, value in options.items()}
         data = folder / "train.jsonl"
         cell["train_cpu_s"] = round(call("train.py", model=model, data=data, output_dir=run, resume=True, **options))
         cell["steps"] = read_rows(run / "metrics.jsonl")
         given = {"adapter": run / f"checkpoint-{options['num_steps']}"}
-    if is_tuning:
-        return [cell | {"decoding": TUNING}]
-    source = "shown" if row == SHOWN else "test"
-    for decoding in decodings:
-        output = run.with_name(f"{run.name}-{decoding}")
-        cpu_s = call("evaluate.py", model=model, benchmark=folder / f"{source}.jsonl", num_samples=1, batch_size=500,
-                     prompts=folder / f"prompts-{source}.json", temperature=DECODINGS[decoding],
-                     max_new_tokens=SCORED_TOKENS, output_dir=output, **given)  # fmt: skip
-        summary = json.loads((output / "summary.json").read_text())
-        samples = sorted(read_rows(output / "samples.jsonl"), key=lambda sample: sample["problem"])
-        cells.append(cell | {
-            "decoding": decoding, "evaluate_cpu_s": round(cpu_s),
-            "correct": summary["per_problem"]["avg"][0],
-            "boxed": [float(extract_boxed(sample["text"]) is not None) for sample in samples],
-            "finished": [float(sample["finish_reason"] != "length") for sample in samples],
-            "tokens": [sample["tokens"] for sample in samples],
-        })  # fmt: skip
-    return cells
-
-
-def best_rate(cells: list[dict], arm: str) -> float:
-    """The rate at which an arm's rollouts are right most often in the second half of tuning; of equals the lower."""
-    steps = {cell["rate"]: cell["steps"] for cell in cells if (cell["decoding"], cell["row"]) == (TUNING, arm)}
-    right = {rate: np.mean([step["accuracy"] for step in steps[rate][TUNING_STEPS // 2 :]]) for rate in RATES}
-    return max(RATES, key=lambda rate: (right[rate], -rate))
+    source, output = "shown" if row == SHOWN else "test", run.with_name(f"{run.name}-{decoding}")
+    cpu_s = call("evaluate.py", model=model, benchmark=folder / f"{source}.jsonl", num_samples=1, batch_size=500,
+                 prompts=folder / f"prompts-{source}.json", temperature=DECODINGS[decoding], dtype=dtype,
+                 max_new_tokens=SCORED_TOKENS, output_dir=output, **given)  # fmt: skip
+    summary = json.loads((output / "summary.json").read_text())
+    samples = sorted(read_rows(output / "samples.jsonl"), key=lambda sample: sample["problem"])
+    return cell | {
+        "decoding": decoding, "evaluate_cpu_s": round(cpu_s),
+        "correct": summary["per_problem"]["avg"][0],
+        "boxed": [float(extract_boxed(sample["text"]) is not None) for sample in samples],
+        "finished": [float(sample["finish_reason"] != "length") for sample in samples],
+        "tokens": [sample["tokens"] for sample in samples],
+    }  # fmt: skip
 
 
 def report(cells: list[dict]) -> str:
@@ -125,16 +108,15 @@ def report(cells: list[dict]) -> str:
     rows: dict[tuple, dict[int, dict]] = {}
     for cell in cells:
         rows.setdefault((cell["row"], cell["rate"], cell["decoding"]), {})[cell["seed"]] = cell
-    scored = {key: by_seed for key, by_seed in rows.items() if key[2] != TUNING}
-    for (row, rate, decoding), by_seed in scored.items():
+    for (row, rate, decoding), by_seed in rows.items():
         means = {name: np.mean([cell[name] for cell in by_seed.values()]) for name in ("correct", "boxed", "finished")}
         shares = " | ".join(f"{100 * value:.1f}" for value in means.values())
         tokens, seeds = np.mean([cell["tokens"] for cell in by_seed.values()]), ", ".join(map(str, sorted(by_seed)))
         lines.append(f"| {row} | {rate or ''} | {decoding} | {seeds} | {shares} | {tokens:.1f} |")
     lines += ["", "| difference in points | rate | decoding | seeds | over problems | over seeds |", "|---" * 6 + "|"]
-    for pair, (row, rate, decoding) in product(CONTRASTS, scored):
-        b = scored.get((pair[1], None if pair[1] == UNTRAINED else rate, decoding), {})
-        a = scored[row, rate, decoding] if row == pair[0] else {}
+    for pair, (row, rate, decoding) in product(CONTRASTS, rows):
+        b = rows.get((pair[1], None if pair[1] == UNTRAINED else rate, decoding), {})
+        a = rows[row, rate, decoding] if row == pair[0] else {}
         b = dict.fromkeys(a, b[0]) if pair[1] == UNTRAINED and b else b
         if seeds := sorted(a.keys() & b.keys()):
             a_SP, b_SP = (100 * np.array([side[seed]["correct"] for seed in seeds]) for side in (a, b))
@@ -159,35 +141,27 @@ def training_lines(rows: dict) -> list[str]:
             parts = [f"{np.mean([run[i][name] for run in runs]):.3f}" for name in names]
             by_tenth = zip(*(run[i]["by_decile"]["divergence"] for run in runs), strict=True)
             parts += [" ".join(f"{np.mean([d for d in tenth if d is not None] or [np.nan]):.3f}" for tenth in by_tenth)]
-            seeds = ", ".join(map(str, by_seed)) + f" ({TUNING})" * (decoding == TUNING)
+            seeds = ", ".join(map(str, sorted(by_seed)))
             lines.append(f"| {row} | {rate} | {seeds} | {step} | {' | '.join(parts)} |")
     return lines
 
 
-def measure_all(cells: list[dict], model: str, folder: Path, at_once: int) -> None:
-    """Measure the cells that are missing, `at_once` at a time: tuning, then the final ones at the best rates."""
-    pool = ThreadPoolExecutor(at_once)
-
-    def run(jobs: list[tuple], decodings: tuple[str, ...]) -> None:
-        done = {key(cell) for cell in cells}
-        missing = [job for job in jobs if not {(*job, decoding) for decoding in decodings} <= done]
-        for job in as_completed([pool.submit(measure, *job, decodings, model, folder) for job in missing]):
-            new = [cell for cell in job.result() if key(cell) not in done]
-            records.append_rows(folder / "cells.jsonl", new)
-            cells.extend(new)
-            print(f"{len(cells)} cells, the last of {key(new[-1])}", flush=True)
-
+def measure_all(cells: list[dict], model: str, dtype: str, folder: Path, at_once: int) -> None:
+    """Measure the cells that are missing, `at_once` at a time: all greedy ones, which train, then the sampled ones."""
+    rows, pool = [(UNTRAINED, 0), *FINAL, (SHOWN, 0)], ThreadPoolExecutor(at_once)
     try:
-        run([(arm, rate, TUNING_SEED) for rate in RATES for arm in TUNED], (TUNING,))
-        rates = {arm: best_rate(cells, TUNED["no clip" in arm]) for arm in ARMS}
-        rows = [(row, None, 0) for row in (UNTRAINED, SHOWN)] + [(arm, rates[arm], seed) for arm, seed in FINAL]
-        run(rows, tuple(DECODINGS))
+        for decoding in DECODINGS:
+            missing = [row for row in rows if (*row, decoding) not in {key(cell) for cell in cells}]
+            for job in as_completed([pool.submit(measure, *row, decoding, model, dtype, folder) for row in missing]):
+                cells.append(job.result())
+                records.append_rows(folder / "cells.jsonl", cells[-1:])
+                print(f"{len(cells)} cells, the last of {key(cells[-1])}", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def key(cell: dict) -> tuple:
-    return cell["row"], cell["rate"], cell["seed"], cell["decoding"]
+    return cell["row"], cell["seed"], cell["decoding"]
 
 
 def main() -> None:
@@ -195,6 +169,7 @@ def main() -> None:
     parser.add_argument("--model", help="directory or hub name of an instruction-tuned checkpoint")
     parser.add_argument("--train", help="problems with solutions, any form that train.py's --data reads")
     parser.add_argument("--test", help="held-out problems, likewise")
+    parser.add_argument("--dtype", default="auto", help="as in train.py; bfloat16 is faster where a processor knows it")
     parser.add_argument("--at_once", type=int, default=2, help="trainings at a time, which share the device")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/real-model"))
     parser.add_argument("--report", type=Path, metavar="CELLS", help="run nothing, print the table of a cells.jsonl")
@@ -206,8 +181,8 @@ def main() -> None:
     if not (args.model and args.train and args.test):
         raise InputError("--model, --train and --test: name all three, or --report CELLS")
     train, test, folder = load_problems(args.train), load_problems(args.test), args.output_dir
-    constants = {"training": TRAINING, "arms": ARMS, "tuning": [RATES, TUNING_STEPS, TUNING_SEED]}
-    named = {"model": args.model, "train": args.train, "test": args.test, "scored_tokens": SCORED_TOKENS}
+    constants = {"training": TRAINING, "arms": ARMS, "scored_tokens": SCORED_TOKENS}
+    named = {"model": args.model, "train": args.train, "test": args.test, "dtype": args.dtype}
     digests = {"train": records.digest(train), "test": records.digest(test)}
     with records.open_run(folder, "real_model", resume=True) as record:
         inputs = records.fingerprints({"model": args.model}) | digests
@@ -215,7 +190,7 @@ def main() -> None:
         write_problems(train, test, folder)
         cells = read_rows(folder / "cells.jsonl")
         write_rows(folder / "cells.jsonl", cells)  # without a line that a kill cut short
-        measure_all(cells, args.model, folder, args.at_once)
+        measure_all(cells, args.model, args.dtype, folder, args.at_once)
     return print(report(cells))
 
 
