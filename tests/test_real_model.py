@@ -29,7 +29,7 @@ class Inline(Executor):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """The command on four sums, all in this process: two rates, the untrained model, one arm; returns the folder."""
+    """The command on four sums, all in this process: the untrained model and two arms; returns the folder."""
 
     def call(script, **flags):
         main = {"train.py": train.main, "evaluate.py": evaluate.main}[script]
@@ -38,11 +38,9 @@ def run(monkeypatch, tmp_path):
 
     monkeypatch.setattr(real_model, "call", call)
     monkeypatch.setattr(real_model, "ThreadPoolExecutor", Inline)
-    training = {"num_steps": 1, "batch_size": 2, "max_new_tokens": 8, "top_k": 0}
+    training = {"num_steps": 2, "batch_size": 2, "max_new_tokens": 8, "learning_rate": 1e-3, "top_k": 0}
     for name, value in {
-        "TRAINING": training, "SCORED_TOKENS": 48, "RATES": (1e-5, 1e-2), "TUNING_STEPS": 2,
-        "FINAL": [("OPSD", 1), ("Moderate, no clip", 1)],
-        "best_rate": lambda cells, arm: {"OPSD": 1e-5, "OPSD, no clip": 1e-2}[arm],
+        "TRAINING": training, "SCORED_TOKENS": 48, "FINAL": [("OPSD", 1), ("Moderate, no clip", 2)],
     }.items():  # fmt: skip
         monkeypatch.setattr(real_model, name, value)
     test = tmp_path / "four.jsonl"
@@ -63,17 +61,17 @@ def test_a_killed_run_goes_on_and_says_the_same(run, capsys):
     whole = path.read_text()
     cells = [json.loads(line) for line in whole.splitlines()]
     by_key = {real_model.key(cell): cell for cell in cells}
-    tuned = {(arm, rate, 0, "tuning") for arm in ("OPSD", "OPSD, no clip") for rate in (1e-5, 1e-2)}
-    rows = [("untrained", None, 0), (real_model.SHOWN, None, 0), ("OPSD", 1e-5, 1), ("Moderate, no clip", 1e-2, 1)]
-    scored = {(*row, decoding) for row in rows for decoding in ("greedy", "sampled")}
-    assert len(cells) == len(by_key) == 12 and by_key.keys() == tuned | scored
-    trained = by_key["OPSD", 1e-5, 1, "greedy"]
-    assert trained["train"]["method"] == "opsd" and by_key["Moderate, no clip", 1e-2, 1, "greedy"]["steps"]
-    assert len(trained["steps"]) == 1 and {len(by_key[key]["steps"]) for key in tuned} == {2}
-    assert all(len(by_key[key][name]) == 4 for key in scored for name in ("correct", "boxed", "finished"))
+    rows = [("untrained", 0), ("OPSD", 1), ("Moderate, no clip", 2), (real_model.SHOWN, 0)]
+    assert len(cells) == 8 and by_key.keys() == {(*row, decoding) for decoding in ("greedy", "sampled") for row in rows}
+    assert [cell["decoding"] for cell in cells] == ["greedy"] * 4 + ["sampled"] * 4
+    trained, other = by_key["OPSD", 1, "greedy"], by_key["Moderate, no clip", 2, "sampled"]
+    assert trained["train"]["method"] == "opsd" and other["train"]["tau_clip"] == "inf"
+    assert len(trained["steps"]) == len(other["steps"]) == 2
+    assert other["steps"] == by_key["Moderate, no clip", 2, "greedy"]["steps"]  # trained once, scored twice
+    assert all(len(cell[name]) == 4 for cell in cells for name in ("correct", "boxed", "finished"))
     out, step = capsys.readouterr().out, trained["steps"][0]
-    assert "| OPSD - untrained | 1e-05 | greedy | 1 |" in out
-    assert f"| OPSD | 1e-05 | 1 | first | {step['mean_length']:.3f} | {step['eos_rate']:.3f} |" in out
+    assert "| OPSD - untrained | 0.001 | greedy | 1 |" in out
+    assert f"| OPSD | 0.001 | 1 | first | {step['mean_length']:.3f} | {step['eos_rate']:.3f} |" in out
     lines = whole.splitlines(keepends=True)
     gone = next(i for i, cell in enumerate(cells) if cell["decoding"] == "sampled" and cell["row"] == "OPSD")
     path.write_text("".join(lines[1:gone] + lines[gone + 1 :])[:-50])  # of two cells no line, and the last is torn
@@ -82,7 +80,7 @@ def test_a_killed_run_goes_on_and_says_the_same(run, capsys):
 
 
 def test_a_folder_goes_on_with_its_own_model_and_problems_alone(run, tmp_path):
-    """A rate that was tuned on other problems would be another experiment's."""
+    """A cell of other problems would be another experiment's."""
     record = {"script": "real_model", "versions": {}, "config": {"model": "other"}, "inputs": {"model": {}}}
     (tmp_path / "run").mkdir()
     write_rows(tmp_path / "run" / "cells.jsonl", [])
@@ -112,18 +110,6 @@ def test_the_table_pairs_problems_seeds_and_rates():
     assert "| OPSD - untrained | 1e-05 | greedy | 1, 2 | +37.5 [+0.0, +75.0] | [-121.3, +196.3] |" in table
     assert "| Moderate - OPSD | 1e-05 | greedy | 1 | +25.0 [+0.0, +75.0] | one seed |" in table
     assert "Moderate - OPSD | 0.0001" not in table and "| Moderate - untrained | 0.0001 |" in table
-
-
-def test_the_rate_is_that_of_the_later_rollouts_and_of_equals_the_lowest():
-    def tuned(row, rate, late):
-        steps = [{"accuracy": value} for value in [1.0 - late] * 5 + [late] * 5]
-        return {"row": row, "rate": rate, "seed": 0, "decoding": "tuning", "steps": steps}
-
-    lowest, middle, highest = real_model.RATES
-    cells = [tuned("OPSD", lowest, 0.2), tuned("OPSD", middle, 0.4), tuned("OPSD", highest, 0.4)]
-    others = [tuned("OPSD, no clip", rate, 0.9) for rate in real_model.RATES]
-    assert real_model.best_rate(cells + others, "OPSD") == middle
-    assert real_model.best_rate(cells + others, "OPSD, no clip") == lowest
 
 
 def test_what_cannot_run_says_so(run):
