@@ -45,8 +45,9 @@ ARMS = {
 }
 ARMS |= {f"{arm}, no clip": options | {"tau_clip": "inf"} for arm, options in ARMS.items()}
 # (arm, seed), the most important ones first.
-FINAL = [(arm, 1) for arm in list(ARMS)[:4]] + [(arm, seed) for seed in (2, 3) for arm in ("OPSD", "Moderate")]
-FINAL += [(arm, 1) for arm in list(ARMS)[4:]] + [(arm, seed) for arm in list(ARMS)[2:4] for seed in (2, 3)]
+FINAL = [(arm, 1) for clip in ("", ", no clip") for arm in ("OPSD" + clip, "Moderate" + clip)]
+FINAL += [(arm, 1) for arm in list(ARMS)[2:4]] + [(arm, seed) for seed in (2, 3) for arm in ("OPSD", "Moderate")]
+FINAL += [(arm, seed) for arm in ARMS for seed in (1, 2, 3) if (arm, seed) not in FINAL]
 CONTRASTS = [("Moderate", "uniform, per sequence"), ("reversed Moderate", "uniform, per sequence"),
              ("uniform, per sequence", "OPSD"), ("Moderate", "OPSD")]  # fmt: skip
 CONTRASTS += [(f"{left}, no clip", f"{right}, no clip") for left, right in CONTRASTS]
