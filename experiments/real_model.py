@@ -13,10 +13,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -77,8 +79,8 @@ def call(script: str, **flags: object) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def measure(row: str, seed: int, decoding: str, model: str, dtype: str, folder: Path) -> dict:
-    """A line of cells.jsonl: an arm trained, unless that is done, and scored."""
+def measure(row: str, seed: int, model: str, dtype: str, folder: Path) -> Iterator[dict]:
+    """The lines of cells.jsonl for a row: an arm trained, unless that is done, and scored for each decoding."""
     cell, given = {"row": row, "rate": TRAINING["learning_rate"] if row in ARMS else None, "seed": seed}, {}
     run = folder / "runs" / f"{row}-{seed}".replace(" ", "-").replace(",", "")
     if row in ARMS:
@@ -88,19 +90,21 @@ def measure(row: str, seed: int, decoding: str, model: str, dtype: str, folder: 
         cell["train_cpu_s"] = round(call("train.py", model=model, data=data, output_dir=run, resume=True, **options))
         cell["steps"] = read_rows(run / "metrics.jsonl")
         given = {"adapter": run / f"checkpoint-{options['num_steps']}"}
-    source, output = "shown" if row == SHOWN else "test", run.with_name(f"{run.name}-{decoding}")
-    cpu_s = call("evaluate.py", model=model, benchmark=folder / f"{source}.jsonl", num_samples=1, batch_size=500,
-                 prompts=folder / f"prompts-{source}.json", temperature=DECODINGS[decoding], dtype=dtype,
-                 max_new_tokens=SCORED_TOKENS, output_dir=output, **given)  # fmt: skip
-    summary = json.loads((output / "summary.json").read_text())
-    samples = sorted(read_rows(output / "samples.jsonl"), key=lambda sample: sample["problem"])
-    return cell | {
-        "decoding": decoding, "evaluate_cpu_s": round(cpu_s),
-        "correct": summary["per_problem"]["avg"][0],
-        "boxed": [float(extract_boxed(sample["text"]) is not None) for sample in samples],
-        "finished": [float(sample["finish_reason"] != "length") for sample in samples],
-        "tokens": [sample["tokens"] for sample in samples],
-    }  # fmt: skip
+    source = "shown" if row == SHOWN else "test"
+    for decoding, temperature in DECODINGS.items():
+        output = run.with_name(f"{run.name}-{decoding}")
+        cpu_s = call("evaluate.py", model=model, benchmark=folder / f"{source}.jsonl", num_samples=1, batch_size=500,
+                     prompts=folder / f"prompts-{source}.json", temperature=temperature, dtype=dtype,
+                     max_new_tokens=SCORED_TOKENS, output_dir=output, **given)  # fmt: skip
+        summary = json.loads((output / "summary.json").read_text())
+        samples = sorted(read_rows(output / "samples.jsonl"), key=lambda sample: sample["problem"])
+        yield cell | {
+            "decoding": decoding, "evaluate_cpu_s": round(cpu_s),
+            "correct": summary["per_problem"]["avg"][0],
+            "boxed": [float(extract_boxed(sample["text"]) is not None) for sample in samples],
+            "finished": [float(sample["finish_reason"] != "length") for sample in samples],
+            "tokens": [sample["tokens"] for sample in samples],
+        }  # fmt: skip
 
 
 def report(cells: list[dict]) -> str:
@@ -148,15 +152,21 @@ def training_lines(rows: dict) -> list[str]:
 
 
 def measure_all(cells: list[dict], model: str, dtype: str, folder: Path, at_once: int) -> None:
-    """Measure the cells that are missing, `at_once` at a time: all greedy ones, which train, then the sampled ones."""
-    rows, pool = [(UNTRAINED, 0), *FINAL, (SHOWN, 0)], ThreadPoolExecutor(at_once)
+    """Measure the rows that are missing, `at_once` at a time."""
+    done, pool, one_writes = {key(cell) for cell in cells}, ThreadPoolExecutor(at_once), Lock()
+
+    def add(row: str, seed: int) -> None:
+        for cell in measure(row, seed, model, dtype, folder):
+            with one_writes:
+                new = [] if key(cell) in done else [cell]
+                records.append_rows(folder / "cells.jsonl", new)
+                cells.extend(new)
+            print(f"{len(cells)} cells, the last of {key(cell)}", flush=True)
+
+    missing = [row for row in [(UNTRAINED, 0), *FINAL, (SHOWN, 0)] if not {(*row, name) for name in DECODINGS} <= done]
     try:
-        for decoding in DECODINGS:
-            missing = [row for row in rows if (*row, decoding) not in {key(cell) for cell in cells}]
-            for job in as_completed([pool.submit(measure, *row, decoding, model, dtype, folder) for row in missing]):
-                cells.append(job.result())
-                records.append_rows(folder / "cells.jsonl", cells[-1:])
-                print(f"{len(cells)} cells, the last of {key(cells[-1])}", flush=True)
+        for job in as_completed([pool.submit(add, *row) for row in missing]):
+            job.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
