@@ -169,6 +169,7 @@ class TokenScores:
     teacher_logprob: Tensor  # log p^opsd_t(y_t)
     student_entropy: Tensor
     teacher_entropy: Tensor
+    forward_kl: Tensor  # sum_j p^opsd(j) log(p^opsd(j) / p(j)), whatever the loss: Eq. (1) without its clip
     clipped_mass: Tensor  # teacher's probability on the entries that tau_clip cuts; 0 for losses without that clip
     agreement: Tensor  # 1 where both contexts have the same most likely token, else 0
     correct: Tensor  # of the token's row: 1 right, 0 wrong, NaN where that is not known (`of_rows`)
@@ -188,16 +189,19 @@ def score_tokens(
     Statistics first: their memory is free again when the loss begins to keep what its gradient needs.
     """
     with torch.no_grad():
-        clipped_mass_M = torch.zeros_like(ids_M, dtype=torch.float32)
+        entries_MV = divergence_entries(student_logp_MV, teacher_logp_MV)
+        forward_kl_M, clipped_mass_M = entries_MV.sum(dim=-1), torch.zeros_like(ids_M, dtype=torch.float32)
         if method.clips and options.tau_clip < inf:
-            is_clipped_MV = divergence_entries(student_logp_MV, teacher_logp_MV, options.beta) > options.tau_clip
-            clipped_mass_M = torch.where(is_clipped_MV, teacher_logp_MV.exp(), 0.0).sum(dim=-1)
-            del is_clipped_MV
+            if options.beta != 0.0:
+                entries_MV = divergence_entries(student_logp_MV, teacher_logp_MV, options.beta)
+            clipped_mass_M = torch.where(entries_MV > options.tau_clip, teacher_logp_MV.exp(), 0.0).sum(dim=-1)
+        del entries_MV
         statistics = {
             "student_logprob": _at(student_logp_MV, ids_M),
             "teacher_logprob": _at(teacher_logp_MV, ids_M),
             "student_entropy": entropy(student_logp_MV),
             "teacher_entropy": entropy(teacher_logp_MV),
+            "forward_kl": forward_kl_M,
             "clipped_mass": clipped_mass_M,
             "agreement": (student_logp_MV.argmax(dim=-1) == teacher_logp_MV.argmax(dim=-1)).float(),
             "correct": torch.full_like(clipped_mass_M, nan),

@@ -39,7 +39,7 @@ from train import TrainConfig, choose_prompts
 from weighting import relative_position
 
 PANELS = {  # columns of metrics.jsonl by what they have in common
-    "loss": ["loss", "divergence"],
+    "loss": ["loss", "divergence", "forward_kl"],
     "tokens of a solution": ["mean_length"],
     "share of the rollouts": ["accuracy", "eos_rate", "repetition"],
     "entropy (nats)": ["student_entropy", "teacher_entropy"],
@@ -87,8 +87,7 @@ def run_label(run: Path) -> str:
 
 def draw(run: Path):
     """The picture of a run. Raises InputError where it has no step yet."""
-    columns = [name for names in PANELS.values() for name in names]
-    rows = read_rows(run / "metrics.jsonl", ("step", "by_decile", *columns))
+    rows = read_rows(run / "metrics.jsonl", ("step", "by_decile", "loss"))
     if not rows:
         raise InputError(f"{run}: no step in its metrics.jsonl")
     drawn, axes = figure(11, 8, LAYOUT)
@@ -97,7 +96,7 @@ def draw(run: Path):
     steps, scored = [row["step"] for row in rows], run / "evaluation.json"
     for title, names in PANELS.items():
         for name in names:
-            axes[title].plot(steps, np.array([row[name] for row in rows], dtype=float), label=name)  # None becomes NaN
+            axes[title].plot(steps, np.array([row.get(name) for row in rows], dtype=float), label=name)  # None: NaN
     held_out = json.loads(scored.read_text()) if scored.exists() else {}
     for name in ("sampled", "greedy"):
         axes[HELD_OUT].plot([*map(int, held_out)], [value[name] for value in held_out.values()], "o-", label=name)

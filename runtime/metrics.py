@@ -20,7 +20,8 @@ class Observer:
     `table` adds up over micro-batches and, by the trainer's sum, over ranks.
     """
 
-    COLUMNS = ("tokens", "divergence", "weight", "clipped_mass", "student_entropy", "teacher_entropy", "sampler_gap")
+    COLUMNS = ("tokens", "divergence", "weight", "forward_kl", "clipped_mass", "student_entropy", "teacher_entropy",
+               "sampler_gap")  # fmt: skip
 
     def __init__(self, device: torch.device) -> None:
         self.table, self.has_gap = torch.zeros(10, len(self.COLUMNS), device=device), False
@@ -41,8 +42,8 @@ class Observer:
         """A micro-batch of the problems with these row numbers and lengths; `gap_M` is `sampler_gap` of its tokens."""
         self.has_gap = gap_M is not None
         columns = [
-            torch.ones_like(w_M), scores.loss.detach(), w_M, scores.clipped_mass, scores.student_entropy,
-            scores.teacher_entropy, torch.zeros_like(w_M) if gap_M is None else gap_M,
+            torch.ones_like(w_M), scores.loss.detach(), w_M, scores.forward_kl, scores.clipped_mass,
+            scores.student_entropy, scores.teacher_entropy, torch.zeros_like(w_M) if gap_M is None else gap_M,
         ]  # fmt: skip
         self.table.index_add_(0, (r_M * 10).long().clamp(max=9), torch.stack(columns, dim=1))
         if not scores.loss.isfinite().all():
@@ -131,6 +132,7 @@ COLLAPSES = {
     "eos_rate": (max, lambda start, now: now <= start / 2 > 0.0),
     "mean_length": (itemgetter(0), lambda start, now: now <= start / 4),  # self-distillation alone may halve it
     "repetition": (itemgetter(0), lambda start, now: now >= start + 0.25),
+    "forward_kl": (itemgetter(0), lambda start, now: now >= 1.5 * start > 0.0),  # away from the teacher
 }
 
 

@@ -327,9 +327,14 @@ def test_defaults_are_the_papers():
 def test_clipped_mass_by_hand():
     """p_T = (.9, .1), p_S = (.5, .5): entries .529 and -.161. Only a loss that clips tells what it cuts."""
     student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+    kl = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)  # whatever the clip and the loss
     for name, clip, mass in (("opsd", 0.2, 0.9), ("opsd", 1.0, 0.0), ("opsd", math.inf, 0.0), ("eopd", 0.2, 0.0)):
         scores = losses.score_tokens(METHODS[name], student, teacher, torch.tensor([0]), LossOptions(tau_clip=clip))
         assert scores.clipped_mass.item() == pytest.approx(mass)
+        assert scores.forward_kl.item() == pytest.approx(kl)
+    reverse = LossOptions(tau_clip=0.2, beta=1.0)  # entries -.294 and .805
+    scores = losses.score_tokens(METHODS["opsd"], student, teacher, torch.tensor([0]), reverse)
+    assert (scores.clipped_mass.item(), scores.forward_kl.item()) == pytest.approx((0.1, kl))
 
 
 def test_scores_by_hand():

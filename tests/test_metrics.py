@@ -9,7 +9,7 @@ from rollout import Response
 from runtime import metrics
 from runtime.metrics import COLLAPSE_WINDOW, Observer, Watch, collapse_warning, gap_warning, repeats, rollout_metrics
 
-HEALTHY = {"accuracy": 0.6, "eos_rate": 1.0, "mean_length": 30.0, "repetition": 0.1}
+HEALTHY = {"accuracy": 0.6, "eos_rate": 1.0, "mean_length": 30.0, "repetition": 0.1, "forward_kl": 0.1}
 
 
 def history(*changes: dict) -> list[dict]:
@@ -22,6 +22,7 @@ def history(*changes: dict) -> list[dict]:
     ({"eos_rate": 0.4}, "eos_rate went from 1.00 to 0.40"), ({"mean_length": 96.0}, "cut at --max_new_tokens 96"),
     ({"mean_length": 7.5}, "mean_length went from 30.00 to 7.50"), ({"accuracy": 0.31}, None), ({}, None),
     ({"repetition": 0.36}, "repetition went from 0.10 to 0.36"), ({"repetition": 0.34}, None),
+    ({"forward_kl": 0.16}, "forward_kl went from 0.10 to 0.16"), ({"forward_kl": 0.14}, None),
     ({"eos_rate": 0.51}, None), ({"mean_length": 95.9}, None), ({"mean_length": 8.0}, None),
 ])  # fmt: skip
 def test_a_collapse_is_told_and_a_sound_run_is_not(change, words):
@@ -33,6 +34,8 @@ def test_the_best_so_far_is_the_measure_and_too_few_steps_or_answers_say_nothing
     assert collapse_warning(history({}, {"accuracy": 0.9}, {"accuracy": 0.44}), limit=96)
     assert collapse_warning(history({"accuracy": 0.3}, {"accuracy": 0.6}), limit=96) is None
     assert collapse_warning([*history({})[:-1], {**HEALTHY, "accuracy": 0.0}], limit=96) is None
+    old = [{**step, "forward_kl": 0.0} for step in history({})]  # or of a run whose log does not have it
+    assert collapse_warning(old + history({}), limit=96) is None
     assert collapse_warning(history({"accuracy": None}, {"accuracy": None}), limit=96) is None
 
 
