@@ -47,8 +47,7 @@ ARMS = {
 }
 ARMS |= {f"{arm}, no clip": options | {"tau_clip": "inf"} for arm, options in ARMS.items()}
 # (arm, seed), the most important ones first.
-FINAL = [(arm, 1) for clip in ("", ", no clip") for arm in ("OPSD" + clip, "Moderate" + clip)]
-FINAL += [(arm, 1) for arm in list(ARMS)[2:4]] + [(arm, seed) for seed in (2, 3) for arm in ("OPSD", "Moderate")]
+FINAL = [(arm + clip, seed) for seed in (1, 2, 3) for arm in ("OPSD", "Moderate") for clip in ("", ", no clip")]
 FINAL += [(arm, seed) for arm in ARMS for seed in (1, 2, 3) if (arm, seed) not in FINAL]
 CONTRASTS = [("Moderate", "uniform, per sequence"), ("reversed Moderate", "uniform, per sequence"),
              ("uniform, per sequence", "OPSD"), ("Moderate", "OPSD")]  # fmt: skip
