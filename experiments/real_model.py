@@ -45,13 +45,15 @@ ARMS = {
     "uniform, per sequence": {"method": "opsd", "reduction": "sequence_mean"},
     "reversed Moderate": {"method": "pwopsd", "schedule": "reversed"},
 }
-ARMS |= {f"{arm}, no clip": options | {"tau_clip": "inf"} for arm, options in ARMS.items()}
+NO_CLIP = {arm: f"{arm}, no clip" for arm in ARMS}
+ARMS |= {NO_CLIP[arm]: options | {"tau_clip": "inf"} for arm, options in ARMS.items()}
 # (arm, seed), the most important ones first.
-FINAL = [(arm + clip, seed) for seed in (1, 2, 3) for arm in ("OPSD", "Moderate") for clip in ("", ", no clip")]
+FINAL = [(name, seed) for seed in (1, 2, 3) for arm in ("OPSD", "Moderate") for name in (arm, NO_CLIP[arm])]
 FINAL += [(arm, seed) for arm in ARMS for seed in (1, 2, 3) if (arm, seed) not in FINAL]
 CONTRASTS = [("Moderate", "uniform, per sequence"), ("reversed Moderate", "uniform, per sequence"),
              ("uniform, per sequence", "OPSD"), ("Moderate", "OPSD")]  # fmt: skip
-CONTRASTS += [(f"{left}, no clip", f"{right}, no clip") for left, right in CONTRASTS]
+CONTRASTS += [(NO_CLIP[left], NO_CLIP[right]) for left, right in CONTRASTS]
+CONTRASTS = [(NO_CLIP[arm], arm) for arm in NO_CLIP] + CONTRASTS
 CONTRASTS = [(SHOWN, UNTRAINED), *((arm, UNTRAINED) for arm in ARMS), *CONTRASTS]
 
 
