@@ -230,7 +230,7 @@ class TrainConfig(loss.LossOptions):
 
 
 PRESETS: dict[str, dict] = {
-    # At tau_clip 0.05 the beliefs of this world are hardly repaired (docs/study.md); the rest is scale.
+    # At tau_clip 0.05 this model moves away from its teacher (docs/differences.md); the rest is scale.
     "tiny": {
         "model": "tiny", "data": "tiny:train", "eval_data": "tiny:heldout", "num_steps": 20, "tau_clip": 1.0,
         "max_new_tokens": 96, "micro_batch_size": 32, "learning_rate": 2e-3, "max_grad_norm": 1.0,

@@ -39,10 +39,10 @@ from train import TrainConfig, choose_prompts
 from weighting import relative_position
 
 PANELS = {  # columns of metrics.jsonl by what they have in common
-    "loss": ["loss", "divergence", "forward_kl"],
+    "loss": ["loss", "divergence"],
     "tokens of a solution": ["mean_length"],
     "share of the rollouts": ["accuracy", "eos_rate", "repetition"],
-    "entropy (nats)": ["student_entropy", "teacher_entropy"],
+    "nats": ["student_entropy", "teacher_entropy", "forward_kl"],
     "gradient norm before clipping": ["grad_norm"],
 }
 HELD_OUT, TENTHS = "held-out accuracy", "relative position"
@@ -87,7 +87,8 @@ def run_label(run: Path) -> str:
 
 def draw(run: Path):
     """The picture of a run. Raises InputError where it has no step yet."""
-    rows = read_rows(run / "metrics.jsonl", ("step", "by_decile", "loss"))
+    columns = {name for names in PANELS.values() for name in names} - {"forward_kl"}  # which older runs lack
+    rows = read_rows(run / "metrics.jsonl", ("step", "by_decile", *columns))
     if not rows:
         raise InputError(f"{run}: no step in its metrics.jsonl")
     drawn, axes = figure(11, 8, LAYOUT)

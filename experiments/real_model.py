@@ -22,7 +22,7 @@ from threading import Lock
 
 import numpy as np
 
-from errors import InputError
+from errors import InputError, require
 from evaluate import bootstrap_interval
 from experiments.study.report import paired_difference
 from grading import extract_boxed
@@ -81,7 +81,10 @@ def call(script: str, **flags: object) -> float:
 
 
 def measure(row: str, seed: int, model: str, dtype: str, folder: Path) -> Iterator[dict]:
-    """The lines of cells.jsonl for a row: an arm trained, unless that is done, and scored for each decoding."""
+    """The lines of cells.jsonl for a row: an arm trained, unless that is done, and scored for each decoding.
+
+    Their CPU seconds are those of the last call, not what a killed one had spent.
+    """
     cell, given = {"row": row, "rate": TRAINING["learning_rate"] if row in ARMS else None, "seed": seed}, {}
     run = folder / "runs" / f"{row}-{seed}".replace(" ", "-").replace(",", "")
     if row in ARMS:
@@ -182,7 +185,8 @@ def main() -> None:
     parser.add_argument("--model", help="directory or hub name of an instruction-tuned checkpoint")
     parser.add_argument("--train", help="problems with solutions, any form that train.py's --data reads")
     parser.add_argument("--test", help="held-out problems, likewise")
-    parser.add_argument("--dtype", default="auto", help="as in train.py; bfloat16 is faster where a processor knows it")
+    kinds, help_of = ("auto", "float32", "bfloat16", "float16"), "bfloat16 is faster where a processor knows it"
+    parser.add_argument("--dtype", default="auto", choices=kinds, help=f"as in train.py; {help_of}")
     parser.add_argument("--at_once", type=int, default=2, help="trainings at a time, which share the device")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/real-model"))
     parser.add_argument("--report", type=Path, metavar="CELLS", help="run nothing, print the table of a cells.jsonl")
@@ -193,8 +197,9 @@ def main() -> None:
         return print(report(read_rows(args.report)))
     if not (args.model and args.train and args.test):
         raise InputError("--model, --train and --test: name all three, or --report CELLS")
+    require(args.at_once > 0, "at_once", args.at_once, "be at least 1")
     train, test, folder = load_problems(args.train), load_problems(args.test), args.output_dir
-    constants = {"training": TRAINING, "arms": ARMS, "scored_tokens": SCORED_TOKENS}
+    constants = {"training": TRAINING, "arms": ARMS, "scored": [SCORED_TOKENS, DECODINGS]}
     named = {"model": args.model, "train": args.train, "test": args.test, "dtype": args.dtype}
     digests = {"train": records.digest(train), "test": records.digest(test)}
     with records.open_run(folder, "real_model", resume=True) as record:

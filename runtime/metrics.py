@@ -132,7 +132,6 @@ COLLAPSES = {
     "eos_rate": (max, lambda start, now: now <= start / 2 > 0.0),
     "mean_length": (itemgetter(0), lambda start, now: now <= start / 4),  # self-distillation alone may halve it
     "repetition": (itemgetter(0), lambda start, now: now >= start + 0.25),
-    "forward_kl": (itemgetter(0), lambda start, now: now >= 1.5 * start > 0.0),  # away from the teacher
 }
 
 
@@ -148,6 +147,15 @@ def collapse_warning(history: list[dict], limit: int) -> str | None:
     return None
 
 
+def drift_warning(history: list[dict]) -> str | None:
+    """One line if the last steps' `forward_kl` is at least 1.5 times that of the first ones that tell it, else None."""
+    told = [row["forward_kl"] for row in history if "forward_kl" in row]
+    start, now = (sum(window) / COLLAPSE_WINDOW for window in (told[:COLLAPSE_WINDOW], told[-COLLAPSE_WINDOW:]))
+    if len(told) <= COLLAPSE_WINDOW or now < 1.5 * start:
+        return None
+    return f"the student moves away from its teacher: forward_kl went from {start:.2g} to {now:.2g}"
+
+
 class Watch:
     """What is said of a run that looks wrong: each kind of warning once.
 
@@ -155,7 +163,7 @@ class Watch:
     """
 
     def __init__(self, limit: int, lora_dropout: float, dtype: torch.dtype, earlier: list[dict]) -> None:
-        self.history, self.kinds = list(earlier), [partial(collapse_warning, limit=limit)]
+        self.history, self.kinds = list(earlier), [partial(collapse_warning, limit=limit), drift_warning]
         if lora_dropout == 0.0:  # with it the trainer's own log-probabilities are of another adapter
             self.kinds.append(partial(gap_warning, dtype=dtype))
 

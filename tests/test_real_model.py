@@ -5,6 +5,7 @@ import sys
 from concurrent.futures import Executor, Future
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 
 import evaluate
@@ -71,6 +72,10 @@ def test_a_killed_run_goes_on_and_says_the_same(run, capsys):
     out, step = capsys.readouterr().out, trained["steps"][0]
     assert "| OPSD - untrained | 0.001 | greedy | 1 |" in out
     assert f"| OPSD | 0.001 | 1 | first | {step['mean_length']:.3f} | {step['eos_rate']:.3f} |" in out
+    line = next(line for line in out.splitlines() if line.startswith("| OPSD | 0.001 | 1 | first |")).split(" | ")
+    numbers = [f"{step[name]:.3f}" for name in ("divergence", "forward_kl", "clipped_mass", "student_entropy")]
+    tenths = step["by_decile"]["forward_kl"]
+    assert line[7:11] == numbers and line[12].split()[:10] == [f"{np.nan if d is None else d:.3f}" for d in tenths]
     lines = whole.splitlines(keepends=True)
     gone = next(i for i, cell in enumerate(cells) if cell["decoding"] == "sampled" and cell["row"] == "OPSD")
     path.write_text("".join(lines[1:gone] + lines[gone + 1 :])[:-50])  # of two cells no line, and the last is torn
