@@ -5,11 +5,12 @@
 # of its length: 190 for 19 is .667. To answer 12 to every problem is right in 3 of 500 problems of gcd and in none of
 # letter_counting, and scores .285 and .303; a model that is wrong by a factor of ten in all of chain_sum scores .732.
 # In game_of_life_halting every answer that is not empty scores 1: True and False each on all 500 problems.
-# Why: ProceduralDataset.score_answer (reasoning_gym/dataset.py), which tasks without a rule of their own inherit, ends
-# in `oracle_answer in answer`, meant for an answer inside a sentence; GameOfLifeHaltingDataset.score_answer compares
-# bool("False") with bool("True"), two strings that hold something.
-# Bites: whoever reports the mean score as accuracy, or trains on it: among one-digit answers the longer guess that
-# holds more digits earns more than an honest wrong one, and a task with a constant reward teaches nothing.
+# Why: ProceduralDataset.score_answer (reasoning_gym/dataset.py), which gcd, letter_counting and other tasks inherit,
+# ends in `oracle_answer in answer`, meant for an answer inside a sentence; so does utils.compute_decimal_reward, which
+# chain_sum calls. GameOfLifeHaltingDataset.score_answer compares bool("False") with bool("True"), two strings that hold
+# something.
+# Bites: whoever reports the mean score as accuracy, or trains on it: where the answer is 2, a wrong 12 earns .5 and an
+# equally wrong 3 nothing, and a task whose score is constant teaches nothing.
 set -euo pipefail
 T=$(mktemp -d) && trap 'rm -rf "$T"' EXIT && cd "$T"
 python3 -m venv v && v/bin/pip install -q --disable-pip-version-check reasoning-gym==0.1.25
@@ -30,6 +31,11 @@ def accuracy_and_score(task, answer):
     return sum(right) / 500, round(sum(scores) / 500, 3)
 
 
+data = create_dataset("chain_sum", seed=1, size=500)
+row = next(row for row in data if len(row["answer"]) == 2)
+score = data.score_answer(row["answer"] + "0", row)
+print(f"seen: chain_sum, {row['answer']}0 for {row['answer']}: {score:.3f}")
+assert round(score, 3) == 0.667
 seen = {}
 for task, name, answer in [
     ("gcd", "12", lambda right: "12"),
