@@ -140,19 +140,20 @@ def report(cells: list[dict]) -> str:
 
 
 def training_lines(rows: dict) -> list[str]:
-    """What metrics.jsonl says of each arm's first and last step, as means over seeds; nan where it does not."""
+    """Means over each arm's first and last quarter of steps and its seeds, by metrics.jsonl; nan where it has none."""
     names = ["mean_length", "eos_rate", "repetition", "divergence", "forward_kl", "clipped_mass", "student_entropy",
              "teacher_entropy"]  # fmt: skip
     heads = " | ".join([*names, "forward_kl by tenth"])
-    lines = ["", f"| row | rate | seeds | step | {heads} |", "|---" * (5 + len(names)) + "|"]
+    lines = ["", f"| row | rate | seeds | steps | {heads} |", "|---" * (5 + len(names)) + "|"]
     for (row, rate, decoding), by_seed in rows.items():
         runs = [cell["steps"] for cell in by_seed.values() if "steps" in cell and decoding != "sampled"]
-        for i, step in ((0, "first"), (-1, "last")) if runs else ():
-            parts = [f"{np.mean([run[i].get(name, np.nan) for run in runs]):.3f}" for name in names]
-            by_tenth = zip(*(run[i]["by_decile"].get("forward_kl", [None] * 10) for run in runs), strict=True)
+        quarter, seeds = max(1, len(runs[0]) // 4) if runs else 0, ", ".join(map(str, sorted(by_seed)))
+        for part, which in ((slice(quarter), "first"), (slice(-quarter, None), "last")) if runs else ():
+            steps = [step for run in runs for step in run[part]]
+            parts = [f"{np.mean([step.get(name, np.nan) for step in steps]):.3f}" for name in names]
+            by_tenth = zip(*(step["by_decile"].get("forward_kl", [None] * 10) for step in steps), strict=True)
             parts += [" ".join(f"{np.mean([d for d in tenth if d is not None] or [np.nan]):.3f}" for tenth in by_tenth)]
-            seeds = ", ".join(map(str, sorted(by_seed)))
-            lines.append(f"| {row} | {rate} | {seeds} | {step} | {' | '.join(parts)} |")
+            lines.append(f"| {row} | {rate} | {seeds} | {which} {quarter} | {' | '.join(parts)} |")
     return lines
 
 

@@ -71,8 +71,8 @@ def test_a_killed_run_goes_on_and_says_the_same(run, capsys):
     assert all(len(cell[name]) == 4 for cell in cells for name in ("correct", "boxed", "finished"))
     out, step = capsys.readouterr().out, trained["steps"][0]
     assert "| OPSD - untrained | 0.001 | greedy | 1 |" in out
-    assert f"| OPSD | 0.001 | 1 | first | {step['mean_length']:.3f} | {step['eos_rate']:.3f} |" in out
-    line = next(line for line in out.splitlines() if line.startswith("| OPSD | 0.001 | 1 | first |")).split(" | ")
+    assert f"| OPSD | 0.001 | 1 | first 1 | {step['mean_length']:.3f} | {step['eos_rate']:.3f} |" in out
+    line = next(line for line in out.splitlines() if line.startswith("| OPSD | 0.001 | 1 | first 1 |")).split(" | ")
     numbers = [f"{step[name]:.3f}" for name in ("divergence", "forward_kl", "clipped_mass", "student_entropy")]
     tenths = step["by_decile"]["forward_kl"]
     assert line[7:11] == numbers and line[12].split()[:10] == [f"{np.nan if d is None else d:.3f}" for d in tenths]
