@@ -1,7 +1,7 @@
 """What the method does to a real model: arms trained by train.py, scored by evaluate.py on the same held-out problems.
 
     python -m experiments.real_model --model DIR --train gsm8k_train.jsonl --test gsm8k_test.jsonl
-    python -m experiments.real_model --report experiments/results/real-model/short-answers.jsonl
+    python -m experiments.real_model --report experiments/results/real-model/paper-prompts.jsonl
 
 Prompts, sampling, adapter and optimizer are the paper's; what a smaller model and a shorter time change stands in the
 constants below. After Ctrl-C the first command goes on; a finished cell is a line of cells.jsonl: what is right, boxed
@@ -48,8 +48,8 @@ ARMS = {
 NO_CLIP = {arm: f"{arm}, no clip" for arm in ARMS}
 ARMS |= {NO_CLIP[arm]: options | {"tau_clip": "inf"} for arm, options in ARMS.items()}
 # (arm, seed), the most important ones first.
-FINAL = [(name, seed) for seed in (1, 2, 3) for arm in ("OPSD", "Moderate") for name in (arm, NO_CLIP[arm])]
-FINAL += [(arm, seed) for arm in ARMS for seed in (1, 2, 3) if (arm, seed) not in FINAL]
+TRAINED = [(name, seed) for seed in (1, 2, 3) for arm in ("OPSD", "Moderate") for name in (arm, NO_CLIP[arm])]
+TRAINED += [(arm, seed) for arm in ARMS for seed in (1, 2, 3) if (arm, seed) not in TRAINED]
 CONTRASTS = [("Moderate", "uniform, per sequence"), ("reversed Moderate", "uniform, per sequence"),
              ("uniform, per sequence", "OPSD"), ("Moderate", "OPSD")]  # fmt: skip
 CONTRASTS += [(NO_CLIP[left], NO_CLIP[right]) for left, right in CONTRASTS]
@@ -169,7 +169,8 @@ def measure_all(cells: list[dict], model: str, dtype: str, folder: Path, at_once
                 cells.extend(new)
             print(f"{len(cells)} cells, the last of {key(cell)}", flush=True)
 
-    missing = [row for row in [(UNTRAINED, 0), *FINAL, (SHOWN, 0)] if not {(*row, name) for name in DECODINGS} <= done]
+    rows = [(UNTRAINED, 0), *TRAINED, (SHOWN, 0)]
+    missing = [row for row in rows if not {(*row, name) for name in DECODINGS} <= done]
     try:
         for job in as_completed([pool.submit(add, *row) for row in missing]):
             job.result()

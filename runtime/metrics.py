@@ -148,10 +148,13 @@ def collapse_warning(history: list[dict], limit: int) -> str | None:
 
 
 def drift_warning(history: list[dict]) -> str | None:
-    """One line if the last steps' `forward_kl` is at least 1.5 times that of the first ones that tell it, else None."""
+    """One line if the last steps' `forward_kl` is above 1.5 times that of the first ones that tell it, else None.
+
+    And by more than .001 nats: two contexts that agree differ by rounding.
+    """
     told = [row["forward_kl"] for row in history if "forward_kl" in row]
     start, now = (sum(window) / COLLAPSE_WINDOW for window in (told[:COLLAPSE_WINDOW], told[-COLLAPSE_WINDOW:]))
-    if len(told) <= COLLAPSE_WINDOW or now < 1.5 * start:
+    if len(told) <= COLLAPSE_WINDOW or now <= max(1.5 * start, start + 1e-3):
         return None
     return f"the student moves away from its teacher: forward_kl went from {start:.2g} to {now:.2g}"
 

@@ -48,7 +48,8 @@ def test_the_start_is_the_runs_and_not_that_after_a_resume():
 
 @pytest.mark.parametrize(("kls", "words"), [
     ([0.002] * 5 + [0.0031] * 5, "forward_kl went from 0.002 to 0.0031"), ([0.1] * 5 + [0.149] * 5, None),
-    ([0.1] * 5, None), ([None] * 3 + [0.1] * 9, None), ([None] * 9, None), ([None] * 3 + [0.1] * 5 + [1.6], "to 0.4"),
+    ([0.1] * 5, None), ([0.0] * 9, None), ([1e-8] * 5 + [9e-4] * 5, None), ([None] * 3 + [0.1] * 9, None),
+    ([None] * 9, None), ([None] * 3 + [0.1] * 5 + [1.6], "to 0.4"),
 ])  # fmt: skip
 def test_a_student_that_leaves_its_teacher_is_told_beside_a_collapse(kls, words):
     """Also where the first steps of a run have no such column; and a collapse after it is told as well."""

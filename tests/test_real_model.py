@@ -41,7 +41,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(real_model, "ThreadPoolExecutor", Inline)
     training = {"num_steps": 2, "batch_size": 2, "max_new_tokens": 8, "learning_rate": 1e-3, "top_k": 0}
     for name, value in {
-        "TRAINING": training, "SCORED_TOKENS": 48, "FINAL": [("OPSD", 1), ("Moderate, no clip", 2)],
+        "TRAINING": training, "SCORED_TOKENS": 48, "TRAINED": [("OPSD", 1), ("Moderate, no clip", 2)],
     }.items():  # fmt: skip
         monkeypatch.setattr(real_model, name, value)
     test = tmp_path / "four.jsonl"
