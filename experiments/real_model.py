@@ -47,9 +47,7 @@ ARMS = {
 }
 NO_CLIP = {arm: f"{arm}, no clip" for arm in ARMS}
 ARMS |= {NO_CLIP[arm]: options | {"tau_clip": "inf"} for arm, options in ARMS.items()}
-# (arm, seed), the most important ones first.
-TRAINED = [(name, seed) for seed in (1, 2, 3) for arm in ("OPSD", "Moderate") for name in (arm, NO_CLIP[arm])]
-TRAINED += [(arm, seed) for arm in ARMS for seed in (1, 2, 3) if (arm, seed) not in TRAINED]
+ROWS = [(UNTRAINED, 0), (SHOWN, 0), *((arm, seed) for seed in (1, 2, 3) for arm in ARMS)]
 CONTRASTS = [("Moderate", "uniform, per sequence"), ("reversed Moderate", "uniform, per sequence"),
              ("uniform, per sequence", "OPSD"), ("Moderate", "OPSD")]  # fmt: skip
 CONTRASTS += [(NO_CLIP[left], NO_CLIP[right]) for left, right in CONTRASTS]
@@ -86,7 +84,7 @@ def measure(row: str, seed: int, model: str, dtype: str, folder: Path) -> Iterat
     Their CPU seconds are those of the last call, not what a killed one had spent.
     """
     cell, given = {"row": row, "rate": TRAINING["learning_rate"] if row in ARMS else None, "seed": seed}, {}
-    run = folder / "runs" / f"{row}-{seed}".replace(" ", "-").replace(",", "")
+    run = folder / "runs" / name_of(row, seed)
     if row in ARMS:
         options = TRAINING | ARMS[row] | {"seed": seed, "dtype": dtype}
         cell["train"] = {name: str(value) for name, value in options.items()}
@@ -157,8 +155,8 @@ def training_lines(rows: dict) -> list[str]:
     return lines
 
 
-def measure_all(cells: list[dict], model: str, dtype: str, folder: Path, at_once: int) -> None:
-    """Measure the rows that are missing, `at_once` at a time."""
+def measure_all(cells: list[dict], rows: list[tuple], model: str, dtype: str, folder: Path, at_once: int) -> None:
+    """Measure those of the rows that are missing, `at_once` at a time."""
     done, pool, one_writes = {key(cell) for cell in cells}, ThreadPoolExecutor(at_once), Lock()
 
     def add(row: str, seed: int) -> None:
@@ -169,7 +167,6 @@ def measure_all(cells: list[dict], model: str, dtype: str, folder: Path, at_once
                 cells.extend(new)
             print(f"{len(cells)} cells, the last of {key(cell)}", flush=True)
 
-    rows = [(UNTRAINED, 0), *TRAINED, (SHOWN, 0)]
     missing = [row for row in rows if not {(*row, name) for name in DECODINGS} <= done]
     try:
         for job in as_completed([pool.submit(add, *row) for row in missing]):
@@ -182,6 +179,10 @@ def key(cell: dict) -> tuple:
     return cell["row"], cell["seed"], cell["decoding"]
 
 
+def name_of(row: str, seed: int) -> str:
+    return f"{row}-{seed}".replace(" ", "-").replace(",", "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="directory or hub name of an instruction-tuned checkpoint")
@@ -189,6 +190,9 @@ def main() -> None:
     parser.add_argument("--test", help="held-out problems, likewise")
     kinds, help_of = ("auto", "float32", "bfloat16", "float16"), "bfloat16 is faster where a processor knows it"
     parser.add_argument("--dtype", default="auto", choices=kinds, help=f"as in train.py; {help_of}")
+    names = {name_of(*row): row for row in ROWS}
+    parser.add_argument("--rows", nargs="+", default=list(names), choices=names, metavar="ROW",
+                        help="measure these alone, such as untrained-0 OPSD-1 Moderate-no-clip-3")  # fmt: skip
     parser.add_argument("--at_once", type=int, default=2, help="trainings at a time, which share the device")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/real-model"))
     parser.add_argument("--report", type=Path, metavar="CELLS", help="run nothing, print the table of a cells.jsonl")
@@ -210,7 +214,7 @@ def main() -> None:
         write_problems(train, test, folder)
         cells = read_rows(folder / "cells.jsonl")
         write_rows(folder / "cells.jsonl", cells)  # without a line that a kill cut short
-        measure_all(cells, args.model, args.dtype, folder, args.at_once)
+        measure_all(cells, [names[name] for name in args.rows], args.model, args.dtype, folder, args.at_once)
     return print(report(cells))
 
 

@@ -41,7 +41,8 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(real_model, "ThreadPoolExecutor", Inline)
     training = {"num_steps": 2, "batch_size": 2, "max_new_tokens": 8, "learning_rate": 1e-3, "top_k": 0}
     for name, value in {
-        "TRAINING": training, "SCORED_TOKENS": 48, "TRAINED": [("OPSD", 1), ("Moderate, no clip", 2)],
+        "TRAINING": training, "SCORED_TOKENS": 48,
+        "ROWS": [("untrained", 0), (real_model.SHOWN, 0), ("OPSD", 1), ("Moderate, no clip", 2)],
     }.items():  # fmt: skip
         monkeypatch.setattr(real_model, name, value)
     test = tmp_path / "four.jsonl"
@@ -49,7 +50,7 @@ def run(monkeypatch, tmp_path):
 
     def command(*arguments: str):
         flags = ["--model=tiny", "--train=tiny:train", f"--test={test}", f"--output_dir={tmp_path / 'run'}"]
-        monkeypatch.setattr(sys, "argv", ["real_model", *(arguments or flags)])
+        monkeypatch.setattr(sys, "argv", ["real_model", *flags, *arguments])
         real_model.main()
         return tmp_path / "run"
 
@@ -58,7 +59,9 @@ def run(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_says_the_same(run, capsys):
-    path = run() / "cells.jsonl"
+    path = run("--rows", "OPSD-1", "untrained-0") / "cells.jsonl"
+    assert [json.loads(line)["row"] for line in path.open()] == ["OPSD", "OPSD", "untrained", "untrained"]
+    run()
     whole = path.read_text()
     cells = [json.loads(line) for line in whole.splitlines()]
     by_key = {real_model.key(cell): cell for cell in cells}
@@ -118,7 +121,7 @@ def test_the_table_pairs_problems_seeds_and_rates():
 
 def test_what_cannot_run_says_so(run):
     with pytest.raises(InputError, match="name all three"):
-        run("--model", "tiny")
+        run("--test=")
 
 
 def test_a_script_that_fails_ends_the_run(tmp_path, capfd, monkeypatch):
