@@ -171,7 +171,6 @@ class TokenScores:
     teacher_entropy: Tensor
     forward_kl: Tensor  # sum_j p^opsd(j) log(p^opsd(j) / p(j)), whatever the loss: Eq. (1) without its clip
     clipped_mass: Tensor  # teacher's probability on the entries that tau_clip cuts; 0 for losses without that clip
-    agreement: Tensor  # 1 where both contexts have the same most likely token, else 0
     correct: Tensor  # of the token's row: 1 right, 0 wrong, NaN where that is not known (`of_rows`)
     finished: Tensor  # of the token's row: 1 if it ended with EOS, 0 if it was cut, NaN where that is not known
 
@@ -203,7 +202,6 @@ def score_tokens(
             "teacher_entropy": entropy(teacher_logp_MV),
             "forward_kl": forward_kl_M,
             "clipped_mass": clipped_mass_M,
-            "agreement": (student_logp_MV.argmax(dim=-1) == teacher_logp_MV.argmax(dim=-1)).float(),
             "correct": torch.full_like(clipped_mass_M, nan),
             "finished": torch.full_like(clipped_mass_M, nan),
         }

@@ -80,7 +80,7 @@ def _read(source: str) -> Rows:
     folder, split = (path, "") if path.exists() or not name else (Path(name).expanduser(), split)
     if folder.is_dir():
         return _read_folder(folder, split)
-    if not (path.exists() or path.suffix in READERS or source.startswith((".", "/", "~"))):
+    if not (folder.exists() or {path.suffix, folder.suffix} & READERS.keys() or source.startswith((".", "/", "~"))):
         return _read_hub(source)
     if not path.is_file():
         raise InputError(f"{path}: no such data file")

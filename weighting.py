@@ -39,7 +39,6 @@ SCHEDULES: dict[str, Schedule] = {
     "reversed": lambda r: position_weight(1.0 - r, *SIGMOIDS["moderate"]),
     "linear_up": lambda r: 0.25 + 0.75 * r,
     "linear_down": lambda r: 1.0 - 0.75 * r,
-    "step": lambda r: torch.where(r < 0.30, 0.25, 1.0),  # the limit s -> 0
 }
 
 

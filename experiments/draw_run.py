@@ -297,8 +297,8 @@ def draw_tokens(before: RolloutView, after: RolloutView):
 
     Of long solutions the SHOWN characters around that token.
     """
-    pairs = enumerate(zip(before.tokens, after.tokens, strict=False))
-    part = next((t for t, (a, b) in pairs if a.text != b.text), 0)
+    pairs = list(zip(before.tokens, after.tokens, strict=False))
+    part = next((t for t, (a, b) in enumerate(pairs) if a.text != b.text), len(pairs) - 1)  # else the last they share
     drawn, axes = figure(9, 4.4, [["tokens", "tokens"], ["before", "after"]])
     strip, top = axes["tokens"], max(abs(t.divergence * t.weight) for v in (before, after) for t in v.tokens) or 1.0
     length = max(sum(len(t.text) for t in v.tokens) for v in (before, after))

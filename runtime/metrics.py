@@ -140,9 +140,10 @@ def collapse_warning(history: list[dict], limit: int) -> str | None:
     windows = [history[end - COLLAPSE_WINDOW : end] for end in range(COLLAPSE_WINDOW, len(history) + 1)]
     if windows and all(step["mean_length"] >= limit for step in windows[-1]):
         return f"the run looks collapsed: all rollouts of {COLLAPSE_WINDOW} steps were cut at --max_new_tokens {limit}"
-    for name, (start_of, is_bad) in COLLAPSES.items() if windows else ():
-        means = [sum(step.get(name) or 0.0 for step in window) / COLLAPSE_WINDOW for window in windows]
-        if is_bad(start := start_of(means), now := means[-1]):
+    for name, (start_of, is_bad) in COLLAPSES.items():
+        told = [[step[name] for step in window if step.get(name) is not None] for window in windows]  # no answer: null
+        means = [sum(values) / len(values) for values in told if values]
+        if told and told[-1] and is_bad(start := start_of(means), now := means[-1]):
             return f"the run looks collapsed: {name} went from {start:.2f} to {now:.2f} (over {COLLAPSE_WINDOW} steps)"
     return None
 

@@ -4,7 +4,6 @@ from dataclasses import fields
 
 import pytest
 
-import diagnose
 import evaluate
 import train
 from errors import InputError
@@ -79,14 +78,6 @@ def test_help_has_the_docstring_and_every_flag(module, config, call, capsys):
 def test_a_flag_that_would_change_nothing_is_refused(words, with_):
     with pytest.raises(InputError, match=f"{' '.join(words.split()[-2:])}: counts only with {with_}"):
         parse_config(words.split())
-
-
-def test_only_what_changes_no_number_may_change_on_resume():
-    free = {"output_dir", "device"}
-    training = {"resume", "micro_batch_size", "gradient_checkpointing", "save_steps", "server", "shard"}
-    assert free | training == train.FREE_ON_RESUME
-    assert free | {"num_samples", "seeds", "batch_size", "grader"} == evaluate.FREE_ON_RESUME
-    assert free | {"resume", "server", "batch_size"} == diagnose.FREE_ON_RESUME
 
 
 def test_presets_name_flags_and_values_that_pass():

@@ -4,11 +4,9 @@ A new weighting by position is one line of weighting.SCHEDULES, a method one row
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from families import odd
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,16 +16,6 @@ import train
 import weighting
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def test_a_fork_that_wraps_a_clipping_loss_tells_what_is_clipped():
-    """`clips` says so, whatever function stands in the row; without it nothing is told as clipped."""
-    logs, ids = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0)).log_softmax(-1), torch.zeros(5).long()
-    half = partial(loss.Method, lambda *given: 0.5 * loss.clipped_divergence(*given), "uniform", loss.token_mean)
-    methods = (half(clips=True), half(), loss.METHODS["opsd"])
-    told, silent, opsd = (loss.score_tokens(method, *logs, ids, loss.LossOptions()) for method in methods)
-    assert torch.equal(told.clipped_mass, opsd.clipped_mass) and opsd.clipped_mass.any()
-    assert torch.equal(told.loss, 0.5 * opsd.loss) and not silent.clipped_mass.any()
 
 
 # What people change, as a script of their own (train.cli() stands behind each) and the flags they give it.

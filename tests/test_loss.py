@@ -140,15 +140,6 @@ def test_clipped_gradient_in_closed_form():
     assert (gradient[0, 0][~in_A] > 0).all()
 
 
-def test_limits():
-    student, teacher, ids, mask = random_case()
-    per_sequence = method_loss("opsd", student, teacher, ids, mask, reduction="sequence_mean")
-    torch.testing.assert_close(method_loss("pwopsd", student, teacher, ids, mask, w_min=1.0), per_sequence)
-    kl = method_loss("opsd", student, teacher, ids, mask, clip=None, temperature=1.0)
-    logs = student[mask].log_softmax(-1), teacher[mask].log_softmax(-1)
-    torch.testing.assert_close(kl, torch.nn.functional.kl_div(*logs, log_target=True, reduction="batchmean"))
-
-
 @pytest.mark.parametrize("name, options", [("opsd", {}), ("pwopsd", {}), ("opsd", {"beta": 0.5}), ("reopold", {})])
 def test_equal_contexts_give_exactly_zero(name, options):
     student, _, ids, mask = random_case()
@@ -271,21 +262,13 @@ def test_reopold_by_hand():
     assert method_loss("reopold", student, teacher, ids, mask, step=50).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_weight_may_look_at_the_rows_outcome_and_at_agreement(monkeypatch):
+def test_a_weight_may_look_at_the_rows_outcome(monkeypatch):
     student, teacher, ids, mask = random_case(lengths=(4, 2, 3))
     right = lambda r_M, scores, *_: torch.nan_to_num(scores.correct, nan=2.0) * scores.finished  # noqa: E731
-    agree = lambda r_M, scores, lengths, step, options: scores.agreement  # noqa: E731
     monkeypatch.setitem(METHODS, "right", losses.Method(losses.clipped_divergence, right, losses.weighted_mean))
-    monkeypatch.setitem(METHODS, "agree", losses.Method(losses.clipped_divergence, agree, losses.weighted_mean))
     given = method_loss("right", student, teacher, ids, mask, correct=[True, None, True], finished=[False, True, True])
     of_1, of_2 = (method_loss("opsd", *(x[i : i + 1] for x in (student, teacher, ids, mask))) for i in (1, 2))
     torch.testing.assert_close(given, (2 * 2 * of_1 + 3 * of_2) / 7)
-    teacher[1] = student[1] + 0.3 * teacher[1]
-    same = (student.argmax(-1) == teacher.argmax(-1)) & mask
-    assert 0 < same.sum() < mask.sum()
-    losses_M = [method_loss("opsd", student[i:i+1, t:t+1], teacher[i:i+1, t:t+1], ids[i:i+1, t:t+1], mask[i:i+1, t:t+1])
-                for i, t in same.nonzero().tolist()]  # fmt: skip
-    torch.testing.assert_close(method_loss("agree", student, teacher, ids, mask), torch.stack(losses_M).mean())
 
 
 def test_no_gradient_reaches_the_teachers_hidden_states_or_head():

@@ -14,7 +14,7 @@ from chat import end_of_turn, eos_ids
 from errors import InputError
 from model import add_lora, lora_layers, lora_parameters, response_hidden
 from runtime.checkpoint import load_adapter, save_adapter
-from runtime.loading import check_head, find_checkpoint, load_config, load_model, load_tokenizer, pick_device
+from runtime.loading import find_checkpoint, load_config, load_model, load_tokenizer, pick_device
 
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -214,13 +214,6 @@ def test_a_head_that_is_not_linear_is_seen_in_its_logits(tmp_path, kind, dtype):
     families.make_odd(kind, tmp_path / kind)
     with pytest.raises(InputError, match="logits are not head x hidden"):
         load_model(tmp_path / kind, dtype, device="cpu")
-
-
-def test_a_plain_head_passes(model):
-    check_head(model, "m")
-    model.lm_head.register_forward_hook(lambda module, inputs, output: 1.01 * output)
-    with pytest.raises(InputError, match="logits"):
-        check_head(model, "m")
 
 
 @pytest.mark.parametrize(("kind", "left"), families.ODD_BLOCKS.items())

@@ -162,9 +162,13 @@ def test_a_long_cell_is_read_whole_and_several_files_of_a_split_in_order(tmp_pat
         load_problems(f"{saved(tmp_path / 'd')}:test")
 
 
-@pytest.mark.parametrize("source", ["./a/b", "/a/b", "~/a", "../a", "a/b.parquet", "a/b.csv", "b.jsonl"])
+@pytest.mark.parametrize(
+    "source",
+    ["./a/b", "/a/b", "~/a", "../a", "a/b.parquet", "a/b.csv", "b.jsonl", "b.csv:test", "notes:test", "a:b.csv"],
+)
 def test_what_looks_like_a_path_is_never_asked_for_on_the_hub(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").write_text("mine")
     monkeypatch.setattr(problems, "_read_hub", lambda source: pytest.fail("was asked for"))
     with pytest.raises(InputError, match="no such data file"):
         load_problems(source)

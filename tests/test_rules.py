@@ -11,10 +11,10 @@ from experiments.study import rules
 from loss import LossOptions, TokenScores, method_loss
 from weighting import SCHEDULES, position_weight, relative_position
 
-ON_OPSD = ["prefix", "suffix", "skip", "iw_opd", "dash", "scgate"]  # and correct_only, which needs outcomes
-WITHIN_A_ROW = [*ON_OPSD, "dial", "opsa"]
+ON_OPSD = ["prefix", "suffix", "skip", "iw_opd", "dash", "scgate"]
+WITHIN_A_ROW = [*ON_OPSD, "dial"]
 TOKEN_CLIPS = {"opsd_token_clip": rules.token_clip, "opsd_scaled_clip": rules.scaled_clip}
-ROWS = [*WITHIN_A_ROW, "tip", "beta_opsd", "sr_opsd", "opd", "iw_opd_pg", "tip_reverse", *TOKEN_CLIPS]
+ROWS = [*WITHIN_A_ROW, "tip", "beta_opsd", "opd", "iw_opd_pg", "tip_reverse", *TOKEN_CLIPS]
 
 
 def weigh(name, scores, lengths, **numbers):
@@ -44,9 +44,6 @@ APART = {"teacher_logprob": log(0.5, 0.1, 0.9, 0.3, 0.02), "student_logprob": lo
 # h = 0, 1, 0, .515 (cut at .97), d = 0, 0, 1, .1; s = 0, 1, 1, .564
 CONFIDENT = {"student_entropy": [0.0, 1.0, 0.0, 0.5]}
 UNSURE = CONFIDENT | {"loss": [0.0, 0.0, 2.0, 0.2]}
-# Of ten tokens the two least likely, the second and the fourth: entropies 1 and 3 of 0 to 4 give 5/8 and 7/8
-UNLIKELY = {"student_logprob": [0.0, -3.0, 0.0, -5.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0],
-            "student_entropy": [0.0, 1.0, 0.0, 3.0, 0.0, 4.0, 0.0, 0.0, 0.0, 0.0]}  # fmt: skip
 LN3 = math.log(3)
 
 
@@ -72,8 +69,6 @@ LN3 = math.log(3)
     ("tip", [4, 3, 1], {"loss": [0.0, 9.0, 5.0, 1.0, 7.0, 8.0, 6.0, 2.0]}, {}, [0, 1, 1, 0, 0, 1, 0, 0]),  # of each row
     ("dial", [5], APART, {}, [1, 0, 1, 0, 0]),  # two of five are kept
     ("dial", [5], APART, {"b": 0.5}, [1, 0, 0, 0, 1]),
-    ("opsa", [10], UNLIKELY, {}, [0, 0.625, 0, 0.875, 0, 0, 0, 0, 0, 0]),
-    ("opsa", [5], {}, {}, [0.5, 0, 0, 0, 0]),
 ])  # fmt: skip
 def test_weights_by_hand(name, lengths, given, numbers, weights):
     assert weigh(name, scores_of(sum(lengths), **given), lengths, **numbers).tolist() == pytest.approx(weights)
@@ -118,18 +113,6 @@ def test_dash_is_the_backward_recursion():
     torch.testing.assert_close((weight * d).sum(), total)
 
 
-def test_correct_only():
-    """Rows right, wrong, without an answer: 1, 0, 0; the loss is the mean of the right rows' tokens."""
-    lengths, outcomes = [2, 3, 1], [True, False, None]
-    scores = loss.of_rows(scores_of(6), lengths, correct=outcomes)
-    assert weigh("correct_only", scores, lengths).tolist() == [1, 1, 0, 0, 0, 0]
-    student, teacher, ids, mask = random_case(lengths=lengths)
-    value = method_loss("correct_only", student, teacher, ids, mask, correct=outcomes)
-    first = (part[:1] for part in (student, teacher, ids, mask))
-    torch.testing.assert_close(value, method_loss("opsd", *first))
-    assert method_loss("correct_only", student, teacher, ids, mask, correct=[False, None, False]) == 0.0
-
-
 @pytest.mark.parametrize("name", [*WITHIN_A_ROW, "tip", "shuffled"])
 def test_weights_are_non_negative_float32_without_gradient_and_most_those_of_a_row_alone(name):
     lengths = [7, 4, 1]
@@ -146,9 +129,9 @@ def test_weights_are_non_negative_float32_without_gradient_and_most_those_of_a_r
 
 def test_what_each_row_adds_up_and_is_divided_by():
     """A rule that drops tokens by those kept, TIP's rows look beyond their own, and the clip is Eq. (1)'s rows'."""
-    drop = {"prefix", "suffix", "skip", "scgate", "correct_only", "tip", "tip_reverse", "dial"}
-    sampled, others = {"opd", "iw_opd_pg", "dial"}, {"opsa", "tip_reverse", "beta_opsd", "sr_opsd", *TOKEN_CLIPS}
-    for name in [*ROWS, "correct_only"]:
+    drop = {"prefix", "suffix", "skip", "scgate", "tip", "tip_reverse", "dial"}
+    sampled, others = {"opd", "iw_opd_pg", "dial"}, {"tip_reverse", "beta_opsd", *TOKEN_CLIPS}
+    for name in ROWS:
         row, on_eq_1 = loss.METHODS[name], name not in sampled | others
         assert (row.token_loss is loss.clipped_divergence) == row.clips == on_eq_1, name
         assert (row.token_loss is rules.sampled_token) == (name in sampled), name
@@ -186,7 +169,7 @@ def test_closed_forms_of_the_losses(clip, seed):
     """The value, and T_distill times the gradient; q_w is proportional to p_S^(1-w) p_T^w, y the first token."""
     student, teacher = 2 * torch.randn(2, 9, generator=torch.Generator().manual_seed(seed))
     p_S, p_T = (student / 1.1).softmax(-1), (teacher / 1.1).softmax(-1)
-    half, most = (path / path.sum() for path in (p_S**0.5 * p_T**0.5, p_S**0.05 * p_T**0.95))
+    half = p_S**0.5 * p_T**0.5 / (p_S**0.5 * p_T**0.5).sum()
     tau, y, A = math.inf if clip is None else clip, torch.eye(9)[0], (p_T[0] / p_S[0]).log()
     d = (p_T * (p_T / p_S).log()).sum()
 
@@ -200,30 +183,15 @@ def test_closed_forms_of_the_losses(clip, seed):
         "opsd_token_clip": (d.clamp(max=tau), (p_S - p_T) * (d <= tau)),
         "opsd_scaled_clip": (d.clamp(max=tau), (p_S - p_T) * (tau / d).clamp(max=1.0)),
         "opd": (-A * p_S[0].log(), -A * (y - p_S)),
-        "opsa": (p_S[0].log(), y - p_S),
         "tip_reverse": ((p_S * (p_S / p_T).log()).sum(), p_S * ((p_S / p_T).log() - (p_S * (p_S / p_T).log()).sum())),
         "beta_opsd": by_entry(half),
-        "sr_opsd": ((most * (most / p_S).log()).sum(), p_S - most),
     }
     for name, (value, gradient) in closed.items():
-        every = {"schedule": "uniform"} if name in ("opsa", "tip_reverse") else {}  # they drop a row's only token
+        every = {"schedule": "uniform"} if name == "tip_reverse" else {}  # it drops a row's only token
         ids = torch.zeros(1, 1, dtype=torch.long)
         given = gradient_times_temperature(name, student, teacher, ids, clip=clip, **every)
         assert given[0] == pytest.approx(value.item(), abs=1e-5), name
         torch.testing.assert_close(given[1], gradient, rtol=1e-4, atol=2e-6)
-
-
-def test_only_the_clip_by_entry_turns_the_gradient_around():
-    """p_S = .9, .1 and p_T = .5, .5: d = .511; the second entry, .805, is cut, and should be raised."""
-    student, teacher = 1.1 * torch.tensor([0.9, 0.1]).log(), torch.zeros(2)
-    scaled = 0.4 * 0.2 / 0.5108256
-    for name, value, gradient in (
-        ("opsd", 0.2 - 0.5 * math.log(1.8), [-0.05, 0.05]),
-        ("opsd_token_clip", 0.2, [0.0, 0.0]),
-        ("opsd_scaled_clip", 0.2, [scaled, -scaled]),
-    ):
-        given = gradient_times_temperature(name, student, teacher, torch.zeros(1, 1, dtype=torch.long), clip=0.2)
-        assert given[0] == pytest.approx(value, abs=1e-6) and given[1].tolist() == pytest.approx(gradient, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", TOKEN_CLIPS)

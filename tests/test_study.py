@@ -13,7 +13,7 @@ from errors import InputError
 from experiments.study import report
 from experiments.study import run as study
 from experiments.study.grids import GRIDS, Grid
-from experiments.study.report import Difference, after, detectable, family, paired_difference, write_report
+from experiments.study.report import Difference, after, family, paired_difference, write_report
 from experiments.study.run import Cell, missing_cells, read_cells, run_grid
 from runtime.ranks import STOP_SIGNALS, Stop
 from train import parse_config
@@ -57,6 +57,26 @@ def test_a_cell_leaves_the_signals_as_they_were(tmp_path, monkeypatch):
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
+def test_a_cell_that_stops_before_its_first_score_says_so_and_one_without_finite_logits_is_a_result(
+    tmp_path, monkeypatch
+):
+    cell = Cell("row", {}, 0, "m")
+    monkeypatch.setattr(study.train, "main", lambda: 130)
+    with pytest.raises(InputError, match="stopped before its end"):
+        study.run_cell(cell, tmp_path)
+
+    def fail():
+        (tmp_path / "runs" / cell.folder / "config.json").write_text('{"config": {"eval_data": "tiny:heldout"}}')
+        raise FloatingPointError("held out: logits nan")
+
+    monkeypatch.setattr(study.train, "main", fail)
+    found = study.run_cell(cell, tmp_path)
+    assert (found["error"], found["evaluation"], found["max_grad_norm"]) == ("held out: logits nan", {}, None)
+    failed = {name: found[name] for name in ("error", "evaluation", "behaviour")}
+    text = write_report(Grid({}, [0], TINY.rows), [{**record(TINY.rows["OPSD"], 0, 0.9), **failed}], tmp_path)
+    assert "- OPSD, seed 0: held out: logits nan" in text
+
+
 def test_paired_difference_by_hand(monkeypatch):
     pytest.importorskip("scipy")
     left, right = {0: 3.0, 1: 5.0, 2: 7.0, 9: 100.0}, {0: 1.0, 1: 4.0, 2: 4.0, 8: -100.0}
@@ -79,11 +99,6 @@ def test_holm_by_hand(monkeypatch):
     found = family({name: (p, None) for name, p in p_values.items()})
     assert {name: d.settled for name, d in found.items()} == {"a": True, "b": False, "c": False, "d": True}
     assert [str(found[name]) for name in "ab"] == ["**+1.0 [+0.0, +2.0]**", "+1.0 [+0.0, +2.0]"]
-
-
-def test_detectable_by_hand():
-    pytest.importorskip("scipy")
-    assert detectable(2.0, 5) == pytest.approx((2.776 + 0.941) * 2.0 / 5**0.5, abs=1e-2)
 
 
 # --- cells ------------------------------------------------------------------------------------------------------

@@ -4,9 +4,7 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -507,33 +505,6 @@ def test_a_damaged_checkpoint_is_passed_over_and_then_replaced(run, whole, tmp_p
     output = run("--resume").output
     assert "checkpoint-3: adapter_model.safetensors is damaged" in output and "going on from" in output
     assert weights.read_bytes() == before and damage(tmp_path / "run/checkpoint-3") is None
-
-
-@pytest.mark.slow
-def test_a_process_that_is_stopped_goes_on_with_the_same_numbers(tmp_path):
-    flags = [
-        "--num_steps=60",
-        "--save_steps=60",
-        "--batch_size=4",
-        "--max_new_tokens=8",
-        "--eval_data=",
-        "--device=cpu",
-    ]
-
-    def start(name: str) -> subprocess.Popen:
-        command = [sys.executable, ROOT / "train.py", *flags, f"--output_dir={tmp_path / name}", "--resume=true"]
-        return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    stopped, steps = start("stopped"), tmp_path / "stopped" / "metrics.jsonl"
-    while not steps.exists() and stopped.poll() is None:
-        time.sleep(0.02)
-    stopped.send_signal(signal.SIGTERM)
-    assert stopped.wait(300) == 128 + signal.SIGTERM and len(read_rows(steps)) < 60
-    assert start("stopped").wait(300) == start("whole").wait(300) == 0
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        runs = [read_rows(tmp_path / run / name) for run in ("whole", "stopped")]
-        whole, again = ([{k: v for k, v in row.items() if "second" not in k} for row in rows] for rows in runs)
-        assert whole == again
 
 
 def test_a_resumed_run_wants_the_files_it_began_with(run, qwen3, data, held_out, tmp_path):

@@ -31,8 +31,7 @@ def test_limits():
     assert get_schedule("moderate")(r).mean().item() == pytest.approx(0.771, abs=5e-4)
     torch.testing.assert_close(SCHEDULES["reversed"](r), SCHEDULES["moderate"](r).flip(0))
     torch.testing.assert_close(get_schedule("moderate", w_min=1.0)(r), SCHEDULES["uniform"](r))
-    torch.testing.assert_close(get_schedule("moderate", s=1e-6)(r), SCHEDULES["step"](r))
-    assert SCHEDULES["step"](relative_position([5])).tolist() == [0.25, 1.0, 1.0, 1.0, 1.0]  # r = tau at the second
+    assert get_schedule("moderate", s=1e-6)(r).unique().tolist() == [0.25, 1.0]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -133,18 +133,5 @@ def schedules_in(world: str) -> Grid:
 LONG = {"num_steps": 80, "eval_steps": 20}
 LEAP_LONG = replace(LEAP, common={**LEAP.common, **LONG})  # what lasts of it, along four times as many steps
 
-
-def leap_map() -> Grid:
-    """Where the order of the leap world holds: learning rates x clips x weights, held-out accuracy along 80 steps."""
-    rows = {}
-    for rate in (3e-4, 1e-3, 1e-4):
-        for clip in (1.0, 0.05, 0.2, "inf"):
-            for name, row in named("OPSD", "PW-OPSD Moderate", "Aggressive").items():
-                rows[f"{name}, {rate:g}, clip {clip}"] = {**row, "learning_rate": rate, "tau_clip": clip}
-        for kind in ("token", "scaled"):
-            rows[f"OPSD {kind} clip, {rate:g}, clip 0.05"] = {**ROWS[f"{kind} clip .05"], "learning_rate": rate}
-    return Grid({**other_world("leap-0.4"), **LONG}, [0], rows, baseline="OPSD, 0.0003, clip 1.0")
-
-
-GRIDS = {"embedded": EMBEDDED, "leap": LEAP, "leap-long": LEAP_LONG, "leap-map": leap_map()}
+GRIDS = {"embedded": EMBEDDED, "leap": LEAP, "leap-long": LEAP_LONG}
 GRIDS |= {world: schedules_in(world) for world in ("leap-0.2", "leap-0.1", "leak")}

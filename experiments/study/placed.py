@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
+from unittest import mock
 
 import numpy as np
 import torch
@@ -110,14 +111,11 @@ def predict(world: Path) -> dict:
 
 def position_auroc(world: Path) -> dict[str, float]:
     """Table 1's AUROC of 1 - r by the paper's diagnostic, and the same of continuations in which nothing is forced."""
-    folder, argv = world / "diagnose", sys.argv
+    folder = world / "diagnose"
     flags = {"preset": "tiny", "model": world / "model", "data": world / "train.jsonl", "num_problems": DIAGNOSED,
              "context": 190, "spine_tokens": 110, "output_dir": folder, "resume": "true"}  # fmt: skip
-    sys.argv = ["diagnose.py", *(f"--{name}={value}" for name, value in flags.items())]
-    try:
+    with mock.patch.object(sys, "argv", ["diagnose.py", *(f"--{name}={value}" for name, value in flags.items())]):
         diagnose.main()
-    finally:
-        sys.argv = argv
     data = to_columns(read_rows(folder / "F_labels.jsonl"), LabelRule(children=2))
     found = {name: auroc_of(data, data.score[POSITION], name) for name in ("teacher", "unforced")}
     return {name: row[0]["auroc"] if row else 0.5 for name, row in found.items()}

@@ -103,14 +103,6 @@ def scgate(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, most: float
     return (scores.student_logprob.exp() <= most).float()
 
 
-def correct_only(r_M: Tensor, scores: TokenScores, lengths: list[int], *_) -> Tensor:
-    """1[the row's answer is right]: wrong rows, and rows with no answer to compare, teach nothing.
-
-    OASIS (arXiv 2609.37915) takes the shortest right one of K solutions, which needs K rollouts a prompt; here is one.
-    """
-    return (scores.correct == 1.0).float()  # NaN, no answer, equals nothing
-
-
 def keep_top(score_M: Tensor, lengths: list[int], share: float) -> Tensor:
     """1 for the floor(share L) tokens of each row with the largest score (of equal ones the first), else 0."""
     rows = []
@@ -144,16 +136,6 @@ def dial(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, share: float 
     return keep_top(gap_M ** (1.0 - b) * apart_M**b, lengths, share)
 
 
-def opsa(r_M: Tensor, scores: TokenScores, lengths: list[int], *_, share: float = 0.2) -> Tensor:
-    """1/2 + (H - H_min) / (2 (H_max - H_min)) on the `share` of a row with the lowest log p_S(y), else 0.
-
-    OPSA (arXiv 2608.31046; summaries only): the negative of its advantage, on the loss log p_S(y), so that unlikely
-    tokens become less likely and no teacher is needed. H is the student's entropy, its range here that of the row.
-    """
-    entropy_M = torch.cat([_to_unit_range(entropy_L) for entropy_L in scores.student_entropy.split(lengths)])
-    return keep_top(-scores.student_logprob, lengths, share) * (0.5 + 0.5 * entropy_M)
-
-
 def _to_unit_range(value_M: Tensor) -> Tensor:
     """(x - min) / (max - min); 0 where all are equal."""
     low, high = value_M.aminmax()
@@ -161,11 +143,6 @@ def _to_unit_range(value_M: Tensor) -> Tensor:
 
 
 # --- The losses of these sources; where they have a reference policy, the student stands here -------------------
-
-
-def suppression(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
-    """log p_S(y): minimised where the token becomes unlikely."""
-    return student_logp_MV.gather(-1, ids_M[:, None]).squeeze(-1)
 
 
 def sampled_token(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
@@ -179,23 +156,10 @@ def reverse_divergence(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: 
     return loss.divergence_entries(student_logp_MV, teacher_logp_MV, beta=1.0).sum(dim=-1)
 
 
-def on_the_path(student_logp_MV: Tensor, teacher_logp_MV: Tensor, share: float) -> Tensor:
-    """log q, q proportional to p_S^(1 - share) p_T^share; p_S without gradient."""
-    return ((1.0 - share) * student_logp_MV.detach() + share * teacher_logp_MV).log_softmax(dim=-1)
-
-
 def beta_opsd(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
-    """Eq. (1) towards q proportional to p_S^.5 p_T^.5: beta-OPSD (arXiv 2607.28582)."""
-    return loss.clipped_divergence(student_logp_MV, on_the_path(student_logp_MV, teacher_logp_MV, 0.5), ids_M, options)
-
-
-def sr_opsd(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Tensor, options: LossOptions) -> Tensor:
-    """KL(q || p_S), q proportional to p_T^.95 p_S^.05, no clip: SR-OPSD (arXiv 2608.09745; summaries only).
-
-    T_distill d(loss)/d(student logit i) = p_S(i) - q(i): bounded, and never turned around.
-    """
-    target_MV = on_the_path(student_logp_MV, teacher_logp_MV, 0.95)
-    return loss.divergence_entries(student_logp_MV, target_MV).sum(dim=-1)
+    """Eq. (1) towards q proportional to p_S^.5 p_T^.5, p_S without gradient: beta-OPSD (arXiv 2607.28582)."""
+    between_MV = (0.5 * (student_logp_MV.detach() + teacher_logp_MV)).log_softmax(dim=-1)
+    return loss.clipped_divergence(student_logp_MV, between_MV, ids_M, options)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -240,15 +204,12 @@ loss.METHODS |= {
     "iw_opd": on_eq_1(iw_opd, loss.token_mean),
     "dash": on_eq_1(dash, loss.token_mean),
     "scgate": on_eq_1(scgate, loss.weighted_mean),
-    "correct_only": on_eq_1(correct_only, loss.weighted_mean),
     "tip": on_eq_1(tip, loss.weighted_mean, over_batch=True),
     "opd": Method(sampled_token, "uniform", loss.token_mean),  # what `iw_opd_pg` is to be compared with
     "iw_opd_pg": Method(sampled_token, iw_opd, loss.token_mean),
     "tip_reverse": Method(reverse_divergence, tip, loss.weighted_mean, over_batch=True),
     "dial": Method(sampled_token, dial, loss.weighted_mean),
-    "opsa": Method(suppression, opsa, loss.token_mean),
     "beta_opsd": Method(beta_opsd, "uniform", loss.token_mean),
-    "sr_opsd": Method(sr_opsd, "uniform", loss.token_mean),
     "opsd_token_clip": Method(token_clip, "uniform", loss.token_mean),
     "opsd_scaled_clip": Method(scaled_clip, "uniform", loss.token_mean),
 }

@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from tqdm import tqdm
@@ -81,15 +82,15 @@ def run_cell(cell: Cell, output: Path) -> dict:
     """Train a cell, or go on with it, and return its line of cells.jsonl. A loss that is not finite is a result too."""
     run = output / "runs" / cell.folder
     run.mkdir(parents=True, exist_ok=True)
-    started, error, argv, handlers = time.time(), None, sys.argv, {n: signal.getsignal(n) for n in STOP_SIGNALS}
+    words = ["train.py", *cell.flags, f"--output_dir={run}", "--resume=true"]
+    started, error, handlers = time.time(), None, {n: signal.getsignal(n) for n in STOP_SIGNALS}
     with run.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        sys.argv = ["train.py", *cell.flags, f"--output_dir={run}", "--resume=true"]
         try:
-            train.main()
+            with mock.patch.object(sys, "argv", words):
+                train.main()
         except FloatingPointError as problem:
             error = str(problem)
         finally:
-            sys.argv = argv
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     record = {**asdict(cell), **measured(run, error), "error": error, "seconds": round(time.time() - started, 1)}
@@ -100,9 +101,10 @@ def run_cell(cell: Cell, output: Path) -> dict:
 
 def measured(run: Path, error: str | None) -> dict:
     """What a finished run's files say, short enough to be committed."""
-    record, evaluation = (json.loads((run / name).read_text()) for name in ("config.json", "evaluation.json"))
-    config = record["config"]
-    if error is None and str(config["num_steps"]) not in evaluation:
+    files = [run / name for name in ("config.json", "evaluation.json")]  # either is missing if it stopped before step 0
+    record, evaluation = (json.loads(path.read_text()) if path.exists() else {} for path in files)
+    config = record.get("config", {})
+    if error is None and str(config.get("num_steps")) not in evaluation:
         raise InputError(f"{run}: stopped before its end; the same command goes on with it")
     steps, held_out = read_rows(run / "metrics.jsonl"), read_rows(run / "heldout.jsonl")
     problems = load_problems(config["eval_data"], False, config.get("columns"))
