@@ -59,6 +59,7 @@ class Prompts:
 PAPER_PROMPTS = Prompts()
 # Fields that a template must show, and fields that it must not: only the teachers may see solution and answer.
 REQUIRED = {name: {"problem"} for name in ("student", "teacher", "evaluation")} | {"diagnostic": {"problem", "answer"}}
+NOT_KWARGS = {"chat_template", "enable_thinking", "thinking"}
 FORBIDDEN = {"student": {"solution", "answer"}, "evaluation": {"solution", "answer"}}
 
 
@@ -75,8 +76,9 @@ def load_prompts(path: str | None, chat_template_kwargs: str | None = None, date
         given = json.loads(Path(path).read_text(encoding="utf-8-sig")) if path else {}
     except (OSError, ValueError) as error:
         raise InputError(f"--{flag} {value}: cannot be read as JSON ({error})") from None
-    is_fine = isinstance(kwargs, dict) and "chat_template" not in kwargs
-    require(is_fine, "chat_template_kwargs", chat_template_kwargs, "be an object, without a chat_template")
+    is_fine = isinstance(kwargs, dict) and not kwargs.keys() & NOT_KWARGS
+    others = f"be an object, without {', '.join(sorted(NOT_KWARGS))} (the thinking mode has flags of its own)"
+    require(is_fine, "chat_template_kwargs", chat_template_kwargs, others)
     is_fine = isinstance(given, dict) and given.keys() <= REQUIRED.keys()
     require(is_fine, "prompts", path, f"be an object with some of {', '.join(REQUIRED)}")
     for name, template in given.items():
@@ -149,8 +151,13 @@ def choose_reference(
         if "" in references:
             raise InputError(f"--reference answer: problem {references.index('')} has no answer")
     elif kind == "none":
+        if prompts.teacher != TEACHER_PROMPT:
+            raise InputError("--reference none: the teacher sees the student's prompt; leave its own out of --prompts")
         references = [""] * len(problems)
         prompts = replace(prompts, teacher=prompts.student)
+    privileged = {"solution", "answer"} if kind == "own" else {"solution"}
+    if kind != "none" and not privileged & set(FIELD.findall(prompts.teacher)):
+        raise InputError(f"--prompts: the teacher's shows no {{solution}}, where --reference {kind} puts it")
     shown = [replace(problem, solution=text) for problem, text in zip(problems, references, strict=True)]
     return shown, prompts
 

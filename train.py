@@ -199,7 +199,9 @@ class TrainConfig(loss.LossOptions):
     data: str = option("siyanzhao/Openthoughts_math_30k_opsd", "file, folder, hub name or tiny:train", "data")
     columns: str | None = option(None, "columns with unusual names: problem=...,solution=...,answer=...", "data")
     max_length: int = option(20000, "limit in tokens of the longer context with its response", "data", least=1)
-    eval_data: str | None = option(None, "held-out problems, scored before and after training", "data")
+    eval_data: str | None = option(
+        None, "held-out problems, scored before and after training within --max_new_tokens", "data"
+    )
     eval_steps: int = option(0, "also score them every so many steps; 0 is off", "data", least=0)
     server: str | None = option(None, "address of a vLLM that serves --model with LoRA", "sampling")
     max_new_tokens: int = option(1024, "length limit of a rollout", "sampling")
@@ -261,8 +263,11 @@ def parse_config(arguments: list[str] | None = None) -> TrainConfig:
     for flag, counts, with_ in (
         ("tau_clip", clips, "--method opsd or pwopsd"),
         ("beta", clips, "--method opsd or pwopsd"),
-        ("switch_step", config.method not in ("opsd", "pwopsd", "eopd"), "--method reopold"),
+        ("switch_step", config.method not in ("opsd", "pwopsd", "eopd") and not config.schedule, "--method reopold"),
         ("ema_decay", config.teacher == "ema", "--teacher ema"),
+        ("eval_steps", config.eval_data, "--eval_data"),
+        ("lora_alpha", config.lora_rank, "--lora_rank above 0"),
+        ("lora_dropout", config.lora_rank, "--lora_rank above 0"),
     ):
         if not counts and f"--{flag}" in given:
             raise InputError(f"--{flag} {getattr(config, flag)}: counts only with {with_}")
@@ -374,7 +379,10 @@ def rehearse(run: Training, longest: list[list[int]], config: TrainConfig) -> No
 
 
 def score_held_out(log: records.RunLog, step: int, run: Training, data: list[Problem], config: TrainConfig) -> None:
-    """Avg@1 on held-out problems, by the evaluation protocol and greedy; nothing is kept where a signal comes."""
+    """Avg@1 on held-out problems, with evaluate.py's prompts and sampling, but at most --max_new_tokens, and greedy.
+
+    Nothing is kept where a signal comes.
+    """
     if not data or str(step) in log.evaluation:
         return
     rows, mine = [], [(config.seed, index, 0) for index in range(len(data))][ranks.rank() :: ranks.world_size()]

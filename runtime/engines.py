@@ -53,6 +53,7 @@ class GenerateEngine(Engine):
                 if end - start == 1 or in_parts:  # the other ranks are in the midst of this batch
                     raise
                 self.batch_size = (end - start) // 2  # what fits now fits later, too
+                print(f"out of memory: {end - start} rows start anew, {self.batch_size} at a time", flush=True)
                 torch.cuda.empty_cache()
                 continue
             for row in range(start, min(end, rows)) if on_finished else ():

@@ -179,8 +179,8 @@ def record_run(
         for flag in sorted(asked, key=lambda flag: flag in inputs):  # last, as another flag may change what they name
             now = asked[flag]
             if flag not in free and (changed := difference(before.get(flag), now)):
-                how = f"was started with --{flag} {record['config'].get(flag)}, not {now}"
-                if flag in inputs:
+                how = f"was started with --{flag} {record['config'].get(flag)}, not {config.get(flag)}"
+                if flag in inputs and record["config"].get(flag) == config[flag]:
                     how = f"what --{flag} {config[flag]} names has changed since the run began ({changed})"
                 raise _refusal(folder, f"{how}; for another run choose another folder")
     elif rank() == 0:

@@ -30,11 +30,12 @@ def small_memory(monkeypatch):
 
 
 @pytest.mark.parametrize(("batch_size", "tried"), [(200, [7, 3, 1, 1, 1, 1, 1, 1, 1]), (4, [4, 2, 2, 2, 1])])
-def test_a_batch_that_does_not_fit_is_halved_and_what_fits_is_remembered(small_memory, batch_size, tried):
+def test_a_batch_that_does_not_fit_is_halved_and_what_fits_is_remembered(small_memory, capsys, batch_size, tried):
     seen, engine = [], GenerateEngine(None, None, batch_size)
     responses = engine.sample(*ROWS, SETTINGS, lambda row, response: seen.append((row, response)))
     assert responses == RESPONSES and seen == list(enumerate(responses))  # once each
     assert small_memory.tried == tried and engine.batch_size == tried[-2]
+    assert capsys.readouterr().out.startswith(f"out of memory: {tried[0]} rows start anew, {tried[1]} at a time\n")
 
 
 def test_rows_before_a_lack_of_memory_are_not_sampled_again(small_memory):

@@ -205,7 +205,7 @@ def test_another_regime_is_refused_and_names_its_field(run):
         with pytest.raises(InputError, match=f"pinned: was started with --{flag} .*, not {value}; "):
             run("pinned", f"--{flag}", value)
     (run.folder / "prompts.json").write_text('{"evaluation": "{problem}"}')
-    with pytest.raises(InputError, match=r"what --prompts .* names has changed"):
+    with pytest.raises(InputError, match=r"was started with --prompts None, not .*prompts.json; "):
         run("pinned", "--prompts", run.folder / "prompts.json")
     run.benchmark.write_text("".join(run.benchmark.read_text().splitlines(True)[::-1]))
     with pytest.raises(InputError, match=r"what --benchmark .* names has changed"):

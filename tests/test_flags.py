@@ -22,7 +22,7 @@ WRONG = {
     """,
     EvaluationConfig: """
         adapter=nowhere num_samples=0 num_samples=1000000000000 seeds=-1 temperature=-1 top_p=1.1 top_k=-1
-        max_new_tokens=0 batch_size=0 device=abacus limit=0 chat_template_kwargs=[1]
+        max_new_tokens=0 batch_size=0 device=abacus limit=0 chat_template_kwargs={"thinking":true}
     """,
 }
 NO_FLAG_OR_NUMBER = {
@@ -74,10 +74,18 @@ def test_help_has_the_docstring_and_every_flag(module, config, call, capsys):
 @pytest.mark.parametrize(("words", "with_"), [
     ("--method eopd --tau_clip 0.2", "--method opsd or pwopsd"), ("--switch_step 3", "--method reopold"),
     ("--method reopold --beta 1.0", "--method opsd or pwopsd"), ("--ema_decay 0.5", "--teacher ema"),
+    ("--method reopold --schedule uniform --switch_step 3", "--method reopold"),
+    ("--eval_data= --eval_steps 5", "--eval_data"), ("--lora_rank 0 --lora_alpha 7.0", "--lora_rank above 0"),
+    ("--lora_rank 0 --lora_dropout 0.05", "--lora_rank above 0"),
 ])  # fmt: skip
 def test_a_flag_that_would_change_nothing_is_refused(words, with_):
     with pytest.raises(InputError, match=f"{' '.join(words.split()[-2:])}: counts only with {with_}"):
         parse_config(words.split())
+
+
+def test_the_servers_dtype_is_not_the_scripts():
+    with pytest.raises(InputError, match="--dtype float32: counts only without --server"):
+        evaluate.check_config(EvaluationConfig(server="http://localhost:1", dtype="float32"))
 
 
 def test_presets_name_flags_and_values_that_pass():

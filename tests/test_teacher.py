@@ -1,5 +1,6 @@
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import families
@@ -130,7 +131,7 @@ def test_arguments_of_the_template_reach_both_contexts(tokenizer):
     for name in ("tokenize", "conversation"):
         with pytest.raises(InputError, match=f"the chat template fails .*'{name}'"):
             student_prompt(tokenizer, PROBLEM, replace(PAPER_PROMPTS, chat=Chat({name: 1})))
-    for text in ("{", "[1]", "3", '{"chat_template": "x"}'):
+    for text in ("{", "[1]", "3", '{"chat_template": "x"}', '{"enable_thinking": true}', '{"thinking": false}'):
         with pytest.raises(InputError, match="--chat_template_kwargs"):
             teachers.load_prompts(None, text)
 
@@ -373,6 +374,12 @@ def test_wrong_references_are_said():
         teachers.choose_reference("answer", [Problem("a", "b", "")], PAPER_PROMPTS, np.random.default_rng(0))
     with pytest.raises(InputError, match="there is only one"):
         teachers.choose_reference("other", SUMS[:1], PAPER_PROMPTS, np.random.default_rng(0))
+    for template, refused in (("{problem}", ("own", "other", "none", "answer")),
+                              ("{problem} = {answer}", ("other", "none", "answer"))):  # fmt: skip
+        for kind in teachers.REFERENCES:
+            given = kind, SUMS, replace(PAPER_PROMPTS, teacher=template), np.random.default_rng(0)
+            with pytest.raises(InputError, match="--prompts") if kind in refused else nullcontext():
+                teachers.choose_reference(*given)
 
 
 def test_templates_from_a_file(checkpoint, tmp_path):

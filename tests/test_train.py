@@ -481,7 +481,7 @@ def test_what_stops_one_of_two_ranks_stops_both_at_the_same_step(qwen3, data, tm
 AVERAGED = ("--teacher", "ema", "--lora_dropout", "0.1")
 
 
-@pytest.mark.parametrize("more", [(), AVERAGED, ("--lora_rank", "0")])
+@pytest.mark.parametrize("more", [(), AVERAGED, ("--lora_rank", "0", "--lora_alpha", "128")])
 def test_a_resumed_run_equals_an_unbroken_one(run, whole, tmp_path, more):
     unbroken = whole(*more)
     shutil.copytree(unbroken.folder, tmp_path / "run")
@@ -526,6 +526,10 @@ def test_a_resumed_run_wants_the_files_it_began_with(run, qwen3, data, held_out,
         with pytest.raises(InputError, match=rf"what --{flag} .* names has changed since"):
             run(*given, "--resume")
         path.write_bytes(before)
+    with pytest.raises(
+        InputError, match=rf"was started with --eval_data {held_out}, not tiny:heldout; for another run"
+    ):
+        run(*given, "--eval_data", "tiny:heldout", "--resume")
     assert "going on from" in run(*given, "--resume").output
 
 
