@@ -22,13 +22,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config, Qwen3Config
 
 import train
@@ -85,18 +83,15 @@ def alternate(functions: list[Callable[[], object]], device: torch.device, turns
     return [min(times[i + len(functions) :: len(functions)]) for i in range(len(functions))]
 
 
-def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Peak of PyTorch's allocations while `function` runs, beyond those alive before."""
+def peak_gib(function: Callable[[], object], device: torch.device) -> float | None:
+    """Peak of PyTorch's allocations on a GPU while `function` runs, beyond those alive before; None on a CPU."""
+    if device.type != "cuda":
+        return None
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    return (torch.cuda.max_memory_allocated(device) - before) / GIB
 
 
 # --- The parts, each in its own process; they print rows --------------------------------------------------------
@@ -133,7 +128,7 @@ def loss(device: torch.device) -> None:
     for chunk in (None, 32, 51, 128, 512) if device.type == "cuda" else (4, 16):
         seconds, twin = alternate([partial(ours, chunk), plain], device)
         add_row(f"loss, {chunk or 'our'} tokens a chunk", seconds, twin, "s", f"V {V}, D {D}, {M} tokens")
-        add_row("- its memory", peak_bytes(partial(ours, chunk), device) / GIB, peak_bytes(plain, device) / GIB, "GiB")
+        add_row("- its memory", peak_gib(partial(ours, chunk), device), peak_gib(plain, device), "GiB")
 
 
 def rates(device: torch.device) -> tuple[float, float]:

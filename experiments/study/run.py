@@ -122,9 +122,6 @@ def measured(run: Path, error: str | None) -> dict:
             step: {decoding: "".join(str(int(row["correct"])) for row in rows) for decoding, rows in after.items()}
             for step, after in scored.items()
         },
-        "accuracy": [step["accuracy"] for step in steps], "eos_rate": [step["eos_rate"] for step in steps],
-        "mean_length": [round(step["mean_length"], 2) for step in steps],
-        "divergence": [round(step["divergence"], 6) for step in steps],
         "max_grad_norm": round(max(step["grad_norm"] for step in steps), 6) if steps else None,
         "git_commit": record.get("git_commit"), "versions": record.get("versions"),
         "machine": f"{processor()}, {cores()} cores",
