@@ -138,7 +138,7 @@ def report(cells: list[dict]) -> str:
 
 
 def training_lines(rows: dict) -> list[str]:
-    """Means over each arm's first and last quarter of steps and its seeds, by metrics.jsonl; nan where it has none."""
+    """Means over each arm's first and last quarter of steps and its seeds, as far as metrics.jsonl has them; else nan."""
     names = ["mean_length", "eos_rate", "repetition", "divergence", "forward_kl", "clipped_mass", "student_entropy",
              "teacher_entropy"]  # fmt: skip
     heads = " | ".join([*names, "forward_kl by tenth"])
@@ -148,7 +148,7 @@ def training_lines(rows: dict) -> list[str]:
         quarter, seeds = max(1, len(runs[0]) // 4) if runs else 0, ", ".join(map(str, sorted(by_seed)))
         for part, which in ((slice(quarter), "first"), (slice(-quarter, None), "last")) if runs else ():
             steps = [step for run in runs for step in run[part]]
-            parts = [f"{np.mean([step.get(name, np.nan) for step in steps]):.3f}" for name in names]
+            parts = [f"{np.mean([step[name] for step in steps if name in step] or [np.nan]):.3f}" for name in names]
             by_tenth = zip(*(step["by_decile"].get("forward_kl", [None] * 10) for step in steps), strict=True)
             parts += [" ".join(f"{np.mean([d for d in tenth if d is not None] or [np.nan]):.3f}" for tenth in by_tenth)]
             lines.append(f"| {row} | {rate} | {seeds} | {which} {quarter} | {' | '.join(parts)} |")
