@@ -242,7 +242,7 @@ def check_config(config: EvaluationConfig) -> None:
     Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)  # checks itself
     load_prompts(config.prompts, config.chat_template_kwargs)
     if config.server and config.dtype != "auto":
-        raise InputError(f"--dtype {config.dtype}: counts only without --server, whose own holds")
+        raise InputError(f"--dtype {config.dtype}: with --server that of the server holds")
     if len(set(config.seeds)) < max(len(config.seeds), 1):
         raise InputError(f"--seeds {config.seeds}: must be different")
     if config.adapter and not (Path(config.adapter) / ADAPTER_CONFIG).is_file():

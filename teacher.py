@@ -124,7 +124,9 @@ def check_prompts(
         if lost:
             where = f"{{{lost[0]}}} of the {context}'s prompt"
             raise InputError(f"{tokenizer.name_or_path}: the chat template does not show the text of a turn: {where}")
-    return template_notes(tokenizer, prompts.chat)
+    is_blind = "teacher" in contexts and not {"solution", "answer"} & {*FIELD.findall(prompts.teacher)}
+    note = "the teacher's prompt shows neither {solution} nor {answer}"
+    return [note] * is_blind + template_notes(tokenizer, prompts.chat)
 
 
 REFERENCES = ("own", "other", "none", "answer")
@@ -151,12 +153,9 @@ def choose_reference(
         if "" in references:
             raise InputError(f"--reference answer: problem {references.index('')} has no answer")
     elif kind == "none":
-        if prompts.teacher != TEACHER_PROMPT:
-            raise InputError("--reference none: the teacher sees the student's prompt; leave its own out of --prompts")
         references = [""] * len(problems)
         prompts = replace(prompts, teacher=prompts.student)
-    privileged = {"solution", "answer"} if kind == "own" else {"solution"}
-    if kind != "none" and not privileged & set(FIELD.findall(prompts.teacher)):
+    if kind in ("other", "answer") and "solution" not in FIELD.findall(prompts.teacher):
         raise InputError(f"--prompts: the teacher's shows no {{solution}}, where --reference {kind} puts it")
     shown = [replace(problem, solution=text) for problem, text in zip(problems, references, strict=True)]
     return shown, prompts

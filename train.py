@@ -263,7 +263,11 @@ def parse_config(arguments: list[str] | None = None) -> TrainConfig:
     for flag, counts, with_ in (
         ("tau_clip", clips, "--method opsd or pwopsd"),
         ("beta", clips, "--method opsd or pwopsd"),
-        ("switch_step", config.method not in ("opsd", "pwopsd", "eopd") and not config.schedule, "--method reopold"),
+        (
+            "switch_step",
+            config.method not in ("opsd", "pwopsd", "eopd") and not config.schedule,
+            "--method reopold, without --schedule",
+        ),
         ("ema_decay", config.teacher == "ema", "--teacher ema"),
         ("eval_steps", config.eval_data, "--eval_data"),
         ("lora_alpha", config.lora_rank, "--lora_rank above 0"),

@@ -47,7 +47,11 @@ ARMS = {
 }
 NO_CLIP = {arm: f"{arm}, no clip" for arm in ARMS}
 ARMS |= {NO_CLIP[arm]: options | {"tau_clip": "inf"} for arm, options in ARMS.items()}
-ROWS = [(UNTRAINED, 0), (SHOWN, 0), *((arm, seed) for seed in (1, 2, 3) for arm in ARMS)]
+ROWS = [
+    (UNTRAINED, 0),
+    (SHOWN, 0),
+    *((name, seed) for seed in (1, 2, 3) for arm in NO_CLIP for name in (arm, NO_CLIP[arm])),
+]
 CONTRASTS = [("Moderate", "uniform, per sequence"), ("reversed Moderate", "uniform, per sequence"),
              ("uniform, per sequence", "OPSD"), ("Moderate", "OPSD")]  # fmt: skip
 CONTRASTS += [(NO_CLIP[left], NO_CLIP[right]) for left, right in CONTRASTS]
@@ -138,7 +142,7 @@ def report(cells: list[dict]) -> str:
 
 
 def training_lines(rows: dict) -> list[str]:
-    """Means over each arm's first and last quarter of steps and its seeds, as far as metrics.jsonl has them; else nan."""
+    """Means over each arm's first and last quarter of steps and its seeds, of what metrics.jsonl has; nan if none."""
     names = ["mean_length", "eos_rate", "repetition", "divergence", "forward_kl", "clipped_mass", "student_entropy",
              "teacher_entropy"]  # fmt: skip
     heads = " | ".join([*names, "forward_kl by tenth"])
@@ -214,7 +218,9 @@ def main() -> None:
         write_problems(train, test, folder)
         cells = read_rows(folder / "cells.jsonl")
         write_rows(folder / "cells.jsonl", cells)  # without a line that a kill cut short
-        measure_all(cells, [names[name] for name in args.rows], args.model, args.dtype, folder, args.at_once)
+        measure_all(
+            cells, [names[name] for name in dict.fromkeys(args.rows)], args.model, args.dtype, folder, args.at_once
+        )
     return print(report(cells))
 
 

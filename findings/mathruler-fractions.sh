@@ -3,9 +3,9 @@
 # (1+\sqrt{5})/2 is \frac{1+\sqrt{5}}{2}, and 1+\frac{\sqrt{5}}{2} is not.
 # True (mathruler 0.1.0, sympy 1.14.0, pylatexenc 2.10 and 2.11): the other way round. A fraction loses its braces and
 # gets no brackets for them, so \frac{a+b}{c} is a + b/c and \frac{a}{bc} is (a/b)c; a cube root is a square root; and
-# -2\frac{1}{3} is -2 + 1/3. Where the reference is written with \frac, the same number with a slash, as two fractions
-# or with the terms in another order is wrong; 1+\frac{\sqrt{5}}{2}, \frac{1}{x}+1 for \frac{1}{x+1} and \sqrt{4} for
-# \sqrt[3]{4} are right.
+# -2\frac{1}{3} is -2 + 1/3. Where a sum stands over the reference's line, or a sum or product under it, the same number
+# with a slash, as two fractions or with the terms in another order is wrong; 1+\frac{\sqrt{5}}{2}, \frac{1}{x}+1 for
+# \frac{1}{x+1} and \sqrt{4} for \sqrt[3]{4} are right.
 # Why: _parse_latex in mathruler/grader.py turns LaTeX into text with pylatexenc's LatexNodes2Text, whose \frac is
 # "%s/%s" and whose \sqrt drops the optional argument, and are_equal_under_sympy calculates with that text. Equal texts
 # are right even before.

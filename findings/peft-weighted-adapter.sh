@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Guess: add_weighted_adapter(["one"], [1.0], "other") makes a copy of an adapter, and weights .5 and .5 the mean of two
-# checkpoints; what it cannot combine it refuses, as it does for target_parameters. What it reads from stays as it is.
+# Guess: add_weighted_adapter(["one"], [1.0], "other") makes a copy of an adapter; what it cannot copy it refuses, as it
+# does for target_parameters. What it reads from stays as it is, and the order of two adapters is of no matter.
 # True (peft 0.21.2, transformers 5.23.0): for plain LoRA. With use_rslora the copy is sqrt(r) times as large (r = 16: 4
 # times); DoRA's magnitudes, a trained lm_head in modules_to_save and trained tokens are the base model's again. Where
 # an adapter was begun as PiSSA or OLoRA, it changes itself, and so does the base under all of them. Of two adapters of
@@ -8,9 +8,10 @@
 # Why: LoraModel.add_weighted_adapter (peft/tuners/lora/model.py) takes the first adapter's config with r = lora_alpha,
 # so that the scaling is 1, which with the inherited use_rslora it is not; inject_adapter begins the new adapter as
 # that config says, which for init_lora_weights="pissa" or "olora" takes the principal part out of the base's weights,
-# before A and B are overwritten; and nothing but A and B is read from the sources.
-# Bites: whoever averages checkpoints of a LoRA run, interpolates between it and the base (weights [.5]) or merges
-# skills: rsLoRA is meant for large ranks, where the factor is 8 or more, and the model still answers.
+# before A and B are overwritten; and nothing but A, B and the scaling is read from the sources.
+# Bites: whoever copies an adapter, puts it halfway to the base (weights [.5]) or adds one to another: rsLoRA is meant for
+# large ranks, where the factor is 8 or more, and the model still answers. (Two adapters with modules_to_save are
+# refused.)
 set -euo pipefail
 T=$(mktemp -d) && trap 'rm -rf "$T"' EXIT && cd "$T"
 python3 -m venv v && v/bin/pip install -q --disable-pip-version-check torch==2.13.0

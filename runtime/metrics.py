@@ -141,9 +141,10 @@ def collapse_warning(history: list[dict], limit: int) -> str | None:
     if windows and all(step["mean_length"] >= limit for step in windows[-1]):
         return f"the run looks collapsed: all rollouts of {COLLAPSE_WINDOW} steps were cut at --max_new_tokens {limit}"
     for name, (start_of, is_bad) in COLLAPSES.items():
-        told = [[step[name] for step in window if step.get(name) is not None] for window in windows]  # no answer: null
-        means = [sum(values) / len(values) for values in told if values]
-        if told and told[-1] and is_bad(start := start_of(means), now := means[-1]):
+        told = [[step.get(name) for step in window] for window in windows]
+        means = [None if None in values else sum(values) / COLLAPSE_WINDOW for values in told]  # null: no answers
+        known = [mean for mean in means if mean is not None]
+        if known and means[-1] is not None and is_bad(start := start_of(known), now := means[-1]):
             return f"the run looks collapsed: {name} went from {start:.2f} to {now:.2f} (over {COLLAPSE_WINDOW} steps)"
     return None
 

@@ -134,6 +134,17 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(qwen3, run
     assert checkpoints.newest_checkpoint(run) == run / "checkpoint-2"
 
 
+@pytest.mark.parametrize("name", ["checkpoint-3", ".partial-3"])
+def test_links_to_somewhere_else_are_not_followed(qwen3, run, tmp_path, name):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("mine")
+    (run / name).symlink_to(outside)
+    Trained(qwen3).save(run, 3)
+    assert checkpoints.newest_checkpoint(run) == run / "checkpoint-3" and not (run / "checkpoint-3").is_symlink()
+    assert [path.name for path in outside.iterdir()] == ["kept"]
+
+
 def test_a_checkpoint_is_saved_where_modes_cannot_be_set(qwen3, run, monkeypatch):
     for owner in (Path, os):
         refuse(monkeypatch, owner, "chmod", errno.EPERM)
@@ -316,13 +327,13 @@ def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path,
     data, asked = f"{tmp_path}/sums.jsonl", 'Sum "{problem}"\nin $\\boxed{}$'
     command = f"train.py --data {data} --prompts='{tmp_path}/a b' --x Qwen/Q"
     config = {"method": "pwopsd", "data": data, "dtype": "float32", "max_new_tokens": 4, "lora_rank": 4}
-    facts = {"config": config, "versions": {"torch": "2"}, "git_commit": "abc"}
+    facts = {"config": config, "versions": {"torch": "2"}, "git_commit": "abc", "ranks": 4}
     (tmp_path / "run").mkdir()
     record = {**facts, "command": command, "inputs": {"prompts": {"evaluation": asked}}}
     (tmp_path / "run" / "config.json").write_text(json.dumps(record))
     checkpoint, logits = trained(base, tmp_path / "run", lora)
     card = (checkpoint / "README.md").read_text()
-    assert str(tmp_path) not in card and "`train.py --data sums.jsonl --prompts='a b' --x Qwen/Q`" in card
+    assert str(tmp_path) not in card and "`train.py --data sums.jsonl --prompts='a b' --x Qwen/Q`, on 4 process" in card
     assert "base_model: owner/base" in checkpoints.model_card(tmp_path, 1, "owner/base", lora)
     (tmp_path / "owner" / "base").mkdir(parents=True)  # a relative directory is no hub name
     assert "base_model" not in checkpoints.model_card(tmp_path, 1, "owner/base", lora)

@@ -168,3 +168,5 @@ def test_the_picture_shows_the_token_where_the_solutions_part():
     assert titles == ["token 2, before training: a", "token 2, after training: b"]
     assert [label.get_text() for label in before.get_yticklabels()] == ["b", "a"]
     assert [bar.get_width() for bar in before.patches] == [0.2, 0.7, 0.9, 0.1]  # student's two, then teacher's
+    drawn = draw_run.draw_tokens(a_view("=", "a", correct=False), a_view("=", "a", "b"))  # one is the other's start
+    assert [axis.get_title().partition(",")[0] for axis in drawn.axes[1:]] == ["token 2", "token 2"]

@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 
+import diagnose
 import evaluate
 import train
 from errors import InputError
@@ -74,7 +75,7 @@ def test_help_has_the_docstring_and_every_flag(module, config, call, capsys):
 @pytest.mark.parametrize(("words", "with_"), [
     ("--method eopd --tau_clip 0.2", "--method opsd or pwopsd"), ("--switch_step 3", "--method reopold"),
     ("--method reopold --beta 1.0", "--method opsd or pwopsd"), ("--ema_decay 0.5", "--teacher ema"),
-    ("--method reopold --schedule uniform --switch_step 3", "--method reopold"),
+    ("--method reopold --schedule uniform --switch_step 3", "--method reopold, without --schedule"),
     ("--eval_data= --eval_steps 5", "--eval_data"), ("--lora_rank 0 --lora_alpha 7.0", "--lora_rank above 0"),
     ("--lora_rank 0 --lora_dropout 0.05", "--lora_rank above 0"),
 ])  # fmt: skip
@@ -83,8 +84,16 @@ def test_a_flag_that_would_change_nothing_is_refused(words, with_):
         parse_config(words.split())
 
 
+def test_only_what_changes_no_number_may_change_on_resume():
+    free = {"output_dir", "device"}
+    training = {"resume", "micro_batch_size", "gradient_checkpointing", "save_steps", "server", "shard"}
+    assert free | training == train.FREE_ON_RESUME
+    assert free | {"num_samples", "seeds", "batch_size", "grader"} == evaluate.FREE_ON_RESUME
+    assert free | {"resume", "server", "batch_size"} == diagnose.FREE_ON_RESUME
+
+
 def test_the_servers_dtype_is_not_the_scripts():
-    with pytest.raises(InputError, match="--dtype float32: counts only without --server"):
+    with pytest.raises(InputError, match="--dtype float32: with --server that of the server holds"):
         evaluate.check_config(EvaluationConfig(server="http://localhost:1", dtype="float32"))
 
 

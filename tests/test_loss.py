@@ -315,6 +315,11 @@ def test_clipped_mass_by_hand():
         scores = losses.score_tokens(METHODS[name], student, teacher, torch.tensor([0]), LossOptions(tau_clip=clip))
         assert scores.clipped_mass.item() == pytest.approx(mass)
         assert scores.forward_kl.item() == pytest.approx(kl)
+    wrapped = losses.Method(
+        lambda *given: 0.5 * losses.clipped_divergence(*given), "uniform", losses.token_mean, clips=True
+    )
+    scores = losses.score_tokens(wrapped, student, teacher, torch.tensor([0]), LossOptions(tau_clip=0.2))
+    assert scores.clipped_mass.item() == pytest.approx(0.9)
     reverse = LossOptions(tau_clip=0.2, beta=1.0)  # entries -.294 and .805
     scores = losses.score_tokens(METHODS["opsd"], student, teacher, torch.tensor([0]), reverse)
     assert (scores.clipped_mass.item(), scores.forward_kl.item()) == pytest.approx((0.1, kl))

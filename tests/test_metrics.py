@@ -35,8 +35,10 @@ def test_the_best_so_far_is_the_measure_and_too_few_steps_or_answers_say_nothing
     assert collapse_warning([*history({})[:-1], {**HEALTHY, "accuracy": 0.0}], limit=96) is None
     assert collapse_warning(history({"accuracy": None}, {"accuracy": None}), limit=96) is None
     assert collapse_warning(history({"accuracy": 0.9}, {"accuracy": None}), limit=96) is None
-    one_answer = [{**HEALTHY, "accuracy": value} for value in (1.0, None, None, None, 1.0)]
-    assert collapse_warning([*history({"accuracy": 1.0}), *one_answer], limit=96) is None
+    for last in (1.0, 0.0):  # a window without all its five says nothing
+        few = [{**HEALTHY, "accuracy": value} for value in (1.0, None, None, None, last)]
+        assert collapse_warning([*history({"accuracy": 1.0}), *few], limit=96) is None
+    assert collapse_warning([*history({"accuracy": 1.0}), *few, *history({"accuracy": 0.4})], limit=96)
 
 
 def test_the_start_is_the_runs_and_not_that_after_a_resume():
