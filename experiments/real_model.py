@@ -77,8 +77,10 @@ def call(script: str, **flags: object) -> float:
     process = subprocess.Popen(words)  # held, so that no other thread's Popen waits for it
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if status:
-        raise InputError(f"{script} has stopped, and its own line says why")
+    if process.returncode:
+        signal = -process.returncode
+        why = f"killed by signal {signal}" if signal > 0 else "and its own line says why"
+        raise InputError(f"{script} has stopped, {why}")
     return usage.ru_utime + usage.ru_stime
 
 

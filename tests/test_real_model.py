@@ -147,6 +147,9 @@ def test_what_cannot_run_says_so(run):
 def test_a_script_that_fails_ends_the_run(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(real_model, "ROOT", tmp_path)
     (tmp_path / "script.py").write_text("import sys\nsys.exit(sys.argv[1])")
-    with pytest.raises(InputError, match=r"script\.py has stopped"):
+    with pytest.raises(InputError, match=r"script\.py has stopped, and its own line"):
         real_model.call("script.py", benchmark="nowhere.jsonl")
     assert capfd.readouterr().err == "--benchmark=nowhere.jsonl\n"
+    (tmp_path / "script.py").write_text("import os\nos.kill(os.getpid(), 15)")
+    with pytest.raises(InputError, match=r"script\.py has stopped, killed by signal 15"):
+        real_model.call("script.py")
