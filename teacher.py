@@ -125,7 +125,7 @@ def check_prompts(
             where = f"{{{lost[0]}}} of the {context}'s prompt"
             raise InputError(f"{tokenizer.name_or_path}: the chat template does not show the text of a turn: {where}")
     is_blind = "teacher" in contexts and not {"solution", "answer"} & {*FIELD.findall(prompts.teacher)}
-    note = "the teacher's prompt shows neither {solution} nor {answer}"
+    note = "the teacher is shown neither solution nor answer"
     return [note] * is_blind + template_notes(tokenizer, prompts.chat)
 
 

@@ -10,9 +10,9 @@
 # and "x\in[0,1]" a product of x and a letter called in. normalize_final_answer takes \overline off beforehand. Texts
 # that are equal are right before any of that, which hides it from a test with right answers.
 # Bites: a model that finds one of several roots, or writes a base or an interval wrong, is credited, and one that turns
-# mixed numbers into fractions is not. Of the 500 references of MATH-500, 10 are such lists, bases or intervals, 2 mixed
-# numbers and 2 have a \pm. By reading, exact_match_original of leaderboard_math_hard parses in the same way. The
-# task's other metric, math_verify, grades all of these as it should, but for 52_9.
+# mixed numbers into fractions is not. Of the 500 references of MATH-500, counted apart, 10 are such lists, bases or
+# intervals, 2 mixed numbers and 2 have a \pm. By reading, exact_match_original of leaderboard_math_hard parses in the
+# same way. The task's other metric, math_verify, grades all of these as it should, but for 52_9.
 set -euo pipefail
 T=$(mktemp -d) && trap 'rm -rf "$T"' EXIT && cd "$T"
 python3 -m venv v && v/bin/pip install -q --disable-pip-version-check "lm-eval[math]==0.4.13" sympy==1.14.0

@@ -3,13 +3,13 @@
 # that maj@64 of gsm8k_cot_self_consistency is far above one sample of a model whose errors are scattered.
 # True (lm-eval 0.4.13): through local-completions and local-chat-completions it takes the same sample 64 times. Every
 # request of a run carries "seed": 1234, and a server that draws by the request's seed answers the same prompt with the
-# same text. One sample, maj@8 and maj@64 are then equal to the last digit. With "seed": null in the generation_kwargs,
-# the task's or the caller's, the 64 differ and maj@64 is 1.
+# same text. One sample, maj@8 and maj@64 are then equal to the last digit. With "seed": null in the caller's
+# generation_kwargs (by the code, in the task's, too) each is a draw of its own, and maj@64 is 1.
 # Why: TemplateAPI.model_call and amodel_call (lm_eval/models/api_models.py) hand the one seed of the model's arguments,
 # 1234 where none is named, to _create_payload (lm_eval/models/openai_completions.py) for each request, and for repeats
 # evaluator.evaluate sends a request again, word for word. Another seed in model_args only makes it another single
 # sample. The generation_kwargs are laid over the payload, which is why null there helps.
-# Bites: maj@k, pass@k (humaneval_64) and averages over k samples of models behind vLLM, which honours the seed of a
+# Bites: maj@k and, by reading, pass@k (humaneval_64) and averages of k samples behind vLLM, which honours the seed of a
 # request (vllm-seeds-in-a-row.sh): self-consistency seems to gain nothing, pass@k is pass@1, and 64 times the time is
 # spent on it. The server below is a stand-in that draws by the request's seed.
 set -euo pipefail

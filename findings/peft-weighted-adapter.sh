@@ -9,8 +9,8 @@
 # so that the scaling is 1, which with the inherited use_rslora it is not; inject_adapter begins the new adapter as
 # that config says, which for init_lora_weights="pissa" or "olora" takes the principal part out of the base's weights,
 # before A and B are overwritten; and nothing but A, B and the scaling is read from the sources.
-# Bites: whoever copies an adapter, puts it halfway to the base (weights [.5]) or adds one to another: rsLoRA is meant for
-# large ranks, where the factor is 8 or more, and the model still answers. (Two adapters with modules_to_save are
+# Bites: whoever copies an adapter, puts it halfway to the base (weights [.5]) or adds one to another: rsLoRA is meant
+# for large ranks, where the factor is 8 or more, and the model still answers. (Two adapters with modules_to_save are
 # refused.)
 set -euo pipefail
 T=$(mktemp -d) && trap 'rm -rf "$T"' EXIT && cd "$T"

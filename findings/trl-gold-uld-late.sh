@@ -11,9 +11,9 @@
 # up the "actual later tokens" in them, multiplies by the chance that a token comes twice. The student's distribution
 # after 4 is held against the teacher's after 42. "bayesian" starts one position earlier.
 # The option's own help says where each strategy cuts; it does not say that one of the two cuts predicts another token.
-# Bites: the very use of GOLD. Qwen spells a number digit by digit and Llama-3 in groups of up to three, so that a number
-# of two digits or more is such a group; and, at the default uld_crossentropy_weight of 0, the first token of an answer,
-# the answer itself where it is short, is not learned at all.
+# Bites: the very use of GOLD. Qwen spells a number digit by digit and Llama-3 in groups of up to three, so that a
+# number of two digits or more is such a group; and, at the default uld_crossentropy_weight of 0, the first token of an
+# answer, the answer itself where it is short, is not learned at all.
 set -euo pipefail
 T=$(mktemp -d) && trap 'rm -rf "$T"' EXIT && cd "$T"
 python3 -m venv v && v/bin/pip install -q --disable-pip-version-check torch==2.13.0
