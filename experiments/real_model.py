@@ -11,6 +11,7 @@ and finished of each problem, no text. docs/real-model.md says what came out.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 
 import numpy as np
 
@@ -33,6 +34,8 @@ from runtime.records import read_rows, write_rows
 from teacher import EVALUATION_PROMPT, TEACHER_PROMPT, fill
 
 ROOT = Path(__file__).parent.parent
+RUNNING: set[int] = set()  # the scripts' process ids
+STOPPED = Event()  # a script has failed, or SIGTERM has come: no other one starts
 # 20 rates that fall linearly from 3e-5 sum to 3.2e-4; the 100 steps that the paper evaluates sum to 3.4e-4.
 TRAINING = {"num_steps": 20, "batch_size": 8, "micro_batch_size": 8, "max_new_tokens": 128, "learning_rate": 3e-5,
             "save_steps": 5}  # fmt: skip
@@ -71,15 +74,27 @@ def write_problems(train: list[Problem], test: list[Problem], folder: Path) -> N
         records.write_atomically(folder / f"prompts-{name}.json", json.dumps({"evaluation": template}))
 
 
+def stop(*_: object) -> None:
+    """Hand SIGTERM on to the scripts, which keep what they have (Ctrl-C reaches them by itself)."""
+    STOPPED.set()
+    for process in [*RUNNING]:
+        os.kill(process, signal.SIGTERM)
+
+
 def call(script: str, **flags: object) -> float:
     """Run a script of ours as a command; its CPU seconds. Raises InputError where it fails, after its own line."""
+    if STOPPED.is_set():
+        raise InputError(f"{script} is not started, as another one has stopped")
     words = [sys.executable, str(ROOT / script), *(f"--{name}={value}" for name, value in flags.items())]
     process = subprocess.Popen(words)  # held, so that no other thread's Popen waits for it
+    RUNNING.add(process.pid)
     _, status, usage = os.wait4(process.pid, 0)
+    RUNNING.discard(process.pid)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        signal = -process.returncode
-        why = f"killed by signal {signal}" if signal > 0 else "and its own line says why"
+        STOPPED.set()
+        number = -process.returncode
+        why = f"killed by signal {number}" if number > 0 else "and its own line says why"
         raise InputError(f"{script} has stopped, {why}")
     return usage.ru_utime + usage.ru_stime
 
@@ -174,6 +189,7 @@ def measure_all(cells: list[dict], rows: list[tuple], model: str, dtype: str, fo
             print(f"{len(cells)} cells, the last of {key(cell)}", flush=True)
 
     missing = [row for row in rows if not {(*row, name) for name in DECODINGS} <= done]
+    signal.signal(signal.SIGTERM, stop)
     try:
         for job in as_completed([pool.submit(add, *row) for row in missing]):
             job.result()

@@ -1,9 +1,12 @@
 """The cells of a real model, run on the embedded one."""
 
 import json
+import signal
 import sys
+import time
 from concurrent.futures import Executor, Future
 from dataclasses import asdict
+from threading import Event
 
 import numpy as np
 import pytest
@@ -144,12 +147,32 @@ def test_what_cannot_run_says_so(run):
         run("--test=")
 
 
+def script(folder, monkeypatch, text):
+    monkeypatch.setattr(real_model, "ROOT", folder)
+    monkeypatch.setattr(real_model, "STOPPED", Event())
+    (folder / "train.py").write_text(text)
+
+
 def test_a_script_that_fails_ends_the_run(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(real_model, "ROOT", tmp_path)
-    (tmp_path / "script.py").write_text("import sys\nsys.exit(sys.argv[1])")
-    with pytest.raises(InputError, match=r"script\.py has stopped, and its own line"):
-        real_model.call("script.py", benchmark="nowhere.jsonl")
-    assert capfd.readouterr().err == "--benchmark=nowhere.jsonl\n"
-    (tmp_path / "script.py").write_text("import os\nos.kill(os.getpid(), 15)")
-    with pytest.raises(InputError, match=r"script\.py has stopped, killed by signal 15"):
-        real_model.call("script.py")
+    """No other one starts: a row may take half an hour."""
+    script(tmp_path, monkeypatch, "import sys\nsys.exit(sys.argv[1])")
+    with pytest.raises(InputError, match=r"train\.py has stopped, and its own line"):
+        real_model.call("train.py", data="nowhere.jsonl")
+    with pytest.raises(InputError, match=r"train\.py is not started"):
+        real_model.call("train.py", data="nowhere.jsonl")
+    assert capfd.readouterr().err == "--data=nowhere.jsonl\n"
+    script(tmp_path, monkeypatch, "import os\nos.kill(os.getpid(), 15)")
+    with pytest.raises(InputError, match=r"train\.py has stopped, killed by signal 15"):
+        real_model.call("train.py")
+
+
+def test_a_signal_reaches_the_scripts(tmp_path, monkeypatch):
+    """As the queue of a cluster sends it, to the command alone: nothing of it goes on behind its back."""
+    script(tmp_path, monkeypatch, "import os, time\nos.kill(os.getppid(), 15)\ntime.sleep(60)")
+    before, started = signal.getsignal(signal.SIGTERM), time.monotonic()
+    try:
+        with pytest.raises(InputError, match=r"train\.py (has stopped, killed by signal 15|is not started)"):
+            real_model.measure_all([], [("OPSD", 1), ("OPSD", 2)], "tiny", "float32", tmp_path, at_once=1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - started < 30 and not real_model.RUNNING
