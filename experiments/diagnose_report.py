@@ -107,13 +107,15 @@ def mean_with_interval(value_C: np.ndarray, data: Candidates, where_C: np.ndarra
     return {"mean": float(value_C.mean()), "interval": interval(values_R), "n": len(value_C)}
 
 
-def slope(value_C: np.ndarray, data: Candidates) -> dict:
-    """How much a value rises from r = 0 to 1 within a problem (least squares): needs neither labels nor a centring."""
+def slope(value_C: np.ndarray, data: Candidates) -> dict | None:
+    """How much a value rises from r = 0 to 1 within a problem (least squares), None where each has one candidate."""
     r_C, value_C = (centre(x_C, data.problem) for x_C in (data.r, value_C))
     rises_P, squares_P = (np.bincount(data.problem, r_C * x_C) for x_C in (value_C, r_C))
-    with np.errstate(invalid="ignore"):  # one candidate a problem
+    if not squares_P.any():
+        return None
+    with np.errstate(invalid="ignore"):  # a resample may hold none with two
         values_R = (data.counts @ rises_P) / (data.counts @ squares_P)
-        return {"mean": float(rises_P.sum() / squares_P.sum()), "interval": interval(values_R)}
+    return {"mean": float(rises_P.sum() / squares_P.sum()), "interval": interval(values_R)}
 
 
 # --- The schedule that fits ------------------------------------------------------------------------------------

@@ -87,6 +87,8 @@ def test_one_class_gives_no_number_but_a_report(tmp_path):
     result = json.loads((tmp_path / "controls.json").read_text())
     assert result["table1"][POSITION] is None and result["labels"]["real-uncertain"] == 0
     assert f"| {POSITION} | - | - | - | - |" in text
+    text = write_report([a_folder(tmp_path, a_world()[::5])], tmp_path)  # one candidate a problem, as by --candidates 1
+    assert "within a problem, teacher | - |" in text and "NaN" not in (tmp_path / "controls.json").read_text()
 
 
 def test_mistakes_are_named(tmp_path, call):
