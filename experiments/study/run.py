@@ -40,7 +40,7 @@ from problems import Problem, load_problems
 from runtime.flags import run_script
 from runtime.loading import find_checkpoint
 from runtime.ranks import STOP_SIGNALS
-from runtime.records import append_rows, make_folder, read_rows, write_rows
+from runtime.records import append_rows, git_commit, make_folder, read_rows, versions, write_rows
 
 
 @dataclass(frozen=True)
@@ -93,21 +93,21 @@ def run_cell(cell: Cell, output: Path) -> dict:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    record = {**asdict(cell), **measured(run, error), "error": error, "seconds": round(time.time() - started, 1)}
+    record = asdict(cell) | measured(run, cell.config(), error)
+    record |= {"error": error, "seconds": round(time.time() - started, 1)}
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return record
 
 
-def measured(run: Path, error: str | None) -> dict:
-    """What a finished run's files say, short enough to be committed."""
-    files = [run / name for name in ("config.json", "evaluation.json")]  # either is missing if it stopped before step 0
-    record, evaluation = (json.loads(path.read_text()) if path.exists() else {} for path in files)
-    config = record.get("config", {})
-    if error is None and str(config.get("num_steps")) not in evaluation:
+def measured(run: Path, config: train.TrainConfig, error: str | None) -> dict:
+    """What a finished run's files say, short enough to be committed; it has none where it stopped before step 0."""
+    file = run / "evaluation.json"
+    evaluation = json.loads(file.read_text()) if file.exists() else {}
+    if error is None and str(config.num_steps) not in evaluation:
         raise InputError(f"{run}: stopped before its end; the same command goes on with it")
     steps, held_out = read_rows(run / "metrics.jsonl"), read_rows(run / "heldout.jsonl")
-    problems = load_problems(config["eval_data"], False, config.get("columns"))
+    problems = load_problems(config.eval_data, False, config.columns)
 
     def rows(step: str, decoding: str) -> list[dict]:
         found = [row for row in held_out if (row["step"], row["decoding"]) == (int(step), decoding)]
@@ -123,7 +123,7 @@ def measured(run: Path, error: str | None) -> dict:
             for step, after in scored.items()
         },
         "max_grad_norm": round(max(step["grad_norm"] for step in steps), 6) if steps else None,
-        "git_commit": record.get("git_commit"), "versions": record.get("versions"),
+        "git_commit": git_commit(), "versions": versions(),
         "machine": f"{processor()}, {cores()} cores",
     }  # fmt: skip
 
