@@ -150,13 +150,14 @@ def choose_reference(
             references[here] = problems[there].solution
     elif kind == "answer":
         references = [problem.answer for problem in problems]
-        if "" in references:
-            raise InputError(f"--reference answer: problem {references.index('')} has no answer")
     elif kind == "none":
         references = [""] * len(problems)
         prompts = replace(prompts, teacher=prompts.student)
     if kind in ("other", "answer") and "solution" not in FIELD.findall(prompts.teacher):
         raise InputError(f"--prompts: the teacher's shows no {{solution}}, where --reference {kind} puts it")
+    answers = [problem.answer for problem in problems]
+    if "" in answers and (kind == "answer" or "answer" in FIELD.findall(prompts.teacher)):
+        raise InputError(f"--reference, --prompts: the teacher is shown answers; problem {answers.index('')} has none")
     shown = [replace(problem, solution=text) for problem, text in zip(problems, references, strict=True)]
     return shown, prompts
 

@@ -378,8 +378,10 @@ def test_the_student_never_sees_the_reference(tokenizer, kind):
 def test_wrong_references_are_said():
     with pytest.raises(InputError, match="own, other, none, answer"):
         chosen("hers")
-    with pytest.raises(InputError, match="problem 0 has no answer"):
-        teachers.choose_reference("answer", [Problem("a", "b", "")], PAPER_PROMPTS, np.random.default_rng(0))
+    shown = replace(PAPER_PROMPTS, teacher="{problem} is {answer}")
+    for kind, prompts in (("answer", PAPER_PROMPTS), ("own", shown)):
+        with pytest.raises(InputError, match="shown answers; problem 1 has none"):
+            teachers.choose_reference(kind, [SUMS[0], Problem("a", "b", "")], prompts, np.random.default_rng(0))
     with pytest.raises(InputError, match="there is only one"):
         teachers.choose_reference("other", SUMS[:1], PAPER_PROMPTS, np.random.default_rng(0))
     for kind in teachers.REFERENCES:
