@@ -326,11 +326,12 @@ def test_clipped_mass_by_hand():
 
 
 def test_scores_by_hand():
-    student, teacher = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.5, 0.25]]).log()
+    student, teacher = torch.tensor([[0.25] * 4]).log(), torch.tensor([[0.25, 0.5, 0.125, 0.125]]).log()
     scores = losses.score_tokens(METHODS["opsd"], student, teacher, torch.tensor([1]), LossOptions())
     assert scores.student_logprob.item() == pytest.approx(math.log(0.25))
     assert scores.teacher_logprob.item() == pytest.approx(math.log(0.5))
-    assert scores.student_entropy.item() == scores.teacher_entropy.item() == pytest.approx(1.5 * math.log(2))
+    assert scores.student_entropy.item() == pytest.approx(2.0 * math.log(2))
+    assert scores.teacher_entropy.item() == pytest.approx(1.75 * math.log(2))
 
 
 @pytest.mark.parametrize("device", DEVICES)
