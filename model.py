@@ -143,7 +143,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0
     left = [name for name, weight in model.named_parameters() if weight.dim() > 1 and id(weight) not in reached]
     # PEFT takes no adapter of a Mamba block, whose kernels read the projections' weights past any adapter.
     left += [name for name, m in model.named_modules() if "mamba" in f"{name} {type(m).__name__}".lower()]
-    if left or not found:
+    if left:
         where = f"{some(left)} of {type(model).__name__}"
         raise InputError(f"LoRA would leave {where} frozen; --lora_rank 0 trains all weights")
     model.requires_grad_(False)
