@@ -18,14 +18,6 @@ from runtime.flags import run_script
 from runtime.records import difference
 
 
-def load_summary(folder: str) -> dict:
-    """What evaluate.py has found. Raises InputError where it has not ended."""
-    path = Path(folder) / "summary.json"
-    if not path.is_file():
-        raise InputError(f"{path}: not there (evaluate.py writes it at its end)")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def other_settings(a: dict, b: dict, source: str) -> list[str]:
     """What of A's regime is another in B's, model and adapter aside.
 
@@ -55,7 +47,7 @@ def compare(left: list[str], right: list[str]) -> str:
     sources = [*left, *right]
     if twice := sorted({source for source in sources if sources.count(source) > 1}):
         raise InputError(f"--left and --right: {', '.join(twice)} is named twice")
-    summaries = [load_summary(source) for source in sources]
+    summaries = [json.loads((Path(source) / "summary.json").read_text(encoding="utf-8")) for source in sources]
     for source, summary in zip(sources[1:], summaries[1:], strict=True):
         different = other_settings(summaries[0], summary, source)
         if different and len(left) > 1:
