@@ -1,23 +1,21 @@
 """One picture of a run of train.py, finished or under way: RUN/run.png. Needs matplotlib.
 
     python -m experiments.draw_run runs/RUN
-    python -m experiments.draw_run runs/RUN --tokens     also tokens.html and tokens.png: solutions, token by token
+    python -m experiments.draw_run runs/RUN --tokens     also tokens.png: a solution before and after, token by token
 
 docs/metrics.md has the formulas of what is drawn over the steps done. All axes start at 0 and are linear; the colours
-are not and say so. The solutions are of held-out problems that training repaired, their tokens coloured by weighted
-divergence; the page, one HTML file with no references to anything outside of it, has both contexts' top 5 of each.
+are not and say so. The solution is of a held-out problem that training repaired, its tokens coloured by weighted
+divergence.
 Axes: M tokens of one rollout, V vocabulary, K alternatives.
 """
 
 import argparse
-import html
 import json
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from string import Template
 from textwrap import shorten
 
 import numpy as np
@@ -48,8 +46,8 @@ PANELS = {  # columns of metrics.jsonl by what they have in common
 HELD_OUT, TENTHS = "held-out accuracy", "relative position"
 LAYOUT = [[HELD_OUT, *[*PANELS][:2]], [*PANELS][2:], [TENTHS] * 3]
 SHOWN = 100  # characters of a solution in a picture
-ALTERNATIVES = 5
-PAGE_STREAM = 102  # second entry of the rollouts' stream key, apart from those of train.py
+ALTERNATIVES = 3
+VIEW_STREAM = 102  # second entry of the rollouts' stream key, apart from those of train.py
 
 
 def figure(width: float, height: float, layout: list[list[str]]) -> tuple:
@@ -122,13 +120,12 @@ def draw(run: Path):
 
 @dataclass(frozen=True)
 class TokenView:
-    """What the page shows of one token; the alternatives are (text, probability), most likely first."""
+    """What is shown of one token; an alternative is (text, student's probability, teacher's), the likeliest first."""
 
     text: str
     divergence: float  # the token's loss before weighting
     weight: float
-    student: list[tuple[str, float]]
-    teacher: list[tuple[str, float]]
+    alternatives: list[tuple[str, float, float]]
 
 
 @dataclass(frozen=True)
@@ -140,11 +137,11 @@ class RolloutView:
 
 
 @torch.no_grad()
-def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
-    """`count` problems, each solved before training and from the newest checkpoint, scored as trained.
+def view_rollouts(run: Path) -> list[RolloutView]:
+    """A problem solved before training and from the newest checkpoint, scored as trained.
 
-    They are held-out problems that the run repaired, solved greedily; where it has none with a reference solution, the
-    first problems of its data, sampled as in training and both times with the same random numbers. Raises InputError
+    It is a held-out problem that the run repaired, solved greedily; where it has none with a reference solution, the
+    first problem of its data, sampled as in training and both times with the same random numbers. Raises InputError
     where the run has no adapter checkpoint, or another teacher than the two.
     """
     config = run_config(run)
@@ -158,20 +155,19 @@ def view_rollouts(run: Path, count: int = 3) -> list[RolloutView]:
     model.eval()
     source, name, settings = config.eval_data, "held-out problem", replace(config.sampling, temperature=0.0)
     problems = load_problems(source, False, config.columns) if source else []
-    chosen = [index for index in repaired(run) if problems[index].solution][:count]
-    if not chosen:
+    index = next((index for index in repaired(run) if problems[index].solution), None)
+    if index is None:
         problems, name, settings = load_problems(config.data, columns=config.columns), "problem", config.sampling
-        chosen = list(range(len(problems)))[:count]
+        index = 0
     problems, prompts = choose_prompts(config, problems, read_record(run).get("date"))
     times = [("before training", 0, partial(adapter_disabled, model)),
              (checkpoint.name, int(checkpoint.name.rpartition("-")[2]), nullcontext)]  # fmt: skip
     views = []
     with closing(make_grader(config.grader, [])) as grader:
-        for index in chosen:
-            for when, step, state in times:
-                shown = (model, tokenizer, problems[index], index, step, prompts, settings, config, grader)
-                with state():
-                    views.append(_view(f"{name} {index}, {when}", *shown))
+        for when, step, state in times:
+            shown = (model, tokenizer, problems[index], index, step, prompts, settings, config, grader)
+            with state():
+                views.append(_view(f"{name} {index}, {when}", *shown))
     return views
 
 
@@ -194,16 +190,12 @@ def _view(
     title: str, model, tokenizer, problem: Problem, index: int, step: int, prompts, settings, config, grader
 ) -> RolloutView:
     prompt = student_prompt(tokenizer, problem, prompts)
-    (sampled,) = sample(model, tokenizer, [prompt], [(config.seed, PAGE_STREAM, index)], settings)
+    (sampled,) = sample(model, tokenizer, [prompt], [(config.seed, VIEW_STREAM, index)], settings)
     response, head_VD = sampled.ids, model.get_output_embeddings().weight
 
     def in_context(context: list[int]) -> torch.Tensor:
         hidden_MD = response_hidden(model, [context], [response])[0]
         return log_probabilities(head_logits(hidden_MD, head_VD), config.distill_temperature)
-
-    def top(logp_MV: torch.Tensor) -> list[list[tuple[str, float]]]:
-        rows = zip(*(part_MK.tolist() for part_MK in logp_MV.exp().topk(ALTERNATIVES, dim=-1)), strict=True)
-        return [[(tokenizer.decode([j]), p) for p, j in zip(*row, strict=True)] for row in rows]
 
     student_logp_MV = in_context(prompt)
     with Teacher(model, config.teacher).scoring():
@@ -214,70 +206,12 @@ def _view(
     correct = grader.match(extract_boxed(tokenizer.decode(response, skip_special_tokens=True)), problem.answer)
     scores = of_rows(scores, L, correct=[correct], finished=[sampled.finished])
     w_M = method.token_weight(relative_position(L).to(ids_M.device), scores, L, step, config)
-    texts = [tokenizer.decode([token]) for token in response]
-    columns = (texts, scores.loss.tolist(), w_M.tolist(), top(student_logp_MV), top(teacher_logp_MV))
+    best_MK = torch.maximum(student_logp_MV, teacher_logp_MV).topk(ALTERNATIVES, dim=-1).indices
+    both = [logp_MV.gather(-1, best_MK).exp().tolist() for logp_MV in (student_logp_MV, teacher_logp_MV)]
+    texts_MK = [[tokenizer.decode([token]) for token in ids] for ids in best_MK.tolist()]
+    alternatives = [list(zip(*columns, strict=True)) for columns in zip(texts_MK, *both, strict=True)]
+    columns = ([tokenizer.decode([y]) for y in response], scores.loss.tolist(), w_M.tolist(), alternatives)
     return RolloutView(title, problem, correct, list(map(TokenView, *columns)))
-
-
-# --- The page ---------------------------------------------------------------------------------------------------
-
-
-PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>$title</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-body { margin: 0 auto; padding: 1.2rem 1rem 60vh; max-width: 64rem; overflow-wrap: anywhere }
-h1 { font-size: 1.35rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .2rem } p { margin: .2rem 0 .5rem }
-.rollout { font: 1.05rem/2.1 ui-monospace, monospace }
-.t { background: rgb(214 69 0 / var(--a)); border-radius: .2rem; padding: .12rem .06rem; color: inherit;
-  white-space: pre-wrap; cursor: pointer }
-.t:is(:hover, :focus) { outline: 2px solid LinkText }
-#key { display: inline-block; width: 9rem; height: .8rem; border: 1px solid; vertical-align: middle;
-  background: linear-gradient(90deg, transparent, rgb(214 69 0 / .85)) }
-.t:is(:hover, :focus)::after { content: attr(data-shown); position: fixed; inset: auto 0 0; padding: .6rem 1rem;
-  max-height: 55vh; overflow: auto; background: Canvas; border-top: 1px solid; line-height: 1.5 }
-.t:hover::after { z-index: 1 }
-</style></head><body>
-<h1>$title</h1>
-<p>Each token of a student's solution, coloured by its divergence from the teacher times its weight. Point at a token,
-or move to it with Tab, for the five most likely tokens in both contexts.</p>
-<p>0 <span id="key"></span> $top nats, a square-root scale: the middle of the bar is $middle; negative numbers count by
-their size.</p>
-$sections
-</body></html>
-""")
-
-
-def render(rollouts: list[RolloutView], title: str) -> str:
-    """The whole page. Model text reaches it escaped, in text and in attributes, and is only ever shown as text."""
-    top = max(abs(t.divergence * t.weight) for view in rollouts for t in view.tokens) or 1.0
-    sections = []
-    for view in rollouts:
-        verdict, problem = "right" if view.correct else "wrong", view.problem
-        marks = (
-            f'<mark class="t" tabindex="0" style="--a:{shade(token, top):.3f}" '
-            f'data-shown="{html.escape(panel(view, t))}">{html.escape(token.text) or "&#8709;"}</mark><wbr>'
-            for t, token in enumerate(view.tokens)
-        )
-        sections.append(
-            f"<h2>{html.escape(view.title)}: {verdict}</h2>\n"
-            f"<p>{html.escape(problem.problem)} &nbsp; answer {html.escape(problem.answer)}</p>\n"
-            f'<div class="rollout">{"".join(marks)}</div>'
-        )
-    scale = {"top": f"{top:.3f}", "middle": f"{top / 4:.3f}"}
-    return PAGE.substitute(title=html.escape(title), sections="\n".join(sections), **scale)
-
-
-def panel(view: RolloutView, t: int) -> str:
-    """What is said of token t (from 0): its loss and both contexts' likeliest tokens, a star at the token itself."""
-    token = view.tokens[t]
-    product = f"{token.divergence:.4f} \u00d7 weight {token.weight:.3f} = {token.divergence * token.weight:.4f}"
-    lines = [f"token {t + 1} of {len(view.tokens)}: {visible(token.text)} \u00b7 divergence {product}"]
-    lines.append(f"{'student':30}teacher")
-    for pair in zip(token.student, token.teacher, strict=True):
-        cells = (f"{'*' if text == token.text else ' '} {visible(text):16} {p:6.1%}" for text, p in pair)
-        lines.append("     ".join(cells))
-    return "\n".join(lines)
 
 
 def visible(text: str) -> str:
@@ -325,12 +259,10 @@ def draw_tokens(before: RolloutView, after: RolloutView):
 
 
 def draw_alternatives(axis, token: TokenView, title: str) -> None:
-    """Both contexts' probabilities of a token's three likeliest alternatives."""
-    student, teacher = dict(token.student), dict(token.teacher)
-    names = sorted({*student, *teacher}, key=lambda name: -max(student.get(name, 0), teacher.get(name, 0)))[:3]
+    """Both contexts' probabilities of a token's likeliest alternatives."""
+    names, student, teacher = zip(*token.alternatives, strict=True)
     for shift, chances, label in ((-0.2, student, "student"), (0.2, teacher, "teacher")):
-        places = [place + shift for place in range(len(names))]
-        drawn = axis.barh(places, [chances.get(name, 0.0) for name in names], height=0.4, label=label)
+        drawn = axis.barh([place + shift for place in range(len(names))], chances, height=0.4, label=label)
         axis.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8)
     axis.set(xlim=(0, 1.1), ylim=(len(names) - 0.5, -0.5), xlabel="probability")
     axis.set_yticks(range(len(names)), labels=names, family="monospace", fontsize=11)
@@ -340,14 +272,12 @@ def draw_alternatives(axis, token: TokenView, title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train.py")
-    parser.add_argument("--tokens", action="store_true", help="sample solutions from its newest checkpoint, too")
+    parser.add_argument("--tokens", action="store_true", help="sample a solution from its newest checkpoint, too")
     args = parser.parse_args()
     if args.tokens:
-        views = view_rollouts(args.run)
-        (args.run / "tokens.html").write_text(render(views, run_label(args.run)), encoding="utf-8")
-        draw_tokens(*views[:2]).savefig(args.run / "tokens.png")
+        draw_tokens(*view_rollouts(args.run)).savefig(args.run / "tokens.png")
     draw(args.run).savefig(args.run / "run.png")
-    print(f"wrote {args.run}/run.png" + ", tokens.html, tokens.png" * args.tokens)
+    print(f"wrote {args.run}/run.png" + ", tokens.png" * args.tokens)
 
 
 if __name__ == "__main__":
