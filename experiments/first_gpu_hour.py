@@ -3,17 +3,14 @@
     python -m experiments.first_gpu_hour                   a GPU, about an hour
     python -m experiments.first_gpu_hour --device cpu      the same parts at small shapes, for a look at the script
 
-- loss: seconds and memory at Qwen3's vocabulary by chunk size, beside whole logits
-- each preset: two steps of `train.py` at its shape: seconds by part, sampling beside what reading the weights would
-  allow, scoring beside the matrix rate, peak of the memory
+A part is a preset: two steps of `train.py` at its shape: seconds by part, sampling beside what reading the weights
+would allow, scoring beside the matrix rate, peak of the memory.
 
 Each part is a process of its own, and what it prints is kept beside the table: one that hangs or dies is a row. The
-weights are random: hardly a response ends before the limit. On a CPU the loss and the rates are in CPU seconds.
-Axes: M tokens, V vocabulary, D hidden.
+weights are random: hardly a response ends before the limit. On a CPU the rates are in CPU seconds.
 """
 
 import argparse
-import gc
 import json
 import os
 import subprocess
@@ -26,12 +23,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config, Qwen3Config
 
 import train
 from experiments.study.run import processor
-from loss import LossOptions, clipped_divergence, log_probabilities, resolve_method, score_tokens_from_hidden
 from runtime.flags import run_script
 from runtime.loading import load_tokenizer
 from runtime.ranks import pick_device
@@ -57,7 +52,7 @@ SHAPES = {
 }  # fmt: skip
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 1000}
-SECONDS = {"loss": 300, **dict.fromkeys(SHAPES, 800)}  # limits
+SECONDS = dict.fromkeys(SHAPES, 800)  # limits
 
 # --- Measuring --------------------------------------------------------------------------------------------------
 
@@ -83,52 +78,7 @@ def alternate(functions: list[Callable[[], object]], device: torch.device, turns
     return [min(times[i + len(functions) :: len(functions)]) for i in range(len(functions))]
 
 
-def peak_gib(function: Callable[[], object], device: torch.device) -> float | None:
-    """Peak of PyTorch's allocations on a GPU while `function` runs, beyond those alive before; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    function()
-    return (torch.cuda.max_memory_allocated(device) - before) / GIB
-
-
 # --- The parts, each in its own process; they print rows --------------------------------------------------------
-
-
-def loss_functions(M: int, D: int, V: int, device: torch.device) -> tuple[Callable, Callable]:
-    """Forward and backward of our OPSD loss, given a chunk size, and on whole logits, on the same random states."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    student = (0.3 * torch.randn(M, D, device=device)).to(dtype).requires_grad_()
-    teacher, head = (0.3 * torch.randn(M, D, device=device)).to(dtype), torch.randn(V, D, device=device).to(dtype)
-    ids, options = torch.randint(V, (M,), device=device), LossOptions()
-    method = resolve_method("opsd", options)
-
-    def backward(value: Tensor) -> tuple[float, Tensor]:
-        student.grad = None
-        value.backward()
-        return value.item(), student.grad
-
-    def ours(chunk_tokens: int | None) -> tuple[float, Tensor]:
-        scores = score_tokens_from_hidden(method, student, teacher, head, head, ids, options, chunk_tokens)
-        return backward(scores.loss.mean())
-
-    def plain() -> tuple[float, Tensor]:
-        logp_MV = [log_probabilities(hidden @ head.T, options.distill_temperature) for hidden in (student, teacher)]
-        return backward(clipped_divergence(*logp_MV, ids, options).mean())
-
-    return ours, plain
-
-
-def loss(device: torch.device) -> None:
-    V, D, M = (151_936, 2560, 4096) if device.type == "cuda" else (1000, 64, 64)
-    ours, plain = loss_functions(M, D, V, device)
-    for chunk in (None, 32, 51, 128, 512) if device.type == "cuda" else (4, 16):
-        seconds, twin = alternate([partial(ours, chunk), plain], device)
-        add_row(f"loss, {chunk or 'our'} tokens a chunk", seconds, twin, "s", f"V {V}, D {D}, {M} tokens")
-        add_row("- its memory", peak_gib(partial(ours, chunk), device), peak_gib(plain, device), "GiB")
 
 
 def rates(device: torch.device) -> tuple[float, float]:
@@ -218,7 +168,7 @@ def main() -> None:
     args = parser.parse_args()
     device = pick_device(args.device)
     if args.run:
-        return loss(device) if args.run == "loss" else steps(args.run, device)
+        return steps(args.run, device)
     path = make_folder(args.output_dir) / "first-gpu-hour.md"
     with path.open("w") as file:
         for lines in ([facts(device)], *(run_part(name, device, args.output_dir) for name in args.parts)):
