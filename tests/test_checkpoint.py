@@ -1,4 +1,4 @@
-"""Checkpoints torn, corrupted or opened by others, adapters that do not fit, and runs that change size."""
+"""Checkpoints torn, corrupted or opened by others, and adapters that do not fit."""
 
 import errno
 import json
@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from forked import run_ranks, script
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_model import PROMPTS
@@ -24,7 +23,7 @@ from model import add_lora, lora_parameters
 from problems import Problem
 from runtime import checkpoint as checkpoints
 from runtime.loading import load_model
-from runtime.records import read_rows, sha256
+from runtime.records import sha256
 from teacher import Teacher, encode_prompt
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.pt", "ema.safetensors", "manifest.json")
@@ -368,22 +367,3 @@ def test_a_tokenizer_with_several_templates_is_saved_whole(base, tmp_path):
     assert template.read_text() == "tools" and checkpoints.damage(checkpoint) is None
     template.write_text("other")
     assert "additional_chat_templates/tools.jinja is damaged" in checkpoints.damage(checkpoint)
-
-
-@pytest.mark.slow
-def test_another_number_of_ranks_goes_on_with_the_same_numbers(tmp_path):
-    """Two steps on two ranks, two more on one: the same rollouts and, up to rounding, the losses of one rank."""
-    flags = "--num_steps 4 --batch_size 4 --max_new_tokens 8 --save_steps 1 --learning_rate 1e-4 --eval_data="
-    changed, same = tmp_path / "changed", tmp_path / "same"
-    command = [*flags.split(), "--resume", "--device", "cpu", "--output_dir"]
-    run_ranks(tmp_path, script, "train.py", [*command, str(changed)])
-    for step in (3, 4):  # taken away, as if the run had ended after step 2
-        shutil.rmtree(changed / f"checkpoint-{step}")
-    (output,) = run_ranks(tmp_path, script, "train.py", [*command, str(changed)], ranks=1)
-    assert "going on from" in output and "checkpoint-2" in output
-    run_ranks(tmp_path, script, "train.py", [*command, str(same)], ranks=1)
-    rows = [read_rows(run / "metrics.jsonl") for run in (changed, same)]
-    for ours, theirs in zip(*rows, strict=True):
-        assert ours["mean_length"] == theirs["mean_length"]
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
-    assert len(rows[1]) == 4
