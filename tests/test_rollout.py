@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from problems import Problem
-from rollout import Sampling, StreamSampler, choose_tokens, sample, uniforms, until_eos
+from rollout import Sampling, StreamSampler, choose_tokens, sample, uniforms
 from teacher import student_prompt
 
 SETTINGS = Sampling(temperature=1.1, top_p=0.95, top_k=20, max_new_tokens=12)
@@ -96,11 +96,6 @@ def test_uniform_numbers_belong_to_their_key():
         assert torch.equal(uniforms([key], 1000)[0], row)
         assert torch.equal(uniforms([key], 10)[0], row[:10])  # a lower limit cuts the stream, it does not change it
         assert row.mean().item() == pytest.approx(0.5, abs=0.05)
-
-
-def test_a_row_ends_with_its_first_eos():
-    cut, ended = until_eos([5, 6, 7], [1, 2]), until_eos([5, 2, 1, 1], [1, 2])
-    assert (cut.ids, cut.finished) == ([5, 6, 7], False) and (ended.ids, ended.finished) == ([5, 2], True)
 
 
 def test_a_rows_sample_does_not_depend_on_its_batch(model, tokenizer):
