@@ -150,7 +150,7 @@ def view_rollouts(run: Path) -> list[RolloutView]:
     checkpoint = newest_checkpoint(run)
     if checkpoint is None or config.lora_rank == 0:
         raise InputError(f"{run}: no checkpoint with an adapter to sample from")
-    model, tokenizer = load_model(config.model, config.dtype, device=config.device), load_tokenizer(config.model)
+    model, tokenizer = load_model(config.model, config.dtype), load_tokenizer(config.model)
     load_adapter(model, checkpoint)
     model.eval()
     source, name, settings = config.eval_data, "held-out problem", replace(config.sampling, temperature=0.0)
