@@ -145,7 +145,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0
     left += [name for name, m in model.named_modules() if "mamba" in f"{name} {type(m).__name__}".lower()]
     if left:
         where = f"{some(left)} of {type(model).__name__}"
-        raise InputError(f"LoRA would leave {where} frozen; --lora_rank 0 trains all weights")
+        raise InputError(f"LoRA would leave {where} frozen; train.py --lora_rank 0 trains all weights")
     model.requires_grad_(False)
     for name, linear in found.items():
         parent, _, child = name.rpartition(".")
