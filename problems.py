@@ -49,6 +49,7 @@ USUAL = {
 SPEAKERS = {"problem": ("user", "human"), "solution": ("assistant", "gpt"), "answer": ("assistant", "gpt")}
 Rows = list[tuple[str, dict]]  # (where it stands, for errors; its columns)
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")  # a surrogate alone, which is no text
+NO_WORDS, WORD = re.compile(r"\\(?:boxed|text)\{[^{}]*\}|\\[a-zA-Z]+"), re.compile("[a-zA-Z]{3,}")
 CALCULATOR = re.compile("<<[^<>]*>>")  # GSM8K: 48/2 = <<48/2=24>>24
 
 
@@ -181,7 +182,8 @@ def _columns(source: str, found: list[str], asked: str | None) -> dict[str, str 
 def _fields(row: dict, where: str, columns: dict, need_solution: bool) -> tuple[str, str, str]:
     """Problem, solution and answer of a row. The two turns of a dialogue are a problem and its solution.
 
-    An answer that is missing is the solution's last box. GSM8K's `rationale #### 42` is a solution and its answer.
+    An answer that is missing is the solution's last box, one that is a sentence with a box the box. GSM8K's `rationale
+    #### 42` is a solution and its answer.
     """
     cells = {name: row.get(column) for name, column in columns.items()}
     if columns["solution"] is None and isinstance(cells["problem"], list):
@@ -192,6 +194,8 @@ def _fields(row: dict, where: str, columns: dict, need_solution: bool) -> tuple[
     if mark and final and "\n" not in final:  # a heading has lines below it
         solution = solution if solution and answer else CALCULATOR.sub("", rationale).rstrip()
         answer = final.strip()
+    if answer.count("\\boxed") == 1 and WORD.search(NO_WORDS.sub("", answer)):  # a sentence, which no answer matches
+        answer = extract_boxed(answer) or answer
     for name, text in (("problem", problem), ("solution", solution) if need_solution else ("answer", answer)):
         if not text.strip():
             there = f"the columns are {', '.join(row)}; --columns {name}=... names another"

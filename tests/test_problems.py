@@ -221,8 +221,12 @@ ASKED, SOLVED = {"role": "user", "content": "q"}, {"role": "assistant", "content
     ({"ID": 1, "Problem": "q", "Solution": "s", "Answer": 2}, ("q", "s", "2")),
     ({"prompt": "instructions", "question": "q", "response": "s \\boxed{5}"}, ("q", "s \\boxed{5}", "5")),
     ({"problem": "q", "solution": "s", "final_answer": "guess", "answer": "1"}, ("q", "s", "1")),
+    ({"problem": "q", "solution": "s", "answer": "So we get \\boxed{5}, as wanted."}, ("q", "s", "5")),
+    ({"problem": "q", "solution": "s", "answer": "\\boxed{5} \\text{ cm}"}, ("q", "s", "\\boxed{5} \\text{ cm}")),
+    ({"problem": "q", "solution": "s", "answer": "\\boxed{1}, \\boxed{2}"}, ("q", "s", "\\boxed{1}, \\boxed{2}")),
     # GSM8K
     ({"question": "q", "answer": "48/2 = <<48/2=24>>24\nso 72\n#### 72"}, ("q", "48/2 = 24\nso 72", "72")),
+    ({"question": "q", "answer": "so \\boxed{72}\n#### 72"}, ("q", "so \\boxed{72}", "72")),
     ({"question": "q", "answer": "so 1,000 #### 1,000\n"}, ("q", "so 1,000", "1,000")),
     ({"question": "q", "solution": "other", "answer": "so <<1=1>>1\n#### 1"}, ("q", "other", "1")),
     ({"question": "q", "solution": "so <<1=1>>1\n#### 1"}, ("q", "so 1", "1")),
