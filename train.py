@@ -242,8 +242,9 @@ PRESETS: dict[str, dict] = {
     "dsr1-llama-8b": {"model": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "micro_batch_size": 2},
     "olmo3-7b": {"model": "allenai/Olmo-3-7B-Think", "micro_batch_size": 2},
 }  # fmt: skip
-# What may differ when a run is taken up again. It changes rounding only, with two exceptions: a server draws other
-# tokens, and LoRA dropout other masks under another micro_batch_size.
+# What may differ when a run is taken up again, besides the number of ranks. It changes rounding only, with two
+# exceptions: a server draws other tokens, and LoRA dropout other masks. Where a method is `over_batch`, neither the
+# number of ranks nor micro_batch_size may.
 FREE_ON_RESUME = {"resume", "output_dir", "device", "micro_batch_size", "gradient_checkpointing", "save_steps",
                   "server", "shard"}  # fmt: skip
 
@@ -444,6 +445,9 @@ def train(
         raise InputError("the ranks have read other data or prompts: all need the same files")
     facts = {"hardware": str(device), "date": date}
     records.record_run(folder, "train", record, asdict(config), free, inputs, facts)
+    if record and run.method.over_batch and record["ranks"] != (now := ranks.world_size()):
+        what = f"--method {config.method} weighs a token by the others of its micro-batch, which the ranks share out"
+        raise InputError(f"--output_dir {folder}: was started on {record['ranks']} ranks, not {now}: {what}")
     ranks.say(f"graded by {grader.name}" + (f"; {grader.note}" if grader.note else ""))
     if device.type != "cpu":
         rehearse(run, longest, config)

@@ -541,6 +541,13 @@ def test_a_resumed_run_keeps_its_options_and_the_grader_that_auto_has_found(run,
                           (("--temperature", 0.5), r"--temperature 1\.1, not 0\.5")):  # fmt: skip
         with pytest.raises(InputError, match=told):
             run(*reopold, *changed, "--resume")
+    for method, is_refused in (("reopold", True), ("opsd", False)):  # by ranks a step's micro-batches differ, too
+        given = ("--method", method, "--num_steps", 1)
+        folder = run(*given, name=method).folder
+        record = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(record | {"ranks": 2}))
+        with pytest.raises(InputError, match="was started on 2 ranks, not 1") if is_refused else nullcontext():
+            run(*given, "--resume", name=method)
     assert grader in train.grading.GRADERS
     if grader != "exact":
         monkeypatch.setattr(train.grading, "make_grader", lambda *_: train.grading.ExactGrader())
