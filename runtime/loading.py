@@ -12,11 +12,12 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+import teacher  # its prompts by their names there: a fork may put its own in their place
 from errors import InputError, one_line, require, some
 from model import response_hidden
 from problems import Problem
 from runtime.ranks import gather_objects, pick_device, progress, rank, say, shard, world_size
-from teacher import Prompts, encode_prompt, student_prompt, teacher_prompt
+from teacher import Prompts, encode_prompt
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name of it
 ADAPTER_BESIDE = f"{ADAPTER_CONFIG} stands beside the model; put the adapter into a directory of its own"
@@ -192,7 +193,7 @@ def check_same_tokens(
     if differing := {token for token, _ in tokenizer.get_vocab().items() ^ others.get_vocab().items()}:
         raise InputError(f"--teacher {name}: its vocabulary is not the student's ({some(sorted(differing))})")
     probe = Problem("Let x = 12.\n\nWhat is $\\frac{x}{5} + 345$?", "It is \\boxed{347.4}.", "347.4")
-    for encode in (student_prompt, teacher_prompt):
+    for encode in (teacher.student_prompt, teacher.teacher_prompt):
         if encode(tokenizer, probe, prompts) != encode(others, probe, prompts):
             raise InputError(f"--teacher {name}: its tokenizer or chat template encodes a prompt otherwise")
 
@@ -237,7 +238,8 @@ def fitting_problems(
 
     Raises InputError where no problem fits, or one of `held_out` does not.
     """
-    contexts = [partial(prompt, run.tokenizer, prompts=run.prompts) for prompt in (student_prompt, teacher_prompt)]
+    both = (teacher.student_prompt, teacher.teacher_prompt)
+    contexts = [partial(prompt, run.tokenizer, prompts=run.prompts) for prompt in both]
     context = min(map(context_length, (run.model.config, run.teacher.scorer.config)))
     limit = min(config.max_length, context)
     counts = list(zip(*(count_tokens(encode, data) for encode in contexts), strict=True))

@@ -14,6 +14,7 @@ import grading
 import loss
 import train
 import weighting
+from errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,3 +67,11 @@ def test_what_forks_change(task, tmp_path, monkeypatch, call):
     grader = json.loads((run / "config.json").read_text())["config"]["grader"]
     assert (grader == "lenient") == (task == "an own grader") and (grader != "lenient" or row["accuracy"] == 1.0)
     assert f"| {task} | {len(script.strip().splitlines())} " in (ROOT / "README.md").read_text()
+
+
+def test_a_prompt_of_a_forks_own_is_measured_too(monkeypatch, call, tmp_path):
+    """`train.teacher.teacher_prompt` is what a step asks; what is left out, and rehearsed, must be counted by it."""
+    theirs = train.teacher.teacher_prompt
+    monkeypatch.setattr(train.teacher, "teacher_prompt", lambda *given, **more: 50 * theirs(*given, **more))
+    with pytest.raises(InputError, match="no prompt leaves room for 96 new tokens in 512"):
+        call(train, "--num_steps", "1", "--device", "cpu", "--output_dir", str(tmp_path / "run"))
