@@ -71,6 +71,9 @@ def load_adapter(model: PreTrainedModel, directory: Path | str) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"--adapter {directory}: not an adapter ({one_line(error)})") from None
     check_adapter_fields(config, directory)
+    base, here = (str(name or "") for name in (config.get("base_model_name_or_path"), model.name_or_path))
+    if base and here and Path(base).name != Path(here).name:  # a folder may have moved; a sibling fits as well
+        say(f"--adapter {directory}: was trained on {base}, and --model is {here}")
     add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
     load_tensors(adapter_tensors(model), Path(directory) / ADAPTER_WEIGHTS)
 

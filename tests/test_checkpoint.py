@@ -290,6 +290,14 @@ def trained(base: str, run: Path, lora: bool):
         return made.save(run, 1), made.model(input_ids=torch.tensor(IDS)).logits.flatten()
 
 
+def test_an_adapter_of_another_base_of_the_same_shape_is_told(base, tmp_path, capsys):
+    checkpoint, _ = trained(base, tmp_path / "run", lora=True)
+    for name, is_told in (("base", False), ("base-instruct", True)):
+        families.make_checkpoint("qwen3", tmp_path / name, seed=1)
+        checkpoints.load_adapter(load_model(name, device="cpu"), checkpoint)
+        assert (f"was trained on {tmp_path / 'base'}, and --model is {name}" in capsys.readouterr().out) == is_told
+
+
 def check_logits(model, logits):
     found = model.eval()(input_ids=torch.tensor(IDS)).logits.flatten()
     torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
