@@ -129,9 +129,12 @@ def wait_for_all() -> None:
 
 
 def say(text: str) -> None:
-    """Print a line on the first rank, above a progress bar."""
+    """Print a line on the first rank, above a progress bar; a log file has none to make room for."""
     if rank() == 0:
-        tqdm.write(text)
+        if sys.stderr.isatty():
+            tqdm.write(text)
+        else:
+            print(text, flush=True)
 
 
 LOG_EVERY = 30.0  # seconds
