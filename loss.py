@@ -290,10 +290,26 @@ def resolve_method(name: str, options: LossOptions) -> Method:
     weight = options.schedule or row.token_weight
     if isinstance(weight, str):
         schedule = get_schedule(weight, **numbers)
-        return replace(row, token_weight=lambda r_M, *_: schedule(r_M), over_batch=False)
-    if set(numbers.values()) != {None}:
+        row = replace(row, token_weight=lambda r_M, *_: schedule(r_M), over_batch=False)
+    elif set(numbers.values()) != {None}:
         raise InputError(f"--w_min, --tau and --s: {name} weights by no schedule; add --schedule")
-    return row
+    loss_M, weight_M = _one_a_token("loss", row.token_loss, 2), _one_a_token("weight", row.token_weight, 0)
+    return replace(row, token_loss=loss_M, token_weight=weight_M)
+
+
+def _one_a_token(what: str, function: Callable, like: int) -> Callable:
+    """The function, whose value must have the shape [M] of its argument number `like`.
+
+    Any other would be spread over the tokens without a word: the gradient of a mean over them would be too small.
+    """
+
+    def checked(*given: object) -> Tensor:
+        x, wanted = function(*given), list(given[like].shape)
+        if list(x.shape) != wanted:
+            raise InputError(f"the method's token {what} has shape {list(x.shape)}, not one number a token, {wanted}")
+        return x
+
+    return checked
 
 
 def _options(overrides: dict) -> LossOptions:

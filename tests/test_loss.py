@@ -2,10 +2,12 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import loss as losses
 import model
@@ -287,6 +289,30 @@ def test_no_gradient_reaches_the_teachers_hidden_states_or_head():
 def test_mistakes_are_named(name, options, word):
     with pytest.raises(InputError, match=word):
         method_loss(name, *random_case(), **options)
+
+
+KL_MV = partial(F.kl_div, log_target=True)
+WRONG_SHAPES = {  # what a fork may well write; each would broadcast
+    "a batch mean": losses.Method(lambda s, t, *_: KL_MV(s, t, reduction="batchmean"), "uniform", losses.token_mean),
+    "a column": losses.Method(
+        lambda s, t, *_: KL_MV(s, t, reduction="none").sum(-1, keepdim=True), "uniform", losses.token_mean
+    ),
+    "a weight that is one number": losses.Method(
+        losses.clipped_divergence, lambda r_M, *_: r_M.mean(), losses.token_mean
+    ),
+    "a weight a row": losses.Method(
+        losses.clipped_divergence, lambda r_M, _, L, *__: r_M.new_ones(len(L), 1), losses.token_mean
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SHAPES)
+def test_a_row_must_give_one_number_a_token(case, monkeypatch):
+    """The first has the right value, and through hidden states a gradient too small by the size of a chunk."""
+    monkeypatch.setitem(METHODS, "wrong", WRONG_SHAPES[case])
+    logits_BTV = torch.randn(2, 2, 3, 7)
+    with pytest.raises(InputError, match="not one number a token"):
+        method_loss("wrong", *logits_BTV, torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool))
 
 
 def test_masks_that_make_no_sense_are_refused():
