@@ -61,10 +61,10 @@ def apply_template(
     """The messages in the model's template and, with `prompt`, the opening of the turn that is generated."""
     # Most templates name the mode enable_thinking, some (DeepSeek V3.1, Granite) thinking; none minds the other's name.
     arguments = {"enable_thinking": thinking, "thinking": thinking, **chat.kwargs}
-    if chat.date is not None:  # a literal in place of each call of the clock; a function cannot be passed
-        day, template = datetime.fromisoformat(chat.date), tokenizer.get_chat_template()
-        arguments["chat_template"] = CLOCK.sub(lambda call: repr(day.strftime(call[2])), template)
     try:
+        if chat.date is not None:  # a literal in place of each call of the clock; a function cannot be passed
+            day, template = datetime.fromisoformat(chat.date), tokenizer.get_chat_template()
+            arguments["chat_template"] = CLOCK.sub(lambda call: repr(day.strftime(call[2])), template)
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **arguments)
     except Exception as error:  # a template is a program: it may raise anything
         raise InputError(f"{tokenizer.name_or_path}: the chat template fails ({one_line(repr(error))})") from error

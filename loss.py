@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import partial, wraps
 from math import inf, log, nan
 
 import torch
@@ -303,6 +303,7 @@ def _one_a_token(what: str, function: Callable, like: int) -> Callable:
     Any other would be spread over the tokens without a word: the gradient of a mean over them would be too small.
     """
 
+    @wraps(function)
     def checked(*given: object) -> Tensor:
         x, wanted = function(*given), list(given[like].shape)
         if list(x.shape) != wanted:

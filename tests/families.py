@@ -125,7 +125,7 @@ ODD = {
 }
 ODD_HEADS = ("falcon_h1_multiplier", "gemma3_cap", "granite_scaling", "cohere_scale", "phi_bias")
 ODD_BLOCKS = {
-    "falcon_h1": "LoRA .*mamba", "mixtral": "experts.gate_up_proj", "qwen3_moe_dense": r"frozen; --lora_rank 0",
+    "falcon_h1": "LoRA .*mamba", "mixtral": "experts.gate_up_proj", "qwen3_moe_dense": "--lora_rank 0 trains",
     "qwen3_next": "experts", "gpt2": "c_attn",
 }  # fmt: skip
 

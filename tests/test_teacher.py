@@ -62,11 +62,14 @@ def test_rendered_prompts_of_the_three_families(tokenizer, family, thinking):
 
 
 def test_a_template_that_fails_is_said_in_one_line(tokenizer):
-    for broken in (None, "{{ raise_exception('no') }}", "{% if %}", "{{ messages[7].content }}", "{{ 1 / 0 }}"):
+    dated = replace(PAPER_PROMPTS, chat=Chat(date="2026-11-30"))  # as in a run
+    texts = (None, "{{ raise_exception('no') }}", "{% if %}", "{{ messages[7].content }}", "{{ 1 / 0 }}")
+    for broken in (*texts, {"tool_use": "no default"}):
         tokenizer.chat_template = broken
-        with pytest.raises(InputError, match="the chat template fails" if broken else "chat template") as caught:
-            student_prompt(tokenizer, PROBLEM)
-        assert len(str(caught.value).splitlines()) == 1
+        for prompts in (PAPER_PROMPTS, dated):
+            with pytest.raises(InputError, match="the chat template fails" if broken else "chat template") as caught:
+                student_prompt(tokenizer, PROBLEM, prompts)
+            assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_control_token_that_a_problem_spells_stays_text(tokenizer, family):

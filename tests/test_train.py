@@ -1,3 +1,4 @@
+import inspect
 import io
 import json
 import math
@@ -250,7 +251,7 @@ def test_a_step_samples_and_scores_with_its_own_settings(run, data, monkeypatch)
         return sample(self, *args)
 
     def spy_on_scoring(method, student_MD, teacher_MD, head, teacher_head, ids_M, options):
-        scored.append((method.token_loss, method.reduction, options.distill_temperature, len(ids_M)))
+        scored.append((inspect.unwrap(method.token_loss), method.reduction, options.distill_temperature, len(ids_M)))
         return score(method, student_MD, teacher_MD, head, teacher_head, ids_M, options)
 
     monkeypatch.setattr(GenerateEngine, "sample", spy_on_sampling)
