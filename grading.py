@@ -201,7 +201,6 @@ def normalise_answer(answer: str) -> str:
 
 # What turns a number into signs, brackets and quotients of whole numbers
 _ARITHMETIC = [
-    (r"^\+", ""),
     (r"^-?[1-9][0-9]{0,2}(?:, ?[0-9]{3})+(?:\.[0-9]*)?$", lambda match: re.sub(", ?", "", match[0])),  # 1,000
     (r"^(-?)([0-9]+)(?: ?\\frac\{([0-9]+)\}\{([0-9]+)\}| ([0-9]+)/([0-9]+))$",  # 1\frac{4}{5}, but not 2\frac{3}{2}
      lambda match: match.expand(r"\1(\2+\3\5/\4\6)" if 0 < int(match[3] or match[5]) < int(match[4] or match[6])

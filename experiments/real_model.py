@@ -50,11 +50,8 @@ ARMS = {
 }
 NO_CLIP = {arm: f"{arm}, no clip" for arm in ARMS}
 ARMS |= {NO_CLIP[arm]: options | {"tau_clip": "inf"} for arm, options in ARMS.items()}
-ROWS = [
-    (UNTRAINED, 0),
-    (SHOWN, 0),
-    *((name, seed) for seed in (1, 2, 3) for arm in NO_CLIP for name in (arm, NO_CLIP[arm])),
-]
+ROWS = [(UNTRAINED, 0), (SHOWN, 0)]
+ROWS += [(name, seed) for seed in (1, 2, 3) for arm in NO_CLIP for name in (arm, NO_CLIP[arm])]
 CONTRASTS = [("Moderate", "uniform, per sequence"), ("reversed Moderate", "uniform, per sequence"),
              ("uniform, per sequence", "OPSD"), ("Moderate", "OPSD")]  # fmt: skip
 CONTRASTS += [(NO_CLIP[left], NO_CLIP[right]) for left, right in CONTRASTS]
@@ -236,9 +233,8 @@ def main() -> None:
         write_problems(train, test, folder)
         cells = read_rows(folder / "cells.jsonl")
         write_rows(folder / "cells.jsonl", cells)  # without a line that a kill cut short
-        measure_all(
-            cells, [names[name] for name in dict.fromkeys(args.rows)], args.model, args.dtype, folder, args.at_once
-        )
+        rows = [names[name] for name in dict.fromkeys(args.rows)]
+        measure_all(cells, rows, args.model, args.dtype, folder, args.at_once)
     return print(report(cells))
 
 

@@ -77,9 +77,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print(
-            "stopped; what was written stays, and the same command goes on (train, diagnose: --resume)", file=sys.stderr
-        )
+        print("stopped; what was written stays; the same command goes on (train, diagnose: --resume)", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if line := describe(error):

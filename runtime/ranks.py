@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Self
 
 import torch
@@ -131,10 +132,8 @@ def wait_for_all() -> None:
 def say(text: str) -> None:
     """Print a line on the first rank, above a progress bar; a log file has none to make room for."""
     if rank() == 0:
-        if sys.stderr.isatty():
-            tqdm.write(text)
-        else:
-            print(text, flush=True)
+        write = tqdm.write if sys.stderr.isatty() else partial(print, flush=True)
+        write(text)
 
 
 LOG_EVERY = 30.0  # seconds
