@@ -12,7 +12,7 @@
 # schedule for the online teacher, does not reach this loss' temperature either (by reading, callbacks.py).
 set -euo pipefail
 T=$(mktemp -d) && trap 'rm -rf "$T"' EXIT && cd "$T"
-python3 -m venv v && v/bin/pip install -q --disable-pip-version-check torch==2.13.0 numpy
+python3 -m venv v && v/bin/pip install -q --disable-pip-version-check torch==2.13.0 numpy==2.4.6
 v/bin/pip install -q --disable-pip-version-check --no-deps axolotl==0.19.0 liger-kernel==0.8.5  # without triton etc.
 cat > seen.py <<'PY'
 import importlib.util
