@@ -137,7 +137,7 @@ class Diagnosis:
     def graded(self, problem: int, ids: list[int]) -> dict:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         answer = extract_boxed(text)
-        return {"answer": answer, "correct": self.grader.match(answer, self.problems[problem].answer), "text": text}
+        return {"answer": answer, "correct": self.grader.grade(text, self.problems[problem].answer), "text": text}
 
 
 def spines(run: Diagnosis) -> list[dict]:
@@ -348,6 +348,10 @@ def prepare(config: DiagnoseConfig, device: torch.device, folder: Path, record: 
         engine = connect(config.server, config.model, tokenizer, config.batch_size)
     else:
         engine = GenerateEngine(model, tokenizer, config.batch_size)
+    if not hasattr(model.get_decoder(), "layers"):
+        raise InputError(
+            f"--model {config.model}: {type(model).__name__} has no `layers`, which phase D's dropout needs"
+        )
     run = Diagnosis(model, tokenizer, engine, grader, problems, config, folder, prompts)
     if config.context > context_length(model.config):
         raise InputError(f"--context {config.context}: the model's is {context_length(model.config)}")

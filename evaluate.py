@@ -60,7 +60,7 @@ def maj_at_n(answers: Sequence[str | None], correct: Sequence[bool], match: Call
         else:
             clusters.append([index])
     winner = max(clusters, key=len)[0]  # of equal ones the first
-    return float(answers[winner] is not None and correct[winner])
+    return float(correct[winner])
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def open_engine(config: "EvaluationConfig", tokenizer: PreTrainedTokenizerBase) 
 def score(items: list[Sample], problem: Problem, match: Callable) -> dict[str, float]:
     """All metrics of one problem from its N samples of one seed, in their order."""
     answers = [extract_boxed(item.text) for item in items]
-    correct = [match(answer, problem.answer) for answer in answers]
+    correct = [answer is not None and match(answer, problem.answer) for answer in answers]
     N = len(items)
     return {
         "avg": avg_at_n(correct),
@@ -262,7 +262,7 @@ def main() -> None:
     config = FlagParser(EvaluationConfig, __doc__).parse()
     config = on_device(config, start_ranks(config.device))
     check_config(config)
-    benchmark, folder = load_problems(config.benchmark, False, config.columns), Path(config.output_dir)
+    benchmark, folder = load_problems(config.benchmark, False, config.columns), Path(config.output_dir).expanduser()
     problems = benchmark[: config.limit]
     if again := len(problems) - len({item.problem for item in problems}):
         say(f"--benchmark {config.benchmark}: {again} problems repeat another; means and intervals count each of them")
@@ -297,7 +297,8 @@ def begin(
     """
     problems = benchmark[: config.limit]
     encoded = encode(tokenizer, problems, config.enable_thinking, prompts)
-    lengths, context = [len(ids) for ids in encoded], context_length(load_config(config.model).get_text_config())
+    model_config, on_server = load_config(config.model).get_text_config(), config.server is not None
+    lengths, context = [len(ids) for ids in encoded], context_length(model_config, on_server)
     check_room(f"--benchmark {config.benchmark}", problems, lengths, 1, context)
     if (room := context - max(lengths)) < config.max_new_tokens:
         say(f"--max_new_tokens {config.max_new_tokens}: the model's context leaves {room}")

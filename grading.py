@@ -111,18 +111,22 @@ def extract_boxed(text: str) -> str | None:
 # --- Dress ------------------------------------------------------------------------------------------------------
 
 _SIGNS = r"""
-- − –; \ldots …; \infty ∞; \cup ∪; \text{cents} ¢; \approx ≈; \ne ≠; \div ÷; \times ×; \cdot · ⋅; \pi π; \theta θ
+- − – ‐ ‑; \ldots …; \infty ∞; \cup ∪; \text{cents} ¢; \approx ≈; \ne ≠; \div ÷; \times ×; \cdot · ⋅; \pi π; \theta θ
 \le ≤; \ge ≥; / ⁄; \emptyset ∅; \in ∈; ^\circ °; \pm ±; \frac12 ½; \frac14 ¼; \frac34 ¾; \frac13 ⅓; \frac23 ⅔
 \mathbb{R} ℝ; ( ⟨; ) ⟩; | ∣
 """
 _SYMBOLS = str.maketrans(
     {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms
     | {sign: text + " " if "\\" in text else text for sign, text in _table(_SIGNS).items() if len(sign) == 1}
-    | {sign: f"^{digit}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
     | dict.fromkeys("\u2009\u202f", "\\,")
     | dict.fromkeys("\u00a0\u3000", " ")
     | dict.fromkeys("\u200b\u2060\ufeff", "")
 )
+_SMALL = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉", "-01234567890123456789")
+_RAISED_AND_LOWERED = [
+    ("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda run: f"^{{{run[0].translate(_SMALL)}}}"),  # 10¹² is 10^{12}, not 10^1^2
+    ("[₀-₉]+", lambda run: f"_{{{run[0].translate(_SMALL)}}}"),
+]
 _DRESS_ONLY = """
 left right big bigl bigr Big Bigl Bigr bigg biggl biggr displaystyle textstyle large Large bf rm limits mathbf
 boldsymbol bm mathit mathsf mathnormal underline
@@ -186,7 +190,8 @@ _PHRASE = r"\\text\{(?:[a-zA-Z]{2,}(?:-[a-zA-Z]{2,})*|[a-zA-Z]+(?: [a-zA-Z]+)+)\
 @lru_cache(maxsize=4096)
 def normalise_answer(answer: str) -> str:
     r"""The answer in one spelling, without mere dress: `\dfrac 12.` becomes `\frac{1}{2}`, a too long one ""."""
-    text = _rewrite(answer.strip().translate(_SYMBOLS), _SPELLINGS) if len(answer) <= LONGEST else ""
+    plain = _rewrite(answer.strip(), _RAISED_AND_LOWERED).translate(_SYMBOLS)
+    text = _rewrite(plain, _SPELLINGS) if len(answer) <= LONGEST else ""
     for _ in range(DEEPEST):
         wrapper = re.match(_WRAPPER, text)
         if wrapper is None or partner(text, wrapper.end()) != len(text) - 1 or re.fullmatch(_PHRASE, text):
@@ -524,6 +529,8 @@ def _same(x: Reading, y: Reading, ask: Ask) -> bool:
     if forms & {"time", "ratio"}:
         return _same_ratio(x, y, ask)
     if "tuple" in forms and forms <= {"tuple", "list"}:  # a list without brackets is a tuple with round ones
+        if "list" in forms and re.search(_SOLVED, f"{x.text}|{y.text}"):
+            return False  # the ends of an interval are not the interval
         same_ends = (x.ends or "()") == (y.ends or "()") and len(x.parts) == len(y.parts)
         return same_ends and all(same_answer(p, q, ask) for p, q in zip(x.parts, y.parts, strict=True))
     if forms <= {"list", "set"}:
@@ -564,6 +571,7 @@ def _same_collection(xs: tuple[str, ...], ys: tuple[str, ...], ask: Ask, as_set:
 _VAGUE = r"\\(?:approx|sim|cong|[lc]?dots)(?![a-zA-Z])|\.\.\.|(?<=[0-9)])_|(?<![_0-9.])[0-9.]+ +[0-9.]|[?]"
 _COUNTED = r"-?[0-9.,]+[a-zA-Z]+"  # 5m: a product, which math-verify may read as a length
 _RELATION = r"[<>]|\\(?:[lg]e|ne)(?![a-zA-Z])"
+_SOLVED = rf"{_RELATION}|\\text\{{or\}}|([a-zA-Z]+)=[^|]*,\1="  # 1<x<2; 1 or 2; x=1,x=2: none of them is a point
 _SOLUTIONS = r"[\[(].*,|\\(?:cup|setminus|mathbb|emptyset)"
 # What math-verify drops (f', the transpose) or cannot know (it takes the gcd of letters to be 1): alike in both
 _ALIKE = r"[a-zA-Z}]'+|\^\{?(?:T|\\top)\}?(?![a-zA-Z])|\\(?:gcd|lcm)\([^()]*[a-zA-Z][^()]*\)"
@@ -637,12 +645,17 @@ def answers_match(given: str | None, gold: str | None) -> bool:
 class ExactGrader:
     """Arithmetic and form only. Of two formulas, only equal spellings are equal: it undercounts LaTeX answers."""
 
-    name, version = "exact", "3"
+    name, version = "exact", "4"
     note = ""  # what a script prints before it grades
     asked = stopped = refused = 0  # as MathVerifyGrader's
 
     def match(self, answer: str | None, gold: str | None) -> bool:
         return answers_match(answer, gold)
+
+    def grade(self, solution: str, gold: str) -> bool:
+        """Whether the last box of a solution matches; where there is none, `match` is not asked."""
+        answer = extract_boxed(solution)
+        return answer is not None and self.match(answer, gold)
 
     def close(self) -> None:
         """End what the grader has started."""
@@ -663,7 +676,7 @@ class MathVerifyGrader(ExactGrader):
         """Limits of a comparison. Of processor time: no verdict depends on what else the machine does."""
         if importlib.util.find_spec("math_verify") is None:
             raise InputError("--grader math-verify: pip install math-verify; --grader exact undercounts LaTeX answers")
-        self.version = importlib.metadata.version("math-verify")
+        self.version = f"{importlib.metadata.version('math-verify')}, rules {ExactGrader.version}"
         self.limits = (seconds, memory_bytes)
         self._known: dict[tuple[str, str], bool] = {}
         self._slow: set[str] = set()

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
+
 from errors import InputError, one_line
 from grading import extract_boxed
 
@@ -113,6 +115,8 @@ def _read_csv(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         table, rows = csv.DictReader(lines, strict=True), []
         try:
+            if len(set(names := table.fieldnames or ())) < len(names):
+                raise csv.Error("two columns of one name")
             for row in table:
                 rows.append((f"{path}, line {table.line_num}", row))  # where the row ends
                 if None in row or None in row.values():
@@ -153,7 +157,8 @@ def _read_datasets(source: object, load: Callable) -> Rows:
     """The rows of the datasets.Dataset that `load` gives from the package.
 
     A label is only a number there, and where numbers and texts are mixed, texts lose their spelling ("007" is 7): in
-    place of such a value stands its type, which is refused where it is used.
+    place of such a value stands its type, which is refused where it is used. A number of 16 or 32 bits is spelled in as
+    few digits as it has: .1 of 32 bits is 0.1, not 0.10000000149011612.
     """
     try:
         import datasets
@@ -164,7 +169,10 @@ def _read_datasets(source: object, load: Callable) -> Rows:
     except Exception as error:  # the hub's errors have no common base class
         raise InputError(f"{source}: cannot be read ({type(error).__name__}: {one_line(error)})") from None
     odd = {name: kind for name, kind in data.features.items() if isinstance(kind, (datasets.ClassLabel, datasets.Json))}
-    return [(f"{source}, row {number}", row | odd) for number, row in enumerate(data)]
+    short = {name: np.dtype(kind.dtype).type for name, kind in data.features.items()
+             if getattr(kind, "dtype", None) in ("float16", "float32")}  # fmt: skip
+    rows = (row | {name: row[name] and str(kind(row[name])) for name, kind in short.items()} for row in data)
+    return [(f"{source}, row {number}", row | odd) for number, row in enumerate(rows)]
 
 
 def _columns(source: str, found: list[str], asked: str | None) -> dict[str, str | None]:
@@ -175,7 +183,8 @@ def _columns(source: str, found: list[str], asked: str | None) -> dict[str, str 
             raise InputError(f"--columns {asked}: not of the form problem=...,solution=...,answer=...")
         if column not in found:
             raise InputError(f"--columns {name}={column}: {source} has the columns {', '.join(found)}")
-    free = {column.lower(): column for column in found if column not in named.values()}
+    free = {column: column for column in found if column not in named.values()}
+    free = {column.lower(): column for column in free} | free  # the very name first
     return {name: next((free[c] for c in usual if c in free), None) for name, usual in USUAL.items()} | named
 
 

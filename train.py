@@ -65,6 +65,8 @@ def train_step(step: int, run: Training, data: list[Problem], config: TrainConfi
 
     # Sum over ranks, one division by the whole step's denominator, one update.
     run.stop.hold()
+    for parameter in run.parameters:  # without a gradient: a router's bias, say, of --lora_rank 0
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     ranks.sum_over_ranks([numerator, denominator, seen.table, *(p.grad for p in run.parameters)])
     denominator.clamp_(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
     value = numerator / denominator
@@ -173,7 +175,7 @@ def sample_rows(
         {
             "step": step, "slot": slot, "problem": problem.row, "answer": problem.answer, "text": text,
             "tokens": len(response.ids), "finish_reason": "eos" if response.finished else "length",
-            "correct": run.grader.match(grading.extract_boxed(text), problem.answer) if problem.answer else None,
+            "correct": run.grader.grade(text, problem.answer) if problem.answer else None,
         }
         for (_, _, step, slot), problem, response, text in zip(keys, drawn, y, texts, strict=True)
     ]  # fmt: skip
@@ -394,7 +396,7 @@ def score_held_out(log: records.RunLog, step: int, run: Training, data: list[Pro
     for decoding, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         settings = rollout.Sampling(temperature, 0.95, 0, config.max_new_tokens)
         for item in evaluate.solve(run.engine, run.tokenizer, data, mine, settings, prompts=run.prompts):
-            correct = run.grader.match(grading.extract_boxed(item.text), data[item.problem].answer)
+            correct = run.grader.grade(item.text, data[item.problem].answer)
             rows.append({"step": step, "decoding": decoding, "correct": correct, **asdict(item)})
     run.stop.hold()
     ranks.say(log.evaluate(step, [row for part in ranks.gather_objects(rows) for row in part]))
@@ -474,8 +476,8 @@ def take_steps(
             if step == 0 or (config.eval_steps and step % config.eval_steps == 0):
                 score_held_out(log, step, run, held_out, config)
             row, samples = train_step(step, run, data, config)  # from its update on, signals wait
-            done = step + 1
             log.append(row, [sample for part in ranks.gather_objects(samples) for sample in part])
+            done = step + 1  # with its rows: a step that is saved is not made again
             ranks.say("\n".join([metrics.step_line(row, config.num_steps), *watch.see(row)]))
             if done % config.save_steps == 0 or done == config.num_steps:
                 save(folder, done, run, config)

@@ -23,7 +23,7 @@ import torch
 
 import experiments.study.rules  # noqa: F401  (registers its rows: a run of one can be shown)
 from errors import InputError
-from grading import extract_boxed, make_grader
+from grading import make_grader
 from loss import log_probabilities, of_rows, resolve_method, score_tokens
 from model import adapter_disabled, head_logits, response_hidden
 from problems import Problem, load_problems
@@ -203,7 +203,7 @@ def _view(
     method, L = resolve_method(config.method, config), [len(response)]
     ids_M = torch.tensor(response, device=head_VD.device)
     scores = score_tokens(method, student_logp_MV, teacher_logp_MV, ids_M, config)
-    correct = grader.match(extract_boxed(tokenizer.decode(response, skip_special_tokens=True)), problem.answer)
+    correct = grader.grade(tokenizer.decode(response, skip_special_tokens=True), problem.answer)
     scores = of_rows(scores, L, correct=[correct], finished=[sampled.finished])
     w_M = method.token_weight(relative_position(L).to(ids_M.device), scores, L, step, config)
     best_MK = torch.maximum(student_logp_MV, teacher_logp_MV).topk(ALTERNATIVES, dim=-1).indices

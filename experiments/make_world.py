@@ -39,6 +39,7 @@ CHAT_TEMPLATE = (
 )
 IGNORED = -100
 MICRO_BATCH = 16
+MARK = "WORLD"  # a file of this name makes a folder ours
 SPLITS = {"train": 2000, "heldout": 400}  # problems written
 # (prompt, thinking, knows the reference or the answer), drawn in equal shares
 CONTEXTS = [(STUDENT_PROMPT, False, False), (EVALUATION_PROMPT, True, False)]
@@ -134,11 +135,15 @@ def write_problems(world: World, folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def claim(folder: Path, mark: str) -> None:
-    """Make the folder before the slow work. Raises InputError where that fails, or it holds files but not `mark`."""
+def claim(folder: Path, made: str) -> None:
+    """Make the folder before the slow work, and write `made` into it, as what makes it ours; its seed stands there too.
+
+    Raises InputError where that fails, or the folder holds files of somebody else.
+    """
     others = sorted(path.name for path in make_folder(folder).iterdir())
-    if others and mark not in others:
+    if others and MARK not in others:
         raise InputError(f"--output_dir {folder}: is not empty and holds no world of ours ({others[0]} is there)")
+    (folder / MARK).write_text(made + "\n")
 
 
 def main() -> None:
@@ -157,7 +162,7 @@ def main() -> None:
     name += f"-seed{args.seed}" if args.seed else ""
     output = args.output_dir or Path("runs/worlds") / name
 
-    claim(output, "model.safetensors" if world.from_scratch else "train.jsonl")
+    claim(output, f"world {args.world}, dose {world.teacher_leap}, seed {args.seed}")
     torch.manual_seed(args.seed)
     if world.from_scratch:
         tokenizer, folder = make_tokenizer(), output

@@ -166,7 +166,9 @@ def save_whole(model: PreTrainedModel, base: str, directory: Path) -> None:
 def model_card(folder: Path, step: int, base: str, is_adapter: bool) -> str:
     """README.md of a checkpoint: what it is, how it was made, how it is loaded, without paths of this machine."""
     record = read_record(folder) or {"config": {}}
-    config, prompt = record["config"], record.get("inputs", {}).get("prompts", {}).get("evaluation", EVALUATION_PROMPT)
+    config, prompts = record["config"], record.get("inputs", {}).get("prompts", {})
+    prompt, given = prompts.get("evaluation", EVALUATION_PROMPT), prompts.get("chat", {}).get("kwargs", {})
+    chat = {"enable_thinking": True, "thinking": True, **given}  # chat.py::apply_template
     name = Path(base).name if Path(base).is_dir() else base
     source, dtype, rank = name if is_adapter else ".", config.get("dtype", "auto"), config.get("lora_rank", 64)
     load = f'model = transformers.AutoModelForCausalLM.from_pretrained("{source}", dtype="{dtype}")'
@@ -180,9 +182,9 @@ def model_card(folder: Path, step: int, base: str, is_adapter: bool) -> str:
         data=_without_folders(config.get("data", "")), command=_without_folders(record.get("command", "")),
         processes=record.get("ranks", 1), commit=record.get("git_commit"),
         versions=", ".join(map(" ".join, record.get("versions", {}).items())),
-        source=source, load=load, dtype=dtype, tokens=config.get("max_new_tokens"), peft=",peft=." * is_adapter,
+        source=source, load=load, dtype=dtype, tokens=config.get("max_new_tokens"), peft=', "peft": "."' * is_adapter,
         served=lora if is_adapter else "--served-model-name pw",
-        example=json.dumps(prompt.replace("{problem}", "What is 2+3?")),
+        chat=chat, chat_json=json.dumps(chat), example=json.dumps(prompt.replace("{problem}", "What is 2+3?")),
         asked=json.dumps(prompt.replace("{problem}", "{{problem}}")),
     )  # fmt: skip
 

@@ -41,6 +41,8 @@ def load_model(
     require(dtype in DTYPES, "dtype", dtype, f"be one of auto, {', '.join(DTYPES)}")
     name, config = find_checkpoint(name), load_config(name)
     check_plain(config, name)
+    if str(config.dtype).endswith("float32") and dtype != "float32":
+        say(f"--model {name}: its float32 weights are rounded to {dtype}; --dtype float32 keeps them")
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False,
@@ -207,9 +209,13 @@ def match_heads(model: PreTrainedModel, other: PreTrainedModel) -> None:
         head.weight = nn.Parameter(head.weight[:rows], requires_grad=False)
 
 
-def context_length(config: PreTrainedConfig) -> int:
-    """Tokens that fit into a model's context."""
-    return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
+def context_length(config: PreTrainedConfig, on_server: bool = False) -> int:
+    """Tokens that fit into a model's context. In this process, with longrope, those of its short frequencies: beyond
+    them transformers changes the frequencies of a whole batch with its longest row, those of tokens before, too."""
+    rope = {} if on_server else getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # also one a kind of layer
+    short = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return int(min(getattr(config, "max_position_embeddings", None) or sys.maxsize, *short, sys.maxsize))
 
 
 # --- Which prompts fit into the context: counted in tokens before anything is sampled, never cut ----------------

@@ -156,7 +156,7 @@ def drift_warning(history: list[dict]) -> str | None:
     """
     told = [row["forward_kl"] for row in history if "forward_kl" in row]
     start, now = (sum(window) / COLLAPSE_WINDOW for window in (told[:COLLAPSE_WINDOW], told[-COLLAPSE_WINDOW:]))
-    if len(told) <= COLLAPSE_WINDOW or now <= max(1.5 * start, start + 1e-3):
+    if now <= max(1.5 * start, start + 1e-3):
         return None
     return f"the student moves away from its teacher: forward_kl went from {start:.2g} to {now:.2g}"
 

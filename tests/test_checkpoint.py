@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_model import PROMPTS
 from test_records import refuse
 
+from chat import Chat
 from errors import InputError
 from model import add_lora, lora_parameters
 from problems import Problem
@@ -336,7 +337,10 @@ def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path,
     config = {"method": "pwopsd", "data": data, "dtype": "float32", "max_new_tokens": 4, "lora_rank": 4}
     facts = {"config": config, "versions": {"torch": "2"}, "git_commit": "abc", "ranks": 4}
     (tmp_path / "run").mkdir()
-    record = {**facts, "command": command, "inputs": {"prompts": {"evaluation": asked}}}
+    told = {"enable_thinking": True, "thinking": True, "reasoning_effort": "high"}
+    chat, template = {"kwargs": {"reasoning_effort": "high"}}, tmp_path / "base" / "chat_template.jinja"
+    template.write_text("{{ messages[0].content }}{% if enable_thinking %}{{ reasoning_effort }}{% endif %}")
+    record = {**facts, "command": command, "inputs": {"prompts": {"evaluation": asked, "chat": chat}}}
     (tmp_path / "run" / "config.json").write_text(json.dumps(record))
     checkpoint, logits = trained(base, tmp_path / "run", lora)
     card = (checkpoint / "README.md").read_text()
@@ -353,7 +357,9 @@ def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path,
     exec(python.replace('"base"', f'"{tmp_path}/base"'), here)
     check_logits(here["model"], logits)
     example = Problem("What is 2+3?", "", "")
-    assert here["inputs"]["input_ids"][0].tolist() == encode_prompt(here["tokenizer"], asked, example, True)
+    wanted = encode_prompt(here["tokenizer"], asked, example, True, Chat(chat["kwargs"]))
+    assert here["inputs"]["input_ids"][0].tolist() == wanted and here["chat"] == told
+    assert here["tokenizer"].decode(wanted).endswith("high")
     assert 'dtype="float32"' in python
     request = json.loads(serve.partition("<<'END'\n")[2].partition("\nEND")[0])
     assert request["messages"] == here["messages"] and request["max_tokens"] == 4
@@ -362,7 +368,9 @@ def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path,
     task = yaml.safe_load(lm_eval.partition("<<'END'\n")[2].partition("\nEND\n")[0])
     assert task["doc_to_text"] == asked.replace("{problem}", "{{problem}}")
     assert re.findall(task["filter_list"][0]["filter"][0]["regex_pattern"], r"\boxed{1} \boxed{2}") == ["1", "2"]
-    assert f"pretrained={'base,dtype=float32,peft=.' if lora else '.,dtype=float32'} --tasks boxed" in lm_eval
+    given = json.loads(lm_eval.partition("--model_args '")[2].partition("'\n")[0])
+    assert given.pop("chat_template_args") == request["chat_template_kwargs"] == told
+    assert given == {"pretrained": "base" if lora else ".", "dtype": "float32"} | ({"peft": "."} if lora else {})
     (checkpoint / "README.md").write_text("mine")
     assert checkpoints.damage(checkpoint) is None
 

@@ -17,14 +17,25 @@ def evaluation(tmp_path):
     problems = [Problem(f"p{i}", "", str(i)) for i in range(4)]
 
     def make(
-        name, right, seeds=(0, 1), grader="exact", num_samples=2, answers="x", prompts="p", version="1", **changes
+        name,
+        right,
+        seeds=(0, 1),
+        grader="exact",
+        num_samples=2,
+        answers="x",
+        prompts="p",
+        version="1",
+        server="a server",
+        address="one",
+        **changes,
     ):
-        regime = {"model": "m", "adapter": name, "benchmark_sha256": "b", "temperature": 1.0, **changes}
+        regime = {"model": "m", "adapter": name, "benchmark_sha256": "b", "temperature": 1.0, "server": address}
+        regime |= changes
         samples = [
             Sample(i, n, seed, f"\\boxed{{{i if n < count else 99}}}", 5, "eos")
             for seed in seeds for i, count in enumerate(right) for n in range(2)
         ]  # fmt: skip
-        summary = {"num_samples": num_samples, "regime": regime, "inputs": {"prompts": prompts},
+        summary = {"num_samples": num_samples, "regime": regime, "inputs": {"prompts": prompts, "server": server},
                    "answers_sha256": answers, "grader": {"name": grader, "version": version, "stopped": 0}}  # fmt: skip
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text(json.dumps(summarise(samples, problems) | summary))
@@ -46,7 +57,8 @@ def test_two_evaluations_by_hand(evaluation):
     avg = cells(text)[2]
     assert avg == ["avg", "37.50", "37.50", "+0.00", "-", "[-112.52, +112.52] 147.11"]  # (3.182 + .978) 70.71 / 2
     assert text.endswith("\nNot evaluated alike: seeds, temperature.")
-    assert cells(compare([a], [evaluation("same", [1, 2, 0, 0])]))[2][3:] == ["+0.00", "-", "-"]  # no spread to go by
+    same = compare([a], [evaluation("same", [1, 2, 0, 0], address="another")])
+    assert cells(same)[2][3:] == ["+0.00", "-", "-"]  # no spread to go by
 
 
 def test_two_rows_of_a_study_by_hand(evaluation, call, capsys):
@@ -70,7 +82,8 @@ def test_what_cannot_be_compared_is_one_line(evaluation):
     a, b, c = (evaluation(name, [1, 2, 0, 0]) for name in "abc")
     changed = {"cool": {"temperature": 0.7}, "once": {"seeds": (0,)}, "other": {"benchmark_sha256": "x"},
                "verified": {"grader": "math-verify"}, "more": {"num_samples": 4},
-               "mended": {"answers": "y"}, "asked": {"prompts": "q"}, "newer": {"version": "2"}}  # fmt: skip
+               "mended": {"answers": "y"}, "asked": {"prompts": "q"}, "newer": {"version": "2"},
+               "here": {"server": "this process"}}  # fmt: skip
     runs = {name: evaluation(name, [1, 2, 0, 0], **changes) for name, changes in changed.items()}
     for left, right, said in (
         ([a, b], [c], "2 and 1 evaluations"),
@@ -78,6 +91,9 @@ def test_what_cannot_be_compared_is_one_line(evaluation):
         ([a, b], [c, runs["cool"]], "cool: evaluated otherwise .*temperature"),
         ([a, b], [c, runs["once"]], "once: evaluated otherwise .*seeds"),
         ([a, b], [c, runs["asked"]], "asked: evaluated otherwise .*prompts"),  # the file's name is no prompt
+        ([a, b], [c, runs["here"]], "here: evaluated otherwise .*server"),
+        ([a, b], [c, f"{a}/"], "is named twice"),
+        ([a], [f"{a}/none"], "none: no evaluation with a whole summary.json"),
         ([a], [runs["other"]], "other: not comparable with the first .benchmark .*, now x"),
         ([a], [runs["verified"]], "grader exact, now math-verify"),
         ([a], [runs["newer"]], "grader's version 1, now 2"),

@@ -403,6 +403,17 @@ def test_a_run_ends_with_table_1_and_pins_its_grader(script_with, tmp_path, monk
         script_with(flags + " --resume")
 
 
+def test_a_model_without_layers_to_drop_in_is_named_before_the_work(script_with, monkeypatch):
+    def load(*given, **more):
+        model = loading.load_model(*given, **more)
+        model.get_decoder = lambda: torch.nn.Linear(1, 1)
+        return model
+
+    monkeypatch.setattr(diagnose, "load_model", load)
+    with pytest.raises(InputError, match="--model tiny: Qwen3ForCausalLM has no `layers`"):
+        script_with("--num_problems 1")
+
+
 def test_a_prompt_without_room_is_named_by_its_source_and_row(script_with, tmp_path):
     """Before anything is sampled; the longer of the two contexts counts, and a row that just fits is taken."""
     loading.check_room("--data", [Problem("1", "", "1")], [78], 72, 150)

@@ -98,6 +98,14 @@ def test_mistakes_are_named(tmp_path, call):
         write_report([a_folder(tmp_path, [])], tmp_path)
     with pytest.raises(InputError, match="--output_dir"):
         call(report, "a", "b")
+    run, theirs = a_folder(tmp_path / "run", a_world(problems=10)), tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "report.md").write_text("# mine")
+    with pytest.raises(InputError, match=r"theirs: holds a report\.md of another program"):
+        write_report([run], theirs)
+    assert (theirs / "report.md").read_text() == "# mine"
+    (theirs / "report.md").unlink()
+    assert write_report([run], theirs) == write_report([run], theirs)  # our own is replaced
 
 
 def test_runs_side_by_side_have_the_numbers_that_each_has_alone(tmp_path):

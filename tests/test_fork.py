@@ -58,7 +58,7 @@ def test_what_forks_change(task, tmp_path, monkeypatch, call):
         kinds[kind]().save_pretrained(tmp_path / kind)
         tokenizer.save_pretrained(tmp_path / kind)
     fixed = f"--data {data} --columns problem=task,answer=key,solution=why --eval_data= --num_steps 1 --batch_size 4"
-    fixed += f" --max_new_tokens 24 --device cpu --output_dir {run} "
+    fixed += f" --max_new_tokens 64 --device cpu --output_dir {run} "
     words = (fixed + flags.format(family=tmp_path / "family", teacher=tmp_path / "teacher")).split()
     exec(script, {"loss": loss, "weighting": weighting, "grading": grading})
     call(train, *words)

@@ -264,6 +264,12 @@ def test_reopold_by_hand():
     assert method_loss("reopold", student, teacher, ids, mask, step=50).item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_mask_without_a_token_is_no_loss_and_not_nan():
+    student, teacher, ids, mask = random_case()
+    teacher = teacher.scatter(-1, ids[..., None], -100.0)  # every R is below the floor
+    assert method_loss("reopold", student, teacher, ids, mask, step=0).item() == 0.0
+
+
 def test_a_weight_may_look_at_the_rows_outcome(monkeypatch):
     student, teacher, ids, mask = random_case(lengths=(4, 2, 3))
     right = lambda r_M, scores, *_: torch.nan_to_num(scores.correct, nan=2.0) * scores.finished  # noqa: E731

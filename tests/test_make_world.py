@@ -135,7 +135,7 @@ def test_a_placed_world_has_sums_to_tune_on_and_others_four_times(call, tmp_path
 def test_the_embedded_model_is_made_from_scratch(tmp_path, call, monkeypatch):
     monkeypatch.setitem(WORLDS, "embedded", replace(WORLDS["embedded"], stages=((1, 1e-3),)))
     assert call(make_world, "--world", "embedded", "--output_dir", tmp_path / "tiny") is None
-    assert {path.name for path in (tmp_path / "tiny").iterdir()} == FILES | {"model.safetensors"}
+    assert {path.name for path in (tmp_path / "tiny").iterdir()} == FILES | {"model.safetensors", "WORLD"}
     assert (tmp_path / "tiny" / "model.safetensors").stat().st_size < 3.5e6
 
 
@@ -158,3 +158,11 @@ def test_a_folder_that_is_not_ours_is_refused_before_the_slow_work(call, world, 
         with pytest.raises(InputError, match=f"--output_dir {folder}: {said}"):
             call(make_world, "--world", world, "--output_dir", folder)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    for name in ("train.jsonl", "model.safetensors"):  # a name is no proof
+        (tmp_path / "theirs").mkdir(exist_ok=True)
+        (tmp_path / "theirs" / name).write_text("mine")
+    with pytest.raises(InputError, match="theirs: is not empty"):
+        call(make_world, "--world", world, "--output_dir", tmp_path / "theirs")
+    make_world.claim(tmp_path / "new", "world x, dose 0.4, seed 3")
+    make_world.claim(tmp_path / "new", "world x, dose 0.4, seed 3")  # once more: it is ours
+    assert (tmp_path / "new" / "WORLD").read_text() == "world x, dose 0.4, seed 3\n"

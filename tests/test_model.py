@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import families
 import pytest
@@ -14,7 +15,7 @@ from chat import end_of_turn, eos_ids
 from errors import InputError
 from model import add_lora, lora_layers, lora_parameters, response_hidden
 from runtime.checkpoint import load_adapter, save_adapter
-from runtime.loading import find_checkpoint, load_config, load_model, load_tokenizer, pick_device
+from runtime.loading import context_length, find_checkpoint, load_config, load_model, load_tokenizer, pick_device
 
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -85,6 +86,9 @@ def test_a_base_model_ends_where_its_template_ends_a_turn(qwen3):
     assert end_of_turn(tokenizer) == turn
     assert eos_ids(GenerationConfig(), tokenizer) == sorted({turn, tokenizer.eos_token_id})
     each = "{%- for m in messages %}{{ m.content + '<think>' }}{%- endfor %}"
+    for spaced in (" \n<|im_end|>", "<|im_end|>\nDone."):  # a space before it, the answer's words once more behind it
+        tokenizer.chat_template = "{%- for m in messages %}{{ m.content }}" + spaced + "{%- endfor %}"
+        assert end_of_turn(tokenizer) == (turn if "Done" not in spaced else None)
     for template in (None, "{{ raise_exception('users only') }}", "{{ messages[0].content }}", each):
         tokenizer.chat_template = template
         assert end_of_turn(tokenizer) is None
@@ -116,6 +120,27 @@ def test_the_gpu_gets_an_index_and_dtypes_have_names(checkpoint, monkeypatch):
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="bfloat16"):
         load_model(checkpoint, "bf16", device="cpu")
+
+
+def test_float32_weights_that_are_rounded_are_told(tmp_path, capsys):
+    """Below bfloat16's digits most of a full fine-tuning at a small rate would be lost in silence."""
+    model = families.odd("Phi3", pad_token_id=0)
+    for saved, loaded, told in ((torch.float32, "bfloat16", True), (torch.float32, "float32", False),
+                                (torch.bfloat16, "bfloat16", False)):  # fmt: skip
+        model.to(saved).save_pretrained(tmp_path)
+        load_model(tmp_path, loaded, device="cpu")
+        assert ("its float32 weights are rounded to bfloat16; --dtype float32" in capsys.readouterr().out) == told
+
+
+def test_the_context_of_longrope_ends_where_a_long_row_would_change_all():
+    def config(rope):
+        return SimpleNamespace(max_position_embeddings=400, rope_parameters=rope)
+
+    long = {"rope_type": "longrope", "original_max_position_embeddings": 110}
+    yarn = long | {"rope_type": "yarn"}
+    cases = ((None, 400), ({"rope_type": "default"}, 400), (yarn, 400), (long, 110), ({"a": yarn, "b": long}, 110))
+    assert [context_length(config(rope)) for rope, _ in cases] == [length for _, length in cases]
+    assert context_length(config(long), on_server=True) == 400
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ BAD = [
     ("d.jsonl", "[" * 100_000, "line 1: not valid JSON"),
     ("d.csv", "problem,solution\na,b,c\n", "line 2: not valid CSV .more or fewer cells"),
     ("d.csv", "problem,solution\na,1\n\nb\n", "line 4: not valid CSV .more or fewer"),
+    ("d.csv", "problem,answer,answer\na,1,2\n", "line 1: not valid CSV .two columns of one name"),
     ("d.csv", 'problem,solution\n"a,1\n', "line 2: not valid CSV .unexpected end"),
     ("d.csv", "problem;solution\na;1\n", "the columns are problem;solution"),
     ("d.csv", "problem,solution\n", "no problems in it"),
@@ -204,6 +205,16 @@ def test_values_whose_spelling_a_table_loses_are_refused(tmp_path):
         load_problems(str(tmp_path / "nan.parquet"), need_solution=False)
 
 
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+def test_a_number_of_a_table_has_as_few_digits_as_its_type(tmp_path, kind):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(problem=datasets.Value("string"), answer=datasets.Value(kind))
+    rows = {"problem": ["p"] * 3, "solution": ["\\boxed{9}"] * 3, "answer": [0.1, -2.5, None]}
+    features["solution"] = datasets.Value("string")
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d.parquet")
+    assert [problem.answer for problem in load_problems(str(tmp_path / "d.parquet"))] == ["0.1", "-2.5", "9"]
+
+
 def test_a_parquet_file_that_changes_is_read_anew(tmp_path):
     path = saved(tmp_path / "d.parquet", [{"problem": "p", "answer": "1"}])
     times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
@@ -221,6 +232,10 @@ ASKED, SOLVED = {"role": "user", "content": "q"}, {"role": "assistant", "content
     ({"ID": 1, "Problem": "q", "Solution": "s", "Answer": 2}, ("q", "s", "2")),
     ({"prompt": "instructions", "question": "q", "response": "s \\boxed{5}"}, ("q", "s \\boxed{5}", "5")),
     ({"problem": "q", "solution": "s", "final_answer": "guess", "answer": "1"}, ("q", "s", "1")),
+    ({"problem": "q", "solution": "s \\boxed{5}", "answer": " "}, ("q", "s \\boxed{5}", "5")),
+    ({"answer": "5", "Answer": "6", "problem": "q", "solution": "s", "SOLUTION": "no"}, ("q", "s", "5")),
+    ({"problem": "q", "solution": "s", "answer": "either \\boxed{1} or \\boxed{2}"},
+     ("q", "s", "either \\boxed{1} or \\boxed{2}")),
     ({"problem": "q", "solution": "s", "answer": "So we get \\boxed{5}, as wanted."}, ("q", "s", "5")),
     ({"problem": "q", "solution": "s", "answer": "\\boxed{5} \\text{ cm}"}, ("q", "s", "\\boxed{5} \\text{ cm}")),
     ({"problem": "q", "solution": "s", "answer": "\\boxed{1}, \\boxed{2}"}, ("q", "s", "\\boxed{1}, \\boxed{2}")),
@@ -260,6 +275,8 @@ def test_columns_by_name(tmp_path):
     for columns in ("question=task", "task", "=task", "problem:task"):
         with pytest.raises(InputError, match=f"--columns {columns}: not of the form"):
             load_problems(path, columns=columns)
+    path = jsonl(tmp_path, {"problem": "q", "answer": "\\boxed{7} \\text{ cm}"})  # a column that is taken is not free
+    assert texts(load_problems(path, columns="solution=answer")) == [("q", "\\boxed{7} \\text{ cm}", "7")]
     assert load_problems("tiny", columns="problem=task") == load_problems("tiny")  # their columns are known
     with pytest.raises(InputError, match="line 2: the problem is empty or missing"):  # one choice for all rows
         load_problems(jsonl(tmp_path, {"problem": "p", "solution": "s"}, {"question": "another", "solution": "s"}))

@@ -142,6 +142,11 @@ def test_what_cannot_be_a_folder_is_named(tmp_path):
         refused(rf"^--output_dir {path}", path, "train", False)
 
 
+def test_a_home_that_no_shell_has_put_in_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert records.new_folder("~/run", "x") == Path("/home/me/run")
+
+
 def test_two_runs_without_a_name_get_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert [str(records.new_folder(None, "name")) for _ in range(3)] == ["runs/name", "runs/name-2", "runs/name-3"]
@@ -187,6 +192,11 @@ def test_a_file_that_cannot_be_written_keeps_its_old_text_and_leaves_no_other(tm
     with pytest.raises(OSError, match="No space"):
         records.write_atomically(tmp_path / "a.json", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
+
+
+def test_rows_that_cannot_be_written_name_their_file(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path}: cannot be written .Is a directory"):
+        records.append_rows(tmp_path, [{"a": 1}])
 
 
 def test_links_are_not_followed(tmp_path):

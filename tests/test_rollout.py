@@ -112,6 +112,13 @@ def test_a_rows_sample_does_not_depend_on_its_batch(model, tokenizer):
     assert other != alone
 
 
+def test_each_row_ends_at_the_context_of_its_own(model, tokenizer):
+    prompts, settings = [[5] * 4, [5] * 7], Sampling(0.0, 1.0, 0, 20, context=10)
+    rows = sample(model, tokenizer, prompts, [(0,), (1,)], settings)
+    assert all(len(row.ids) == 10 - len(prompt) or row.finished for row, prompt in zip(rows, prompts, strict=True))
+    assert any(not row.finished for row in rows) and len(rows[1].ids) <= 3
+
+
 def test_greedy_equals_generates_greedy(model, tokenizer):
     prompt = student_prompt(tokenizer, PROBLEMS[0])
     (ours,) = sample(model, tokenizer, [prompt], [(0,)], Sampling(0.0, top_p=1.0, top_k=0, max_new_tokens=8))

@@ -21,16 +21,18 @@ from safetensors.torch import load_file
 import train
 from errors import InputError
 from grading import ExactGrader
-from loss import clipped_divergence, method_loss, sequence_mean
+from loss import METHODS, Method, clipped_divergence, method_loss, sequence_mean
 from model import LoRALinear, lora_parameters
 from problems import load_problems, tiny_problems
 from rollout import Response, Sampling
+from runtime import records
 from runtime.checkpoint import damage
 from runtime.engines import GenerateEngine
 from runtime.ranks import rank
 from runtime.records import read_rows
 from teacher import EVALUATION_PROMPT
 from train import PRESETS, Rollout, TrainConfig, build, micro_batches, parse_config, step_problems
+from weighting import SCHEDULES
 
 PROBLEMS = [{"problem": f"How many clips are {a} and {b}{' and nothing more' * (a % 3)}?",
              "solution": f"{a}+{b}=\\boxed{{{a + b}}}"} for a in range(1, 6) for b in range(1, 4)]  # fmt: skip
@@ -198,17 +200,24 @@ def uneven_rollouts(monkeypatch):
     def cut(self, prompts, keys, settings, on_finished=None):
         responses = original(self, prompts, keys, settings)
         sampled.append([row.ids[: 3 + key[-1]] for row, key in zip(responses, keys, strict=True)])
-        return [Response(ids, False) for ids in sampled[-1]]
+        return [Response(ids, len(ids) % 2 == 0) for ids in sampled[-1]]
 
     monkeypatch.setattr(GenerateEngine, "sample", cut)
     return sampled
 
 
-@pytest.mark.parametrize("method", ["opsd", "pwopsd", "eopd", "reopold"])
+def by_outcome(r_M, scores, lengths, step, options):
+    """A weight that looks at the row's outcome and at the loss, through which no gradient may flow."""
+    return 1.0 + scores.correct + 2.0 * scores.finished + 0.1 * scores.loss
+
+
+@pytest.mark.parametrize("method", ["opsd", "pwopsd", "eopd", "reopold", "by_outcome"])
 def test_the_gradient_of_a_step_is_that_of_the_plain_loss(qwen3, data, monkeypatch, uneven_rollouts, method):
     """Of two micro-batches, scale included: autograd of `method_loss`, all rows in one batch; then clipped."""
+    monkeypatch.setitem(METHODS, "by_outcome", Method(clipped_divergence, by_outcome, sequence_mean, clips=True))
+    monkeypatch.setattr(ExactGrader, "grade", lambda self, text, gold: int(gold) % 3 == 0)
     words = ["--method", method, "--max_grad_norm", 1e-3]
-    words += ["--tau_clip", 0.5] if method in ("opsd", "pwopsd") else []
+    words += ["--tau_clip", 0.5] if method in ("opsd", "pwopsd", "by_outcome") else []
     config = parse_config(flags(qwen3, data, *words))
     run, seen = build(config, CPU, ExactGrader()), []
     for layer in lora_parameters(run.model)[1::2]:  # B: an adapter that has learned something
@@ -232,7 +241,10 @@ def test_the_gradient_of_a_step_is_that_of_the_plain_loss(qwen3, data, monkeypat
     student_BTV = train.model.response_hidden(run.model, x_stu, ids) @ head_VD.T
     ids_BT = torch.tensor([row_ids + [0] * (6 - len(row_ids)) for row_ids in ids])
     mask_BT = train.model.response_mask([3, 4, 5, 6])
-    plain = method_loss(method, student_BTV, teacher_BTV, ids_BT, mask_BT, clip=0.5)
+    correct = [int(problem.answer) % 3 == 0 for problem in drawn]
+    outcome = {"correct": correct, "finished": [False, True, False, True]}
+    assert len({*correct}) == 2
+    plain = method_loss(method, student_BTV, teacher_BTV, ids_BT, mask_BT, clip=0.5, **outcome)
     wanted = torch.autograd.grad(plain, run.parameters)
     norm = torch.cat([g.flatten() for g in wanted]).norm().item()
     assert row["loss"] == pytest.approx(plain.item(), abs=1e-6) and plain.item() != 0.0
@@ -371,6 +383,43 @@ def test_a_loss_that_is_not_a_number_stops_with_step_and_problems(run, tmp_path,
     assert len(Run(tmp_path / "run").metrics) == 1 and (tmp_path / "run/checkpoint-1").is_dir()
 
 
+def test_weights_that_no_gradient_reaches_stay_as_they_are(qwen3, data):
+    """A router's bias, say, of a mixture of experts under --lora_rank 0."""
+    config = parse_config(flags(qwen3, data, "--lora_rank", 0, "--lora_alpha", 128))
+    run = build(config, CPU, ExactGrader())
+    spare = torch.nn.Parameter(torch.ones(2))
+    run.model.register_parameter("spare", spare)
+    assert any(each is spare for each in run.parameters)
+    row, _ = train.train_step(0, run, load_problems(str(data)), config)
+    assert row["grad_norm"] > 0.0 and spare.tolist() == [1.0, 1.0]
+
+
+def test_a_step_without_a_weighted_token_is_no_error(qwen3, data, monkeypatch):
+    """REOPOLD's mask may be empty over a whole step."""
+    monkeypatch.setitem(SCHEDULES, "nothing", torch.zeros_like)
+    config = parse_config(flags(qwen3, data, "--schedule", "nothing", "--reduction", "weighted_mean"))
+    row, _ = train.train_step(0, build(config, CPU, ExactGrader()), load_problems(str(data)), config)
+    assert row["loss"] == row["grad_norm"] == 0.0
+
+
+def test_a_step_whose_rows_cannot_be_written_is_not_saved(run, tmp_path, monkeypatch):
+    """It is made again on --resume, and no row is missing."""
+    write, calls = records.append_rows, []
+
+    def fails_late(path, rows):
+        calls.append(path)
+        if len(calls) == 3:  # metrics and samples of step 0, then those of step 1
+            raise InputError("the disk is full")
+        write(path, rows)
+
+    monkeypatch.setattr(records, "append_rows", fails_late)
+    with pytest.raises(InputError, match="the disk is full"):
+        run("--save_steps", 1)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+    monkeypatch.setattr(records, "append_rows", write)
+    assert [row["step"] for row in run("--save_steps", 1, "--resume", "true").samples] == [0] * 4 + [1] * 4 + [2] * 4
+
+
 def test_problems_that_are_too_long_are_left_out_and_the_others_keep_their_numbers(run, data, tmp_path):
     lines = data.read_text().splitlines(keepends=True)
     long = json.dumps({"problem": "Long?", "solution": "word " * 2100, "answer": "1"}) + "\n"
@@ -406,7 +455,7 @@ def test_the_rehearsal_changes_nothing_and_names_what_helps(qwen3, data, monkeyp
     before, seen = [p.detach().clone() for p in run.parameters], []
     hidden = train.model.response_hidden
     monkeypatch.setattr(train.model, "response_hidden", lambda *args: seen.append(args[1:]) or hidden(*args))
-    train.rehearse(run, ([5, 6], [5, 6, 7]), config)
+    train.rehearse(run, ([5, 6], [5, 6, 7]), replace(config, micro_batch_size=9, batch_size=3))
     ids = [run.tokenizer.eos_token_id] * 6
     assert seen == [([[5, 6, 7]] * 3, [ids] * 3), ([[5, 6]] * 3, [ids] * 3)]
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, run.parameters, strict=True))

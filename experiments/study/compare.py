@@ -12,10 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import InputError
+from errors import InputError, one_line
 from experiments.study.report import detectable, markdown, paired_difference
 from runtime.flags import run_script
 from runtime.records import difference
+
+
+def read_summary(folder: Path) -> dict:
+    """summary.json of an evaluation; InputError where there is none that is whole."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        if lacking := {"regime", "inputs", "answers_sha256", "grader", "num_samples", "seeds"} - summary.keys():
+            raise ValueError(f"{min(lacking)} is missing")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}: no evaluation with a whole summary.json ({one_line(error)})") from None
+    return summary
 
 
 def other_settings(a: dict, b: dict, source: str) -> list[str]:
@@ -30,7 +41,8 @@ def other_settings(a: dict, b: dict, source: str) -> list[str]:
     )  # fmt: skip
     if change := difference(asked, here):
         raise InputError(f"{source}: not comparable with the first ({change})")
-    a_regime, b_regime = (s["regime"] | {"prompts": s["inputs"]["prompts"]} for s in (a, b))  # the tokens, not a path
+    pinned = ("prompts", "server")  # the tokens, not a path; whether a server samples, not its address
+    a_regime, b_regime = (s["regime"] | {name: s["inputs"].get(name) for name in pinned} for s in (a, b))
     ours = ("model", "adapter", "benchmark")
     different = [name for name, value in a_regime.items() if name not in ours and b_regime.get(name) != value]
     return sorted(different + ["seeds"] * (a["seeds"] != b["seeds"]))
@@ -45,9 +57,10 @@ def compare(left: list[str], right: list[str]) -> str:
     if len(left) != len(right):
         raise InputError(f"--left and --right: {len(left)} and {len(right)} evaluations, which are no pairs")
     sources = [*left, *right]
-    if twice := sorted({source for source in sources if sources.count(source) > 1}):
+    paths = [Path(source).resolve() for source in sources]
+    if twice := sorted({source for source, path in zip(sources, paths, strict=True) if paths.count(path) > 1}):
         raise InputError(f"--left and --right: {', '.join(twice)} is named twice")
-    summaries = [json.loads((Path(source) / "summary.json").read_text(encoding="utf-8")) for source in sources]
+    summaries = [read_summary(path) for path in paths]
     for source, summary in zip(sources[1:], summaries[1:], strict=True):
         different = other_settings(summaries[0], summary, source)
         if different and len(left) > 1:
