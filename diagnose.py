@@ -341,6 +341,8 @@ def prepare(config: DiagnoseConfig, device: torch.device, folder: Path, record: 
     problems, prompts = draw_problems(config), load_prompts(config.prompts, date=records.first_day(record))
     grader = make_grader(config.grader, [problem.answer for problem in problems])
     model, tokenizer = load_model(config.model, config.dtype, device=device), load_tokenizer(config.model)
+    if not hasattr(model.get_decoder(), "layers"):
+        raise InputError(f"--model {config.model}: {type(model).__name__} has no `layers` for the dropout of phase D")
     for note in filter(None, [grader.note, *check_prompts(tokenizer, prompts, ("student", "diagnostic"))]):
         say(note)
     config = replace(config, dtype=str(model.dtype).removeprefix("torch."), grader=f"{grader.name} {grader.version}")
@@ -348,10 +350,6 @@ def prepare(config: DiagnoseConfig, device: torch.device, folder: Path, record: 
         engine = connect(config.server, config.model, tokenizer, config.batch_size)
     else:
         engine = GenerateEngine(model, tokenizer, config.batch_size)
-    if not hasattr(model.get_decoder(), "layers"):
-        raise InputError(
-            f"--model {config.model}: {type(model).__name__} has no `layers`, which phase D's dropout needs"
-        )
     run = Diagnosis(model, tokenizer, engine, grader, problems, config, folder, prompts)
     if config.context > context_length(model.config):
         raise InputError(f"--context {config.context}: the model's is {context_length(model.config)}")

@@ -262,7 +262,7 @@ def main() -> None:
     config = FlagParser(EvaluationConfig, __doc__).parse()
     config = on_device(config, start_ranks(config.device))
     check_config(config)
-    benchmark, folder = load_problems(config.benchmark, False, config.columns), Path(config.output_dir).expanduser()
+    benchmark, folder = load_problems(config.benchmark, False, config.columns), Path(config.output_dir)
     problems = benchmark[: config.limit]
     if again := len(problems) - len({item.problem for item in problems}):
         say(f"--benchmark {config.benchmark}: {again} problems repeat another; means and intervals count each of them")
@@ -297,7 +297,7 @@ def begin(
     """
     problems = benchmark[: config.limit]
     encoded = encode(tokenizer, problems, config.enable_thinking, prompts)
-    model_config, on_server = load_config(config.model).get_text_config(), config.server is not None
+    model_config, on_server = load_config(config.model).get_text_config(), bool(config.server)
     lengths, context = [len(ids) for ids in encoded], context_length(model_config, on_server)
     check_room(f"--benchmark {config.benchmark}", problems, lengths, 1, context)
     if (room := context - max(lengths)) < config.max_new_tokens:

@@ -123,10 +123,6 @@ _SYMBOLS = str.maketrans(
     | dict.fromkeys("\u200b\u2060\ufeff", "")
 )
 _SMALL = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉", "-01234567890123456789")
-_RAISED_AND_LOWERED = [
-    ("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda run: f"^{{{run[0].translate(_SMALL)}}}"),  # 10¹² is 10^{12}, not 10^1^2
-    ("[₀-₉]+", lambda run: f"_{{{run[0].translate(_SMALL)}}}"),
-]
 _DRESS_ONLY = """
 left right big bigl bigr Big Bigl Bigr bigg biggl biggr displaystyle textstyle large Large bf rm limits mathbf
 boldsymbol bm mathit mathsf mathnormal underline
@@ -141,6 +137,8 @@ _FUNCTIONS = r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|gcd|lcm|max|mi
 _GROUPS = r"(?<![0-9.,])(?<![0-9.,] )([1-9][0-9]{0,2}(?: [0-9]{3})+)(?![0-9/]| ?[0-9]| ?\\[dt]?frac)"
 # In this order: delimiters, spaces, one command for its synonyms, braces where they may miss
 _SPELLINGS = [
+    ("([⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)|[₀-₉]+",  # 10¹² is 10^{12}, not 10^1^2
+     lambda run: f"{'^' if run[1] else '_'}{{{run[0].translate(_SMALL)}}}"),
     (r"^\s*(?:\*\*|__|`)\s*(.*?)\s*(?:\*\*|__|`)\s*$", r"\1"),  # Markdown
     (r"(?i)^\s*(?:\\text(?:bf|rm|it)?\{)?\s*(?:the )?(?:final )?ans(?:wer|\.)?\s*(?:is|:|=)\s*:?\s*\}?(?=.)", ""),
     (rf"\\\\\[[0-9.]+[a-z]{{2}}\]|\\cr{_END}", r"\\\\"),  # the line breaks of matrices: \\[2pt]
@@ -190,8 +188,7 @@ _PHRASE = r"\\text\{(?:[a-zA-Z]{2,}(?:-[a-zA-Z]{2,})*|[a-zA-Z]+(?: [a-zA-Z]+)+)\
 @lru_cache(maxsize=4096)
 def normalise_answer(answer: str) -> str:
     r"""The answer in one spelling, without mere dress: `\dfrac 12.` becomes `\frac{1}{2}`, a too long one ""."""
-    plain = _rewrite(answer.strip(), _RAISED_AND_LOWERED).translate(_SYMBOLS)
-    text = _rewrite(plain, _SPELLINGS) if len(answer) <= LONGEST else ""
+    text = _rewrite(answer.strip().translate(_SYMBOLS), _SPELLINGS) if len(answer) <= LONGEST else ""
     for _ in range(DEEPEST):
         wrapper = re.match(_WRAPPER, text)
         if wrapper is None or partner(text, wrapper.end()) != len(text) - 1 or re.fullmatch(_PHRASE, text):
@@ -529,7 +526,8 @@ def _same(x: Reading, y: Reading, ask: Ask) -> bool:
     if forms & {"time", "ratio"}:
         return _same_ratio(x, y, ask)
     if "tuple" in forms and forms <= {"tuple", "list"}:  # a list without brackets is a tuple with round ones
-        if "list" in forms and re.search(_SOLVED, f"{x.text}|{y.text}"):
+        told = [{found[1] or found[0] for found in re.finditer(_SOLVED, reading.text)} for reading in (x, y)]
+        if "list" in forms and told[0] != told[1]:
             return False  # the ends of an interval are not the interval
         same_ends = (x.ends or "()") == (y.ends or "()") and len(x.parts) == len(y.parts)
         return same_ends and all(same_answer(p, q, ask) for p, q in zip(x.parts, y.parts, strict=True))
@@ -571,7 +569,8 @@ def _same_collection(xs: tuple[str, ...], ys: tuple[str, ...], ask: Ask, as_set:
 _VAGUE = r"\\(?:approx|sim|cong|[lc]?dots)(?![a-zA-Z])|\.\.\.|(?<=[0-9)])_|(?<![_0-9.])[0-9.]+ +[0-9.]|[?]"
 _COUNTED = r"-?[0-9.,]+[a-zA-Z]+"  # 5m: a product, which math-verify may read as a length
 _RELATION = r"[<>]|\\(?:[lg]e|ne)(?![a-zA-Z])"
-_SOLVED = rf"{_RELATION}|\\text\{{or\}}|([a-zA-Z]+)=[^|]*,\1="  # 1<x<2; 1 or 2; x=1,x=2: none of them is a point
+# 1<x<2; 1 or 2; x=1,x=2: none of them is a point
+_SOLVED = rf"{_RELATION}|\\text\{{or\}}|(?<![\\a-zA-Z])(\\?[a-zA-Z]+(?:_[0-9a-zA-Z])?)=.*(?:[,;]|\\text\{{and\}})\1="
 _SOLUTIONS = r"[\[(].*,|\\(?:cup|setminus|mathbb|emptyset)"
 # What math-verify drops (f', the transpose) or cannot know (it takes the gcd of letters to be 1): alike in both
 _ALIKE = r"[a-zA-Z}]'+|\^\{?(?:T|\\top)\}?(?![a-zA-Z])|\\(?:gcd|lcm)\([^()]*[a-zA-Z][^()]*\)"
@@ -676,7 +675,7 @@ class MathVerifyGrader(ExactGrader):
         """Limits of a comparison. Of processor time: no verdict depends on what else the machine does."""
         if importlib.util.find_spec("math_verify") is None:
             raise InputError("--grader math-verify: pip install math-verify; --grader exact undercounts LaTeX answers")
-        self.version = f"{importlib.metadata.version('math-verify')}, rules {ExactGrader.version}"
+        self.version = f"{ExactGrader.version} on {importlib.metadata.version('math-verify')}"
         self.limits = (seconds, memory_bytes)
         self._known: dict[tuple[str, str], bool] = {}
         self._slow: set[str] = set()

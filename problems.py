@@ -115,8 +115,9 @@ def _read_csv(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         table, rows = csv.DictReader(lines, strict=True), []
         try:
-            if len(set(names := table.fieldnames or ())) < len(names):
-                raise csv.Error("two columns of one name")
+            names = list(table.fieldnames or ())
+            if twice := [name for usual in USUAL.values() for name in usual if names.count(name) > 1]:
+                raise csv.Error(f"two columns {twice[0]}")
             for row in table:
                 rows.append((f"{path}, line {table.line_num}", row))  # where the row ends
                 if None in row or None in row.values():
@@ -157,8 +158,8 @@ def _read_datasets(source: object, load: Callable) -> Rows:
     """The rows of the datasets.Dataset that `load` gives from the package.
 
     A label is only a number there, and where numbers and texts are mixed, texts lose their spelling ("007" is 7): in
-    place of such a value stands its type, which is refused where it is used. A number of 16 or 32 bits is spelled in as
-    few digits as it has: .1 of 32 bits is 0.1, not 0.10000000149011612.
+    place of such a value stands its type, which is refused where it is used. A number of 16 or 32 bits has few
+    digits: .1 is 0.1, not 0.10000000149011612.
     """
     try:
         import datasets
@@ -170,9 +171,14 @@ def _read_datasets(source: object, load: Callable) -> Rows:
         raise InputError(f"{source}: cannot be read ({type(error).__name__}: {one_line(error)})") from None
     odd = {name: kind for name, kind in data.features.items() if isinstance(kind, (datasets.ClassLabel, datasets.Json))}
     short = {name: np.dtype(kind.dtype).type for name, kind in data.features.items()
-             if getattr(kind, "dtype", None) in ("float16", "float32")}  # fmt: skip
-    rows = (row | {name: row[name] and str(kind(row[name])) for name, kind in short.items()} for row in data)
+             if isinstance(kind, datasets.Value) and kind.dtype in ("float16", "float32")}  # fmt: skip
+    rows = (row | {name: _as_short(row[name], kind) for name, kind in short.items()} for row in data)
     return [(f"{source}, row {number}", row | odd) for number, row in enumerate(rows)]
+
+
+def _as_short(value: float | None, kind: type) -> float | str | None:
+    """A broken number in the few digits of its type; a whole one has all of its digits as it is."""
+    return value if value is None or not math.isfinite(value) or value.is_integer() else str(kind(value))
 
 
 def _columns(source: str, found: list[str], asked: str | None) -> dict[str, str | None]:

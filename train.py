@@ -66,7 +66,8 @@ def train_step(step: int, run: Training, data: list[Problem], config: TrainConfi
     # Sum over ranks, one division by the whole step's denominator, one update.
     run.stop.hold()
     for parameter in run.parameters:  # without a gradient: a router's bias, say, of --lora_rank 0
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     ranks.sum_over_ranks([numerator, denominator, seen.table, *(p.grad for p in run.parameters)])
     denominator.clamp_(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
     value = numerator / denominator

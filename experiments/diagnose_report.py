@@ -266,9 +266,9 @@ def write_report(runs: list[Path], output_dir: Path) -> str:
     """OUTPUT_DIR/report.md on all runs; returns its text. Figure 1 is drawn last: it needs matplotlib."""
     if output_dir not in runs:  # a folder named wrongly is not made
         make_folder(output_dir)
-        there = [path for name in ("report.md", "figure1.png") if (path := output_dir / name).exists()]
-        if there and not there[0].read_bytes().startswith(b"| run |"):
-            raise InputError(f"--output_dir {output_dir}: holds a {there[0].name} of another program")
+        theirs = output_dir / "report.md"
+        if theirs.is_file() and not theirs.read_bytes().startswith(b"| run |"):
+            raise InputError(f"--output_dir {output_dir}: holds a report.md of another program")
     titled = {str(run): analyse_run(run) for run in runs}
     columns = [column(result) for _, result in titled.values()]
     parts = [markdown(["run", *titled], [[name, *(entry[name] for entry in columns)] for name in columns[0]])]

@@ -138,12 +138,14 @@ def write_problems(world: World, folder: Path) -> None:
 def claim(folder: Path, made: str) -> None:
     """Make the folder before the slow work, and write `made` into it, as what makes it ours; its seed stands there too.
 
-    Raises InputError where that fails, or the folder holds files of somebody else.
+    Raises InputError where that fails, or the folder holds files of somebody else, or another world.
     """
-    others = sorted(path.name for path in make_folder(folder).iterdir())
-    if others and MARK not in others:
-        raise InputError(f"--output_dir {folder}: is not empty and holds no world of ours ({others[0]} is there)")
-    (folder / MARK).write_text(made + "\n")
+    others, mark = sorted(path.name for path in make_folder(folder).iterdir()), folder / MARK
+    there = mark.read_text().strip() if mark.is_file() else ""
+    if others and there != made:
+        holds = f"holds {there}, not {made}" if there else f"is not empty and has no file {MARK} ({others[0]} is there)"
+        raise InputError(f"--output_dir {folder}: {holds}")
+    mark.write_text(made + "\n")
 
 
 def main() -> None:

@@ -184,7 +184,8 @@ def model_card(folder: Path, step: int, base: str, is_adapter: bool) -> str:
         versions=", ".join(map(" ".join, record.get("versions", {}).items())),
         source=source, load=load, dtype=dtype, tokens=config.get("max_new_tokens"), peft=', "peft": "."' * is_adapter,
         served=lora if is_adapter else "--served-model-name pw",
-        chat=chat, chat_json=json.dumps(chat), example=json.dumps(prompt.replace("{problem}", "What is 2+3?")),
+        chat=chat, chat_json=json.dumps(chat).replace("'", "\\u0027"),
+        example=json.dumps(prompt.replace("{problem}", "What is 2+3?")),
         asked=json.dumps(prompt.replace("{problem}", "{{problem}}")),
     )  # fmt: skip
 

@@ -42,7 +42,7 @@ def load_model(
     name, config = find_checkpoint(name), load_config(name)
     check_plain(config, name)
     if str(config.dtype).endswith("float32") and dtype != "float32":
-        say(f"--model {name}: its float32 weights are rounded to {dtype}; --dtype float32 keeps them")
+        say(f"{name}: its float32 weights are rounded to {dtype}; --dtype float32 keeps them")
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False,

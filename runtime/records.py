@@ -75,7 +75,7 @@ NO_LOCKS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF
 
 def new_folder(output_dir: str | None, name: str) -> Path:
     """--output_dir, or a new folder runs/NAME that nothing has taken yet; the same on all ranks."""
-    folder, number = Path(output_dir or f"runs/{name}").expanduser(), 2
+    folder, number = Path(output_dir or f"runs/{name}"), 2
     while output_dir is None and rank() == 0:
         try:
             folder.mkdir(parents=True)  # of two processes, one makes it

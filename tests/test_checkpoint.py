@@ -337,8 +337,11 @@ def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path,
     config = {"method": "pwopsd", "data": data, "dtype": "float32", "max_new_tokens": 4, "lora_rank": 4}
     facts = {"config": config, "versions": {"torch": "2"}, "git_commit": "abc", "ranks": 4}
     (tmp_path / "run").mkdir()
-    told = {"enable_thinking": True, "thinking": True, "reasoning_effort": "high"}
-    chat, template = {"kwargs": {"reasoning_effort": "high"}}, tmp_path / "base" / "chat_template.jinja"
+    told = {"enable_thinking": True, "thinking": True, "reasoning_effort": "high", "who": "it's $HOME"}
+    chat, template = (
+        {"kwargs": {"reasoning_effort": "high", "who": "it's $HOME"}},
+        tmp_path / "base" / "chat_template.jinja",
+    )
     template.write_text("{{ messages[0].content }}{% if enable_thinking %}{{ reasoning_effort }}{% endif %}")
     record = {**facts, "command": command, "inputs": {"prompts": {"evaluation": asked, "chat": chat}}}
     (tmp_path / "run" / "config.json").write_text(json.dumps(record))

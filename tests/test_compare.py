@@ -1,6 +1,7 @@
 """Paired differences of evaluations by hand, and what may not be compared."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +85,10 @@ def test_what_cannot_be_compared_is_one_line(evaluation):
                "verified": {"grader": "math-verify"}, "more": {"num_samples": 4},
                "mended": {"answers": "y"}, "asked": {"prompts": "q"}, "newer": {"version": "2"},
                "here": {"server": "this process"}}  # fmt: skip
+    torn, cut = Path(evaluation("torn", [1, 2, 0, 0])), Path(evaluation("cut", [1, 2, 0, 0]))
+    whole = json.loads((torn / "summary.json").read_text())
+    (torn / "summary.json").write_text(json.dumps({name: whole[name] for name in whole if name != "per_problem"}))
+    (cut / "summary.json").write_text((cut / "summary.json").read_text()[:200])
     runs = {name: evaluation(name, [1, 2, 0, 0], **changes) for name, changes in changed.items()}
     for left, right, said in (
         ([a, b], [c], "2 and 1 evaluations"),
@@ -94,6 +99,8 @@ def test_what_cannot_be_compared_is_one_line(evaluation):
         ([a, b], [c, runs["here"]], "here: evaluated otherwise .*server"),
         ([a, b], [c, f"{a}/"], "is named twice"),
         ([a], [f"{a}/none"], "none: no evaluation with a whole summary.json"),
+        ([a], [torn], r"torn: no evaluation with a whole summary.json .per_problem is missing"),
+        ([a], [cut], "cut: no evaluation with a whole summary.json"),
         ([a], [runs["other"]], "other: not comparable with the first .benchmark .*, now x"),
         ([a], [runs["verified"]], "grader exact, now math-verify"),
         ([a], [runs["newer"]], "grader's version 1, now 2"),

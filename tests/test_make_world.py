@@ -99,7 +99,8 @@ def test_training_lowers_the_loss(capsys):
 
 def test_a_world_is_written_as_the_scripts_read_it(tmp_path, call, monkeypatch):
     monkeypatch.setitem(WORLDS, "leap", replace(WORLDS["leap"], stages=((1, 1e-3),), batch_size=4))
-    assert call(make_world, "--world", "leap", "--dose", "0.2", "--output_dir", tmp_path) is None
+    assert call(make_world, "--world", "leap", "--dose", "0.2", "--seed", 5, "--output_dir", tmp_path) is None
+    assert (tmp_path / "WORLD").read_text() == "world leap, dose 0.2, seed 5\n"
     assert {path.name for path in (tmp_path / "model").iterdir()} == FILES | {"model.safetensors"}
     load_model(str(tmp_path / "model"), device="cpu")
     assert len(load_tokenizer(str(tmp_path / "model"))) == len(load_tokenizer("tiny"))
@@ -151,7 +152,7 @@ def test_a_folder_that_is_not_ours_is_refused_before_the_slow_work(call, world, 
     monkeypatch.setattr(make_world, "train", None)
     (tmp_path / "thesis.txt").write_text("mine")
     for folder, said in (
-        (tmp_path, "is not empty and holds no world of ours .thesis.txt is there"),
+        (tmp_path, "is not empty and has no file WORLD .thesis.txt is there"),
         (tmp_path / "thesis.txt", "cannot be written"),
         (tmp_path / "thesis.txt" / "world", "cannot be written"),
     ):
@@ -165,4 +166,6 @@ def test_a_folder_that_is_not_ours_is_refused_before_the_slow_work(call, world, 
         call(make_world, "--world", world, "--output_dir", tmp_path / "theirs")
     make_world.claim(tmp_path / "new", "world x, dose 0.4, seed 3")
     make_world.claim(tmp_path / "new", "world x, dose 0.4, seed 3")  # once more: it is ours
+    with pytest.raises(InputError, match=r"new: holds world x, dose 0\.4, seed 3, not world x, dose 0\.4, seed 4"):
+        make_world.claim(tmp_path / "new", "world x, dose 0.4, seed 4")
     assert (tmp_path / "new" / "WORLD").read_text() == "world x, dose 0.4, seed 3\n"

@@ -142,11 +142,6 @@ def test_what_cannot_be_a_folder_is_named(tmp_path):
         refused(rf"^--output_dir {path}", path, "train", False)
 
 
-def test_a_home_that_no_shell_has_put_in_is_found(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert records.new_folder("~/run", "x") == Path("/home/me/run")
-
-
 def test_two_runs_without_a_name_get_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert [str(records.new_folder(None, "name")) for _ in range(3)] == ["runs/name", "runs/name-2", "runs/name-3"]

@@ -362,10 +362,18 @@ def test_bfloat16_trains_a_float32_adapter(run, monkeypatch):
     assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
 
 
-def test_a_problem_without_an_answer_is_not_graded():
-    run = SimpleNamespace(tokenizer=train.loading.load_tokenizer("tiny"), grader=ExactGrader())
-    drawn, keys = [train.Problem("1+1", "so two", "")], [(42, train.ROLLOUT_STREAM, 0, 0)]
-    assert train.sample_rows(drawn, keys, [Response([5], True)], run)[0]["correct"] is None
+class Strict(ExactGrader):
+    """As a user may write one: it wants two texts."""
+
+    def match(self, answer, gold):
+        return answer.strip() == gold.strip()
+
+
+def test_a_problem_without_an_answer_is_not_graded_and_a_text_without_a_box_is_wrong():
+    run = SimpleNamespace(tokenizer=train.loading.load_tokenizer("tiny"), grader=Strict())
+    drawn, keys = [train.Problem("1+1", "so two", ""), train.Problem("1+1", "", "2")], [(42, 1, 0, 0)] * 2
+    rows = train.sample_rows(drawn, keys, [Response([5], True)] * 2, run)
+    assert [row["correct"] for row in rows] == [None, False]
 
 
 def test_a_loss_that_is_not_a_number_stops_with_step_and_problems(run, tmp_path, monkeypatch):
@@ -687,6 +695,7 @@ def test_sigterm_while_scoring_held_out_problems_is_made_up_for(run, whole, held
 
 def test_held_out_accuracy_is_measured_before_and_after(run, held_out, monkeypatch):
     """By the evaluation protocol and greedy, whatever the rollouts' sampling."""
+    monkeypatch.setattr(ExactGrader, "match", Strict.match)  # is not asked about what has no box
     original, calls = train.evaluate.solve, []
 
     def spy(engine, tokenizer, problems, jobs, settings, prompts):
