@@ -74,7 +74,7 @@ def load_prompts(path: str | None, chat_template_kwargs: str | None = None, date
         kwargs = json.loads(chat_template_kwargs or "{}")
         flag, value = "prompts", path
         given = json.loads(Path(path).read_text(encoding="utf-8-sig")) if path else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--{flag} {value}: cannot be read as JSON ({error})") from None
     is_fine = isinstance(kwargs, dict) and not kwargs.keys() & NOT_KWARGS
     others = f"be an object, without {', '.join(sorted(NOT_KWARGS))} (the thinking mode has flags of its own)"

@@ -68,7 +68,7 @@ def load_adapter(model: PreTrainedModel, directory: Path | str) -> None:
     """Add the adapter in a directory of PEFT's format. Raises InputError where it is none, or does not fit."""
     try:
         config = json.loads((Path(directory) / ADAPTER_CONFIG).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--adapter {directory}: not an adapter ({one_line(error)})") from None
     check_adapter_fields(config, directory)
     base, here = (str(name or "") for name in (config.get("base_model_name_or_path"), model.name_or_path))
@@ -222,7 +222,7 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} is damaged (checksum)"
         if checkpoint.name != f"checkpoint-{manifest['step']}" or TRAINER_STATE not in manifest["sha256"]:
             return f"{MANIFEST} is damaged"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"incomplete ({type(error).__name__}: {error})"
     return None
 

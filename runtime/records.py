@@ -161,7 +161,7 @@ def read_record(folder: Path) -> dict | None:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         return record if isinstance(record["config"], dict) and "versions" in record else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -362,7 +362,7 @@ class RunLog:
         try:
             stored = gather_objects(json.loads(self.file.read_text()) if self.file.exists() else {})[0]
             self.evaluation = {step: value for step, value in stored.items() if int(step) <= start}
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{self.file}: not the accuracies of a run ({error})") from None
         rows = [self._cut(name, start) for name in ("metrics.jsonl", "samples.jsonl")] if rank() == 0 else [None]
         self.earlier: list[dict] = gather_objects(rows[0])[0]

@@ -89,7 +89,9 @@ def test_any_harmed_file_is_noticed_and_the_checkpoint_before_is_used(run, name,
     assert "checkpoint-2" in line and "using the checkpoint before it" in line
 
 
-@pytest.mark.parametrize("manifest", ["[]", '{"step": 2, "sha256": {}}', '{"step": 2, "sha256": 1}', "{}", "\0"])
+@pytest.mark.parametrize(
+    "manifest", ["[]", '{"step": 2, "sha256": {}}', '{"step": 2, "sha256": 1}', "{}", "\0", "[" * 99_999]
+)
 def test_a_manifest_that_vouches_for_nothing_is_no_checkpoint(run, manifest):
     (run / "checkpoint-2" / "manifest.json").write_text(manifest)
     assert checkpoints.damage(run / "checkpoint-2") is not None

@@ -28,6 +28,7 @@ def failing(error):
     (FloatingPointError("step 3: loss nan"), "error: step 3: loss nan$"), (MemoryError(), "error: out of memory"),
     (OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"), "No space left .*metrics.jsonl"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory .*--micro_batch_size"),
+    (BrokenPipeError(errno.EPIPE, "Broken pipe"), "nobody reads the output any more; what was written stays"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "error: out of memory"),
 ])  # fmt: skip
 def test_what_a_user_can_mend_is_one_line(error, said):

@@ -404,7 +404,8 @@ def test_templates_from_a_file(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    ("not json", "cannot be read as JSON"), ("[]", "must be an object with some of student, teacher"),
+    ("not json", "cannot be read as JSON"), ("[" * 100_000, "cannot be read as JSON"),
+    ("[]", "must be an object with some of student, teacher"),
     ('{"pupil": "{problem}"}', "must be an object"), ('{"student": 1}', "student: {problem} is missing"),
     ('{"student": "{question}"}', "student: {problem} is missing"),
     ('{"student": "{problem} \\\\boxed{answer}"}', "student: must not show {answer}"),
