@@ -65,14 +65,12 @@ def train_step(step: int, run: Training, data: list[Problem], config: TrainConfi
 
     # Sum over ranks, one division by the whole step's denominator, one update.
     run.stop.hold()
-    for parameter in run.parameters:  # without a gradient: a router's bias, say, of --lora_rank 0
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    ranks.sum_over_ranks([numerator, denominator, seen.table, *(p.grad for p in run.parameters)])
+    gradients = run.gradients()
+    ranks.sum_over_ranks([numerator, denominator, seen.table, *gradients])
     denominator.clamp_(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
     value = numerator / denominator
-    for parameter in run.parameters:
-        parameter.grad /= denominator
+    for gradient in gradients:
+        gradient /= denominator
     grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm)
     check_finite(step, value, grad_norm, seen.broken, drawn)
     learning_rate = update(run)
@@ -319,6 +317,13 @@ class Training:
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         return model.trained_parameters(self.model)
+
+    def gradients(self) -> list[Tensor]:
+        """Of all parameters, to be changed in place; zeros where none has come: a router's bias, with --lora_rank 0."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self.parameters]
 
 
 def choose_prompts(

@@ -266,3 +266,11 @@ def test_an_engine_is_asked_for_exactly_what_is_missing_and_what_it_gave_is_kept
     assert summary["metrics"]["avg"]["mean"] == 1.0 and len(lines) == 16 and whole.closed
     run("served", "--seeds", 0, 1, 2)
     assert broken.asked == [(16, 16, SETTINGS)] and whole.asked == [(6, 6, SETTINGS), (8, 8, SETTINGS)]
+
+
+def test_a_server_has_a_context_of_its_own(run, monkeypatch):
+    asked, theirs = [], evaluate.context_length
+    monkeypatch.setattr(evaluate, "context_length", lambda *given: asked.append(given[-1]) or theirs(*given))
+    run("here")
+    run("there", "--server", "http://localhost:1")
+    assert asked == [False, True]
