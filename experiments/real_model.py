@@ -50,12 +50,18 @@ ARMS = {
 }
 NO_CLIP = {arm: f"{arm}, no clip" for arm in ARMS}
 ARMS |= {NO_CLIP[arm]: options | {"tau_clip": "inf"} for arm, options in ARMS.items()}
+# Rollouts cut where the answers are: half of them end by themselves, and r = 1 is then the answer's end.
+WHOLE = {f"{arm}, no clip": f"{arm}, no clip, whole" for arm in ("OPSD", "Moderate", "reversed Moderate")}
+ARMS |= {WHOLE[arm]: ARMS[arm] | {"max_new_tokens": SCORED_TOKENS} for arm in WHOLE}
 ROWS = [(UNTRAINED, 0), (SHOWN, 0)]
 ROWS += [(name, seed) for seed in (1, 2, 3) for arm in NO_CLIP for name in (arm, NO_CLIP[arm])]
+ROWS += [(arm, seed) for seed in (1, 2, 3) for arm in WHOLE.values()]
 CONTRASTS = [("Moderate", "uniform, per sequence"), ("reversed Moderate", "uniform, per sequence"),
-             ("uniform, per sequence", "OPSD"), ("Moderate", "OPSD")]  # fmt: skip
+             ("uniform, per sequence", "OPSD"), ("Moderate", "OPSD"), ("reversed Moderate", "OPSD"),
+             ("reversed Moderate", "Moderate")]  # fmt: skip
 CONTRASTS += [(NO_CLIP[left], NO_CLIP[right]) for left, right in CONTRASTS]
-CONTRASTS = [(NO_CLIP[arm], arm) for arm in NO_CLIP] + CONTRASTS
+CONTRASTS += [(WHOLE[a], WHOLE[b]) for a, b in CONTRASTS if a in WHOLE and b in WHOLE]
+CONTRASTS = [(NO_CLIP[arm], arm) for arm in NO_CLIP] + [(WHOLE[arm], arm) for arm in WHOLE] + CONTRASTS
 CONTRASTS = [(SHOWN, UNTRAINED), *((arm, UNTRAINED) for arm in ARMS), *CONTRASTS]
 
 

@@ -122,6 +122,15 @@ def test_the_table_pairs_problems_seeds_and_rates():
     assert "Moderate - OPSD | 0.0001" not in table and "| Moderate - untrained | 0.0001 |" in table
 
 
+def test_whole_solutions_stand_beside_those_cut_short():
+    whole, cut = real_model.WHOLE["Moderate, no clip"], "Moderate, no clip"
+    assert real_model.ARMS[whole] == {"method": "pwopsd", "tau_clip": "inf", "max_new_tokens": 448}
+    cells = [cell(whole, 1, [1, 1, 0, 0]), cell(cut, 1, [1, 0, 0, 0]), cell("OPSD, no clip, whole", 1, [0, 0, 0, 0])]
+    table = real_model.report(cells)
+    assert f"| {whole} - {cut} | 1e-05 | greedy | 1 | +25.0 [" in table
+    assert f"| {whole} - OPSD, no clip, whole | 1e-05 | greedy | 1 | +50.0 [" in table
+
+
 def test_a_mean_is_that_of_the_runs_that_tell_it():
     """As where a column of metrics.jsonl came between two seeds."""
     names = "mean_length eos_rate repetition divergence clipped_mass student_entropy teacher_entropy"
