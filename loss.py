@@ -136,7 +136,8 @@ def _at(logp_MV: Tensor, ids_M: Tensor) -> Tensor:
 class Method:
     """One row of Eq. (8). In METHODS a weight may be a schedule's name; `resolve_method` puts its function there."""
 
-    # (student_logp_MV, teacher_logp_MV, ids_M, options) -> l_M, each from its own token's rows alone
+    # (student_logp_MV, teacher_logp_MV, ids_M, options) -> l_M, each from its own token's rows alone. Rounding may
+    # leave a divergence just below 0: what divides by one clamps it first, or the token's gradient turns around.
     token_loss: Callable
     # A schedule's name (weighting.py: w = w(r)), or (r_M, scores, lengths, step, options) -> w_M
     token_weight: str | Callable
@@ -221,7 +222,7 @@ def reduce_tokens(method: Method, scores: TokenScores, lengths: list[int], step:
     r_M = relative_position(lengths).to(scores.loss.device)
     w_M = method.token_weight(r_M, scores, lengths, step, options).detach()
     numerator, denominator = method.reduction(scores.loss, w_M, lengths)
-    return numerator / denominator.clamp(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
+    return numerator / denominator.masked_fill(denominator == 0, torch.finfo(torch.float32).tiny)  # an empty mask
 
 
 def method_loss(
@@ -306,8 +307,8 @@ def _one_a_token(what: str, function: Callable, like: int) -> Callable:
     @wraps(function)
     def checked(*given: object) -> Tensor:
         x, wanted = function(*given), list(given[like].shape)
-        if list(x.shape) != wanted:
-            raise InputError(f"the method's token {what} has shape {list(x.shape)}, not one number a token, {wanted}")
+        if (shape := list(getattr(x, "shape", ()))) != wanted:
+            raise InputError(f"the method's token {what} has shape {shape}, not one number a token, {wanted}")
         return x
 
     return checked

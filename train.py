@@ -67,7 +67,7 @@ def train_step(step: int, run: Training, data: list[Problem], config: TrainConfi
     run.stop.hold()
     gradients = run.gradients()
     ranks.sum_over_ranks([numerator, denominator, seen.table, *gradients])
-    denominator.clamp_(min=torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
+    denominator.masked_fill_(denominator == 0, torch.finfo(torch.float32).tiny)  # REOPOLD's mask may be empty
     value = numerator / denominator
     for gradient in gradients:
         gradient /= denominator

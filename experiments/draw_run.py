@@ -142,11 +142,15 @@ def view_rollouts(run: Path) -> list[RolloutView]:
 
     It is a held-out problem that the run repaired, solved greedily; where it has none with a reference solution, the
     first problem of its data, sampled as in training and both times with the same random numbers. Raises InputError
-    where the run has no adapter checkpoint, or another teacher than the two.
+    where the run has no adapter checkpoint, another teacher than the two, or a method that is not known here.
     """
     config = run_config(run)
     if config.teacher not in ("fixed", "live"):
         raise InputError(f"{run}: --tokens scores by a fixed or a live teacher, not by --teacher {config.teacher}")
+    try:
+        resolve_method(config.method, config)
+    except InputError as error:
+        raise InputError(f"{run}: --tokens does not know the method of a script of yours ({error})") from None
     checkpoint = newest_checkpoint(run)
     if checkpoint is None or config.lora_rank == 0:
         raise InputError(f"{run}: no checkpoint with an adapter to sample from")
@@ -274,9 +278,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train.py")
     parser.add_argument("--tokens", action="store_true", help="sample a solution from its newest checkpoint, too")
     args = parser.parse_args()
+    draw(args.run).savefig(args.run / "run.png")
     if args.tokens:
         draw_tokens(*view_rollouts(args.run)).savefig(args.run / "tokens.png")
-    draw(args.run).savefig(args.run / "run.png")
     print(f"wrote {args.run}/run.png" + ", tokens.png" * args.tokens)
 
 

@@ -45,10 +45,11 @@ class Observer:
             torch.ones_like(w_M), scores.loss.detach(), w_M, scores.forward_kl, scores.clipped_mass,
             scores.student_entropy, scores.teacher_entropy, torch.zeros_like(w_M) if gap_M is None else gap_M,
         ]  # fmt: skip
-        self.table.index_add_(0, (r_M * 10).long().clamp(max=9), torch.stack(columns, dim=1))
-        if not scores.loss.isfinite().all():
-            rows = zip(numbers, scores.loss.split(L), strict=True)
-            self.broken += [number for number, loss_L in rows if not loss_L.isfinite().all()]
+        self.table.index_add_(0, (r_M * 10).long().clamp(max=9), torch.stack(columns, dim=1).float())
+        weighted_M = w_M * scores.loss.detach()
+        if not weighted_M.isfinite().all():
+            rows = zip(numbers, weighted_M.split(L), strict=True)
+            self.broken += [number for number, part_L in rows if not part_L.isfinite().all()]
 
     def means(self) -> dict:
         """Means over the step's tokens, and by tenth of the solution (null where no token lies)."""

@@ -171,7 +171,7 @@ def record_run(
     """Write config.json, or check that the run that it records is the one that `config` continues.
 
     `inputs` is {flag: fingerprint of what its value names}: there the content counts, not the name. Flags in `free` may
-    change. Raises InputError, naming the flag, for any other difference.
+    change, and so may the code, which is told. Raises InputError, naming the flag, for any other difference.
     """
     if record is not None:
         before = record["config"] | record.get("inputs", {})
@@ -183,8 +183,12 @@ def record_run(
                 if flag in inputs and record["config"].get(flag) == config[flag]:
                     how = f"what --{flag} {config[flag]} names has changed since the run began ({changed})"
                 raise _refusal(folder, f"{how}; for another run choose another folder")
+        then, now = record["versions"] | record.get("code", {}), versions() | code()
+        if changed := difference(*({name: side[name] for name in sorted(then.keys() & now)} for side in (then, now))):
+            say(f"--output_dir {folder}: begun with other code ({changed}), goes on with today's")
     elif rank() == 0:
-        facts = {"versions": versions(), "git_commit": git_commit(), "ranks": world_size(), **facts}
+        made_by = {"versions": versions(), "git_commit": git_commit(), "code": code()}
+        facts = {**made_by, "ranks": world_size(), **facts}
         record = {"script": script, "command": shlex.join(sys.argv), "config": config, **facts, "inputs": inputs}
         write_atomically(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
@@ -196,6 +200,13 @@ def first_day(record: dict | None) -> str:
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def code() -> dict[str, str]:
+    """SHA-256 of the command's own file, `script`, and of each file of the checkout's that a command may use."""
+    root, script = Path(__file__).resolve().parent.parent, Path(sys.argv[0])
+    files = {path.relative_to(root).as_posix(): path for path in [*root.glob("*.py"), *root.glob("runtime/*.py")]}
+    return {name: sha256(path) for name, path in (files | {"script": script}).items() if path.is_file()}
 
 
 def git_commit() -> str | None:

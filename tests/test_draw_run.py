@@ -121,6 +121,12 @@ def test_only_a_teacher_that_the_checkpoint_holds_scores(tmp_path):
         view_rollouts(tmp_path)
 
 
+def test_a_method_of_somebodys_own_is_named_before_the_model_is_read(tmp_path):
+    (tmp_path / "config.json").write_text('{"config": {"method": "mine", "model": "nowhere"}, "versions": {}}')
+    with pytest.raises(InputError, match=r"does not know the method of a script of yours .*--method mine"):
+        view_rollouts(tmp_path)
+
+
 def test_repaired_problems_are_right_after_and_not_before(tmp_path):
     texts = {0: ("12", "34", True), 1: ("12", "13", True), 2: ("12", "12", False), 3: ("12", "125", True)}
     rows = []

@@ -270,6 +270,15 @@ def test_a_mask_without_a_token_is_no_loss_and_not_nan():
     assert method_loss("reopold", student, teacher, ids, mask, step=0).item() == 0.0
 
 
+def test_weights_whose_sum_is_below_zero_divide_by_it(monkeypatch):
+    student, teacher, ids, mask = random_case()
+    for name, sign in (("up", 1.0), ("down", -1.0)):
+        weigh = lambda r_M, *_, sign=sign: sign * (0.5 + r_M)  # noqa: E731
+        monkeypatch.setitem(METHODS, name, losses.Method(losses.policy_gradient, weigh, losses.weighted_mean))
+    up, down = (method_loss(name, student, teacher, ids, mask).item() for name in ("up", "down"))
+    assert up == pytest.approx(down, rel=1e-6) and up != 0.0
+
+
 def test_a_weight_may_look_at_the_rows_outcome(monkeypatch):
     student, teacher, ids, mask = random_case(lengths=(4, 2, 3))
     right = lambda r_M, scores, *_: torch.nan_to_num(scores.correct, nan=2.0) * scores.finished  # noqa: E731
@@ -306,6 +315,7 @@ WRONG_SHAPES = {  # what a fork may well write; each would broadcast
     "a weight that is one number": losses.Method(
         losses.clipped_divergence, lambda r_M, *_: r_M.mean(), losses.token_mean
     ),
+    "a plain number": losses.Method(losses.clipped_divergence, lambda *_: 0.5, losses.token_mean),
     "a weight a row": losses.Method(
         losses.clipped_divergence, lambda r_M, _, L, *__: r_M.new_ones(len(L), 1), losses.token_mean
     ),

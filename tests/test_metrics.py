@@ -130,3 +130,5 @@ def test_one_token_that_is_no_number_marks_its_row(token, row):
     values[token] = float("nan")
     seen.see([7, 2], [3, 1], torch.full((4,), 0.5), torch.ones(4), scores_of(4, loss=values), None)
     assert seen.broken == [row]
+    seen.see([7, 2], [3, 1], torch.full((4,), 0.5), values.double(), scores_of(4), None)  # a weight that is none
+    assert seen.broken == [row, row]

@@ -53,6 +53,24 @@ def test_a_run_is_recorded_and_goes_on_where_asked(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("changed", ["script", "loss.py", "torch"])
+def test_a_run_that_goes_on_with_other_code_says_so(tmp_path, monkeypatch, capsys, changed):
+    """As where a fork's run is resumed by train.py, which knows nothing of the fork."""
+    script = tmp_path / "mine.py"
+    script.write_text("one")
+    monkeypatch.setattr("sys.argv", [str(script)])
+    start_run(tmp_path / "run")
+    with records.open_run(tmp_path / "run", "train", resume=True) as record:
+        begin(tmp_path / "run", record, {"seed": 1, "save_steps": 5}, set())
+        assert "other code" not in capsys.readouterr().out
+        if changed == "script":
+            script.write_text("two")
+        else:
+            (record["code"] if changed == "loss.py" else record["versions"])[changed] = "before"
+        begin(tmp_path / "run", record, {"seed": 1, "save_steps": 5}, set())
+    assert f"begun with other code ({changed} " in capsys.readouterr().out
+
+
 FOREIGN = [
     {"checkpoint-1/model.safetensors": "", "metrics.jsonl": ""},  # another trainer's run
     {"config.json": '{"model_type": "qwen3"}', "model.safetensors": ""},

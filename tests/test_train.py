@@ -402,12 +402,15 @@ def test_weights_that_no_gradient_reaches_stay_as_they_are(qwen3, data):
     assert row["grad_norm"] > 0.0 and spare.tolist() == [1.0, 1.0]
 
 
-def test_a_step_without_a_weighted_token_is_no_error(qwen3, data, monkeypatch):
-    """REOPOLD's mask may be empty over a whole step."""
-    monkeypatch.setitem(SCHEDULES, "nothing", torch.zeros_like)
-    config = parse_config(flags(qwen3, data, "--schedule", "nothing", "--reduction", "weighted_mean"))
-    row, _ = train.train_step(0, build(config, CPU, ExactGrader()), load_problems(str(data)), config)
-    assert row["loss"] == row["grad_norm"] == 0.0
+def test_a_step_is_divided_by_any_sum_of_weights_but_none(qwen3, data, monkeypatch):
+    """REOPOLD's mask may be empty over a whole step; a sum below 0 is one, too."""
+    rows = {}
+    for value in (0.0, 1.0, -1.0):
+        monkeypatch.setitem(SCHEDULES, "all", lambda r_M, value=value: torch.full_like(r_M, value))
+        config = parse_config(flags(qwen3, data, "--schedule", "all", "--reduction", "weighted_mean"))
+        rows[value], _ = train.train_step(0, build(config, CPU, ExactGrader()), load_problems(str(data)), config)
+    assert rows[0.0]["loss"] == rows[0.0]["grad_norm"] == 0.0
+    assert all(rows[-1.0][name] == rows[1.0][name] != 0.0 for name in ("loss", "grad_norm"))
 
 
 def test_a_step_whose_rows_cannot_be_written_is_not_saved(run, tmp_path, monkeypatch):
