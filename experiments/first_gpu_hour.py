@@ -7,7 +7,7 @@ A part is a preset: two steps of `train.py` at its shape: seconds by part, sampl
 would allow, scoring beside the matrix rate, peak of the memory.
 
 Each part is a process of its own, and what it prints is kept beside the table: one that hangs or dies is a row. The
-weights are random: hardly a response ends before the limit. On a CPU the rates are in CPU seconds.
+weights are random: hardly a response ends before the limit.
 """
 
 import argparse
@@ -16,13 +16,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config, Qwen3Config
 
 import train
@@ -54,28 +53,12 @@ SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "n
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 1000}
 SECONDS = dict.fromkeys(SHAPES, 800)  # limits
 
-# --- Measuring --------------------------------------------------------------------------------------------------
-
 
 def add_row(what: str, ours: float | None, plain: float | None = None, unit: str = "", note: str = "") -> None:
     """Print a row of the table, at once."""
     ratio = plain / ours if ours and plain is not None else None
     numbers = ("-" if value is None else f"{value:.4g}" for value in (ours, plain, ratio))
     print(f"| {' | '.join([what, *numbers, unit, note])} |", flush=True)
-
-
-def alternate(functions: list[Callable[[], object]], device: torch.device, turns: int = 3) -> list[float]:
-    """The smallest of `turns` times of each function, in s, taken in alternation after one unmeasured call each."""
-    on_gpu, times = device.type == "cuda", []
-    clock, wait = (time.perf_counter, torch.cuda.synchronize) if on_gpu else (time.process_time, lambda: None)
-    for _ in range(turns + 1):
-        for function in functions:
-            wait()
-            start = clock()
-            function()
-            wait()
-            times.append(clock() - start)
-    return [min(times[i + len(functions) :: len(functions)]) for i in range(len(functions))]
 
 
 # --- The parts, each in its own process; they print rows --------------------------------------------------------
@@ -85,9 +68,9 @@ def rates(device: torch.device) -> tuple[float, float]:
     """Bytes a second of a copy (read and written), multiply-adds times two a second of a matrix product."""
     on_gpu = device.type == "cuda"
     size, side, dtype = (2**30, 8192, torch.bfloat16) if on_gpu else (2**20, 128, torch.float32)
-    a, b = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    x, y = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    copying, product = (max(seconds, 1e-9) for seconds in alternate([lambda: a.copy_(b), lambda: x @ y], device, 5))
+    a, x = torch.empty(size, dtype=torch.uint8, device=device), torch.randn(side, side, device=device, dtype=dtype)
+    given = {"globals": {"a": a, "b": a.clone(), "x": x}, "num_threads": torch.get_num_threads()}
+    copying, product = (Timer(code, **given).timeit(20).mean for code in ("a.copy_(b)", "x @ x"))
     add_row("copy bandwidth", 2 * size / copying / 1e12, None, "TB/s")
     add_row("matrix rate", 2 * side**3 / product / 1e12, None, "TFLOP/s")
     return 2 * size / copying, 2 * side**3 / product
