@@ -73,13 +73,6 @@ def run_config(run: Path) -> TrainConfig:
         raise InputError(f"{run}: no run folder of this version of train.py") from None
 
 
-def run_label(run: Path) -> str:
-    """What a run is, by its options."""
-    config = run_config(run)
-    parts = [part for part in (config.method, config.schedule, config.reduction) if part]
-    return f"{run.name}: {', '.join(parts)}, clip {config.tau_clip:g}, {config.teacher} teacher"
-
-
 # --- A run ------------------------------------------------------------------------------------------------------
 
 
@@ -111,7 +104,9 @@ def draw(run: Path):
     axes[TENTHS].grid(visible=False)
     image = axes[TENTHS].imshow(tenths, origin="lower", aspect="auto", extent=extent, norm=PowerNorm(0.5, vmin=0))
     drawn.colorbar(image, label="divergence (nats, square-root scale)")
-    drawn.suptitle(run_label(run), fontsize=11)
+    config = run_config(run)
+    method = ", ".join(filter(None, (config.method, config.schedule, config.reduction)))
+    drawn.suptitle(f"{run.name}: {method}, clip {config.tau_clip:g}, {config.teacher} teacher", fontsize=11)
     return drawn
 
 
