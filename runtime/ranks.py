@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -94,9 +93,7 @@ def check_same_start(named: list[tuple[str, Tensor]]) -> None:
     """
     if world_size() == 1:
         return
-    named = [
-        (name, tensor.detach()) for name, tensor in named if not isinstance(tensor, DTensor)
-    ]  # compared by `shard`
+    named = [(name, x.detach()) for name, x in named if not isinstance(x, DTensor)]  # those are compared by `shard`
     sums = [int(tensor.contiguous().view(torch.uint8).sum(dtype=torch.int64)) for _, tensor in named]
     ordered = [float(tensor.flatten()[::7].double().sum()) for _, tensor in named]
     everyone = gather_objects(list(zip(sums, ordered, strict=True)))
@@ -173,11 +170,10 @@ class Stop:
         self.asked, self._since = 0, 0.0  # the first signal's number and time
         self.held, self._sharded = True, sharded  # held: signals wait
 
-    def listen(self) -> Self:
+    def listen(self) -> None:
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP
                 signal.signal(number, self._note)
-        return self
 
     def hold(self) -> None:
         """Signals wait from here on. Raises StoppedError, on every rank, where one of them was asked before."""

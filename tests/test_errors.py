@@ -94,6 +94,7 @@ def test_what_nohup_ignores_stays_ignored(monkeypatch):
     handlers = {signal.SIGHUP: signal.SIG_IGN}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(signal, "getsignal", lambda number: handlers.get(number, signal.SIG_DFL))
-    stop = ranks.Stop().listen()
+    stop = ranks.Stop()
+    stop.listen()
     assert handlers.pop(signal.SIGHUP) is signal.SIG_IGN
     assert set(handlers.values()) == {stop._note} and signal.SIGTERM in handlers
