@@ -200,9 +200,7 @@ class TrainConfig(loss.LossOptions):
     data: str = option("siyanzhao/Openthoughts_math_30k_opsd", "file, folder, hub name or tiny:train", "data")
     columns: str | None = option(None, "columns with unusual names: problem=...,solution=...,answer=...", "data")
     max_length: int = option(20000, "limit in tokens of the longer context with its response", "data", least=1)
-    eval_data: str | None = option(
-        None, "held-out problems, scored before and after training within --max_new_tokens", "data"
-    )
+    eval_data: str | None = option(None, "held-out problems, scored before and after, within --max_new_tokens", "data")
     eval_steps: int = option(0, "also score them every so many steps; 0 is off", "data", least=0)
     server: str | None = option(None, "address of a vLLM that serves --model with LoRA", "sampling")
     max_new_tokens: int = option(1024, "length limit of a rollout", "sampling")
@@ -262,14 +260,11 @@ def parse_config(arguments: list[str] | None = None) -> TrainConfig:
     if config.teacher not in teacher.KINDS:
         loading.find_checkpoint(config.teacher, f"--teacher {config.teacher}: none of {', '.join(teacher.KINDS)}, and")
     given, clips = departures(config, PRESETS).split(), config.method not in ("eopd", "reopold")
+    switches = config.method not in ("opsd", "pwopsd", "eopd")
     for flag, counts, with_ in (
         ("tau_clip", clips, "--method opsd or pwopsd"),
         ("beta", clips, "--method opsd or pwopsd"),
-        (
-            "switch_step",
-            config.method not in ("opsd", "pwopsd", "eopd") and not config.schedule,
-            "--method reopold, without --schedule",
-        ),
+        ("switch_step", switches and not config.schedule, "--method reopold, without --schedule"),
         ("ema_decay", config.teacher == "ema", "--teacher ema"),
         ("eval_steps", config.eval_data, "--eval_data"),
         ("lora_alpha", config.lora_rank, "--lora_rank above 0"),

@@ -286,9 +286,7 @@ def write_report(runs: list[Path], output_dir: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of diagnose.py")
-    parser.add_argument(
-        "--output_dir", type=Path, help="of report.md and Figure 1; default: the folder of a single run"
-    )
+    parser.add_argument("--output_dir", type=Path, help="of report.md and Figure 1; default: that of a single run")
     args = parser.parse_args()
     if len(args.runs) > 1 and args.output_dir is None:
         raise InputError("several runs need --output_dir")

@@ -80,9 +80,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         print("stopped; what was written stays; the same command goes on (train, diagnose: --resume)", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # of `| head`, say
-        sys.exit(
-            "error: nobody reads the output any more; what was written stays; --resume goes on (evaluate: without)"
-        )
+        sys.exit("error: nobody reads the output any more; what was written stays; --resume goes on, evaluate without")
     except Exception as error:
         if line := describe(error):
             sys.exit(f"error: {line}")

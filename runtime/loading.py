@@ -75,9 +75,8 @@ def load_config(name: str) -> PreTrainedConfig:
             json.loads(defaults.read_text(encoding="utf-8"))
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # each library that may be asked has errors of its own
-        raise InputError(
-            f"--model {name}: its config or {defaults.name} cannot be loaded ({one_line(error)})"
-        ) from error
+        what = f"its config or {defaults.name} cannot be loaded ({one_line(error)})"
+        raise InputError(f"--model {name}: {what}") from error
 
 
 def check_plain(config: PreTrainedConfig, name: str) -> None:
@@ -251,9 +250,8 @@ def fitting_problems(
     counts = list(zip(*(count_tokens(encode, data) for encode in contexts), strict=True))
     fits = [max(tokens) + config.max_new_tokens <= limit for tokens in counts]
     if not any(fits):
-        raise InputError(
-            f"--data {config.data}: no prompt leaves room for {config.max_new_tokens} new tokens in {limit}"
-        )
+        room = f"no prompt leaves room for {config.max_new_tokens} new tokens in {limit}"
+        raise InputError(f"--data {config.data}: {room}")
     left = [str(problem.row) for problem, fit in zip(data, fits, strict=True) if not fit]
     note = f"; {len(left)} left out, with a response longer than {limit} tokens: row {some(left)}" if left else ""
     kept = [index for index, fit in enumerate(fits) if fit]

@@ -22,10 +22,8 @@ def read_summary(folder: Path) -> dict:
     """summary.json of an evaluation; InputError where there is none that is whole."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        if (
-            lacking := {"regime", "inputs", "answers_sha256", "grader", "num_samples", "seeds", "per_problem"}
-            - summary.keys()
-        ):
+        needed = {"regime", "inputs", "answers_sha256", "grader", "num_samples", "seeds", "per_problem"}
+        if lacking := needed - summary.keys():
             raise ValueError(f"{min(lacking)} is missing")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{folder}: no evaluation with a whole summary.json ({one_line(error)})") from None

@@ -204,9 +204,7 @@ def scores(output: Path, part: str) -> dict[tuple[str, str, float], dict[int, fl
 def write_report(output: Path) -> str:
     """OUTPUT/report.md and, with matplotlib, scatter.png from the cells measured so far."""
     lines = read_predictions(output)
-    by_part = {
-        part: {(world, arm): by_seed for (world, arm, _), by_seed in scores(output, part).items()} for part in PARTS
-    }
+    by_part = {part: {key[:2]: by_seed for key, by_seed in scores(output, part).items()} for part in PARTS}
     found = {
         part: {key: d for key in ((line["world"], arm) for line in lines for arm in RISE)
                if (d := minus(by_arm, *key, "uniform"))} for part, by_arm in by_part.items()
