@@ -99,20 +99,6 @@ def test_shuffled():
     assert loss.METHODS["shuffled"].reduction is loss.METHODS["pwopsd"].reduction  # so that the places alone differ
 
 
-def test_dash_is_the_backward_recursion():
-    """A_t = d_t + sg(lambda_t) A_{t+1}: the sum of A has the gradient w_t at d_t and the value sum w_t d_t."""
-    d = torch.rand(12, requires_grad=True)
-    gate = torch.sigmoid(-5.0 * (d - d.mean())).detach()
-    A = [d[-1]]
-    for t in reversed(range(11)):
-        A.append(d[t] + gate[t] * A[-1])
-    total = torch.stack(A).sum()
-    total.backward()
-    weight = weigh("dash", scores_of(12, loss=d), [12])
-    torch.testing.assert_close(weight, d.grad)
-    torch.testing.assert_close((weight * d).sum(), total)
-
-
 @pytest.mark.parametrize("name", [*WITHIN_A_ROW, "tip", "shuffled"])
 def test_weights_are_non_negative_float32_without_gradient_and_most_those_of_a_row_alone(name):
     lengths = [7, 4, 1]
