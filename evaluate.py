@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from errors import InputError
@@ -249,19 +248,16 @@ def check_config(config: EvaluationConfig) -> None:
         raise InputError(f"--adapter {config.adapter}: no {ADAPTER_CONFIG} there")
 
 
-def on_device(config: EvaluationConfig, device: torch.device) -> EvaluationConfig:
-    """The options with what the device decides where the user did not (loading.load_model); a server decides itself."""
-    auto = "auto" if config.server else "bfloat16" if device.type == "cuda" else "float32"
-    return replace(config, device=str(device), dtype=auto if config.dtype == "auto" else config.dtype)
-
-
 # --- The run ----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     config = FlagParser(EvaluationConfig, __doc__).parse()
-    config = on_device(config, start_ranks(config.device))
+    device = start_ranks(config.device)
     check_config(config)
+    if config.dtype == "auto" and not config.server:  # a server decides itself
+        config = replace(config, dtype="bfloat16" if device.type == "cuda" else "float32")
+    config = replace(config, device=str(device))
     benchmark, folder = load_problems(config.benchmark, False, config.columns), Path(config.output_dir)
     problems = benchmark[: config.limit]
     if again := len(problems) - len({item.problem for item in problems}):

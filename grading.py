@@ -496,10 +496,8 @@ def same_answer(a: str, b: str, ask: Ask = lambda a, b: False) -> bool:
         return left != "" or (len(a) > LONGEST and a.strip() == b.strip() != "")
     if "" in (left, right):
         return False
-    xs, ys = (
-        [part for part in match.groups() if part] if (match := re.fullmatch(_CHOICE, text)) else [text]
-        for text in (left, right)
-    )
+    chosen = [(text, re.fullmatch(_CHOICE, text)) for text in (left, right)]
+    xs, ys = ([*filter(None, match.groups())] if match else [text] for text, match in chosen)
     if len(xs) == len(ys) == 2:  # (C) 12
         return xs[0] == ys[0] and same_answer(xs[1], ys[1], ask)
     return any(_same(read_answer(x), read_answer(y), ask) for x in xs for y in ys)

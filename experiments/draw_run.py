@@ -217,11 +217,6 @@ def visible(text: str) -> str:
     return "\u2423" if text == " " else text.replace("\n", "\u21b5") or "\u2205"
 
 
-def shade(token: TokenView, top: float) -> float:
-    """Opacity of the colour: a square root, so that small divergences show beside large ones."""
-    return 0.85 * (abs(token.divergence * token.weight) / top) ** 0.5
-
-
 # --- The picture of a solution ----------------------------------------------------------------------------------
 
 
@@ -247,8 +242,8 @@ def draw_tokens(before: RolloutView, after: RolloutView):
         strip.text(first, y + 1.15, label, color="C2" if view.correct else "C3", fontsize=10)
         x = 0
         for token in view.tokens:
-            size = len(token.text)
-            strip.broken_barh([(x, size)], (y, 0.9), color=(0.84, 0.27, 0.0, shade(token, top)), linewidth=0)
+            size, opacity = len(token.text), 0.85 * (abs(token.divergence * token.weight) / top) ** 0.5
+            strip.broken_barh([(x, size)], (y, 0.9), color=(0.84, 0.27, 0.0, opacity), linewidth=0)
             strip.text(x + size / 2, y + 0.45, visible(token.text), **centred)
             x += size
     for name, view in (("before", before), ("after", after)):

@@ -64,10 +64,6 @@ class Cell:
     def flags(self) -> list[str]:
         return [f"--{name}={value}" for name, value in {**self.options, "seed": self.seed}.items()]
 
-    def config(self) -> train.TrainConfig:
-        """What train.py makes of its flags. Raises InputError for what it refuses."""
-        return train.parse_config(self.flags)
-
 
 def model_id(name: str) -> str:
     """A hub model by its name, a local one by a digest of its weights: other weights make other cells."""
@@ -93,7 +89,7 @@ def run_cell(cell: Cell, output: Path) -> dict:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    record = asdict(cell) | measured(run, cell.config(), error)
+    record = asdict(cell) | measured(run, train.parse_config(cell.flags), error)
     record |= {"error": error, "seconds": round(time.time() - started, 1)}
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
@@ -149,7 +145,7 @@ def read_cells(path: Path) -> list[dict]:
 
 def missing_cells(grid: Grid, records: list[dict]) -> list[Cell]:
     """Seed by seed, so that a grid stopped early still holds whole pairs. Rows with equal options share their cells."""
-    names = {row: Cell(row, grid.options(row), 0, "").config().model for row in grid.rows}
+    names = {row: train.parse_config(Cell(row, grid.options(row), 0, "").flags).model for row in grid.rows}
     models = {name: model_id(name) for name in set(names.values())}
     done = {Cell("", r["options"], r["seed"], r["model_id"]).key for r in records}
     missing: dict[str, Cell] = {}
@@ -195,7 +191,7 @@ def run_grid(grid: Grid, output: Path, workers: int) -> list[dict]:
     path = output / "cells.jsonl"
     records = read_cells(path)
     cells = missing_cells(grid, records)
-    if blind := [cell.row for cell in cells if not cell.config().eval_data]:
+    if blind := [cell.row for cell in cells if not train.parse_config(cell.flags).eval_data]:
         raise InputError(f"row {blind[0]}: no --eval_data to score its cells by")
     write_rows(make_folder(output) / path.name, records)  # without a line that was cut short
     total = len(cells) + len(records)
