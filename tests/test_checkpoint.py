@@ -199,15 +199,6 @@ def test_tensors_that_do_not_fit_are_named(qwen3, run, file, change):
     assert untouched or file == "ema.safetensors"  # which is read behind the adapter
 
 
-def test_a_checkpoint_of_all_weights_that_lacks_one_is_not_filled_up(base, tmp_path):
-    checkpoint, _ = trained(base, tmp_path / "run", lora=False)
-    path = checkpoint / "model.safetensors"
-    tensors = load_file(path)
-    save_file({key: value for key, value in tensors.items() if "norm" not in key}, path, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"checkpoint-1: the checkpoint lacks .*norm"):
-        Trained(base, lora=False).load(checkpoint)
-
-
 # --- Adapters in PEFT's format: ours in PEFT, PEFT's with us ----------------------------------------------------
 
 
@@ -339,12 +330,10 @@ def test_a_checkpoint_says_what_it_is_and_its_card_may_be_edited(base, tmp_path,
     config = {"method": "pwopsd", "data": data, "dtype": "float32", "max_new_tokens": 4, "lora_rank": 4}
     facts = {"config": config, "versions": {"torch": "2"}, "git_commit": "abc", "ranks": 4}
     (tmp_path / "run").mkdir()
-    told = {"enable_thinking": True, "thinking": True, "reasoning_effort": "high", "who": "it's $HOME"}
-    chat, template = (
-        {"kwargs": {"reasoning_effort": "high", "who": "it's $HOME"}},
-        tmp_path / "base" / "chat_template.jinja",
-    )
+    chat = {"kwargs": {"reasoning_effort": "high", "who": "it's $HOME"}}
+    template = tmp_path / "base" / "chat_template.jinja"
     template.write_text("{{ messages[0].content }}{% if enable_thinking %}{{ reasoning_effort }}{% endif %}")
+    told = {"enable_thinking": True, "thinking": True, **chat["kwargs"]}
     record = {**facts, "command": command, "inputs": {"prompts": {"evaluation": asked, "chat": chat}}}
     (tmp_path / "run" / "config.json").write_text(json.dumps(record))
     checkpoint, logits = trained(base, tmp_path / "run", lora)
