@@ -18,18 +18,9 @@ def evaluation(tmp_path):
     problems = [Problem(f"p{i}", "", str(i)) for i in range(4)]
 
     def make(
-        name,
-        right,
-        seeds=(0, 1),
-        grader="exact",
-        num_samples=2,
-        answers="x",
-        prompts="p",
-        version="1",
-        server="a server",
-        address="one",
-        **changes,
-    ):
+        name, right, seeds=(0, 1), grader="exact", num_samples=2, answers="x", prompts="p", version="1",
+        server="a server", address="one", **changes,
+    ):  # fmt: skip
         regime = {"model": "m", "adapter": name, "benchmark_sha256": "b", "temperature": 1.0, "server": address}
         regime |= changes
         samples = [

@@ -31,9 +31,8 @@ def test_each_step_is_sent_once_and_the_end_ends_it(tmp_path, monkeypatch, call)
 
 
 def test_ctrl_c_ends_what_was_sent_too(tmp_path, monkeypatch, call):
-    (tmp_path / "config.json").write_text(
-        '{"config": {"num_steps": 3, "eval_data": ""}, "script": "train", "versions": {}}'
-    )
+    config = '{"num_steps": 3, "eval_data": ""}'
+    (tmp_path / "config.json").write_text(f'{{"config": {config}, "script": "train", "versions": {{}}}}')
     ended = []
     monkeypatch.setattr(follow, "tracker", lambda *_: (None, lambda: ended.append(True)))
     monkeypatch.setattr(follow.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))

@@ -167,9 +167,8 @@ def test_report_by_hand(tmp_path):
     assert "5 of 16 base models predicted" in text and "At tuned rates: 8 of 10 differences" in text
     first, at_fixed, clipped = (row for row in text.splitlines() if row.startswith("| placed-12-seed1"))
     gain, nothing = "+10.0 [+9.8, +10.2]", "+0.0 [+0.0, +0.0]"
-    assert (
-        first == f"| placed-12-seed1 | up; {gain}, hit | up; {nothing} | {gain} | {nothing} |"
-    )  # OPSD is as good as uniform
+    # OPSD is as good as uniform
+    assert first == f"| placed-12-seed1 | up; {gain}, hit | up; {nothing} | {gain} | {nothing} |"
     assert "| placed-56-seed1 | up; - |" in text and "| harm | 3 of 8 |" in text  # Moderate, where it gains
     assert "window's place: Spearman -." in text  # one window
     # Moderate in the flat worlds: 0 and .4 points, mean .2, half a width t(1) at 90 % times .2: 6.31 * .2

@@ -163,10 +163,10 @@ def test_a_long_cell_is_read_whole_and_several_files_of_a_split_in_order(tmp_pat
         load_problems(f"{saved(tmp_path / 'd')}:test")
 
 
-@pytest.mark.parametrize(
-    "source",
-    ["./a/b", "/a/b", "~/a", "../a", "a/b.parquet", "a/b.csv", "b.jsonl", "b.csv:test", "notes:test", "a:b.csv"],
-)
+PATHS = ["./a/b", "/a/b", "~/a", "../a", "a/b.parquet", "a/b.csv", "b.jsonl", "b.csv:test", "notes:test", "a:b.csv"]
+
+
+@pytest.mark.parametrize("source", PATHS)
 def test_what_looks_like_a_path_is_never_asked_for_on_the_hub(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes").write_text("mine")
