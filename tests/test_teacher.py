@@ -19,16 +19,16 @@ from problems import Problem
 from runtime.loading import check_same_tokens, load_model, load_tokenizer, match_heads
 from teacher import PAPER_PROMPTS, Teacher, check_prompts, encode_prompt, fill, student_prompt, teacher_prompt
 
-PROBLEM = Problem("What is {1+1}, given <think>?", "It is {solution} \\boxed{2}.", "2")
+PROBLEM = Problem("What is {x} {answer} <think>?", "It is {solution} \\boxed{2}.", "2")
 ASK = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
 def test_prompts_to_the_letter():
-    assert fill(PAPER_PROMPTS.student, PROBLEM) == "Problem: What is {1+1}, given <think>?" + ASK
-    assert fill(PAPER_PROMPTS.evaluation, PROBLEM) == "What is {1+1}, given <think>?" + ASK
+    assert fill(PAPER_PROMPTS.student, PROBLEM) == "Problem: What is {x} {answer} <think>?" + ASK
+    assert fill(PAPER_PROMPTS.evaluation, PROBLEM) == "What is {x} {answer} <think>?" + ASK
     teacher = fill(PAPER_PROMPTS.teacher, PROBLEM)
     assert teacher.startswith(
-        "Problem: What is {1+1}, given <think>?\n\nHere is a reference solution to this problem:\n"
+        "Problem: What is {x} {answer} <think>?\n\nHere is a reference solution to this problem:\n"
         "=== Reference Solution Begin ===\nIt is {solution} \\boxed{2}.\n=== Reference Solution End ===\n\n\nAfter"
     )
     assert teacher.endswith(
@@ -39,7 +39,7 @@ def test_prompts_to_the_letter():
     )
     assert fill(PAPER_PROMPTS.diagnostic, PROBLEM) == (
         "You are a privileged teacher. Solve the problem and end your solution with the correct boxed answer. "
-        "Problem: What is {1+1}, given <think>? Privileged ground-truth final answer: 2 Use the ground-truth answer "
+        "Problem: What is {x} {answer} <think>? Privileged ground-truth final answer: 2 Use the ground-truth answer "
         "above. Produce a complete step-by-step solution that ends with \\boxed{ answer }."
     )
 
@@ -167,17 +167,6 @@ def test_a_template_that_drops_what_a_prompt_shows_is_refused(tokenizer, templat
     with pytest.raises(InputError, match=f"does not show the text of a turn: {lost}") as caught:
         check_prompts(tokenizer, PAPER_PROMPTS)
     assert len(str(caught.value).splitlines()) == 1
-
-
-def test_a_problem_that_spells_a_field_keeps_its_spelling(tokenizer):
-    """No field is filled inside another: the student would see the solution."""
-    problem = Problem("Print {solution}, {answer} and {problem}.", "Say {problem} or {answer}.", "{solution}")
-    for prompt in (student_prompt, teacher_prompt):
-        assert problem.problem in tokenizer.decode(prompt(tokenizer, problem))
-    assert problem.solution in tokenizer.decode(teacher_prompt(tokenizer, problem))
-    assert "Say" not in tokenizer.decode(student_prompt(tokenizer, problem))
-    assert "answer: {solution} Use" in fill(PAPER_PROMPTS.diagnostic, problem)
-    assert fill("{answer} {x} {answer}", problem) == "{solution} {x} {solution}"  # each place is filled
 
 
 @pytest.fixture
