@@ -105,8 +105,7 @@ def policy_gradient(student_logp_MV: Tensor, teacher_logp_MV: Tensor, ids_M: Ten
 def phase_mask(r_M: Tensor, scores: TokenScores, lengths: list[int], step: int, options: LossOptions) -> Tensor:
     """REOPOLD's weight: before `switch_step` 1[R >= floor], then 1[H(p_S) >= its (1 - ENTROPY_QUANTILE) quantile]; [M].
 
-    The quantile is over the tokens of one call: a micro-batch in training, as in that paper, here of rows of like
-    length.
+    The quantile is over one call's tokens: a micro-batch in training, as in that paper, here of rows of like length.
     """
     if step < options.switch_step:
         return (scores.teacher_logprob - scores.student_logprob >= REWARD_FLOOR).float()

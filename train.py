@@ -38,8 +38,7 @@ def train_step(step: int, run: Training, data: list[Problem], config: TrainConfi
     """Algorithm 1, one step over all ranks: sample, score, weigh, divide, update.
 
     Returns its metrics and this rank's rollouts, as rows for samples.jsonl. Up to `hold` nothing has changed, and a
-    signal leaves the step. Raises FloatingPointError, naming step and problems, where the loss or its gradient is not
-    finite.
+    signal leaves the step. Raises FloatingPointError, naming step and problems, where loss or gradient is not finite.
     """
     seen = metrics.Observer(run.model.device)
     drawn, keys = step_share(step, data, config)

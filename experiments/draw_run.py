@@ -4,8 +4,7 @@
     python -m experiments.draw_run runs/RUN --tokens     also tokens.png: a solution before and after, token by token
 
 docs/metrics.md has the formulas of what is drawn over the steps done. No axis is cut, and all are linear; the colours
-are not and say so. The solution is of a held-out problem that training repaired, its tokens coloured by weighted
-divergence.
+are not and say so. The solution is of a held-out problem that training repaired, coloured by weighted divergence.
 Axes: M tokens of one rollout, V vocabulary, K alternatives.
 """
 

@@ -147,8 +147,7 @@ def can_occur(tokenizer: PreTrainedTokenizerBase, index: int) -> bool:
     return token is None or not token.special or index in named or token.content in str(tokenizer.chat_template)
 
 
-# Spaces, line breaks, digits and LaTeX: what solutions are made of. Libraries have dropped the spaces of some
-# tokenizers in silence.
+# Spaces, line breaks, digits and LaTeX, as in solutions: libraries have dropped some tokenizers' spaces in silence.
 MATHEMATICS = "Let x = 12 and y = 3.\n\nThen $x + 2y = 18$, so  \\boxed{\\frac{18}{5}}"
 
 

@@ -8,8 +8,7 @@ tokens and drops the others (0 or 1) is divided by the number kept (`weighted_me
 averaged over all tokens (`token_mean`), as in Eq. (1). Scores are at T_distill.
 
 Axes: M valid tokens of a batch, row after row; L one row's tokens; V vocabulary. Weights have the signature of every
-token weight, (r_M, scores, lengths, step, options) -> [M], the last two unused here; a keyword is a number of the
-source.
+token weight, (r_M, scores, lengths, step, options) -> [M], the last two unused here; a keyword is a source's number.
 """
 
 from functools import partial

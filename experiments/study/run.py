@@ -6,8 +6,7 @@
 
 For a grid of your own, a script puts it into `grids.GRIDS` and calls `main`. A cell is one run of train.py: one row's
 options and one seed. Rows share seeds, hence problems, their order and the random numbers of sampling, so rows are
-compared in pairs. OUTPUT_DIR/cells.jsonl gets one line per finished cell, which is never run again; the report is made
-from it alone.
+compared in pairs. OUTPUT_DIR/cells.jsonl gets a line for each finished cell, never run again, and makes the report.
 """
 
 import argparse

@@ -185,8 +185,7 @@ def strays(problem: str, text: str) -> bool:
 def known_facts(texts: list[str]) -> dict[tuple[int, int], bool]:
     """For every fact (running total, addend) in the steps of these solutions: whether more than half state it rightly.
 
-    A step is `12+7=19;` anywhere in a text. What is guessed (`~`) or taken back (`!`) does not count, nor does anything
-    else.
+    A step is `12+7=19;` anywhere in a text. What is guessed (`~`) or taken back (`!`) does not count, nor the rest.
     """
     votes: dict[tuple[int, int], list[bool]] = {}
     for text in texts:
