@@ -50,7 +50,7 @@ ARMS = {
 }
 NO_CLIP = {arm: f"{arm}, no clip" for arm in ARMS}
 ARMS |= {NO_CLIP[arm]: options | {"tau_clip": "inf"} for arm, options in ARMS.items()}
-# Rollouts cut where the answers are: half of them end by themselves, and r = 1 is then the answer's end.
+# Rollouts cut where the answers are: most end by themselves, and r = 1 is then the answer's end.
 WHOLE = {f"{arm}, no clip": f"{arm}, no clip, whole" for arm in ("OPSD", "Moderate", "reversed Moderate")}
 ARMS |= {WHOLE[arm]: ARMS[arm] | {"max_new_tokens": SCORED_TOKENS} for arm in WHOLE}
 ROWS = [(UNTRAINED, 0), (SHOWN, 0)]
